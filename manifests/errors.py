@@ -1,0 +1,28 @@
+"""Errors that a user can act on. Each message is one line: what is wrong, where, and what would be right.
+
+The command line prints the message without a traceback and exits with ``exit_code``.
+"""
+
+
+class FactoryError(Exception):
+    """A run failed for a reason that its message explains."""
+
+    exit_code = 1
+
+
+class UsageError(FactoryError):
+    """A flag, recipe key or combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(FactoryError):
+    """A file, dataset or model that is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class Interrupted(FactoryError):
+    """Stopped on request; the same command resumes."""
+
+    exit_code = 130

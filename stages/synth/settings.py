@@ -1,0 +1,101 @@
+"""Settings of stage 1 (``factory run synth``), beside their owner. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.models.settings import ModelSettings, Settings
+
+
+class PriorSettings(Settings):
+    """The diffusion prior and how it is sampled."""
+
+    path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
+    variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
+    scheduler: Literal["ddim"] = "ddim"
+    steps: int = Field(50, gt=0, le=1000)
+    cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 switches it off")
+    negative_prompt: str = ""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    vae_slicing: bool = False
+
+
+class PromptSettings(Settings):
+    """The prompt bank: ``template`` filled with a random subject and style (DiffDFKD, section IV-A)."""
+
+    template: str = "a realistic photo of {subject}, {style}"
+    subjects: tuple[str, ...] = ("an object",)
+    styles: tuple[str, ...] = ("natural light",)
+    class_names: bool = Field(False, description="named track: {subject} becomes the teacher's class name")
+
+    @model_validator(mode="after")
+    def _template_fields(self) -> "PromptSettings":
+        try:
+            self.template.format(subject="", style="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"template may use only {{subject}} and {{style}}: {error}") from None
+        if not self.subjects or not self.styles:
+            raise ValueError("subjects and styles must each hold at least one entry")
+        return self
+
+
+class GuidanceSettings(Settings):
+    """Teacher guidance (DiffDFKD, equations 6-10), with per-sample gradient normalisation."""
+
+    through: Literal["z0", "zt"] = Field("z0", description="gradient at the predicted latent, or through the denoiser")
+    scale: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
+    normalise: Literal["rms", "none"] = "rms"
+    ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
+    bn: float = Field(0.1, ge=0, description="feature-statistics weight (equation 6)")
+    adversarial: float = Field(0.0, ge=0, description="needs a frozen student (equation 8)")
+    interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
+    every: int = Field(1, gt=0, description="guide every k-th step of the interval")
+    inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
+    shift: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, as a share of the image side")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GuidanceSettings":
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
+        if self.through == "zt" and self.inner > 1:
+            raise ValueError("inner > 1 needs through: z0 (each z_t update costs a pass through the denoiser)")
+        return self
+
+
+class LatentCutMixSettings(Settings):
+    """Latent CutMix augmentation (LCA, DiffDFKD equation 11), between trajectories of one class and group."""
+
+    every: int = Field(0, ge=0, description="cut at every k-th step; 0 switches LCA off")
+    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which cuts may happen")
+    probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that receive a box")
+    alpha: float = Field(1.0, gt=0, description="area 1 - lambda, lambda ~ Beta(alpha, alpha), drawn per pair")
+
+
+class ImageSettings(Settings):
+    """Which images of a trajectory are stored, and how."""
+
+    intermediates: int = Field(0, ge=0, description="decoded x0-predictions stored besides the final image")
+    format: Literal["png", "jpg", "webp"] = "png"
+    size: int | None = Field(None, gt=0, description="stored side in pixels; default: what the prior decodes")
+
+
+class SynthSettings(Settings):
+    """Everything that decides what stage 1 makes. All but ``shards`` and ``device`` enter the fingerprint."""
+
+    method: Literal["diffdfkd", "dmkd", "noise"] = "diffdfkd"
+    prior: PriorSettings = PriorSettings()
+    teacher: ModelSettings = ModelSettings()
+    prompts: PromptSettings = PromptSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
+    lca: LatentCutMixSettings = LatentCutMixSettings()
+    images: ImageSettings = ImageSettings()
+    shards: int = Field(4, gt=0, description="shards in total; growing it later only adds")
+    groups_per_shard: int = Field(4, gt=0)
+    group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
+    seed: int = Field(0, ge=0)
+    threads: int = Field(1, gt=0, description="CPU threads per worker; part of the plan, since sums depend on it")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    min_confidence: float = Field(0.0, ge=0, le=1, description="keep an image if the teacher gives its class at least this")
+    store_logits: bool = False
