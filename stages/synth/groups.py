@@ -1,0 +1,47 @@
+"""A group: the trajectories guided together. It is the unit of determinism (BN statistics and LCA never cross it)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stages.synth.prompts import prompt_for
+from stages.synth.seeds import torch_rng
+from stages.synth.settings import SynthSettings
+
+
+@dataclass(frozen=True)
+class Group:
+    """Group ``index`` of the run: ``n`` trajectories with their target classes and prompts."""
+
+    index: int
+    trajectories: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompts: tuple[str, ...]
+
+    def noise(self, seed: int, shape: Sequence[int]) -> torch.Tensor:
+        """Initial latents ``[n, *shape]``, one generator per trajectory."""
+        return torch.stack([torch.randn(tuple(shape), generator=torch_rng(seed, "noise", t)) for t in self.trajectories])
+
+
+def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:
+    """Classes of a group: as many as fit with at least two trajectories each, rotating so that the run is balanced.
+
+    >>> group_labels(0, 5, 2), group_labels(1, 5, 2), group_labels(1, 4, 10)
+    ((0, 1, 0, 1, 0), (1, 0, 1, 0, 1), (2, 3, 2, 3))
+    """
+    distinct = min(classes, size // 2)
+    start = index * (size if distinct == classes else distinct)
+    return tuple((start + i % distinct) % classes for i in range(size))
+
+
+def make_group(settings: SynthSettings, index: int, class_names: Sequence[str]) -> Group:
+    """Group ``index``, a pure function of the settings: shard counts and workers play no part."""
+    size = settings.group_size
+    labels = group_labels(index, size, len(class_names))
+    trajectories = tuple(range(index * size, (index + 1) * size))
+    prompts = tuple(
+        prompt_for(settings.prompts, class_names[label], settings.seed, t)
+        for label, t in zip(labels, trajectories, strict=True)
+    )
+    return Group(index, trajectories, labels, prompts)

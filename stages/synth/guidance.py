@@ -1,0 +1,99 @@
+"""Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalised update of ẑ0 (equation 10)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.models.teacher import Teacher
+from stages.synth.settings import GuidanceSettings
+
+EPS = 1e-12
+
+
+def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per sample ``[n]`` (equation 7)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalised).
+
+    mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), with biased batch variance. Dividing by the running
+    std s per channel and averaging over layers makes one weight fit every teacher. ``inputs``: ``[n, c, ...]`` each.
+    """
+    terms = []
+    for x, (mean, variance) in zip(inputs, running, strict=True):
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        batch_variance, batch_mean = torch.var_mean(x.float(), axes, correction=0)
+        scale = variance.clamp_min(1e-5)
+        shift = (batch_mean - mean) / scale.sqrt()
+        spread = (batch_variance - variance) / scale
+        terms.append((shift.square().mean() + EPS).sqrt() + (spread.square().mean() + EPS).sqrt())
+    return torch.stack(terms).mean()
+
+
+def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Adversarial term per sample ``[n]``: −KL(T‖S) where both name the same class, else 0 (temperature 1)."""
+    kl = F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+    return -kl * (teacher_logits.argmax(1) == student_logits.argmax(1))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Terms of one guided step: per sample ``[n]`` (``adversarial`` zero without a student) and ``bn`` per group."""
+
+    ce: Tensor
+    adversarial: Tensor
+    bn: Tensor
+
+    def detached(self) -> "Losses":
+        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach())
+
+    def total(self, settings: GuidanceSettings) -> Tensor:
+        """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i: sums, so that a sample's gradient does not shrink with n."""
+        n = len(self.ce)
+        return settings.ce * self.ce.sum() + n * settings.bn * self.bn + settings.adversarial * self.adversarial.sum()
+
+
+def teacher_losses(images: Tensor, labels: Tensor, teacher: Teacher, adversary: Teacher | None, bn: bool) -> Losses:
+    """All terms for images ``[n, 3, h, w]`` in [−1, 1]; ``bn`` needs a teacher with BatchNorm."""
+    if bn:
+        logits, inputs = teacher.with_batchnorm_inputs(images)
+        statistics = feature_statistics(inputs, teacher.batchnorms)
+    else:
+        logits = teacher.logits(images)
+        statistics = logits.new_zeros(())
+    against = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
+    return Losses(class_prior(logits, labels), against, statistics)
+
+
+def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSettings) -> Tensor:
+    """Δ of ẑ0, −s·min(1, σ/α)·g/RMS(g) per sample: ``[n, c, h, w]`` like ``gradient``.
+
+    min(1, σ/α) shrinks the step with the noise, so that late steps stay within what the prior can absorb.
+    """
+    if settings.normalise == "none":
+        return -settings.scale * gradient
+    rms = gradient.flatten(1).square().mean(1).sqrt().clamp_min(EPS).view(-1, 1, 1, 1)
+    return -settings.scale * min(1.0, sigma / alpha) * gradient / rms
+
+
+def guided(settings: GuidanceSettings, step: int, steps: int) -> bool:
+    """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
+    low, high = settings.interval
+    first = -(-low * steps // 1)  # ceil
+    return settings.scale > 0 and low <= step / steps < high and (step - int(first)) % settings.every == 0
+
+
+def shifted(images: Tensor, limit: float, rng: torch.Generator) -> Tensor:
+    """Images moved by up to ``limit`` of their side, edges repeated: one shift for the batch."""
+    reach = round(limit * images.shape[-1])
+    if reach == 0:
+        return images
+    dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    side = images.shape[-1]
+    return padded[..., reach + dy : reach + dy + side, reach + dx : reach + dx + side]

@@ -1,0 +1,33 @@
+"""From decoded floats to stored bytes."""
+
+import io
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def to_pixels(images: Tensor, size: int | None = None) -> Tensor:
+    """``[n, 3, h, w]`` in [−1, 1] to uint8 ``[n, size, size, 3]`` on the CPU (antialiased where it shrinks)."""
+    if size is not None and size != images.shape[-1]:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def encode_image(pixels: Tensor, kind: str) -> bytes:
+    """uint8 ``[h, w, 3]`` as an encoded file; png is lossless, jpg and webp use quality 95."""
+    buffer, image = io.BytesIO(), Image.fromarray(pixels.numpy())
+    if kind == "png":
+        image.save(buffer, "PNG", compress_level=6)
+    else:
+        image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[kind], quality=95)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes) -> Tensor:
+    """The inverse of :func:`encode_image`: uint8 ``[h, w, 3]``."""
+    import numpy as np
+
+    with Image.open(io.BytesIO(data)) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy())

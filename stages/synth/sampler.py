@@ -1,0 +1,122 @@
+"""The denoising loop of one group: predict, decode what is due, guide, cut, step. Reads like DiffDFKD's algorithm."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.models.teacher import Teacher
+from stages.synth import latent_cutmix as lca
+from stages.synth.groups import Group
+from stages.synth.guidance import Losses, guided, shifted, teacher_losses, update
+from stages.synth.prior import Prior, State
+from stages.synth.seeds import torch_rng
+from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A teacher that steers; ``settings`` weigh its terms, ``adversary`` is a frozen student or None."""
+
+    settings: GuidanceSettings
+    teacher: Teacher
+    labels: Tensor  # [n] target classes
+    adversary: Teacher | None = None
+
+    def losses(self, images: Tensor, rng: torch.Generator) -> Losses:
+        bn = self.settings.bn > 0 and self.teacher.has_batchnorm
+        moved = shifted(images, self.settings.shift, rng)
+        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn)
+
+
+@dataclass
+class Frame:
+    """All images of a group decoded at one step: ``[n, 3, h, w]`` in [−1, 1], with what led there."""
+
+    step: int
+    timestep: int
+    images: Tensor
+    cuts: list[list[lca.Cut]]  # per trajectory, every cut it went through so far
+    losses: Losses | None = None  # at the last guided step
+
+
+@dataclass
+class Work:
+    """What a group cost so far, in calls on the whole group."""
+
+    evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
+    decodes: int = 0
+    guided_steps: int = 0
+
+
+def intermediate_steps(count: int, steps: int) -> set[int]:
+    """The steps at which ``count`` x0-predictions are stored, evenly spaced: j·steps/(count + 1) for j = 1…count.
+
+    >>> sorted(intermediate_steps(4, 50))
+    [10, 20, 30, 40]
+    """
+    return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
+
+
+def guide_step(prior: Prior, state: State, guide: Guide, rng: torch.Generator) -> tuple[State, Losses]:
+    """Move ẑ0 (and z_t with it, eps kept) against the gradient of the guidance loss (equation 10).
+
+    ``through: z0`` differentiates decoder and teacher only; ``through: zt`` the denoiser too, so ``state`` must then
+    carry the graph from ``state.z`` to ``state.z0``. Losses are those before the last update, detached.
+    """
+    settings, levels = guide.settings, prior.levels(state.step)
+    for _ in range(settings.inner):
+        with torch.enable_grad():
+            source = state.z if settings.through == "zt" else state.z0.detach().requires_grad_()
+            losses = guide.losses(prior.decode(state.z0 if settings.through == "zt" else source), rng)
+            (gradient,) = torch.autograd.grad(losses.total(settings), source)
+        delta = update(gradient, *levels, settings)
+        if settings.through == "zt" and settings.normalise == "none":
+            delta = delta / levels[0]  # equation 10 moves z_t itself, while ``move`` counts in ẑ0
+        state = prior.move(state.detached(), delta)
+    return state, losses.detached()
+
+
+@torch.no_grad()
+def denoise(
+    prior: Prior,
+    group: Group,
+    seed: int,
+    device: str,
+    guide: Guide | None = None,
+    cutmix: LatentCutMixSettings | None = None,
+    intermediates: int = 0,
+    work: Work | None = None,
+) -> Iterator[Frame]:
+    """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
+
+    One evaluation of the prior per step. An intermediate is decoded before its step's update and cut.
+    """
+    n, steps = len(group.trajectories), len(prior.timesteps)
+    work = work or Work()
+    cuts: list[list[lca.Cut]] = [[] for _ in range(n)]
+    losses: Losses | None = None
+    store = intermediate_steps(intermediates, steps)
+    condition = prior.encode(group.prompts)
+    state = State(group.noise(seed, prior.latent_shape).to(device), 0)
+    for step, timestep in enumerate(prior.timesteps):
+        active = guide if guide and guided(guide.settings, step, steps) else None
+        with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
+            state = prior.predict(State(state.z.requires_grad_(torch.is_grad_enabled()), step), condition)
+        work.evaluations += 1
+        if step in store:
+            yield Frame(step, timestep, prior.decode(state.z0), [list(c) for c in cuts], losses)
+            work.decodes += 1
+        if active:
+            state, losses = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
+            work.decodes += active.settings.inner
+            work.guided_steps += 1
+        if cutmix and lca.due(cutmix, step, steps):
+            drawn = lca.draw_cuts(cutmix, group, seed, step, timestep, prior.latent_shape)
+            state = state.mixed(lca.partners(drawn, n, device), lca.box_mask(drawn, n, prior.latent_shape, device))
+            for position, cut in drawn.items():
+                cuts[position].append(cut)
+        state = prior.step(state)
+    work.decodes += 1
+    yield Frame(steps, 0, prior.decode(state.z), [list(c) for c in cuts], losses)

@@ -1,0 +1,40 @@
+"""What the teacher says of the images as they are stored: the manifest's teacher columns and the kept flag."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8 ``[n, h, w, 3]`` to ``[n, 3, h, w]`` in [−1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float) -> list[dict[str, Any]]:
+    """One dict a sample from teacher logits ``[n, C]`` and target classes.
+
+    confidence: probability of the teacher's own class; entropy in nats; margin: first minus second probability.
+    Kept: the *target* class has at least ``min_confidence``.
+    """
+    probability = logits.float().softmax(1)
+    entropy = -(probability * probability.clamp_min(1e-30).log()).sum(1)
+    top = probability.topk(2, dim=1)
+    target = probability[torch.arange(len(labels)), torch.tensor(labels, device=logits.device)]
+    rows = []
+    for i in range(len(labels)):
+        kept = target[i].item() >= min_confidence
+        reason = f"teacher gives its class {target[i].item():.3f} < {min_confidence:g}"
+        rows.append(
+            {
+                "teacher_label": int(top.indices[i, 0]),
+                "confidence": top.values[i, 0].item(),
+                "entropy": entropy[i].item(),
+                "margin": (top.values[i, 0] - top.values[i, 1]).item(),
+                "kept": kept,
+                "reject_reason": None if kept else reason,
+            }
+        )
+    return rows

@@ -1,0 +1,121 @@
+"""One worker's life: load prior and teacher once, then make shards of groups and commit them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from manifests.errors import DataError
+from manifests.shard import ShardWriter, done_record
+from manifests.storage import Storage
+from stages.models.loading import load_teacher
+from stages.synth.groups import Group, make_group
+from stages.synth.images import encode_image, to_pixels
+from stages.synth.latent_cutmix import Cut
+from stages.synth.priors import load_prior
+from stages.synth.sampler import Frame, Work
+from stages.synth.scores import teacher_columns, unit_range
+from stages.synth.settings import SynthSettings
+from stages.synth.worker import OnGroup
+
+
+class ShardWorker:
+    """Implements :class:`stages.synth.worker.Worker` for every method that samples the prior."""
+
+    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str) -> None:
+        self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
+        torch.set_num_threads(settings.threads)
+        torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
+        self.device = settings.device
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teacher = load_teacher(settings.teacher, self.device)
+        self.prior = load_prior(settings.prior, self.device)
+        self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
+
+    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+        """Make and commit shard ``shard``; see :class:`stages.synth.worker.Worker`."""
+        started, settings, work = time.monotonic(), self.settings, Work()
+        record = done_record(self.storage, shard)
+        if record is None:
+            with ShardWriter(self.storage, shard, self.fingerprint) as writer:
+                for position in range(settings.groups_per_shard):
+                    index = shard * settings.groups_per_shard + position
+                    for row, image in self.group_rows(make_group(settings, index, self.teacher.class_names), work):
+                        writer.add(row, image, settings.images.format)
+                    if on_group:
+                        on_group(position + 1, settings.groups_per_shard)
+                record = writer.commit()
+        return {
+            "shard": shard,
+            "rows": record.rows,
+            "kept": record.kept,
+            "bytes": record.tar_bytes,
+            "seconds": round(time.monotonic() - started, 3),
+            **asdict(work),
+        }
+
+    def group_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
+        """Synthesise a group: (manifest row, encoded image) per stored sample, trajectory by trajectory."""
+        frames = list(self.synthesise(self.prior, self.teacher, group, self.settings, self.device, work))
+        stored = [self.stored_frame(frame, group) for frame in frames]
+        final = stored[-1][2]
+        made: list[list[tuple[dict[str, Any], bytes]]] = [[] for _ in group.trajectories]
+        for frame, (encoded, columns, features) in zip(frames, stored, strict=True):
+            reference = self.teacher.class_weights[torch.tensor(group.labels)] if frame is frames[-1] else final
+            cosine = F.cosine_similarity(features, reference.to(features), dim=1).tolist()
+            for i in range(len(group.trajectories)):
+                row = self.row(group, i, frame) | columns[i]
+                row |= {"cosine": cosine[i], "cosine_space": "teacher"}
+                row["cosine_ref"] = f"class:{group.labels[i]}" if frame is frames[-1] else "final"
+                made[i].append((row, encoded[i]))
+        return [sample for trajectory in made for sample in trajectory]
+
+    def stored_frame(self, frame: Frame, group: Group) -> tuple[list[bytes], list[dict[str, Any]], torch.Tensor]:
+        """Encoded images, teacher columns and teacher features of a frame, all from the pixels that are stored."""
+        if not torch.isfinite(frame.images).all():
+            raise DataError(
+                f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
+                "try prior.dtype=fp32 or a smaller guidance.scale"
+            )
+        pixels = to_pixels(frame.images, self.settings.images.size)
+        encoded = [encode_image(image, self.settings.images.format) for image in pixels]
+        images = unit_range(pixels).to(self.device)
+        with torch.no_grad():
+            logits, features = self.teacher.logits(images), self.teacher.features(images)
+        columns = teacher_columns(logits, group.labels, self.settings.min_confidence)
+        if self.settings.store_logits:
+            for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
+                column["logits"] = values
+        return encoded, columns, features
+
+    def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
+        """The columns that tell how a sample was made."""
+        settings, label, losses = self.settings, group.labels[position], frame.losses
+        return {
+            "label": label,
+            "class_name": self.teacher.class_names[label],
+            "prompt": group.prompts[position],
+            "negative_prompt": settings.prior.negative_prompt,
+            "method": settings.method,
+            "seed": settings.seed,
+            "group": group.index,
+            "trajectory": group.trajectories[position],
+            "step": frame.step,
+            "timestep": frame.timestep,
+            "lca": [cut_row(cut, group.trajectories) for cut in frame.cuts[position]],
+            "loss_ce": losses.ce[position].item() if losses else None,
+            "loss_adv": losses.adversarial[position].item() if losses else None,
+            "loss_bn": losses.bn.item() if losses else None,
+        }
+
+
+def cut_row(cut: Cut, trajectories: Sequence[int]) -> dict[str, Any]:
+    """A cut as the manifest stores it: the partner by its trajectory number, not its position."""
+    return asdict(cut) | {"partner": trajectories[cut.partner]}
+
+

@@ -1,0 +1,102 @@
+"""Text-conditional latent prior: Stable Diffusion's components, from a local diffusers folder or a hub id."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from manifests.errors import DataError
+from stages.synth.attention import use_attention
+from stages.synth.prior import State
+from stages.synth.schedule import PREDICTION_TYPES, moved, predicted_z0
+from stages.synth.settings import PriorSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TextPrior:
+    """:class:`~stages.synth.prior.Prior` over a ``StableDiffusionPipeline`` (VAE, UNet, text encoder, tokenizer).
+
+    Raises :class:`DataError` where a component is missing, damaged or of a kind that cannot be guided.
+    """
+
+    conditioning = "text"
+
+    def __init__(self, source: str | Path, settings: PriorSettings, device: str) -> None:
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(source), torch_dtype=DTYPES[settings.dtype], variant=settings.variant, use_safetensors=True,
+                safety_checker=None, requires_safety_checker=False,
+            )
+        except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
+            detail = str(error).strip().splitlines()
+            raise DataError(f"prior {source} cannot be loaded: {detail[0] if detail else type(error).__name__}") from error
+        self.settings, self.device = settings, device
+        self.vae, self.unet = pipeline.vae.to(device).eval(), pipeline.unet.to(device).eval()
+        self.text_encoder, self.tokenizer = pipeline.text_encoder.to(device).eval(), pipeline.tokenizer
+        for network in (self.vae, self.unet, self.text_encoder):
+            network.requires_grad_(False)
+        if settings.vae_slicing:
+            self.vae.enable_slicing()
+        self.attention = use_attention((self.unet, self.vae), settings.attention, device)
+
+        # One deterministic scheduler for now; SD 1.5 itself ships PNDM, whose first steps cannot be guided.
+        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        self.kind = self.scheduler.config.prediction_type
+        if self.kind not in PREDICTION_TYPES:
+            raise DataError(f"prior {source}: prediction type {self.kind!r} is unknown; known: {PREDICTION_TYPES}")
+        self.scheduler.set_timesteps(settings.steps)
+        self.timesteps = [int(t) for t in self.scheduler.timesteps]
+        side = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, side, side)
+        self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._embeddings: dict[str, Tensor] = {}
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings ``[n, tokens, d]``; each distinct prompt is encoded once."""
+        new = list(dict.fromkeys(p for p in prompts if p not in self._embeddings))
+        if new:
+            tokens = self.tokenizer(
+                new, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            # One at a time: a prompt's embedding must not depend on which others it was batched with.
+            self._embeddings.update((p, self.text_encoder(t[None].to(self.device))[0]) for p, t in zip(new, tokens))
+        return torch.cat([self._embeddings[p] for p in prompts])
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[str]) -> Tensor:
+        """``[n, tokens, d]``, or ``[2n, tokens, d]`` with the negative prompt's half first where CFG is on."""
+        embedded = self._embed(conditions)
+        if self.settings.cfg == 1:
+            return embedded
+        return torch.cat([self._embed([self.settings.negative_prompt]).expand_as(embedded), embedded])
+
+    def levels(self, step: int) -> tuple[float, float]:
+        bar = float(self.scheduler.alphas_cumprod[self.timesteps[step]])
+        return bar**0.5, (1 - bar) ** 0.5
+
+    def predict(self, state: State, condition: Tensor) -> State:
+        z, scale = state.z, self.settings.cfg
+        batch = z if scale == 1 else torch.cat([z, z])
+        output = self.unet(batch.to(self.unet.dtype), self.timesteps[state.step], condition).sample.float()
+        if scale != 1:  # equation 3, with the scale counted from the unconditional prediction
+            negative, positive = output.chunk(2)
+            output = negative + scale * (positive - negative)
+        return replace(state, output=output, z0=predicted_z0(z, output, *self.levels(state.step), self.kind))
+
+    def move(self, state: State, delta: Tensor) -> State:
+        z, output = moved(state.z, state.output, delta, *self.levels(state.step), self.kind)
+        return replace(state, z=z, output=output, z0=state.z0 + delta)
+
+    def step(self, state: State) -> State:
+        z = self.scheduler.step(state.output, self.timesteps[state.step], state.z).prev_sample
+        return State(z, state.step + 1)
+
+    def decode(self, z0: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = z0 / self.vae.config.scaling_factor + shift
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
