@@ -1,6 +1,8 @@
 """Settings that name a classifier: the teacher, or a frozen student used as adversary. Imports no torch."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -13,16 +15,23 @@ class InputSettings(Settings):
     """What a classifier expects: ``channels × size × size``, values in [0, 1] normalised by ``mean`` and ``std``."""
 
     size: int = Field(gt=0)
-    channels: int = Field(3, ge=1, le=4)
+    channels: Literal[1, 3] = Field(3, description="1 means luminance")
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: Literal["bilinear", "bicubic", "area"] = Field("bilinear", description="always antialiased")
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> "InputSettings":
+        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
+            raise ValueError(f"mean and std (> 0) must have {self.channels} values, one per channel")
+        return self
 
 
 class ModelSettings(Settings):
     """A classifier: a model folder, or an architecture with a weights file.
 
-    ``name`` is a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes), ``embedded:digits``,
-    a built-in architecture, or an external scheme such as ``timm:NAME`` (see :mod:`stages.models.registry`).
+    ``name`` is a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes),
+    ``embedded:digits``, a built-in architecture, or an external scheme such as ``timm:NAME`` (see :mod:`stages.models.registry`).
     ``weights``, ``input``, ``num_classes`` and ``class_names`` are needed only where ``name`` does not know them.
     """
 

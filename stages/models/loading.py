@@ -1,0 +1,118 @@
+"""Load and save classifiers: model folders, safetensors, ``weights_only`` checkpoints. Nothing is ever unpickled."""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from manifests.errors import DataError
+from stages.models import registry
+from stages.models.identity import CONFIG, WEIGHTS, ModelConfig, identity_of, resolve
+from stages.models.settings import ModelSettings
+from stages.models.teacher import Teacher
+
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+NESTED = ("state_dict", "model", "net")  # keys under which checkpoints keep the weights
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names without wrapper prefixes, however they are nested.
+
+    >>> list(unwrapped({"module._orig_mod.fc.weight": torch.zeros(1)}))
+    ['fc.weight']
+    """
+    clean = {}
+    for name, value in state.items():
+        while name.startswith(WRAPPERS):
+            name = name.split(".", 1)[1]
+        clean[name] = value
+    return clean
+
+
+def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
+    """Named tensors of a safetensors or ``torch.save`` file. Raises DataError if it is damaged or holds code."""
+    try:
+        if Path(where).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            for key in NESTED:
+                state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+        else:
+            state = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise DataError(f"{where} is truncated or no safetensors file: {error}") from None
+    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
+        raise DataError(f"{where} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(f"{where} holds no table of named tensors")
+    return unwrapped(state)
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``net``, all or nothing. Raises DataError naming keys and shapes that do not fit."""
+    own = net.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}  # old checkpoints lack it
+    missing = sorted(own.keys() - state.keys() - optional)
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{n} {tuple(v.shape)} for {tuple(own[n].shape)}"
+        for n, v in state.items()
+        if n in own and v.shape != own[n].shape
+    ]
+    for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            raise DataError(f"{where} does not fit {type(net).__name__}: {what}: {', '.join(found[:4])}{more}")
+    net.load_state_dict(dict(state), strict=not (optional - state.keys()))
+
+
+def build_from(config: ModelConfig, weights: bytes, where: str) -> nn.Module:
+    """The network of ``config`` around ``weights``, on the CPU. Raises DataError where they do not fit."""
+    net = registry.build(config.architecture, config.num_classes, config.channels)
+    state = parse_weights(weights, where)
+    head = state.get(f"{net.head}.weight")
+    if head is not None and head.shape[0] != config.num_classes:
+        raise DataError(f"{where} has {head.shape[0]} classes, but {config.num_classes} were asked for")
+    fill(net, state, where)
+    return net
+
+
+def load_model(folder: str | Path) -> tuple[nn.Module, ModelConfig]:
+    """The network saved in ``folder`` (on the CPU, eval mode) and its configuration."""
+    source = resolve(ModelSettings(name=str(folder)))
+    return build_from(source.config, source.read(), str(source.weights)).eval(), source.config
+
+
+def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") -> Teacher:
+    """The classifier that ``settings`` name, frozen. Its identity is that of the very bytes that were loaded."""
+    source = resolve(settings)
+    return teacher_from(source.config, source.read(), str(source.weights), device)
+
+
+def teacher_from(config: ModelConfig, weights: bytes, where: str, device: str | torch.device = "cpu") -> Teacher:
+    """A frozen classifier from bytes that were already read; ``where`` names them in errors."""
+    net = build_from(config, weights, where)
+    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights))
+
+
+def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each replaced atomically."""
+    state = {name: value.detach().cpu().contiguous() for name, value in unwrapped(net.state_dict()).items()}
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(Path(folder) / WEIGHTS, safetensors.torch.save(state))
+    _replace(Path(folder) / CONFIG, text.encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,113 @@
+"""Loading: what fits is loaded whole, what does not is refused with one clear line."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from manifests.errors import DataError, UsageError
+from stages.models import registry
+from stages.models.identity import EMBEDDED, ModelConfig, teacher_identity
+from stages.models.loading import load_model, load_teacher, save_model
+from stages.models.settings import InputSettings, ModelSettings
+
+INPUT = InputSettings(size=8, channels=1, mean=(0.3,), std=(0.4,))
+CONFIG = ModelConfig(
+    architecture="digits-cnn-small", num_classes=3, channels=1, input=INPUT, class_names=("a", "b", "c")
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "m", registry.build("digits-cnn-small", 3, 1), CONFIG)
+    return tmp_path / "m"
+
+
+def test_saved_model_comes_back_equal(folder, tmp_path):
+    net, config = load_model(folder)
+    assert config == CONFIG
+    save_model(tmp_path / "again", net, config)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_wrapper_prefixes_and_nesting_are_stripped(folder, tmp_path, kind):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    path = tmp_path / f"w.{kind}"
+    if kind == "pt":
+        torch.save({"state_dict": wrapped, "epoch": 3}, path)
+    else:
+        safetensors.torch.save_file(wrapped, path)
+    teacher = load_teacher(ModelSettings(name="digits-cnn-small", weights=str(path), input=INPUT, num_classes=3))
+    assert torch.equal(teacher.class_weights, state["classifier.weight"])
+    assert teacher.class_names == ("class 0", "class 1", "class 2")
+
+
+def test_truncated_weights(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="truncated"):
+        load_teacher(ModelSettings(name=str(folder)))
+
+
+def test_missing_weights_and_missing_folder(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"cannot read teacher weights .*model\.safetensors"):
+        load_teacher(ModelSettings(name=str(folder)))
+    with pytest.raises(DataError, match="does not exist"):
+        load_teacher(ModelSettings(name=str(folder / "nowhere")))
+
+
+def test_pickled_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match="holds more than weights"):
+        load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "evil.pt"), input=INPUT, num_classes=3))
+
+
+def test_keys_that_do_not_fit_are_named(folder):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["extra.weight"] = state.pop("stage1.0.0.weight")
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"missing: stage1\.0\.0\.weight"):
+        load_model(folder)
+
+
+def test_class_counts_must_agree(folder):
+    with pytest.raises(DataError, match="has 3 classes, but num_classes is 10"):
+        load_teacher(ModelSettings(name=str(folder), num_classes=10))
+    weights = str(folder / "model.safetensors")
+    with pytest.raises(DataError, match="has 3 classes, but 10 were asked for"):
+        load_teacher(ModelSettings(name="digits-cnn-small", weights=weights, input=INPUT, num_classes=10))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "class_names": ["a"]}))
+    with pytest.raises(DataError, match="1 class names for 3 classes"):
+        load_model(folder)
+
+
+def test_unknown_names():
+    with pytest.raises(UsageError, match=r"did you mean .*resnet20"):
+        registry.build("resnet-20", 10)
+    with pytest.raises(UsageError, match="embedded are embedded:digits"):
+        load_teacher(ModelSettings(name="embedded:letters"))
+    with pytest.raises(UsageError, match="needs weights, input, num_classes"):
+        load_teacher(ModelSettings(name="resnet20"))
+
+
+def test_embedded_teacher_and_its_identity(tmp_path):
+    teacher = load_teacher(ModelSettings())
+    assert teacher.num_classes == 10
+    assert teacher.has_batchnorm
+    assert teacher.differentiable
+    assert teacher.identity == teacher_identity(ModelSettings())
+    copy = tmp_path / "copy"
+    shutil.copytree(EMBEDDED["embedded:digits"], copy)
+    assert load_teacher(ModelSettings(name=str(copy))).identity == teacher.identity
