@@ -31,8 +31,8 @@ class ModelSettings(Settings):
     """A classifier: a model folder, or an architecture with a weights file.
 
     ``name`` is a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes),
-    ``embedded:digits``, a built-in architecture, or an external scheme such as ``timm:NAME`` (see :mod:`stages.models.registry`).
-    ``weights``, ``input``, ``num_classes`` and ``class_names`` are needed only where ``name`` does not know them.
+    ``embedded:digits``, or a built-in architecture (see :mod:`stages.models.registry`). ``weights``, ``input``,
+    ``num_classes`` and ``class_names`` are needed only where ``name`` does not know them.
     """
 
     name: str = "embedded:digits"
