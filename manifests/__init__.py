@@ -1,1 +1,1 @@
-"""The data contract: rows, shards, manifests, and how they are stored, read and verified. Imports no stage, no torch."""
+"""The data contract: rows, shards, manifests; how they are stored, read and verified. Imports no stage, no torch."""

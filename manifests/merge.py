@@ -1,0 +1,118 @@
+"""Builds ``m.parquet`` from the tables of finished shards. Called at the end of ``factory run synth`` and by rebuild.
+
+Rows stream through in shard order and are cut into row groups of a fixed number of rows, so the file depends on the
+rows alone: not on workers, attempts or the order in which shards finished.
+"""
+
+import hashlib
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from manifests.errors import DataError
+from manifests.info import DatasetInfo
+from manifests.schema import SCHEMA
+from manifests.shard import DoneRecord, done_records
+from manifests.storage import Storage
+from manifests.tables import parquet_errors, read_table, write_options
+
+MANIFEST = "m.parquet"
+ROW_GROUP = 1 << 17
+_AHEAD = 4
+
+
+def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = None) -> DatasetInfo:
+    """Write ``m.parquet`` from ``shards`` (default: all finished ones); returns ``info`` with its tars filled in.
+
+    Every table is checked against its done record, every tar for its size. Raises :class:`DataError` for a shard that
+    is not done, was made by another plan, or whose files are missing or altered; the previous manifest then stays.
+    """
+    records = _chosen(storage, info.fingerprint, shards)
+    full = info.with_tars(tuple(record.tar_info() for record in records))
+    path = storage.scratch() / f"merge-{uuid.uuid4().hex}.parquet"
+    schema = SCHEMA.with_metadata(full.to_metadata())
+    try:
+        with pq.ParquetWriter(path, schema, **write_options()) as writer:
+            for group in _row_groups(_tables(storage, records)):
+                writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
+        storage.put_file(path, MANIFEST)
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return full
+
+
+def _chosen(storage: Storage, fingerprint: str, shards: Iterable[int] | None) -> list[DoneRecord]:
+    done = done_records(storage)
+    wanted = sorted(done if shards is None else set(shards))
+    missing = [shard for shard in wanted if shard not in done]
+    if missing:
+        raise DataError(f"{storage.url}: shard {missing[0]} is not done ({len(missing)} of {len(wanted)} missing)")
+    records = [done[shard] for shard in wanted]
+    if not records:
+        raise DataError(f"{storage.url}: no finished shard to merge")
+    sizes = storage.sizes("shards")
+    for record in records:
+        if record.fingerprint != fingerprint:
+            theirs, ours = record.fingerprint[:12], fingerprint[:12]
+            raise DataError(f"{storage.url}: shard {record.shard} was made by plan {theirs}, this one is {ours}")
+        if sizes.get(record.tar) != record.tar_bytes:
+            found = f"has {sizes[record.tar]} bytes" if record.tar in sizes else "is missing"
+            raise DataError(f"{storage.path(record.tar)}: {found}, expected {record.tar_bytes} (shard {record.shard})")
+    return records
+
+
+def load_shard_table(storage: Storage, record: DoneRecord) -> pa.Table:
+    """A shard's rows, checked against its done record."""
+    where = storage.path(record.table)
+    data = storage.read(record.table)
+    if hashlib.sha256(data).hexdigest() != record.table_sha256:
+        raise DataError(f"{where}: altered (checksum differs from the done record of shard {record.shard})")
+    table = read_table(data, where)
+    shards = pc.unique(table["shard"]).to_pylist()
+    if table.num_rows != record.rows or shards not in ([record.shard], []):
+        raise DataError(f"{where}: does not hold the {record.rows} rows of shard {record.shard}")
+    return table
+
+
+def _tables(storage: Storage, records: list[DoneRecord]) -> Iterator[pa.Table]:
+    """Tables in order, a few read ahead."""
+    pending: deque[Future[pa.Table]] = deque()
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        try:
+            for record in records:
+                pending.append(pool.submit(load_shard_table, storage, record))
+                if len(pending) > _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in pieces of exactly :data:`ROW_GROUP` rows, the last one shorter."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        held.append(table)
+        count += table.num_rows
+        while count >= ROW_GROUP:
+            joined = pa.concat_tables(held)
+            yield _piece(joined.slice(0, ROW_GROUP))
+            rest = joined.slice(ROW_GROUP)
+            held, count = ([rest] if rest.num_rows else []), rest.num_rows
+    if count:
+        yield _piece(pa.concat_tables(held))
+
+
+def _piece(table: pa.Table) -> pa.Table:
+    with parquet_errors("merging"):
+        return table.combine_chunks()

@@ -1,0 +1,196 @@
+"""Opens ``m.parquet``, selects rows, reads their images. ``factory run distill`` and ``factory inspect`` read with it.
+
+The manifest is the index: it knows tar, offset, length and checksum of every image, so any image is one ranged read
+and any run of neighbours is one longer read. Nothing is trusted before it is checked.
+"""
+
+import hashlib
+import math
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests.errors import DataError, UsageError
+from manifests.info import DatasetInfo, TarInfo
+from manifests.merge import MANIFEST
+from manifests.schema import SCHEMA
+from manifests.select import columns_of, compile_where
+from manifests.selection import Selection
+from manifests.storage import Storage, split
+from manifests.tables import DICTIONARY, open_table, parquet_errors
+
+_ROW = "__row"
+
+
+def parse_source(text: str) -> tuple[str, float]:
+    """``path@0.3`` as (path, weight); without a weight, 1. A weight is the share of the selection used per epoch."""
+    path, at, weight = text.rpartition("@")
+    if not at or "/" in weight:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not (math.isfinite(value) and value > 0) or not path:
+        raise UsageError(f"--manifest {text!r}: the weight after @ must be a positive number")
+    return path, value
+
+
+class Manifest:
+    """An opened manifest. Make one with :meth:`open`; instances can be pickled (they reopen where they arrive)."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage, self.name = storage, name
+        self.url = storage.path(name)
+        self.problems: list[str] = []
+        self._handle: tuple[int, pq.ParquetFile] | None = None
+        self._held: tuple[int, pa.Table] | None = None
+        file = self._file
+        self.info = DatasetInfo.from_metadata(file.metadata.metadata, self.url)
+        self.num_rows: int = file.metadata.num_rows
+        if self.num_rows != self.info.rows:
+            raise DataError(f"{self.url}: {self.num_rows} rows, but its tars hold {self.info.rows}")
+        counts = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], verify: bool = False, skip_bad: bool = False) -> "Manifest":
+        """Open a manifest file, or the ``m.parquet`` of a dataset folder.
+
+        Checks that it is ours and that every tar it names is there with its recorded size; with ``verify`` also each
+        tar's sha256. Raises :class:`DataError` naming the file, or with ``skip_bad`` notes it in ``problems``: the
+        samples of a bad tar then fail one by one where they are read.
+        """
+        text = os.fspath(url)
+        remote = "://" in text
+        if (remote and not text.endswith(".parquet")) or (not remote and os.path.isdir(text)):
+            text = f"{text.rstrip('/')}/{MANIFEST}"
+        manifest = cls(*split(text))
+        for problem in manifest._tar_problems(verify):
+            if not skip_bad:
+                raise DataError(problem)
+            manifest.problems.append(problem)
+        return manifest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None, "_held": None}
+
+    @property
+    def _file(self) -> pq.ParquetFile:
+        """The open file of this process: a fork must not share its position."""
+        if self._handle is None or self._handle[0] != os.getpid():
+            source = self.storage.open(self.name)
+            self._handle = (os.getpid(), open_table(source, self.url, read_dictionary=[*DICTIONARY]))
+        return self._handle[1]
+
+    def _tar_problems(self, verify: bool) -> list[str]:
+        sizes = self.storage.sizes("shards")
+        problems = []
+        for tar in self.info.tars:
+            path = self.storage.path(tar.name)
+            if tar.name not in sizes:
+                problems.append(f"{path}: missing tar of shard {tar.shard}, expected beside {self.url}")
+            elif sizes[tar.name] != tar.bytes:
+                problems.append(f"{path}: {sizes[tar.name]} bytes, expected {tar.bytes} (shard {tar.shard})")
+            elif verify and self.tar_sha256(tar) != tar.sha256:
+                problems.append(f"{path}: altered: its sha256 is not the recorded one (shard {tar.shard})")
+        return problems
+
+    def tar_sha256(self, tar: TarInfo) -> str:
+        with self.storage.open(tar.name) as file:
+            return _sha256(file)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the manifest file: what an order or a checkpoint refers to."""
+        with self.storage.open(self.name) as file:
+            return _sha256(file)
+
+    def select(self, where: str | None = None, kept: bool = True) -> Selection:
+        """The rows that satisfy ``where`` (see :mod:`manifests.select`); with ``kept`` only images not rejected.
+
+        Raises :class:`UsageError` for a bad expression or unknown column, :class:`DataError` where nothing is left.
+        """
+        condition = compile_where(where, SCHEMA) if where else None
+        columns = sorted({*(columns_of(where) if where else ()), *(("kept",) if kept else ())})
+        if not columns and condition is None:
+            rows = np.arange(self.num_rows, dtype=np.int64)
+        else:
+            rows = np.concatenate([self._matching(group, columns, where, kept) for group in self._groups()])
+        if not len(rows):
+            kept_rows = len(self.select()) if where and kept and self._any_kept() else 0
+            among = f"{kept_rows} kept rows" if kept and where else f"{self.num_rows} rows"
+            raise DataError(f"{self.url}: none of its {among} satisfies {where or 'kept == True'!r}")
+        return Selection(self, rows)
+
+    def _groups(self) -> range:
+        return range(len(self._starts) - 1)
+
+    def _any_kept(self) -> bool:
+        return any(len(self._matching(group, ["kept"], None, True)) for group in self._groups())
+
+    def _matching(self, group: int, columns: list[str], where: str | None, kept: bool) -> npt.NDArray[np.int64]:
+        with parquet_errors(self.url):
+            table = self._file.read_row_group(group, columns=columns)
+            start, stop = self._starts[group], self._starts[group + 1]
+            table = table.append_column(_ROW, pa.array(np.arange(start, stop)))
+            if kept:
+                table = table.filter(table["kept"])
+        if where:
+            try:
+                table = table.filter(compile_where(where, table.schema))
+            except pa.ArrowException as error:
+                raise UsageError(f"--where {where!r}: {' '.join(str(error).split())[:200]}") from None
+        return np.asarray(table[_ROW].to_numpy(), dtype=np.int64)
+
+    def read_columns(self, names: list[str], rows: npt.NDArray[np.int64]) -> pa.Table:
+        """The named columns of ``rows`` (any order, repeats allowed), text as plain strings."""
+        unknown = [name for name in names if name not in SCHEMA.names]
+        if unknown:
+            raise UsageError(f"{self.url}: unknown column {unknown[0]!r}; columns: {', '.join(SCHEMA.names)}")
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        bounds = np.searchsorted(ascending, self._starts)
+        parts = []
+        with parquet_errors(self.url):
+            for group in self._groups():
+                wanted = ascending[bounds[group] : bounds[group + 1]] - self._starts[group]
+                if len(wanted):
+                    part = self._file.read_row_group(group, columns=names)
+                    parts.append(part if len(wanted) == part.num_rows and _all(wanted) else part.take(wanted))
+            schema = pa.schema([SCHEMA.field(name).with_nullable(True) for name in names])
+            if not parts:
+                return schema.empty_table()
+            table = pa.concat_tables([part.select(names).replace_schema_metadata(None).cast(schema) for part in parts])
+            if _all(order):
+                return table
+            back = np.empty(len(order), np.int64)
+            back[order] = np.arange(len(order))
+            return table.take(back)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row as a dict with every column; the row group it lies in is kept for the next call."""
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of {self.num_rows}")
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        with parquet_errors(self.url):
+            if self._held is None or self._held[0] != group:
+                self._held = (group, self._file.read_row_group(group))
+            row: dict[str, Any] = self._held[1].slice(index - int(self._starts[group]), 1).to_pylist()[0]
+            return row
+
+
+def _all(indices: npt.NDArray[np.int64]) -> bool:
+    return bool(np.array_equal(indices, np.arange(len(indices))))
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,239 @@
+"""What a manifest holds: the columns of a row, its JSON twin inside the tar, and what the whole dataset says of itself.
+
+``m.parquet`` and the table of every shard have the columns of :data:`SCHEMA`; ``KEY.json`` beside each image in a tar
+holds the same row without ``offset`` and ``size``, so tables can be rebuilt from tars alone.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from manifests.errors import DataError
+
+FORMAT_VERSION = 1
+KEY = "^[0-9]{6,}-[0-9]{6,}$"
+EXTENSIONS = ("png", "jpg", "webp")
+
+MAX_ROW_JSON = 1 << 20
+"""Bytes of one ``KEY.json``; a row with 1,000 logits and 50 cuts needs 12 kB."""
+MAX_IMAGE = 64 << 20
+"""Bytes of one stored image."""
+
+_CUT = pa.struct(
+    [
+        ("step", pa.int16()),
+        ("timestep", pa.int32()),
+        ("partner", pa.int32()),
+        ("y", pa.int16()),
+        ("x", pa.int16()),
+        ("h", pa.int16()),
+        ("w", pa.int16()),
+        ("lam", pa.float32()),
+    ]
+)
+
+
+def _column(name: str, kind: pa.DataType, *, required: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=not required)
+
+
+SCHEMA = pa.schema(
+    [
+        _column("key", pa.string(), required=True),  # unique, no dots: 000012-000345
+        _column("shard", pa.int32(), required=True),
+        _column("offset", pa.int64(), required=True),  # of the image payload in the tar, bytes
+        _column("size", pa.int32(), required=True),
+        _column("xxh3", pa.binary(16), required=True),  # xxh3-128 of the stored image bytes, big-endian
+        _column("label", pa.int32(), required=True),
+        _column("class_name", pa.string()),
+        _column("prompt", pa.string()),
+        _column("negative_prompt", pa.string()),
+        _column("prior_label", pa.int32()),  # class-conditional priors
+        _column("method", pa.string(), required=True),
+        _column("seed", pa.int64()),
+        _column("group", pa.int32()),
+        _column("trajectory", pa.int32()),
+        _column("source_key", pa.string()),  # the image it was derived from
+        _column("step", pa.int16()),
+        _column("timestep", pa.int32()),  # 0 = final image
+        _column("lca", pa.list_(_CUT)),  # box in latent cells, lam after clipping, partner in the same group
+        _column("cosine", pa.float32()),
+        _column("cosine_ref", pa.string()),
+        _column("cosine_space", pa.string()),  # teacher | contrastive
+        _column("teacher_label", pa.int32()),
+        _column("confidence", pa.float32()),
+        _column("entropy", pa.float32()),
+        _column("margin", pa.float32()),
+        _column("loss_ce", pa.float32()),
+        _column("loss_adv", pa.float32()),
+        _column("loss_bn", pa.float32()),
+        _column("kept", pa.bool_(), required=True),
+        _column("reject_reason", pa.string()),
+        _column("logits", pa.list_(pa.float16())),
+    ]
+)
+REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
+PLACEMENT = frozenset({"offset", "size"})
+"""Columns that only the finished tar knows; they are no part of a row's JSON."""
+
+
+def make_key(shard: int, index: int) -> str:
+    """The key of the ``index``-th sample of ``shard``."""
+    return f"{shard:06d}-{index:06d}"
+
+
+def _integer(bits: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise ValueError("expected an integer")
+        if not -(1 << bits - 1) <= value < 1 << bits - 1:
+            raise ValueError(f"does not fit {bits} bits")
+        return int(value)
+
+    return convert
+
+
+def _real(kind: type[np.floating[Any]]) -> Callable[[Any], float | None]:
+    """Floats as the shortest decimal of the stored value, so JSON and Parquet agree; non-finite becomes null."""
+
+    def convert(value: Any) -> float | None:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+            raise ValueError("expected a number")
+        stored = kind(value)
+        if not math.isfinite(stored):
+            return None
+        short = float(str(stored))
+        return short if kind(short) == stored else float(stored)
+
+    return convert
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    value.encode("utf-8")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError("expected true or false")
+    return bool(value)
+
+
+def _digest(value: Any) -> bytes:
+    raw = bytes.fromhex(value) if isinstance(value, str) else value
+    if not isinstance(raw, bytes) or len(raw) != 16:
+        raise ValueError("expected 16 bytes")
+    return raw
+
+
+def _list(item: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def convert(value: Any) -> list[Any]:
+        if isinstance(value, np.ndarray):
+            value = [*value]
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list")
+        return [item(entry) for entry in value]
+
+    return convert
+
+
+def _record(fields: dict[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or set(value) != set(fields):
+            raise ValueError(f"expected an object with {', '.join(fields)}")
+        return {name: item(value[name]) for name, item in fields.items()}
+
+    return convert
+
+
+def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
+    if pa.types.is_integer(kind):
+        return _integer(kind.bit_width)
+    if pa.types.is_floating(kind):
+        return _real(np.float16 if kind.bit_width == 16 else np.float32)
+    if pa.types.is_list(kind):
+        return _list(_converter(kind.value_type))
+    if pa.types.is_struct(kind):
+        return _record({field.name: _converter(field.type) for field in kind})
+    return {pa.string(): _text, pa.bool_(): _truth, pa.binary(16): _digest}[kind]
+
+
+_CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
+
+
+def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``row`` with exactly the stored values: every column present, in order, null where it was missing.
+
+    Raises ``ValueError`` naming the column for an unknown column, a wrong type or a missing required value.
+    """
+    unknown = sorted(set(map(str, row)) - set(_CONVERT))
+    if unknown:
+        raise ValueError(f"unknown column {unknown[0]!r}")
+    full: dict[str, Any] = {}
+    for name, convert in _CONVERT.items():
+        value = row.get(name)
+        try:
+            full[name] = None if value is None else convert(value)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"column {name!r}: {error}") from None
+        if full[name] is None and name in REQUIRED:
+            raise ValueError(f"column {name!r} must not be null")
+    return full
+
+
+def row_json(row: Mapping[str, Any]) -> bytes:
+    """The canonical ``KEY.json`` of a row: columns in order, nulls, ``offset`` and ``size`` left out."""
+    placed = {**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}
+    values = {name: v for name, v in normalise(placed).items() if v is not None and name not in PLACEMENT}
+    values["xxh3"] = values["xxh3"].hex()
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_row(data: bytes) -> dict[str, Any]:
+    """The row of a ``KEY.json``, without ``offset`` and ``size``. Raises :class:`DataError` for anything else."""
+    if len(data) > MAX_ROW_JSON:
+        raise DataError(f"row of {len(data)} bytes: more than {MAX_ROW_JSON} is no row of ours")
+    try:
+        values = load_json(data)
+        if not isinstance(values, dict) or PLACEMENT & set(values):
+            raise ValueError("expected an object without offset and size")
+        full = normalise({**values, "offset": 0, "size": 0})
+    except ValueError as error:
+        raise DataError(f"not a row: {error}") from None
+    return {name: value for name, value in full.items() if name not in PLACEMENT}
+
+
+def load_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, finite numbers, sane depth. Raises ``ValueError`` only."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is not allowed")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def to_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Normalised rows as a table of :data:`SCHEMA`."""
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def same_columns(schema: pa.Schema) -> str | None:
+    """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
+    for index, field in enumerate(SCHEMA):
+        if index >= len(schema) or schema.field(index).name != field.name:
+            found = schema.field(index).name if index < len(schema) else "nothing"
+            return f"column {index + 1} is {found!r}, expected {field.name!r}"
+        if schema.field(index).type != field.type:
+            return f"column {field.name!r} is {schema.field(index).type}, expected {field.type}"
+        if schema.field(index).nullable and not field.nullable:
+            return f"column {field.name!r} may be null"
+    return f"unexpected column {schema.field(len(SCHEMA)).name!r}" if len(schema) > len(SCHEMA) else None

@@ -1,0 +1,199 @@
+"""``--where``: a selection like ``cosine >= 0.75 and teacher_label == label``, compiled to an Arrow expression.
+
+Only comparisons, and/or/not, in, is None, arithmetic, column names and plain constants exist; the text is parsed, never
+evaluated. A comparison with a missing value is unknown, and an unknown row is not selected, also under ``not``.
+"""
+
+import ast
+import difflib
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from manifests.errors import UsageError
+
+Kind = Literal["number", "text", "condition", "null"]
+_MAX_TEXT = 4096
+_MAX_DEPTH = 64
+_COMPARE = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+}
+_ARITHMETIC = {ast.Add: pc.add_checked, ast.Sub: pc.subtract_checked, ast.Mult: pc.multiply_checked, ast.Div: pc.divide}
+_ALLOWED = "comparisons, and, or, not, in, is None, + - * /, column names and constants"
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A compiled piece: its expression and what it yields; ``value`` of a constant, ``column`` of a column or sum."""
+
+    kind: Kind
+    expression: pc.Expression
+    value: Any = None
+    column: pa.Field | None = None
+
+
+def compile_where(text: str, schema: pa.Schema) -> pc.Expression:
+    """The Arrow filter of ``text``; :class:`UsageError` for bad syntax, unknown columns, types that never match."""
+    term = _Compiler(text, schema).term(_parse(text).body)
+    if term.kind != "condition":
+        raise UsageError(f"--where {_short(text)}: yields a {term.kind}, expected a condition such as label == 3")
+    return term.expression
+
+
+def columns_of(text: str) -> list[str]:
+    """The columns that ``text`` reads, sorted."""
+    return sorted({node.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Name)})
+
+
+def _parse(text: str) -> ast.Expression:
+    if len(text) > _MAX_TEXT:
+        raise UsageError(f"--where: {len(text)} characters, at most {_MAX_TEXT} are read")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise UsageError(f"--where {_short(text)}: {reason or 'nested too deeply'}; allowed: {_ALLOWED}") from None
+    level: list[ast.AST] = [tree]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise UsageError(f"--where {_short(text)}: nested more than {_MAX_DEPTH} deep")
+    return tree
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:117]}...")
+
+
+class _Compiler:
+    def __init__(self, text: str, schema: pa.Schema) -> None:
+        self.text, self.schema = text, schema
+
+    def fail(self, reason: str) -> UsageError:
+        return UsageError(f"--where {_short(self.text)}: {reason}")
+
+    def term(self, node: ast.expr) -> _Term:
+        match node:
+            case ast.Name(id=name):
+                return self.column(name)
+            case ast.Constant(value=value):
+                return self.constant(value)
+            case ast.BoolOp(op=operator, values=values):
+                parts = [self.truth(value).expression for value in values]
+                join = pc.and_kleene if isinstance(operator, ast.And) else pc.or_kleene
+                return _Term("condition", reduce(join, parts))
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return _Term("condition", pc.invert(self.truth(operand).expression))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                inner = self.number(operand)
+                return self.constant(-inner.value) if inner.value is not None else _negated(inner)
+            case ast.BinOp(op=operator, left=left, right=right) if type(operator) in _ARITHMETIC:
+                return self.arithmetic(operator, self.number(left), self.number(right))
+            case ast.Compare(left=left, ops=operators, comparators=others):
+                operands = [left, *others]
+                pairs = zip(operands, operators, others, strict=False)
+                parts = [self.compare(first, operator, second) for first, operator, second in pairs]
+                return _Term("condition", reduce(pc.and_kleene, parts))
+        raise self.fail(f"{ast.unparse(node)[:60]!r} is not allowed here; allowed: {_ALLOWED}")
+
+    def column(self, name: str) -> _Term:
+        if name not in self.schema.names:
+            near = difflib.get_close_matches(name, self.schema.names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise self.fail(f"unknown column {name!r}{hint}; columns: {', '.join(self.schema.names)}")
+        field = self.schema.field(name)
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            return _Term("number", pc.field(name), column=field)
+        if pa.types.is_string(kind):
+            return _Term("text", pc.field(name), column=field)
+        if pa.types.is_boolean(kind):
+            return _Term("condition", pc.field(name), column=field)
+        raise self.fail(f"column {name!r} holds {kind}: only numbers, text and true/false can be selected on")
+
+    def constant(self, value: Any) -> _Term:
+        if value is None:
+            return _Term("null", pc.scalar(None))
+        if isinstance(value, bool):
+            return _Term("condition", pc.scalar(value), value)
+        if isinstance(value, str):
+            return _Term("text", pc.scalar(value), value)
+        if isinstance(value, int | float):
+            try:
+                return _Term("number", pc.scalar(value), value)
+            except (OverflowError, pa.ArrowInvalid):
+                raise self.fail(f"{str(value)[:30]} is too large") from None
+        raise self.fail(f"{value!r} is no number, text, True, False or None")
+
+    def truth(self, node: ast.expr) -> _Term:
+        term = self.term(node)
+        if term.kind != "condition":
+            raise self.fail(f"{ast.unparse(node)!r} is a {term.kind}, expected a condition")
+        return term
+
+    def number(self, node: ast.expr) -> _Term:
+        term = self.term(node)
+        if term.kind != "number":
+            raise self.fail(f"{ast.unparse(node)!r} is a {term.kind}, expected a number")
+        return term
+
+    def arithmetic(self, operator: ast.operator, left: _Term, right: _Term) -> _Term:
+        """Integers stay 64-bit integers where they can; a division is always one of reals."""
+        wide = pa.float64() if isinstance(operator, ast.Div) or _real(left) or _real(right) else pa.int64()
+        operate = _ARITHMETIC[type(operator)]
+        joined = operate(left.expression.cast(wide), right.expression.cast(wide))
+        return _Term("number", joined, column=pa.field("", wide))
+
+    def compare(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> pc.Expression:
+        first = self.term(left)
+        if isinstance(operator, ast.In | ast.NotIn):
+            found = self.member(first, left, right)
+            return pc.invert(found) if isinstance(operator, ast.NotIn) else found
+        second = self.term(right)
+        if isinstance(operator, ast.Is | ast.IsNot):
+            if second.kind != "null" or first.column is None:
+                raise self.fail("'is' only asks whether a column is None")
+            missing = pc.is_null(first.expression)
+            return pc.invert(missing) if isinstance(operator, ast.IsNot) else missing
+        if "null" in (first.kind, second.kind):
+            raise self.fail("a comparison with None is never true: write 'is None' or 'is not None'")
+        if first.kind != second.kind:
+            raise self.fail(f"{ast.unparse(left)!r} is a {first.kind}, {ast.unparse(right)!r} a {second.kind}")
+        if first.kind == "condition" and not isinstance(operator, ast.Eq | ast.NotEq):
+            raise self.fail("conditions have no order")
+        return _COMPARE[type(operator)](_fitted(first, second), _fitted(second, first))
+
+    def member(self, first: _Term, left: ast.expr, right: ast.expr) -> pc.Expression:
+        if not isinstance(right, ast.Tuple | ast.List | ast.Set) or not right.elts:
+            raise self.fail("'in' needs a list of constants, such as label in (1, 2)")
+        values = [self.term(entry) for entry in right.elts]
+        if any(value.value is None or value.kind != first.kind for value in values):
+            raise self.fail(f"'in' needs constants of the kind of {ast.unparse(left)!r} ({first.kind})")
+        same = [pc.equal(_fitted(first, value), _fitted(value, first)) for value in values]
+        return reduce(pc.or_kleene, same)
+
+
+def _negated(term: _Term) -> _Term:
+    wide = pa.float64() if _real(term) else pa.int64()
+    return _Term("number", pc.negate_checked(term.expression.cast(wide)), column=pa.field("", wide))
+
+
+def _real(term: _Term) -> bool:
+    return isinstance(term.value, float) if term.column is None else pa.types.is_floating(term.column.type)
+
+
+def _fitted(term: _Term, other: _Term) -> pc.Expression:
+    """A constant beside a 32-bit column is rounded as the column was, so ``confidence >= 0.7`` includes 0.7."""
+    if term.value is not None and other.column is not None and other.column.type == pa.float32():
+        return pc.scalar(pa.scalar(float(term.value), pa.float32()))
+    if term.kind == "text" and term.column is not None and pa.types.is_dictionary(term.column.type):
+        return term.expression.cast(pa.string())
+    return term.expression

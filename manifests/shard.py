@@ -1,0 +1,238 @@
+"""One shard: tar and table written aside, checked, published, then declared done. Used by every worker of stage 1.
+
+A kill at any point leaves either no done record (the shard is made again) or a complete shard. File names contain their
+content's hash, so two attempts at one shard never overwrite each other with something different.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from manifests.errors import DataError
+from manifests.faults import fault
+from manifests.info import MAX_SHARD, TarInfo, file_name, is_count, is_sha256
+from manifests.schema import (
+    EXTENSIONS,
+    FORMAT_VERSION,
+    MAX_IMAGE,
+    MAX_ROW_JSON,
+    load_json,
+    make_key,
+    normalise,
+    row_json,
+    to_table,
+)
+from manifests.storage import Storage
+from manifests.tables import read_table, write_options
+from manifests.tars import TarStream, walk
+
+_MAX_RECORD = 1 << 16
+
+
+@dataclass(frozen=True)
+class DoneRecord:
+    """The proof that a shard is complete: names, sizes and checksums of its files. No times, so it is reproducible."""
+
+    shard: int
+    tar: str
+    tar_sha256: str
+    tar_bytes: int
+    table: str
+    table_sha256: str
+    rows: int
+    kept: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not is_count(self.shard, MAX_SHARD) or not is_sha256(self.tar_sha256) or not is_sha256(self.table_sha256):
+            raise ValueError("shard or checksum malformed")
+        if self.tar != file_name(self.shard, self.tar_sha256, "tar"):
+            raise ValueError(f"{self.tar!r} is not the name of a tar with this checksum")
+        if self.table != file_name(self.shard, self.table_sha256, "parquet"):
+            raise ValueError(f"{self.table!r} is not the name of a table with this checksum")
+        if not all(map(is_count, (self.tar_bytes, self.rows, self.kept))) or self.kept > self.rows:
+            raise ValueError("bytes, rows and kept must be counts")
+        if not isinstance(self.fingerprint, str):
+            raise ValueError("fingerprint must be text")
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "DoneRecord":
+        """Raises :class:`DataError` naming ``where`` for anything but a well-formed record."""
+        try:
+            if len(data) > _MAX_RECORD:
+                raise ValueError(f"{len(data)} bytes")
+            return cls(**load_json(data))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: damaged done record: {error}") from None
+
+    def tar_info(self) -> TarInfo:
+        return TarInfo(self.shard, self.tar, self.tar_sha256, self.tar_bytes, self.rows)
+
+
+def done_name(shard: int) -> str:
+    return f"done/{shard:06d}.json"
+
+
+def done_record(storage: Storage, shard: int) -> DoneRecord | None:
+    """The record of one complete shard, None where it is not complete."""
+    name = done_name(shard)
+    return DoneRecord.from_json(storage.read(name), storage.path(name)) if storage.exists(name) else None
+
+
+def done_records(storage: Storage) -> dict[int, DoneRecord]:
+    """Every complete shard, by number, in order. A damaged record is a :class:`DataError`."""
+    names = [name for name in storage.list("done") if name.endswith(".json")]
+    records = {}
+    for name, data in zip(names, storage.read_many(names), strict=True):
+        record = DoneRecord.from_json(data, storage.path(name))
+        if done_name(record.shard) != name:
+            raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
+        records[record.shard] = record
+    return dict(sorted(records.items()))
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Collects the samples of one shard; nothing becomes visible before :meth:`commit`.
+
+    Use as a context manager: leaving without a commit, by an exception or not, discards everything.
+    """
+
+    def __init__(self, storage: Storage, shard: int, fingerprint: str) -> None:
+        self.storage, self.shard, self.fingerprint = storage, shard, fingerprint
+        self._rows: list[dict[str, Any]] = []
+        stem = f"{shard:06d}-{uuid.uuid4().hex}"
+        self._tar_path = storage.scratch() / f"{stem}.tar"
+        self._table_path = storage.scratch() / f"{stem}.parquet"
+        self._file = open(self._tar_path, "wb")  # noqa: SIM115 - closed by commit or __exit__
+        self._tar = TarStream(self._file)
+        fault("opened", shard)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._tar_path.unlink(missing_ok=True)
+        self._table_path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: Mapping[str, Any], image: bytes, extension: str = "png") -> str:
+        """Append a sample and return its key.
+
+        ``row`` holds every column but key, shard, offset, size and xxh3; missing nullable columns are null. Raises
+        ``ValueError`` for an unknown column, a wrong type or a missing required value.
+        """
+        key = make_key(self.shard, len(self._rows))
+        if extension not in EXTENSIONS:
+            raise ValueError(f"extension {extension!r}: expected one of {', '.join(EXTENSIONS)}")
+        if len(image) > MAX_IMAGE:
+            raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
+        digest = xxhash.xxh3_128_digest(image)
+        full = normalise({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
+        text = row_json(full)
+        if len(text) > MAX_ROW_JSON:
+            raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
+        full["offset"] = self._tar.add(f"{key}.{extension}", image)
+        self._tar.add(f"{key}.json", text)
+        self._rows.append(full)
+        if len(self._rows) == 1:
+            fault("sample", self.shard)
+        return key
+
+    def commit(self) -> DoneRecord:
+        """Close, reopen, check, publish; the done record last. Returns the record that won if attempts raced."""
+        self._tar.close()
+        self._file.close()
+        table = to_table(self._rows)
+        write_shard_table(table, self._table_path, self.shard, self.fingerprint)
+        fault("written", self.shard)
+        self._check(table)
+        record = make_record(self.shard, self._tar_path, self._table_path, self._rows, self.fingerprint)
+        fault("checked", self.shard)
+        _publish(self.storage, self._tar_path, record.tar)
+        fault("tar", self.shard)
+        _publish(self.storage, self._table_path, record.table)
+        fault("table", self.shard)
+        winner = declare_done(self.storage, record)
+        fault("done", self.shard)
+        return winner
+
+    def _check(self, table: pa.Table) -> None:
+        """Read back what reached the disk: a full disk or a failing one must not become a done record."""
+        where = f"shard {self.shard} as written"
+        if not read_table(self._table_path.read_bytes(), where).equals(table):
+            raise DataError(f"{where}: the table reads back differently")
+        count = 0
+        with open(self._tar_path, "rb") as file:
+            for count, (sample, row) in enumerate(zip(walk(file, where), self._rows, strict=True), start=1):  # noqa: B007
+                if sample.offset != row["offset"] or xxhash.xxh3_128_digest(sample.image) != row["xxh3"]:
+                    raise DataError(f"{where}: sample {row['key']} reads back differently")
+        if count != len(self._rows):
+            raise DataError(f"{where}: {count} samples read back, {len(self._rows)} written")
+
+
+def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str) -> None:
+    """A shard's table with constant metadata, so equal rows give equal bytes."""
+    own = {"format_version": str(FORMAT_VERSION), "fingerprint": fingerprint, "shard": str(shard)}
+    tagged = table.replace_schema_metadata({f"factory.{name}": value for name, value in own.items()})
+    pq.write_table(tagged, path, row_group_size=1 << 17, **write_options())
+
+
+def make_record(
+    shard: int, tar_path: Path, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
+) -> DoneRecord:
+    """The done record of two finished local files."""
+    tar_sha256, table_sha256 = sha256_file(tar_path), sha256_file(table_path)
+    return DoneRecord(
+        shard=shard,
+        tar=file_name(shard, tar_sha256, "tar"),
+        tar_sha256=tar_sha256,
+        tar_bytes=tar_path.stat().st_size,
+        table=file_name(shard, table_sha256, "parquet"),
+        table_sha256=table_sha256,
+        rows=len(rows),
+        kept=sum(row["kept"] for row in rows),
+        fingerprint=fingerprint,
+    )
+
+
+def _publish(storage: Storage, path: Path, name: str) -> None:
+    size = path.stat().st_size
+    storage.put_file(path, name)
+    if storage.size(name) != size:
+        raise DataError(f"{storage.path(name)}: {storage.size(name)} bytes arrived of {size}")
+
+
+def declare_done(storage: Storage, record: DoneRecord) -> DoneRecord:
+    """Write the done record unless another attempt did; the record that counts."""
+    name = done_name(record.shard)
+    if storage.create(name, record.to_json()):
+        return record
+    winner = DoneRecord.from_json(storage.read(name), storage.path(name))
+    if winner.fingerprint != record.fingerprint:
+        raise DataError(f"{storage.path(name)}: made by another plan ({winner.fingerprint[:12]}): use another folder")
+    for ours, theirs in ((record.tar, winner.tar), (record.table, winner.table)):
+        if ours != theirs:
+            storage.delete(ours)
+    return winner

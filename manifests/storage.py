@@ -1,0 +1,216 @@
+"""The one seam to files: a dataset or run folder, local or behind any fsspec URL (``s3://``, ``gs://``, ``memory://``).
+
+Every command reads and writes its folder through :class:`Storage`, so atomic writes, create-if-absent, retries and
+one-line errors are decided here once.
+"""
+
+import errno
+import io
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from manifests.backends import Backend, LocalBackend, RemoteBackend
+from manifests.errors import DataError, FactoryError, UsageError
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (0.2, 1.0, 4.0)
+"""Seconds before the second, third and fourth attempt; object-store clients also retry by themselves."""
+
+STREAM_BUFFER = 4 << 20
+_TOGETHER = 256
+_LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
+_LASTING = (ValueError, TypeError, ImportError, NotImplementedError, AttributeError, MemoryError)
+
+
+def check_name(name: str) -> str:
+    """``name`` if it stays inside its folder; names in manifests and done records are somebody else's input."""
+    parts = name.split("/")
+    if not name or "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
+        raise DataError(f"unsafe file name {name!r}: expected a relative path inside the dataset folder")
+    return name
+
+
+class Storage:
+    """A folder. Names are relative to it and use ``/``. Instances can be pickled and used after a fork.
+
+    Errors: a missing file is a :class:`DataError` naming it; a store that keeps failing is a :class:`FactoryError`.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        text = os.fspath(url)
+        if not text:
+            raise UsageError("empty folder name: give a path or a URL")
+        local = text.removeprefix("file://") if text.startswith("file://") else text
+        self.is_local = "://" not in local and "::" not in local
+        self._backend: Backend
+        if self.is_local:
+            self.url = os.path.abspath(os.path.expanduser(local))
+            self._backend = LocalBackend(self.url)
+            return
+        self.url = text.rstrip("/")
+        try:
+            self._backend = RemoteBackend(self.url)
+        except ImportError as error:
+            raise UsageError(f"{self.url}: this kind of URL needs another package: {error}") from None
+        except ValueError as error:
+            raise UsageError(f"{self.url}: not a folder that fsspec can open: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def path(self, name: str) -> str:
+        """What a person would type to reach ``name``."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
+        """``call`` with retries; its last failure as one line."""
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                return call()
+            except (FileNotFoundError, NotADirectoryError):
+                raise DataError(f"{self.path(name)}: no such file") from None
+            except IsADirectoryError:
+                raise DataError(f"{self.path(name)}: is a folder, expected a file") from None
+            except (FactoryError, PermissionError, FileExistsError, *_LASTING) as error:
+                if isinstance(error, FactoryError):
+                    raise
+                raise FactoryError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+            except Exception as error:
+                lasting = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
+                if lasting or delay is None:
+                    raise FactoryError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+                time.sleep(delay * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _full(self, name: str) -> str:
+        return self._backend.full(check_name(name))
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        full = self._full(name)
+        return self._run("look up", name, lambda: self._backend.size(full))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file directly in ``folder``, by name relative to the root; one listing, sorted by name."""
+        full = self._full(folder) if folder else self._backend.full("")
+        found = self._run("list", folder, lambda: self._backend.sizes(full))
+        prefix = f"{folder}/" if folder else ""
+        return {f"{prefix}{name}": size for name, size in sorted(found.items())}
+
+    def list(self, folder: str) -> list[str]:
+        """Sorted names of the files directly in ``folder``, relative to the root; [] where it is absent."""
+        return [*self.sizes(folder)]
+
+    def read(self, name: str) -> bytes:
+        full = self._full(name)
+        return self._run("read", name, lambda: self._backend.read(full))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``; fewer are a :class:`DataError`."""
+        full = self._full(name)
+        data = self._run("read", name, lambda: self._backend.read_range(full, offset, size))
+        if len(data) != size:
+            raise DataError(f"{self.path(name)}: ends inside bytes {offset}..{offset + size}: the file is cut short")
+        return data
+
+    def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Whole small files, fetched together where the store can."""
+        wanted = [*names]
+        if self.is_local:
+            yield from map(self.read, wanted)
+            return
+        for start in range(0, len(wanted), _TOGETHER):
+            full = [self._full(name) for name in wanted[start : start + _TOGETHER]]
+            yield from self._run("read", wanted[start], partial(self._backend.read_many, full))
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable stream for reading; remote ones fetch a few MB at a time, with retries."""
+        full = self._full(name)
+        if self.is_local:
+            return self._run("read", name, lambda: cast(BinaryIO, open(full, "rb")))
+        size = self.size(name)
+        if size is None:
+            raise DataError(f"{self.path(name)}: no such file")
+        return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace: readers see the old file or the new one, never a part."""
+        full = self._full(name)
+        self._run("write", name, lambda: self._backend.write(full, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write unless the file exists: True if this call made it (also by an attempt whose reply was lost)."""
+        full = self._full(name)
+        attempts = 0
+
+        def attempt() -> bool:
+            nonlocal attempts
+            attempts += 1
+            return self._backend.create(full, data)
+
+        made = self._run("write", name, attempt)
+        return made or (attempts > 1 and self.read(name) == data)
+
+    def put_file(self, local_path: str | Path, name: str) -> None:
+        """Publish a finished local file, which is moved away; the target is replaced at once or not at all."""
+        full = self._full(name)
+        self._run("write", name, lambda: self._backend.put_file(Path(local_path), full))
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+        full = self._full(name)
+        self._run("delete", name, lambda: self._backend.delete(full))
+
+    def scratch(self) -> Path:
+        """A local folder for temporary files: ``tmp/`` of a local root, else one that goes with this process."""
+        return self._run("make a temporary folder", "tmp", self._backend.scratch)
+
+
+class _RangeStream(io.RawIOBase):
+    """A remote file as a seekable stream over :meth:`Storage.read_range`."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self._storage, self._name, self._size, self._at = storage, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        if count:
+            buffer[:count] = self._storage.read_range(self._name, self._at, count)
+            self._at += count
+        return count
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]
+
+
+def split(url: str | os.PathLike[str]) -> tuple[Storage, str]:
+    """A file's URL as (its folder, its name)."""
+    text = os.fspath(url)
+    folder, slash, name = text.rstrip("/").rpartition("/")
+    if not name or folder.endswith(":/"):
+        raise UsageError(f"{text!r}: expected the path of a file")
+    return Storage(folder or slash or "."), name
