@@ -36,7 +36,7 @@ A BatchNorm ConvNet (`{architecture}`) for 8×8 handwritten digits: the private 
 
 - **Input**: one channel (luminance), 8×8, [0, 1], normalised with mean {mean} and std {std}.
 - **Data**: `sklearn.datasets.load_digits` (1,797 images, UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
-  split by label into 748 training, 150 validation and 899 test images (`stages/models/digits_data.py`).
+  split by label into 598 training, 300 validation and 899 test images (`stages/models/digits_data.py`).
 - **Training**: `python tools/train_digits_teacher.py --out stages/assets/digits-teacher --test`: {epochs} epochs,
   shifts, rotations and scalings, averaged weights.
 - **Accuracy**: validation {validation:.1f} % (used for tuning), test {test} (read once).

@@ -98,14 +98,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, work: Path, device: str) -> None:
     """L1 + L2 reconstruction and a small KL term, one-cycle Adam; prints held-out pixel error."""
     path, held = work / "vae.pt", images[-512:]
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    begin = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True) if path.exists() else None
+    if state:
         vae.load_state_dict(state["model"])
         if state["step"] >= steps:
             return
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    begin = 0
+    if state:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         begin = state["step"]

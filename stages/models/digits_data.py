@@ -15,12 +15,12 @@ from PIL import Image
 
 Split = Literal["train", "validation", "test"]
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-VALIDATION = 150
+VALIDATION = 300
 SEED = 0
 
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[n, 8, 8]`` of integers 0…16 and labels ``[n]``: 748 train, 150 validation, 899 test, stratified."""
+    """Images ``[n, 8, 8]`` of integers 0…16 and labels ``[n]``: 598 train, 300 validation, 899 test, stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

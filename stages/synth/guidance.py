@@ -27,7 +27,7 @@ def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor,
     terms = []
     for x, (mean, variance) in zip(inputs, running, strict=True):
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        batch_variance, batch_mean = torch.var_mean(x.float(), axes, correction=0)
+        batch_variance, batch_mean = torch.var_mean(x.to(mean.dtype), axes, correction=0)
         scale = variance.clamp_min(1e-5)
         shift = (batch_mean - mean) / scale.sqrt()
         spread = (batch_variance - variance) / scale

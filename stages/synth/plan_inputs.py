@@ -39,6 +39,6 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         "algorithm": ALGORITHM_VERSION,
         "settings": chosen,
         "prior": inputs.prior["sha256"],
-        "teacher": inputs.teacher["sha256"],
+        "teacher": {"sha256": inputs.teacher["sha256"], "input": inputs.teacher["config"]["input"]},
         "class_names": list(inputs.class_names),
     }

@@ -28,7 +28,7 @@ class TextPrior:
     def __init__(self, source: str | Path, settings: PriorSettings, device: str) -> None:
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(source), torch_dtype=DTYPES[settings.dtype], variant=settings.variant, use_safetensors=True,
+                str(source), dtype=DTYPES[settings.dtype], variant=settings.variant, use_safetensors=True,
                 safety_checker=None, requires_safety_checker=False,
             )
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
