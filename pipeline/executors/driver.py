@@ -1,0 +1,229 @@
+"""The one loop of ``factory run synth``: it hands out shards, counts attempts, quarantines what keeps failing.
+
+Every decision of a run is made here; pools only run what they are given. A shard is done when its done record exists,
+whatever became of the attempt that wrote it, so killing driver or workers at any point costs at most unfinished shards.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from manifests.errors import FactoryError, Interrupted
+from manifests.shard import done_record
+from manifests.storage import Storage
+from pipeline.executors.inline import InlinePool
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.signals import StopSignals
+from pipeline.executors.worker import STORAGE_ERRORS, Finished, OnGroup, Pool, WorkerSpec
+from pipeline.failures import Failure, failures, quarantine, release
+from pipeline.lease import Lease
+
+OnProgress = Callable[[float, float, str], None]
+"""Called with (shards done, shards asked for, note); a shard under way in this process counts by its groups."""
+
+TICK = 0.5
+"""Seconds after which the loop looks at signals, lease and time limits again."""
+
+
+class Events(Protocol):
+    """Where events go: :class:`pipeline.events.EventLog`."""
+
+    def write(self, kind: str, **fields: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the shards asked for. ``failed`` maps those in quarantine to their last error."""
+
+    done: frozenset[int]
+    failed: dict[int, str]
+    missing: frozenset[int]
+    interrupted: bool
+
+    def check(self) -> None:
+        """Raises unless every shard is done: :class:`Interrupted` (exit 130) or :class:`FactoryError` (exit 1)."""
+        total = len(self.done) + len(self.failed) + len(self.missing)
+        if self.interrupted:
+            raise Interrupted(f"stopped with {len(self.done)} of {total} shards done; the same command resumes")
+        if self.failed:
+            shard = min(self.failed)
+            raise FactoryError(
+                f"{len(self.failed)} of {total} shards failed, e.g. {shard:06d}: {self.failed[shard]}; "
+                "try them again with --retry-failed"
+            )
+
+
+@dataclass
+class _Run:
+    """State of one driver. Grows with shards in flight and failed, not with the plan."""
+
+    total: int
+    todo: Iterator[int]
+    done: set[int]
+    failed: dict[int, str]
+    running: dict[int, float] = field(default_factory=dict)  # shard → time handed out
+    attempts: dict[int, int] = field(default_factory=dict)
+    retries: list[tuple[float, int]] = field(default_factory=list)  # heap of (not before, shard)
+    images: int = 0
+    failed_in_a_row: int = 0
+    exhausted: bool = False
+
+    def next(self, now: float) -> int | None:
+        """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
+        if self.retries and self.retries[0][0] <= now:
+            return heapq.heappop(self.retries)[1]
+        shard = None if self.exhausted else next(self.todo, None)
+        self.exhausted = shard is None
+        return shard
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.retries) or not self.exhausted
+
+    @property
+    def note(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        return f"{self.images} images, {len(self.running)} running{failed}"
+
+
+def committed(storage: Storage) -> set[int]:
+    """Shards with a done record, from the folder's listing alone."""
+    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list("done"))
+    return {int(name) for name in names if name.isdigit()}
+
+
+def execute(
+    spec: WorkerSpec,
+    shards: Iterable[int],
+    settings: ExecutorSettings,
+    events: Events,
+    storage: Storage,
+    on_progress: OnProgress | None = None,
+    lease: Lease | None = None,
+) -> Outcome:
+    """Run every shard of ``shards`` that is neither done nor in quarantine.
+
+    The caller holds ``lease`` on the folder; losing it stops the run. Raises :class:`UsageError` when the cluster
+    cannot hold the workers, :class:`FactoryError` when workers cannot start or nothing can be written, both before a
+    shard is blamed for it. Ctrl-C does not raise: see :attr:`Outcome.interrupted`.
+    """
+    wanted = set(shards)
+    done = committed(storage) & wanted
+    failed = {shard: known.error for shard, known in failures(storage).items() if shard in wanted - done}
+    if settings.retry_failed:
+        release(storage, failed)
+        failed = {}
+    todo = sorted(wanted - done - failed.keys())
+    run = _Run(len(wanted), iter(todo), done, failed)
+    interrupted = False
+    if todo:
+        driver = _Driver(run, settings, events, storage, on_progress or (lambda done, total, note: None), lease)
+        interrupted = driver.drive(spec)
+    missing = frozenset(wanted - run.done - run.failed.keys())
+    return Outcome(frozenset(run.done), dict(sorted(run.failed.items())), missing, interrupted and bool(missing))
+
+
+class _Driver:
+    def __init__(
+        self,
+        run: _Run,
+        settings: ExecutorSettings,
+        events: Events,
+        storage: Storage,
+        on_progress: OnProgress,
+        lease: Lease | None,
+    ):
+        self.run, self.settings, self.events, self.storage = run, settings, events, storage
+        self.on_progress, self.lease = on_progress, lease
+
+    def drive(self, spec: WorkerSpec) -> bool:
+        """Start the workers, run the loop, stop the workers. True if a signal cut the run short."""
+        pool: Pool | None = None
+        try:
+            pool = _open_pool(spec, self.settings, self._group_done)
+            with StopSignals() as signals:  # after the pool: starting Ray installs a handler of its own
+                self._loop(pool, signals)
+            return signals.draining
+        except KeyboardInterrupt:
+            return True
+        except OSError as error:
+            if error.errno in STORAGE_ERRORS:
+                raise FactoryError(f"cannot write to {self.storage.url}: {error}; the same command resumes") from error
+            raise
+        finally:
+            if pool is not None:
+                pool.close()
+
+    def _loop(self, pool: Pool, signals: StopSignals) -> None:
+        run = self.run
+        self._progress()
+        while run.running or (run.waiting and not signals.draining):
+            if self.lease is not None:
+                self.lease.check()
+            while not signals.draining and pool.free() and (shard := run.next(time.monotonic())) is not None:
+                self._start(pool, shard)
+            if run.running or run.waiting:
+                for finished in pool.wait(TICK):
+                    self._finish(finished)
+                self._progress()
+
+    def _start(self, pool: Pool, shard: int) -> None:
+        self.run.attempts[shard] = self.run.attempts.get(shard, 0) + 1
+        self.run.running[shard] = time.monotonic()
+        worker = pool.submit(shard)
+        self.events.write("shard_started", shard=shard, attempt=self.run.attempts[shard], worker=worker)
+
+    def _finish(self, end: Finished) -> None:
+        run, shard = self.run, end.shard
+        seconds = round(time.monotonic() - run.running.pop(shard), 3)
+        if end.worker_lost:
+            self.events.write("worker_lost", worker=end.worker, shard=shard, error=end.error)
+        report = end.report
+        if report is None and (record := done_record(self.storage, shard)) is not None:
+            # its worker died between commit and answer
+            report = {"rows": record.rows, "kept": record.kept, "bytes": record.tar_bytes}
+        if report is not None:
+            run.attempts.pop(shard, None)
+            run.done.add(shard)
+            run.failed_in_a_row = 0
+            run.images += report.get("rows") or 0
+            self.events.write("shard_done", **{"seconds": seconds, **report, "shard": shard, "worker": end.worker})
+            return
+        self._fail(end)
+
+    def _fail(self, end: Finished) -> None:
+        run, shard, error = self.run, end.shard, end.error or "no report"
+        attempts = run.attempts[shard]
+        self.events.write("shard_failed", shard=shard, attempt=attempts, error=error, worker=end.worker)
+        if end.stops_run:
+            raise FactoryError(f"shard {shard:06d}: {error}; mend that and give the same command, it resumes")
+        if attempts < self.settings.attempts:
+            heapq.heappush(run.retries, (time.monotonic() + self.settings.retry_delay * attempts, shard))
+            return
+        quarantine(self.storage, Failure(shard, attempts, error, end.worker, end.trace))
+        self.events.write("shard_quarantined", shard=shard, attempts=attempts, error=error)
+        run.failed[shard] = error
+        run.failed_in_a_row += 1
+        if run.failed_in_a_row >= self.settings.stop_after:
+            raise FactoryError(
+                f"{run.failed_in_a_row} shards in a row failed {attempts} times each, the last with: {error}; "
+                "when that is mended, run again with --retry-failed"
+            )
+
+    def _progress(self, part: float = 0.0) -> None:
+        self.on_progress(len(self.run.done) + part, self.run.total, self.run.note)
+
+    def _group_done(self, groups: int, of: int) -> None:
+        self._progress(min(groups / of, 1.0) if of else 0.0)
+
+
+def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup) -> Pool:
+    if settings.inline:
+        return InlinePool(spec, settings, on_group)
+    try:
+        from pipeline.executors.ray import RayPool  # here: one worker must do without Ray's start-up time
+    except ModuleNotFoundError as error:
+        raise FactoryError(f"several workers need Ray ({error}): pip install 'ray[default]'") from None
+    return RayPool(spec, settings)

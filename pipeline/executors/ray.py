@@ -1,0 +1,251 @@
+"""Workers as Ray actors: ``factory run synth --workers N [--address auto]``.
+
+Plain actors with Ray's own restarts and retries off, since those repeat a shard that kills its worker for ever: this
+pool replaces dead actors, and the driver loop counts attempts. Images never enter the object store.
+"""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "false",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # dead workers are reported by the driver, not on stdout
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the working directory, run folder included
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning; _Actor hides GPUs itself
+}.items():
+    os.environ.setdefault(_name, _value)  # read when ray is imported
+
+import ray  # noqa: E402
+
+from manifests.errors import FactoryError, UsageError  # noqa: E402
+from pipeline.executors.settings import ExecutorSettings  # noqa: E402
+from pipeline.executors.worker import Finished, Worker, WorkerSpec, attempt, failure, start_error  # noqa: E402
+
+OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
+START_ATTEMPTS = 3
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class _Actor:
+    """The process around one worker."""
+
+    def __init__(self, threads: int, hide_gpus: bool):
+        # Before anything imports torch: OpenMP and CUDA read these once.
+        for name in THREAD_VARIABLES:
+            os.environ[name] = str(threads)
+        if hide_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._worker: Worker | None = None
+
+    def start(self, factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._worker = WorkerSpec(factory, kwargs).build()
+        except Exception as error:
+            return failure(error)
+        return {"name": f"{socket.gethostname()}:{os.getpid()}"}
+
+    def run(self, shard: int) -> dict[str, Any]:
+        assert self._worker is not None, "start() comes first"
+        return attempt(self._worker, shard)
+
+
+@dataclass
+class _Slot:
+    """One place for a worker: the actor in it now, and the call it is busy with."""
+
+    number: int
+    actor: Any
+    name: str
+    since: float
+    shard: int | None = None
+    ready: bool = False
+
+
+class RayPool:
+    """See :class:`pipeline.executors.worker.Pool`."""
+
+    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings):
+        self._spec, self._settings = spec, settings
+        self._owns_ray = _connect(settings)
+        try:
+            self._options = actor_options(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+            self._idle: list[_Slot] = []
+            self._calls: dict[Any, _Slot] = {}  # object reference → slot whose call it is
+            self._failed_starts = 0
+            self._seen_ready = time.monotonic()
+            for number in range(settings.workers):
+                self._spawn(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def free(self) -> int:
+        return len(self._idle)
+
+    def submit(self, shard: int) -> str:
+        slot = self._idle.pop(0)
+        slot.shard, slot.since = shard, time.monotonic()
+        self._calls[slot.actor.run.remote(shard)] = slot
+        return slot.name
+
+    def wait(self, timeout: float) -> list[Finished]:
+        if not self._calls:
+            time.sleep(timeout)
+            return []
+        ready, rest = ray.wait(list(self._calls), num_returns=1, timeout=self._patience(timeout))
+        if ready and rest:
+            more, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
+            ready += more
+        ended = [self._answer(reference) for reference in ready]
+        ended += [self._kill(ref, slot) for ref, slot in list(self._calls.items()) if self._overdue(slot)]
+        self._check_starts()
+        return [finished for finished in ended if finished is not None]
+
+    def close(self) -> None:
+        for slot in [*getattr(self, "_idle", []), *getattr(self, "_calls", {}).values()]:
+            ray.kill(slot.actor, no_restart=True)
+        self._idle, self._calls = [], {}
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _spawn(self, number: int) -> None:
+        threads, hide = self._settings.threads, not self._options["num_gpus"]
+        actor: Any = ray.remote(_Actor).options(**self._options).remote(threads, hide)
+        slot = _Slot(number, actor, f"w{number}", time.monotonic())
+        self._calls[actor.start.remote(self._spec.factory, self._spec.kwargs)] = slot
+
+    def _replace(self, slot: _Slot) -> None:
+        ray.kill(slot.actor, no_restart=True)
+        self._spawn(slot.number)
+
+    def _answer(self, reference: Any) -> Finished | None:
+        slot = self._calls.pop(reference)
+        try:
+            record = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            return self._lost(slot, f"worker {slot.name} died: {_reason(error)}")
+        if slot.shard is None:
+            self._started(slot, record)
+            return None
+        shard, slot.shard = slot.shard, None
+        poisoned = record.pop("poisoned", False)
+        record.pop("exit_code", None)
+        if poisoned:
+            self._replace(slot)
+        else:
+            self._idle.append(slot)
+        return Finished(shard, slot.name, worker_lost=poisoned, **record)
+
+    def _started(self, slot: _Slot, record: dict[str, Any]) -> None:
+        if "error" in record:
+            self._failed_starts += 1
+            if record["exit_code"] is not None or record["stops_run"] or self._failed_starts >= START_ATTEMPTS:
+                raise start_error(record)
+            self._replace(slot)
+            return
+        self._failed_starts = 0
+        slot.ready, slot.name = True, f"w{slot.number}@{record['name']}"
+        self._idle.append(slot)
+
+    def _lost(self, slot: _Slot, error: str) -> Finished | None:
+        if slot.shard is None:
+            self._failed_starts += 1
+            if self._failed_starts >= START_ATTEMPTS:
+                raise FactoryError(f"workers cannot start: {error}")
+        self._replace(slot)
+        return None if slot.shard is None else Finished(slot.shard, slot.name, error=error, worker_lost=True)
+
+    def _overdue(self, slot: _Slot) -> bool:
+        limit = self._settings.time_limit
+        return limit is not None and slot.shard is not None and time.monotonic() - slot.since > limit
+
+    def _kill(self, reference: Any, slot: _Slot) -> Finished | None:
+        del self._calls[reference]
+        limit = self._settings.time_limit
+        return self._lost(slot, f"worker {slot.name} killed: no result after the time limit of {limit:g} s")
+
+    def _patience(self, timeout: float) -> float:
+        """Seconds to wait for answers: not past the next time limit."""
+        limit = self._settings.time_limit
+        if limit is None:
+            return timeout
+        ends = [slot.since + limit - time.monotonic() for slot in self._calls.values() if slot.shard is not None]
+        return max(0.0, min([timeout, *ends]))
+
+    def _check_starts(self) -> None:
+        if self._idle or any(slot.ready for slot in self._calls.values()):
+            self._seen_ready = time.monotonic()
+        elif time.monotonic() - self._seen_ready > self._settings.start_limit:
+            free = ", ".join(f"{name} {amount:g}" for name, amount in sorted(ray.available_resources().items()))
+            raise FactoryError(
+                f"no worker was ready after {self._settings.start_limit:g} s; free in the cluster: {free or 'nothing'}"
+            )
+
+
+def _connect(settings: ExecutorSettings) -> bool:
+    """Join the cluster asked for, or start one on this machine; True if it was started here (and is ours to stop)."""
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise UsageError(f"no Ray cluster at {address!r} ({why}): start one with `ray start --head`") from None
+        return True
+    ray.init(
+        "local",
+        num_cpus=max(
+            os.cpu_count() or 1, settings.workers * settings.threads
+        ),  # crowding this machine is the user's choice
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        **quiet,
+    )
+    return True
+
+
+def actor_options(settings: ExecutorSettings, nodes: list[dict[str, float]]) -> dict[str, Any]:
+    """What each actor reserves, given the resources of each node. Raises :class:`UsageError` if they do not all fit."""
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    need = {"CPU": float(settings.threads), "GPU": gpus, "memory": (settings.memory_per_worker or 0) * 2**30}
+    fit = sum(
+        min(floor(node.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount) for node in nodes
+    )
+    if fit < settings.workers:
+        raise UsageError(
+            f"{settings.workers} workers with {_amounts(need)} each were asked for, the cluster holds {fit} such "
+            f"(its nodes: {'; '.join(_amounts(node) for node in nodes) or 'none'}): lower --workers, "
+            "--gpus-per-worker, --memory-per-worker or the plan's threads"
+        )
+    options: dict[str, Any] = {"num_cpus": settings.threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    if need["memory"]:
+        options["memory"] = need["memory"]
+    return options
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    if resources.get("memory"):
+        parts.append(f"{resources['memory'] / 2**30:.3g} GiB")
+    return ", ".join(parts) or "nothing"
+
+
+def _reason(error: Exception) -> str:
+    """The telling part of Ray's many lines about a dead actor."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "killed by Ray because its machine ran out of memory: reserve more with --memory-per-worker"
+    text = " ".join(str(error).split())
+    if "connection error code" in text:
+        return "its process ended without a word (killed, out of memory, or crashed in native code)"
+    return (text or type(error).__name__)[:300]

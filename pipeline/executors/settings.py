@@ -1,0 +1,28 @@
+"""Where and how stage 1 runs. None of it changes the dataset, so none of it enters the plan's fingerprint."""
+
+from pydantic import Field
+
+from stages.models.settings import Settings
+
+
+class ExecutorSettings(Settings):
+    """Flags of ``factory run synth`` that choose workers. One worker without an address runs in this process."""
+
+    workers: int = Field(1, gt=0, description="1 runs in this process, more run as Ray actors")
+    address: str | None = Field(None, description="Ray cluster to join: auto or HOST:PORT; default: start one here")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs each worker reserves, fractions allowed; default: 1 where the cluster has any"
+    )
+    memory_per_worker: float | None = Field(None, gt=0, description="memory each worker reserves, in GiB")
+    threads: int = Field(1, gt=0, description="CPU threads of a worker; belongs to the plan, passed on from there")
+    attempts: int = Field(3, gt=0, description="attempts before a shard is put into quarantine")
+    time_limit: float | None = Field(None, gt=0, description="seconds a shard may take before its worker is killed")
+    start_limit: float = Field(600.0, gt=0, description="seconds until at least one worker must be ready")
+    retry_delay: float = Field(1.0, ge=0, description="seconds before a failed shard's next attempt")
+    retry_failed: bool = Field(False, description="take shards out of quarantine and try them again")
+    stop_after: int = Field(20, gt=0, description="stop when this many shards in a row ended in quarantine")
+
+    @property
+    def inline(self) -> bool:
+        """True if no Ray is needed."""
+        return self.workers == 1 and self.address is None

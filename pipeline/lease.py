@@ -1,0 +1,211 @@
+"""One driver per run folder: a lease with a heartbeat, held by ``factory run synth`` and ``factory gc``.
+
+It needs no more of the store than create-if-absent and replace. ``lease/000007.json`` is the seventh lease of the
+folder; the highest number counts. Taking over creates the next number, which only one of several rivals can, and a
+holder that was frozen meanwhile overwrites nothing but its own old file. The lease saves work, not data: two drivers
+would still commit each shard once.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from manifests.errors import DataError, FactoryError
+from manifests.storage import Storage
+
+FOLDER = "lease"
+_held: set[str] = set()  # tokens of this process, to tell its own pid from a reused one
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease file says. ``beat`` counts heartbeats; times are seconds since 1970 by the holder's clock."""
+
+    host: str
+    pid: int
+    machine: str
+    started: str
+    token: str
+    since: float
+    beat_at: float
+    beat: int = 0
+    released: bool = False
+
+    def dump(self) -> bytes:
+        return (json.dumps(asdict(self)) + "\n").encode()
+
+    def __str__(self) -> str:
+        return f"{self.host}, pid {self.pid}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
+
+
+class Lease:
+    """Context manager around a driver's work. Entering raises :class:`FactoryError` while another driver lives.
+
+    ``on_event(kind, **fields)`` hears of a take-over (``EventLog.write`` fits). A holder on this machine is dead when
+    its process is gone. One on another machine is dead when its last beat is older than ``stale_after`` seconds and
+    does not change while two more beats would be due, so that clocks that disagree cannot evict a live driver.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        on_event: Callable[..., None] | None = None,
+        beat_every: float = 10.0,
+        stale_after: float = 60.0,
+        on_line: Callable[[str], None] | None = None,
+    ):
+        self._storage, self._beat_every, self._stale_after = storage, beat_every, stale_after
+        self._on_event, self._on_line = on_event or (lambda kind, **fields: None), on_line or (lambda line: None)
+        self._stop = threading.Event()
+        self._lost: str | None = None
+        self._number = 0
+        self.after_crash = False
+        """True if the previous holder did not release: workers of its may still be ending."""
+
+    def __enter__(self) -> "Lease":
+        before = current(self._storage)
+        taken_over = before is not None and not before[1].released
+        if before is not None and taken_over:
+            self._wait_until_dead(*before)
+        number = before[0] + 1 if before else 1
+        now = time.time()
+        pid = os.getpid()
+        self._me = Holder(socket.gethostname(), pid, _machine(), _started(pid), secrets.token_hex(8), now, now)
+        if not self._storage.create(_name(number), self._me.dump()):
+            rival = current(self._storage)
+            raise FactoryError(_refusal(self._storage, rival[1] if rival else self._me))
+        self._number, self.after_crash = number, taken_over
+        _held.add(self._me.token)
+        if before is not None and taken_over:
+            line = f"taking over {self._storage.url}: its driver ({before[1]}) stopped without releasing it"
+            self._on_event("warning", message=line)
+            self._on_line(line)
+        self._drop_older()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        _held.discard(self._me.token)
+        if self._lost is None:
+            # a store that fails now must not hide why the run ended: the lease just goes stale
+            with contextlib.suppress(FactoryError):
+                self._storage.write(_name(self._number), replace(self._me, released=True).dump())
+
+    def check(self) -> None:
+        """Raises :class:`FactoryError` once another driver has taken over or beats failed for too long."""
+        if self._lost is not None:
+            raise FactoryError(self._lost)
+
+    def _beat(self) -> None:
+        written = time.monotonic()
+        while not self._stop.wait(self._beat_every):
+            try:
+                newest = current(self._storage)
+                if newest is not None and newest[0] > self._number:
+                    self._lost = f"{self._storage.url} was taken over by another driver ({newest[1]})"
+                    return
+                self._me = replace(self._me, beat=self._me.beat + 1, beat_at=time.time())
+                self._storage.write(_name(self._number), self._me.dump())
+                written = time.monotonic()
+            except Exception as error:  # the store may recover; until then the run goes on
+                if time.monotonic() - written > self._stale_after:
+                    self._lost = f"no heartbeat reached {self._storage.url} for {self._stale_after:g} s: {error}"
+                    return
+
+    def _wait_until_dead(self, number: int, holder: Holder) -> None:
+        if holder.machine == _machine():
+            if not _alive(holder):
+                return
+            raise FactoryError(_refusal(self._storage, holder))
+        if time.time() - holder.beat_at <= self._stale_after:
+            raise FactoryError(_refusal(self._storage, holder))
+        self._on_line(f"{self._storage.url}: waiting {2 * self._beat_every:g} s for a sign of life of {holder}")
+        time.sleep(2 * self._beat_every)
+        if current(self._storage) != (number, holder):
+            raise FactoryError(_refusal(self._storage, holder))
+
+    def _drop_older(self) -> None:
+        for name in self._storage.list(FOLDER):
+            if name < _name(self._number):
+                self._storage.delete(name)
+
+
+def current(storage: Storage) -> tuple[int, Holder] | None:
+    """The newest lease of a run folder and its number; ``None`` if there never was one."""
+    for last_try in (False, False, True):
+        names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
+        if not names:
+            return None
+        name = max(names)
+        try:
+            data = storage.read(name)
+        except DataError:  # taken over and dropped since the listing
+            if last_try:
+                raise
+            continue
+        try:
+            return int(name.rsplit("/", 1)[-1].removesuffix(".json")), Holder(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{storage.path(name)}: no lease record ({error}); delete it if no driver runs") from None
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def live(storage: Storage, stale_after: float = 60.0) -> Holder | None:
+    """The driver at work in a run folder as far as one look can tell (``factory status``)."""
+    newest = current(storage)
+    if newest is None or newest[1].released:
+        return None
+    holder = newest[1]
+    alive = _alive(holder) if holder.machine == _machine() else time.time() - holder.beat_at <= stale_after
+    return holder if alive else None
+
+
+def _name(number: int) -> str:
+    return f"{FOLDER}/{number:06d}.json"
+
+
+def _refusal(storage: Storage, holder: Holder) -> str:
+    return f"{storage.url} is in use by another driver ({holder}): wait for it or stop it"
+
+
+def _machine() -> str:
+    """Identifies the space in which a pid means something: host, boot and, in containers, process namespace."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        pass  # no Linux: the host's name has to do
+    return " ".join(parts)
+
+
+def _alive(holder: Holder) -> bool:
+    """Whether the process of a holder on this machine runs. Our own pid without our token is a reused one."""
+    if holder.pid == os.getpid():
+        return holder.token in _held
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _started(holder.pid) == holder.started
+
+
+def _started(pid: int) -> str:
+    """When process ``pid`` began, in ticks since boot (Linux): differs if the pid was reused. Zombies have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
