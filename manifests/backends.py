@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
+import fsspec.asyn
 
 
 class Backend(Protocol):

@@ -1,0 +1,84 @@
+"""events.jsonl: what happened in a run, one JSON line each, written by the one driver and read by ``factory status``.
+
+Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, warning, run_finished,
+run_interrupted. Events inform; correctness rests on done records alone, so a lost tail harms nothing.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from manifests.storage import Storage
+
+LOCAL = "events.jsonl"
+REMOTE = "events"  # object stores cannot append: one object per driver, rewritten
+REWRITE_SECONDS = 5.0
+URGENT = frozenset({"run_started", "run_finished", "run_interrupted", "shard_quarantined", "warning"})
+
+
+class EventLog:
+    """Appends events to a run folder; a context manager, since remote logs are buffered."""
+
+    def __init__(self, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self.storage, self.clock = storage, clock
+        self._lines: list[bytes] = []
+        self._name = f"{REMOTE}/{int(clock() * 1000):015d}-{os.getpid()}.jsonl"
+        self._flushed = 0.0
+        self._pending = False
+        if storage.is_local:
+            _end_torn_line(storage)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Record one event. Local: on its way to disk at once. Remote: at most ``REWRITE_SECONDS`` late."""
+        now = self.clock()
+        line = (json.dumps({"time": round(now, 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode()
+        if self.storage.is_local:
+            with open(self.storage.path(LOCAL), "ab") as file:
+                file.write(line)
+            return
+        self._lines.append(line)
+        self._pending = True
+        if kind in URGENT or now - self._flushed >= REWRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write buffered events of a remote folder."""
+        if self._pending:
+            self.storage.write(self._name, b"".join(self._lines))
+            self._flushed, self._pending = self.clock(), False
+
+    def __enter__(self) -> "EventLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+
+def read_events(storage: Storage) -> list[dict[str, Any]]:
+    """Every event of a run folder in order of time. A torn last line (a killed driver) is passed over."""
+    blobs = [storage.read(LOCAL)] if storage.exists(LOCAL) else []
+    blobs += [storage.read(name) for name in storage.list(REMOTE) if name.endswith(".jsonl")]
+    events = [event for blob in blobs for line in blob.splitlines() if (event := _parse(line)) is not None]
+    return sorted(events, key=lambda event: event["time"])
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    fine = isinstance(event, dict) and isinstance(event.get("time"), int | float) and isinstance(event.get("kind"), str)
+    return event if fine else None
+
+
+def _end_torn_line(storage: Storage) -> None:
+    """A driver killed mid-write leaves half a line: end it, so that the next event stands on its own."""
+    path = storage.path(LOCAL)
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

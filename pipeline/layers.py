@@ -1,0 +1,233 @@
+"""Layers of settings, each value with its origin, so that an error names the key *and* the place it came from.
+
+Used by every command that reads a recipe: packaged or user YAML < ``FACTORY_*`` environment < ``--set`` < flags.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from manifests.errors import UsageError
+
+Path = tuple[str, ...]
+Model = TypeVar("Model", bound=BaseModel)
+ENV_PREFIX = "FACTORY_"
+ENV_NESTING = "__"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Nested settings and, for each key path, the place that set it (``recipe.yaml:12``, ``--set seed=x``).
+
+    ``origins`` is ordered: what was set later comes later.
+    """
+
+    values: dict[str, Any]
+    origins: dict[Path, str]
+
+    def over(self, lower: "Layer") -> "Layer":
+        """This layer laid over ``lower``: mappings merge key by key, everything else replaces."""
+        below = {path: origin for path, origin in lower.origins.items() if path not in self.origins}
+        return Layer(_merge(lower.values, self.values), {**below, **self.origins})
+
+    def origin(self, path: Path) -> str:
+        """The place that last set ``path`` or something below it, or else the nearest key above it."""
+        inside = [origin for key, origin in self.origins.items() if key[: len(path)] == path]
+        if path and inside:
+            return inside[-1]
+        return next((self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins), "defaults")
+
+
+EMPTY = Layer({}, {})
+
+
+def yaml_layer(text: str, name: str) -> Layer:
+    """Settings of a YAML file called ``name``; refuses broken YAML, duplicate keys and a top level that is no mapping."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:  # e.g. the date 2020-13-45
+        raise UsageError(f"{name}: not valid YAML: {error}") from None
+    if values is None:
+        return EMPTY
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}: a recipe is a mapping of keys, found {_kind(values)}")
+    origins: dict[Path, str] = {(): name}
+    _marks(node, (), name, origins)
+    return Layer(values, origins)
+
+
+def mapping_layer(values: Mapping[str, Any], name: str) -> Layer:
+    """Settings that were stored elsewhere, such as in a manifest."""
+    origins: dict[Path, str] = {(): name}
+
+    def visit(inner: Mapping[str, Any], path: Path) -> None:
+        for key, value in inner.items():
+            origins[(*path, key)] = name
+            if isinstance(value, Mapping):
+                visit(value, (*path, key))
+
+    visit(values, ())
+    return Layer(dict(values), origins)
+
+
+def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
+    """``FACTORY_SYNTH__GUIDANCE__SCALE=0.2`` sets ``synth.guidance.scale``.
+
+    Variables without a double underscore are not settings (``FACTORY_WORKERS`` belongs to a flag). One whose first
+    part is no section of the recipe is refused rather than ignored; one for a section that the command does not use
+    is ignored.
+    """
+    layer = EMPTY
+    for name in sorted(environ):
+        if not name.startswith(ENV_PREFIX) or ENV_NESTING not in name:
+            continue
+        path = tuple(part.lower() for part in name.removeprefix(ENV_PREFIX).split(ENV_NESTING))
+        if path[0] not in model.model_fields:
+            sets = [f"{ENV_PREFIX}{s.upper()}{ENV_NESTING}…" for s in sections]
+            raise UsageError(f"environment: {name} sets nothing; settings start with {' or '.join(sets)}")
+        if path[0] in sections:
+            layer = assignment(path, environ[name], model, f"environment {name}").over(layer)
+    return layer
+
+
+def set_layer(texts: Iterable[str], model: type[BaseModel], section: str | None) -> Layer:
+    """``--set guidance.scale=0.2``, relative to ``section`` (the command's own), later ones win."""
+    layer = EMPTY
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set {text}: write it as KEY=VALUE, for example --set seed=1")
+        path = tuple(key.split("."))
+        layer = assignment((section, *path) if section else path, value, model, f"--set {text}").over(layer)
+    return layer
+
+
+def flag_layer(flags: Mapping[str, tuple[str, Any]]) -> Layer:
+    """``{"synth.shards": ("--shards", 8)}``; flags that were not given (None) set nothing."""
+    layer = EMPTY
+    for key, (flag, value) in flags.items():
+        if value is not None:
+            path = tuple(key.split("."))
+            layer = Layer(_nested(path, value), {path: flag}).over(layer)
+    return layer
+
+
+def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> Layer:
+    """One value given as text. A field that holds text takes it as it is; every other is read as YAML."""
+    value: Any = text
+    types_ = _types_at(model, path)
+    if text in ("null", "none", "") and type(None) in types_:
+        value = None
+    elif not any(t is str or typing.get_origin(t) is typing.Literal for t in types_):
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            value = text  # pydantic then names the type that it wants
+    return Layer(_nested(path, value), {path: origin})
+
+
+def validate(model: type[Model], layer: Layer) -> Model:
+    """The model of ``layer``; UsageError in one line naming key, place, and near matches."""
+    try:
+        return model.model_validate(layer.values)
+    except ValidationError as error:
+        problems = [explain(model, layer, problem) for problem in error.errors(include_url=False)]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UsageError(problems[0] + more) from None
+
+
+def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) -> str:
+    """One pydantic problem as a line: place, key, what is wrong, what would be right."""
+    path = tuple(str(part) for part in problem["loc"])
+    key = ".".join(path)
+    head = f"{layer.origin(path)}: {key}" if key else layer.origin(path)
+    if problem["type"] == "extra_forbidden":
+        return f"{head}: unknown key; {suggest(path[-1], fields_at(model, path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{head}: this key is needed"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    if isinstance(given, str | int | float | bool) and problem["type"] != "value_error":
+        return f"{head}: {_lower(message)}, got {given!r}"
+    return f"{head}: {_lower(message)}"
+
+
+def fields_at(model: type[BaseModel], path: Path) -> list[str]:
+    """Names of the settings below ``path``; empty where ``path`` holds no settings class."""
+    for found in _types_at(model, path):
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return list(found.model_fields)
+    return []
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """``did you mean …?`` where something is near, else the list of what exists."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+
+
+def _types_at(model: type[BaseModel], path: Path) -> list[Any]:
+    """The types that the field at ``path`` accepts, unions taken apart; empty where there is no such field."""
+    found: list[Any] = [model]
+    for part in path:
+        owner = next((t for t in found if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if owner is None or part not in owner.model_fields:
+            return []
+        found = _members(owner.model_fields[part].annotation)
+    return found
+
+
+def _members(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [inner for member in typing.get_args(annotation) for inner in _members(member)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    return [annotation]
+
+
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nested(path: Path, value: Any) -> dict[str, Any]:
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def _marks(node: Any, path: Path, name: str, origins: dict[Path, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        where = f"{name}:{key.start_mark.line + 1}"
+        assert isinstance(key, yaml.ScalarNode), "safe_load refuses keys that cannot be hashed"
+        if key.value in seen:
+            raise UsageError(f"{where}: {'.'.join((*path, key.value))} is given twice")
+        seen.add(key.value)
+        origins[(*path, key.value)] = where
+        _marks(value, (*path, key.value), name, origins)
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "text"}.get(type(value), type(value).__name__)
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,146 @@
+"""The plan of a run folder: what it will hold, written once, so that a resumed run cannot mix two datasets.
+
+Used by ``factory run synth`` (create or resume) and read by ``status``, ``gc`` and ``rebuild``.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Any
+
+from manifests.errors import DataError, UsageError
+from manifests.storage import Storage
+from pipeline.recipe import Recipe, to_yaml
+from stages.synth.plan_inputs import SynthInputs, semantics
+
+PLAN = "plan.json"
+RESOLVED = "resolved.yaml"
+RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow", "ray")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``fingerprint`` covers ``semantics`` only: not the number of shards, nor versions (recorded, not compared)."""
+
+    fingerprint: str
+    shards: int
+    recipe: dict[str, Any]
+    semantics: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> bytes:
+        """Readable, with sorted keys."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Plan":
+        """Raises DataError where ``data`` is no plan; ``where`` names it in the message."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where} is not a plan of this program ({error})") from None
+
+
+def make_plan(recipe: Recipe, inputs: SynthInputs) -> Plan:
+    """The plan of stage 1 for ``recipe`` with the prior and teacher that ``inputs`` identifies."""
+    meant = semantics(recipe.synth, inputs)
+    return Plan(
+        fingerprint=fingerprint(meant),
+        shards=recipe.synth.shards,
+        recipe=recipe.model_dump(mode="json"),
+        semantics=json.loads(json.dumps(meant)),
+        versions=versions(),
+    )
+
+
+def fingerprint(meant: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of what is meant: sorted keys, no spaces, no NaN."""
+    text = json.dumps(meant, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_plan(storage: Storage) -> Plan:
+    """The plan of a run folder; DataError where there is none."""
+    if not storage.exists(PLAN):
+        raise DataError(f"{storage.url} is not a run folder: it holds no {PLAN}")
+    return Plan.from_json(storage.read(PLAN), storage.path(PLAN))
+
+
+def open_or_create(storage: Storage, plan: Plan) -> Plan:
+    """Write ``plan`` into an empty folder, or check it against the one there; returns the stored plan.
+
+    The stored plan may hold fewer shards than ``plan``: :func:`grow` raises it once the caller holds the folder's lease.
+    Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
+    """
+    if not storage.exists(PLAN):
+        _refuse_foreign(storage)
+        if storage.create(PLAN, plan.to_json()):
+            return plan
+    stored = read_plan(storage)
+    if stored.fingerprint != plan.fingerprint:
+        lines = [f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there)"]
+        raise DataError("\n".join(lines + [f"  {line}" for line in differences(stored.semantics, plan.semantics)]))
+    if plan.shards < stored.shards:
+        raise UsageError(
+            f"{storage.url} is planned for {stored.shards} shards, {plan.shards} asked for: shards can only grow "
+            f"(--shards {stored.shards} or more)"
+        )
+    return stored
+
+
+def grow(storage: Storage, stored: Plan, plan: Plan) -> Plan:
+    """Raise the stored number of shards to ``plan``'s; call it while holding the lease."""
+    grown = stored
+    if plan.shards > stored.shards:
+        grown = replace(stored, shards=plan.shards, recipe=plan.recipe)
+        storage.write(PLAN, grown.to_json())
+    if grown is not stored or not storage.exists(RESOLVED):
+        storage.write(RESOLVED, to_yaml(Recipe.model_validate(grown.recipe)))
+    return grown
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """``settings.guidance.scale: 0.1 there, 0.2 here``, one line for each key that differs."""
+    left, right = dict(_flat(there)), dict(_flat(here))
+    lines = []
+    for key in sorted(left.keys() | right.keys()):
+        a, b = left.get(key, "absent"), right.get(key, "absent")
+        if a != b:
+            lines.append(f"{key}: {_short(a)} there, {_short(b)} here")
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the bytes, without importing any of it."""
+    found = {}
+    for name in RECORDED_VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """A folder without a plan must hold nothing else, so that no user's files end up inside a dataset."""
+    if storage.is_local and os.path.exists(storage.url) and not os.path.isdir(storage.url):
+        raise UsageError(f"{storage.url} is a file; --out names the dataset's folder")
+    found = sorted(os.listdir(storage.url)) if storage.is_local and os.path.isdir(storage.url) else storage.list("")
+    if found:
+        raise DataError(f"{storage.url} is no run folder and not empty (it holds {found[0]}); give another --out")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-24:]}"

@@ -1,0 +1,82 @@
+"""The recipe: every setting of both stages, resolved from layers into one frozen object.
+
+Used by ``factory run synth``, ``run distill`` and ``demo``. Precedence, low to high: the settings classes' defaults,
+the recipe file (packaged by name, or a YAML path), ``FACTORY_SYNTH__…``/``FACTORY_DISTILL__…``, ``--set``, flags.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from manifests.errors import UsageError
+from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
+from stages.distill.settings import DistillSettings
+from stages.models.settings import Settings
+from stages.synth.settings import SynthSettings
+
+DEFAULT = "demo"
+SECTIONS = ("synth", "distill")
+
+
+class Recipe(Settings):
+    """Both stages' settings; stored whole in the plan, in ``resolved.yaml`` and in the manifest's metadata."""
+
+    name: str = "unnamed"
+    description: str = ""
+    synth: SynthSettings = SynthSettings()
+    distill: DistillSettings = DistillSettings()
+
+
+def packaged() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("pipeline") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read(source: str) -> Layer:
+    """The layer of a packaged recipe's name or of a YAML file's path."""
+    if source in packaged():
+        text = (resources.files("pipeline") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+        return yaml_layer(text, f"recipe {source}")
+    path = Path(source)
+    if not path.suffix and not path.exists() and path.name == source:
+        raise UsageError(f"no recipe {source!r}; {suggest(source, packaged())}; a file is given by its path, ending in .yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from None
+    layer = yaml_layer(text, source)
+    return layer.over(Layer({"name": path.stem}, {}))
+
+
+def resolve(
+    source: str | None = DEFAULT,
+    *,
+    section: str | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    base: Layer = EMPTY,
+    environ: Mapping[str, str] | None = None,
+) -> Recipe:
+    """The recipe of all layers. ``--set`` and the environment reach ``section`` only (every section when None);
+    ``base`` lies below the file (stage 2 puts the manifest's own recipe there).
+
+    Raises UsageError in one line naming key, place and near matches.
+    """
+    sections = (section,) if section else SECTIONS
+    layer = base
+    if source is not None:
+        layer = read(source).over(layer)
+    layer = env_layer(os.environ if environ is None else environ, Recipe, sections).over(layer)
+    layer = set_layer(sets, Recipe, section).over(layer)
+    layer = flag_layer(flags or {}).over(layer)
+    return validate(Recipe, layer)
+
+
+def to_yaml(recipe: Recipe) -> bytes:
+    """What ``resolved.yaml`` holds: every setting spelled out; usable as ``-c`` again."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100).encode()

@@ -1,0 +1,116 @@
+"""Where a run stands, read from its folder alone, so any process on any machine can ask. Used by ``factory status``."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from manifests.storage import Storage
+from pipeline.events import read_events
+from pipeline.executors.driver import committed
+from pipeline.failures import quarantined
+from pipeline.lease import live
+from pipeline.plan import read_plan
+from pipeline.text import duration, plain, size
+
+LAST_ERRORS = 3
+WINDOW = 20  # shards over which the rate is taken: long enough to be steady, short enough to follow a changed pool
+
+
+def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
+    """Counts, rate, time left and last errors of a run. JSON-able. Raises DataError where ``storage`` holds no run.
+
+    ``state`` is ``complete``, ``running``, or ``stopped`` (not complete and no driver at work: run the command again).
+    """
+    now = time.time() if now is None else now
+    plan = read_plan(storage)
+    done = {shard for shard in committed(storage) if shard < plan.shards}
+    failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
+    events = read_events(storage)
+    holder = live(storage)
+    merged = storage.exists("m.parquet") and len(done) == plan.shards
+    running = _running(events, done) if holder else {}
+    rate = _rate(events, now, holder is not None)
+    left = plan.shards - len(done) - len(failed)
+    return {
+        "run": storage.url,
+        "state": "running" if holder else "complete" if merged else "stopped",
+        "recipe": str(plan.recipe.get("name", "")),
+        "shards": plan.shards,
+        "done": len(done),
+        "failed": sorted(failed),
+        "missing": left,
+        "running": [{"shard": shard, "worker": event.get("worker"), "since": event["time"]} for shard, event in running.items()],
+        "driver": str(holder) if holder else None,
+        "rows": _total(events, "rows"),
+        "bytes": _total(events, "bytes"),
+        "shards_per_hour": round(rate * 3600, 3) if rate else None,
+        "images_per_second": _images(events, rate),
+        "seconds_left": round(left / rate) if rate and holder else None,
+        "last_errors": _errors(events),
+    }
+
+
+def lines(result: dict[str, Any], now: float | None = None) -> Iterator[str]:
+    """The status for people."""
+    now = time.time() if now is None else now
+    failed = f", {len(result['failed'])} failed" if result["failed"] else ""
+    yield f"{plain(result['run'])}: {result['state']}, {result['done']} of {result['shards']} shards done{failed}"
+    if result["driver"]:
+        yield f"driver   {plain(result['driver'])}"
+    for entry in result["running"]:
+        yield f"running  shard {entry['shard']:06d} on {plain(entry['worker'])} for {duration(now - entry['since'])}"
+    if result["rows"]:
+        speed = f", {result['images_per_second']:.3g} images/s" if result["images_per_second"] else ""
+        yield f"made     {result['rows']} images, {size(result['bytes'])}{speed}"
+    if result["seconds_left"]:
+        yield f"left     about {duration(result['seconds_left'])}"
+    for shard in result["failed"]:
+        yield f"failed   shard {shard:06d}; factory run synth … --retry-failed tries it again"
+    for error in result["last_errors"]:
+        ago = duration(now - error["time"])
+        yield f"error    {ago} ago, shard {error['shard']}, attempt {error['attempt']}: {plain(error['error'])}"
+
+
+def _running(events: Sequence[dict[str, Any]], done: set[int]) -> dict[int, dict[str, Any]]:
+    """Shards of the latest run that were started and have not ended."""
+    running: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["kind"] == "run_started":
+            running = {}
+        elif event["kind"] == "shard_started":
+            running[event["shard"]] = event
+        elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined"):
+            running.pop(event["shard"], None)
+    return {shard: event for shard, event in sorted(running.items()) if shard not in done}
+
+
+def _rate(events: Sequence[dict[str, Any]], now: float, alive: bool) -> float | None:
+    """Shards per second over the last ``WINDOW`` shards of the latest run; a driver at work that has been without a
+    result for longer than ever before counts as slower."""
+    begun = max((i for i, event in enumerate(events) if event["kind"] == "run_started"), default=None)
+    if begun is None:
+        return None
+    ended = [event["time"] for event in events[begun:] if event["kind"] == "shard_done"]
+    if not ended:
+        return None
+    times = [events[begun]["time"], *ended][-(WINDOW + 1) :]
+    gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    end = now if alive and now - times[-1] > gap else times[-1]
+    return (len(times) - 1) / (end - times[0]) if end > times[0] else None
+
+
+def _total(events: Sequence[dict[str, Any]], field: str) -> int:
+    """Sum over shards, each counted once however often it was reported."""
+    latest = {e["shard"]: e.get(field) or 0 for e in events if e["kind"] == "shard_done"}
+    return sum(latest.values())
+
+
+def _images(events: Sequence[dict[str, Any]], rate: float | None) -> float | None:
+    rows = [event["rows"] for event in events if event["kind"] == "shard_done" and event.get("rows")]
+    return round(rate * sum(rows[-WINDOW:]) / len(rows[-WINDOW:]), 4) if rows and rate else None
+
+
+def _errors(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [event for event in events if event["kind"] == "shard_failed"]
+    keys = ("time", "shard", "attempt", "error")
+    return [{key: event.get(key) for key in keys} for event in found[-LAST_ERRORS:]]

@@ -1,0 +1,169 @@
+"""Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge. Used by ``factory run synth``
+and ``factory demo``.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from manifests.info import DatasetInfo
+from manifests.merge import merge
+from manifests.storage import Storage
+from pipeline.events import EventLog
+from pipeline.executors.driver import execute
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.worker import WorkerSpec
+from pipeline.lease import Lease
+from pipeline.plan import Plan, grow, make_plan, open_or_create
+from pipeline.progress import progress, say
+from pipeline.recipe import Recipe
+from pipeline.teacher_copy import TeacherCopy, prepare, publish
+from pipeline.text import duration, plain, size
+from stages.synth.plan_inputs import SynthInputs, inspect_inputs
+
+WORKER = "stages.synth.worker:build_worker"
+MANIFEST = "m.parquet"
+
+
+def run_synth(
+    recipe: Recipe, out: str, place: ExecutorSettings, *, worker: str = WORKER, title: str = "synth", quiet: bool = False
+) -> dict[str, Any]:
+    """Make what is missing of the dataset in ``out`` and merge its manifest; returns a report.
+
+    Raises DataError for a folder of another plan, FactoryError where shards failed or another driver is at work,
+    Interrupted where a signal stopped it; in every case the same command resumes.
+    """
+    inputs = inspect_inputs(recipe.synth)
+    plan = make_plan(recipe, inputs)
+    storage = Storage(out)
+    teacher = _teacher(recipe, inputs)
+    stored = open_or_create(storage, plan)
+    with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
+        stored = grow(storage, stored, plan)
+        publish(storage, teacher)
+        started = time.monotonic()
+        events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
+        spec = WorkerSpec(
+            worker,
+            {
+                "settings": recipe.synth.model_dump(mode="json"),
+                "storage": storage.url,
+                "fingerprint": stored.fingerprint,
+            },
+        )
+        with progress(title, quiet=quiet) as shown:
+            outcome = execute(spec, range(stored.shards), place, events, storage, shown, lease)
+        state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
+        if outcome.interrupted:
+            events.write("run_interrupted", **state)
+        outcome.check()
+        info = dataset_info(stored, inputs, teacher)
+        merge(storage, info, range(stored.shards))
+        seconds = time.monotonic() - started
+        events.write("run_finished", **state, seconds=round(seconds, 3))
+    return report(storage, seconds)
+
+
+def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> DatasetInfo:
+    """What the manifest says of the whole dataset; the merge adds the tars."""
+    return DatasetInfo(
+        fingerprint=plan.fingerprint,
+        recipe=plan.recipe,
+        prior=inputs.prior,
+        teacher=teacher.identity,
+        image_size=inputs.image_size,
+        class_names=inputs.class_names,
+    )
+
+
+def report(storage: Storage, seconds: float) -> dict[str, Any]:
+    """The result of a finished run. ``seconds`` are this command's own."""
+    from manifests.reader import Manifest
+
+    manifest = Manifest.open(storage.path(MANIFEST))
+    return {
+        "out": storage.url,
+        "manifest": storage.path(MANIFEST),
+        "fingerprint": manifest.info.fingerprint,
+        "shards": len(manifest.info.tars),
+        "rows": manifest.num_rows,
+        "kept": len(manifest.select()),
+        "bytes": sum(tar.bytes for tar in manifest.info.tars),
+        "seconds": round(seconds, 3),
+    }
+
+
+def report_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The report for people."""
+    yield (
+        f"{result['rows']} images ({result['kept']} kept) in {result['shards']} shards, {size(result['bytes'])}, "
+        f"{duration(result['seconds'])}"
+    )
+    yield f"manifest: {plain(result['manifest'])}"
+
+
+def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
+    """What ``run_synth`` would do; writes nothing, but finds the same unusable inputs."""
+    from pipeline.executors.driver import committed
+
+    inputs = inspect_inputs(recipe.synth)
+    plan = make_plan(recipe, inputs)
+    storage = Storage(out)
+    done = len(committed(storage))
+    synth = recipe.synth
+    trajectories = synth.groups_per_shard * synth.group_size
+    per_image = 3 * inputs.image_size**2 * (0.83 if synth.images.format == "png" else 0.2)
+    images = trajectories * (1 + synth.images.intermediates)
+    return {
+        "out": storage.url,
+        "fingerprint": plan.fingerprint,
+        "recipe": plan.recipe | {"distill": None},
+        "workers": place.workers,
+        "shards": synth.shards,
+        "shards_done": done,
+        "groups_per_shard": synth.groups_per_shard,
+        "trajectories": trajectories * synth.shards,
+        "images": images * synth.shards,
+        "image_size": inputs.image_size,
+        "classes": len(inputs.class_names),
+        "denoiser_calls": _calls(recipe) * trajectories * max(0, synth.shards - done),
+        "disk_bytes_at_most": round(images * synth.shards * (per_image + 2048)),
+        "prior": inputs.prior,
+        "teacher": inputs.teacher,
+        "versions": plan.versions,
+    }
+
+
+def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The dry run for people: settings first, then what they amount to."""
+    import yaml
+
+    settings = {key: value for key, value in result["recipe"].items() if key in ("name", "description", "synth")}
+    yield plain_block(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
+    yield f"out             {plain(result['out'])} ({result['shards_done']} of {result['shards']} shards done)"
+    yield f"prior           {plain(result['prior'].get('name'))}, sha256 {str(result['prior'].get('sha256'))[:12]}"
+    yield f"teacher         {plain(result['teacher'].get('architecture'))}, sha256 {result['teacher']['sha256'][:12]}"
+    yield f"classes         {result['classes']}"
+    yield f"images          {result['images']} of {result['image_size']} px, from {result['trajectories']} trajectories"
+    yield f"denoiser calls  {result['denoiser_calls']} still to make (a batch of one each; CFG included)"
+    yield f"disk            at most about {size(result['disk_bytes_at_most'])}"
+    yield f"fingerprint     {result['fingerprint']}"
+
+
+def plain_block(text: str) -> str:
+    """Several lines, each made safe to print."""
+    return "\n".join(plain(line) for line in text.splitlines())
+
+
+def _teacher(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
+    if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
+        return TeacherCopy({}, inputs.teacher)
+    return prepare(recipe.synth.teacher, inputs.teacher)
+
+
+def _calls(recipe: Recipe) -> int:
+    """Denoiser evaluations per trajectory: one per step, two with classifier-free guidance."""
+    synth = recipe.synth
+    if synth.method == "noise":
+        return 0
+    return synth.prior.steps * (1 if synth.prior.cfg == 1 else 2)

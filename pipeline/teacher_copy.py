@@ -1,0 +1,58 @@
+"""The dataset carries its built-in teacher, so that a manifest alone is enough to distil from.
+
+Used by ``factory run synth`` when a plan starts. Loading the weights once here also finds a damaged file before
+anything is written.
+"""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manifests.storage import Storage
+from stages.models.identity import CONFIG, WEIGHTS, resolve
+from stages.models.settings import ModelSettings
+
+FOLDER = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherCopy:
+    """The files to publish below ``FOLDER``, and the identity that the manifest's metadata stores."""
+
+    files: dict[str, bytes]
+    identity: dict[str, Any]
+
+
+def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
+    """Read, check and, where it is no safetensors file, convert the teacher that ``identity`` describes.
+
+    The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
+    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.
+
+    Raises DataError where the weights are damaged or do not fit.
+    """
+    if identity["kind"] != "builtin":
+        return TeacherCopy({}, identity)
+    from stages.models.loading import build_from, save_model
+
+    source = resolve(settings)
+    weights = source.read()
+    net = build_from(source.config, weights, str(source.weights))
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(scratch, net, source.config)
+        files = {name: (Path(scratch) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    if source.weights.suffix == ".safetensors":
+        files[WEIGHTS] = weights
+    stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
+    if stored["sha256"] != identity["sha256"]:
+        stored["source_sha256"] = identity["sha256"]
+    return TeacherCopy(files, stored)
+
+
+def publish(storage: Storage, copy: TeacherCopy) -> None:
+    """Write the files that are not there yet; the same plan always has the same ones."""
+    for name, data in copy.files.items():
+        if not storage.exists(f"{FOLDER}/{name}"):
+            storage.write(f"{FOLDER}/{name}", data)

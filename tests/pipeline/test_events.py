@@ -1,0 +1,57 @@
+"""The events log: appends, survives a torn line, and is read back in order, locally and remotely."""
+
+import json
+
+from manifests.storage import Storage
+from pipeline.events import LOCAL, EventLog, read_events
+
+
+def test_local_events_append_across_drivers(tmp_path):
+    storage = Storage(tmp_path)
+    for shard in (0, 1):
+        with EventLog(storage) as log:
+            log.write("shard_done", shard=shard, rows=5)
+    assert [(e["kind"], e["shard"]) for e in read_events(storage)] == [("shard_done", 0), ("shard_done", 1)]
+
+
+def test_a_torn_last_line_costs_only_itself(tmp_path):
+    storage = Storage(tmp_path)
+    EventLog(storage).write("run_started", shards=2)
+    with open(tmp_path / LOCAL, "ab") as file:
+        file.write(b'{"time": 1, "kind": "shard_d')
+    assert len(read_events(storage)) == 1
+    EventLog(storage).write("run_finished")
+    assert [e["kind"] for e in read_events(storage)] == ["run_started", "run_finished"]
+
+
+def test_lines_that_are_no_events_are_passed_over(tmp_path):
+    (tmp_path / LOCAL).write_bytes(b'[1]\n{"kind": "x"}\n{"time": "y", "kind": "x"}\n\xff\n{"time": 1, "kind": "ok"}\n')
+    assert read_events(Storage(tmp_path)) == [{"time": 1, "kind": "ok"}]
+
+
+def test_a_folder_without_events_has_none(tmp_path):
+    assert read_events(Storage(tmp_path)) == []
+
+
+def test_remote_events_are_buffered_and_kept_per_driver():
+    storage = Storage("memory://events-test/run")
+    now = [100.0]
+    with EventLog(storage, clock=lambda: now[0]) as log:
+        log.write("run_started")  # urgent: visible at once
+        log.write("shard_done", shard=0)
+        assert [e["kind"] for e in read_events(storage)] == ["run_started"]
+        now[0] += 6
+        log.write("shard_done", shard=1)
+        assert len(read_events(storage)) == 3
+        log.write("shard_done", shard=2)
+    now[0] += 1
+    with EventLog(storage, clock=lambda: now[0]) as log:
+        log.write("run_finished")
+    assert [e["kind"] for e in read_events(storage)] == ["run_started"] + 3 * ["shard_done"] + ["run_finished"]
+
+
+def test_a_line_is_json_with_time_and_kind(tmp_path):
+    EventLog(Storage(tmp_path), clock=lambda: 1.23456).write("warning", message="schöne\nZeile")
+    lines = (tmp_path / LOCAL).read_text().splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[0]) == {"time": 1.235, "kind": "warning", "message": "schöne\nZeile"}

@@ -1,0 +1,62 @@
+"""Tidying: leftovers go, done shards and live runs are left alone."""
+
+import pytest
+
+from manifests.errors import DataError, FactoryError
+from manifests.reader import Manifest
+from manifests.storage import Storage
+from pipeline.failures import Failure, quarantine, quarantined
+from pipeline.gc import collect
+from pipeline.lease import Lease
+
+
+@pytest.fixture
+def littered(run_folder):
+    (run_folder / "shards/000001-0123456789ab.tar").write_bytes(b"x" * 1000)
+    (run_folder / "tmp").mkdir(exist_ok=True)
+    (run_folder / "tmp/half.tar").write_bytes(b"x" * 500)
+    quarantine(Storage(run_folder), Failure(1, 3, "died after its commit"))
+    return run_folder
+
+
+def test_leftovers_go_and_the_dataset_stays(littered):
+    before = Manifest.open(littered).select().read(3)
+    removed = collect(Storage(littered))
+    assert removed["orphans"] == ["shards/000001-0123456789ab.tar"]
+    assert removed["temporary"] == ["half.tar"]
+    assert removed["bytes"] == 1500
+    assert len(list((littered / "shards").iterdir())) == 4
+    assert not quarantined(Storage(littered))
+    assert Manifest.open(littered, verify=True).select().read(3) == before
+
+
+def test_dry_run_only_tells(littered):
+    assert collect(Storage(littered), dry_run=True)["bytes"] == 1500
+    assert (littered / "tmp/half.tar").exists() and (littered / "shards/000001-0123456789ab.tar").exists()
+
+
+def test_a_live_run_is_left_alone(littered):
+    with Lease(Storage(littered)), pytest.raises(FactoryError, match="in use"):
+        collect(Storage(littered))
+    assert (littered / "tmp/half.tar").exists()
+
+
+def test_after_a_killed_driver_its_workers_may_still_commit(littered, monkeypatch):
+    storage = Storage(littered)
+    lease = Lease(storage)
+    lease.__enter__()
+    lease._stop.set()  # as SIGKILL leaves it: never released
+    monkeypatch.setattr("pipeline.lease._alive", lambda holder: False)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        (littered / "shards/000001-0123456789ab.tar").rename(littered / "late.tar")  # as if it had been committed
+
+    assert collect(storage, sleep=sleep)["orphans"] == []
+    assert slept == [30.0]
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(DataError, match="is not a run folder"):
+        collect(Storage(tmp_path))

@@ -1,0 +1,90 @@
+"""Plans: the fingerprint's reach, create or resume, refusal with a diff."""
+
+import json
+
+import pytest
+
+from manifests.errors import DataError, UsageError
+from manifests.storage import Storage
+from pipeline.plan import Plan, differences, fingerprint, grow, make_plan, open_or_create, read_plan
+from pipeline.recipe import resolve
+from stages.synth.plan_inputs import inspect_inputs
+from tests.pipeline.conftest import small_recipe
+
+
+def plan_of(*sets: str) -> Plan:
+    recipe = small_recipe(*sets)
+    return make_plan(recipe, inspect_inputs(recipe.synth))
+
+
+def test_fingerprint_is_canonical():
+    assert fingerprint({"b": 1, "a": [1.5, "ü"]}) == fingerprint({"a": [1.5, "ü"], "b": 1})
+    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # sha256 of "{}"
+    with pytest.raises(ValueError):
+        fingerprint({"a": float("nan")})
+
+
+def test_shards_and_device_do_not_enter_but_method_and_seed_do():
+    base = plan_of().fingerprint
+    assert plan_of("shards=9", "device=cpu").fingerprint == base
+    for change in ("seed=1", "group_size=11", "guidance.scale=0.3", "prompts.styles=[x]"):
+        assert plan_of(change).fingerprint != base
+
+
+def test_created_once_then_reopened(tmp_path):
+    storage, plan = Storage(tmp_path / "run"), plan_of()
+    assert open_or_create(storage, plan) == plan
+    assert open_or_create(storage, plan) == plan == read_plan(storage)
+
+
+def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_path):
+    storage = Storage(tmp_path / "run")
+    open_or_create(storage, plan_of())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(DataError) as caught:
+        open_or_create(storage, plan_of("guidance.scale=0.3", "seed=4"))
+    lines = str(caught.value).splitlines()
+    assert lines[1:] == [
+        "  settings.guidance.scale: 0.1 there, 0.3 here",
+        "  settings.seed: 0 there, 4 here",
+    ]
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_shards_only_grow(tmp_path):
+    storage = Storage(tmp_path / "run")
+    stored = open_or_create(storage, plan_of())
+    assert grow(storage, stored, plan_of("shards=5")).shards == 5
+    assert read_plan(storage).shards == 5
+    assert resolve(str(tmp_path / "run/resolved.yaml"), environ={}).synth.shards == 5
+    with pytest.raises(UsageError, match="planned for 5 shards, 2 asked for"):
+        open_or_create(storage, plan_of())
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match=r"not empty \(it holds thesis.tex\)"):
+        open_or_create(Storage(tmp_path), plan_of())
+    with pytest.raises(UsageError, match="is a file"):
+        open_or_create(Storage(tmp_path / "thesis.tex"), plan_of())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    (tmp_path / "plan.json").write_text('{"shards": 2')
+    with pytest.raises(DataError, match="plan.json is not a plan"):
+        read_plan(Storage(tmp_path))
+    (tmp_path / "plan.json").write_text(json.dumps({"shards": 2}))
+    with pytest.raises(DataError, match="plan.json is not a plan"):
+        read_plan(Storage(tmp_path))
+
+
+def test_differences_are_flat_sorted_and_short():
+    there = {"a": {"b": 1, "c": {}}, "gone": "x" * 100, "same": [1]}
+    here = {"a": {"b": 2, "c": {"d": 1}}, "same": [1]}
+    assert differences(there, here) == [
+        "a.b: 1 there, 2 here",
+        "a.c: {} there, absent here",
+        "a.c.d: absent there, 1 here",
+        f"gone: {'x' * 24}…{'x' * 24} there, absent here",
+    ]

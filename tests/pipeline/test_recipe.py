@@ -1,0 +1,93 @@
+"""Recipes: packaged and user files, precedence over all layers, errors a user can act on."""
+
+import pytest
+import yaml
+
+from manifests.errors import UsageError
+from pipeline.layers import mapping_layer
+from pipeline.recipe import Recipe, packaged, resolve, to_yaml
+
+
+def refusal(*args, **kwargs) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve(*args, environ=kwargs.pop("environ", {}), **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_packaged_recipes_are_valid_and_carry_their_name(name):
+    recipe = resolve(name, environ={})
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_precedence_default_file_environment_set_flag(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("synth: {seed: 1, shards: 1, group_size: 11, method: dmkd, prior: {steps: 11}}")
+    recipe = resolve(
+        str(file),
+        section="synth",
+        environ={"FACTORY_SYNTH__SHARDS": "2", "FACTORY_SYNTH__GROUP_SIZE": "12", "FACTORY_SYNTH__METHOD": "diffdfkd"},
+        sets=["group_size=13", "method=noise"],
+        flags={"synth.method": ("--method", "dmkd"), "synth.seed": ("--seed", None)},
+    )
+    synth = recipe.synth
+    assert (recipe.name, synth.seed, synth.shards, synth.group_size, synth.method) == ("mine", 1, 2, 13, "dmkd")
+    assert synth.prior.steps == 11
+    assert synth.groups_per_shard == Recipe().synth.groups_per_shard
+
+
+def test_a_base_lies_below_everything():
+    base = mapping_layer({"name": "stored", "distill": {"epochs": 7, "batch_size": 8}}, "recipe in m.parquet")
+    recipe = resolve(None, section="distill", base=base, sets=["epochs=9"], environ={})
+    assert (recipe.name, recipe.distill.epochs, recipe.distill.batch_size) == ("stored", 9, 8)
+    bad = mapping_layer({"distill": {"epoch": 7}}, "recipe in m.parquet")
+    assert refusal(None, base=bad).startswith("recipe in m.parquet: distill.epoch: unknown key; did you mean epochs")
+
+
+def test_resolved_yaml_gives_the_same_recipe_again(tmp_path):
+    recipe = resolve("demo", sets=["synth.prompts.subjects=[a, 'b: c']", "distill.where=label == 3"], environ={})
+    (tmp_path / "resolved.yaml").write_bytes(to_yaml(recipe))
+    assert resolve(str(tmp_path / "resolved.yaml"), environ={}) == recipe
+    assert yaml.safe_load(to_yaml(recipe))["distill"]["where"] == "label == 3"
+
+
+def test_unknown_recipe_name():
+    assert "did you mean demo?" in refusal("deom")
+    assert "ending in .yaml" in refusal("mine")
+
+
+def test_recipe_file_that_cannot_be_read(tmp_path):
+    assert "No such file" in refusal(str(tmp_path / "no.yaml"))
+    assert "cannot read" in refusal(str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "binary.yaml: cannot read" in refusal(str(tmp_path / "binary.yaml"))
+
+
+def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("name: r\nsynth:\n  guidance:\n    scael: 0.2\n")
+    assert refusal(str(file)) == f"{file}:4: synth.guidance.scael: unknown key; did you mean scale?"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "part"),
+    [
+        ("guidance.scael=1", "unknown key; did you mean scale?"),
+        ("guidance.scale=-1", "should be greater than or equal to 0, got -1"),
+        ("method=magic", "'diffdfkd', 'dmkd' or 'noise', got 'magic'"),
+        ("guidance.interval=[0.9, 0.1]", "interval must satisfy 0 <= start < end <= 1"),
+        ("prompts.template={who}", "template may use only"),
+        ("guidance=5", "synth.guidance"),
+        ("teacher.input.size=8", "this key is needed"),
+    ],
+)
+def test_bad_assignment_is_one_line_that_names_it(assignment, part):
+    text = refusal("demo", section="synth", sets=[assignment])
+    assert part in text
+    assert text.startswith(f"--set {assignment}: synth.") or part == "this key is needed"
+
+
+def test_set_of_the_other_section_is_unknown_here():
+    assert "--set epochs=3: synth.epochs: unknown key" in refusal("demo", section="synth", sets=["epochs=3"])

@@ -1,0 +1,112 @@
+"""Stage 1 end to end with a worker that needs no model: complete, resumed, grown, failed, refused."""
+
+import json
+
+import pytest
+
+from manifests.errors import DataError, FactoryError
+from manifests.reader import Manifest
+from manifests.storage import Storage
+from pipeline.events import read_events
+from pipeline.failures import quarantined
+from pipeline.lease import Lease
+from pipeline.recipe import resolve
+from pipeline.synth import dry_run, dry_run_lines, run_synth
+from tests.pipeline.conftest import INLINE, small_recipe
+from tests.pipeline.fake_worker import FACTORY, POISON
+
+
+def run(folder, *sets, worker=FACTORY, place=INLINE):
+    return run_synth(small_recipe(*sets), str(folder), place, worker=worker, quiet=True)
+
+
+def shard_names(folder):
+    return sorted(path.name for path in (folder / "shards").iterdir())
+
+
+def test_a_run_gives_a_manifest_that_says_what_it_is(run_folder):
+    manifest = Manifest.open(run_folder / "m.parquet")
+    assert manifest.num_rows == 40
+    assert len(manifest.select()) == 32
+    assert manifest.info.recipe["name"] == "demo"
+    assert manifest.info.recipe["synth"]["shards"] == 2
+    assert manifest.info.teacher["architecture"]
+    assert manifest.info.image_size == 8
+    plan = json.loads((run_folder / "plan.json").read_text())
+    assert manifest.info.fingerprint == plan["fingerprint"]
+    assert {"torch", "numpy"} <= set(plan["versions"])
+    kinds = [event["kind"] for event in read_events(Storage(run_folder))]
+    assert kinds[0] == "run_started" and kinds[-1] == "run_finished" and kinds.count("shard_done") == 2
+
+
+def test_the_report_counts(tmp_path):
+    report = run(tmp_path / "run")
+    assert {key: report[key] for key in ("shards", "rows", "kept")} == {"shards": 2, "rows": 40, "kept": 32}
+    assert report["manifest"] == str(tmp_path / "run/m.parquet")
+
+
+def test_the_same_command_again_changes_no_byte(run_folder):
+    before = {path.name: path.read_bytes() for path in [run_folder / "m.parquet", *(run_folder / "shards").iterdir()]}
+    run(run_folder)
+    assert before == {p.name: p.read_bytes() for p in [run_folder / "m.parquet", *(run_folder / "shards").iterdir()]}
+
+
+def test_growing_adds_and_equals_one_large_run(tmp_path, run_folder):
+    before = shard_names(run_folder)
+    run(run_folder, "shards=4")
+    assert set(before) < set(shard_names(run_folder))
+    run(tmp_path / "large", "shards=4")
+    assert shard_names(run_folder) == shard_names(tmp_path / "large")
+    assert (run_folder / "m.parquet").read_bytes() == (tmp_path / "large/m.parquet").read_bytes()
+
+
+def test_a_lost_manifest_comes_back_from_done_shards(run_folder):
+    before = (run_folder / "m.parquet").read_bytes()
+    (run_folder / "m.parquet").unlink()
+    run(run_folder)
+    assert (run_folder / "m.parquet").read_bytes() == before
+
+
+def test_a_failing_shard_leaves_the_others_done_and_the_run_failed(tmp_path):
+    with pytest.raises(FactoryError, match=r"1 of 3 shards failed.*--retry-failed") as caught:
+        run(tmp_path / "run", "shards=3", worker=POISON)
+    assert caught.value.exit_code == 1
+    assert sorted(path.name for path in (tmp_path / "run/done").iterdir()) == ["000000.json", "000002.json"]
+    assert not (tmp_path / "run/m.parquet").exists()
+    with pytest.raises(FactoryError, match="--retry-failed"):
+        run(tmp_path / "run", "shards=3")
+    run(tmp_path / "run", "shards=3", place=INLINE.model_copy(update={"retry_failed": True}))
+    assert not quarantined(Storage(tmp_path / "run"))
+    assert Manifest.open(tmp_path / "run").num_rows == 60
+
+
+def test_another_plan_is_refused_before_anything_happens(run_folder):
+    before = sorted(path for path in run_folder.rglob("*"))
+    with pytest.raises(DataError, match="holds another plan"):
+        run(run_folder, "seed=5")
+    assert before == sorted(path for path in run_folder.rglob("*"))
+
+
+def test_a_second_driver_is_refused(run_folder):
+    with Lease(Storage(run_folder)), pytest.raises(FactoryError, match="in use by another driver"):
+        run(run_folder, "shards=3")
+
+
+def test_unusable_teacher_leaves_nothing_behind(tmp_path):
+    for settings, part in (
+        (["synth.teacher.name=./nowhere"], "nowhere"),
+        (["synth.teacher.num_classes=7"], "7"),
+        (["synth.teacher.weights=missing.safetensors"], "missing.safetensors"),
+    ):
+        recipe = resolve("demo", sets=[f"synth.{s}" for s in ("method=noise", "images.size=8")] + settings, environ={})
+        with pytest.raises(DataError, match=part):
+            run_synth(recipe, str(tmp_path / "run"), INLINE, worker=FACTORY, quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_and_writes_nothing(tmp_path):
+    found = dry_run(small_recipe("shards=3"), str(tmp_path / "run"), INLINE)
+    assert (found["images"], found["trajectories"], found["denoiser_calls"]) == (60, 60, 0)
+    assert found["disk_bytes_at_most"] > 60 * 8 * 8 * 3 * 0.8
+    assert any("fingerprint" in line for line in dry_run_lines(found))
+    assert not (tmp_path / "run").exists()
