@@ -1,0 +1,31 @@
+import pytest
+import torch
+from tests.synth.tiny import save_stable_diffusion
+
+from stages.synth.settings import PriorSettings
+from stages.synth.text_prior import TextPrior
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=["epsilon", "v_prediction", "sample"])
+def any_prior(request, tmp_path_factory):
+    """A tiny prior of each prediction type, five steps, CFG 2."""
+    folder = save_stable_diffusion(tmp_path_factory.mktemp(request.param) / "prior", request.param)
+    return TextPrior(folder, PriorSettings(path=str(folder), steps=5, cfg=2.0), "cpu")
+
+
+@pytest.fixture(scope="session")
+def prior_folder(tmp_path_factory):
+    return save_stable_diffusion(tmp_path_factory.mktemp("sd") / "prior")
+
+
+@pytest.fixture(scope="session")
+def prior(prior_folder):
+    return TextPrior(prior_folder, PriorSettings(path=str(prior_folder), steps=6, cfg=1.0), "cpu")

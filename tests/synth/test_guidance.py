@@ -1,0 +1,84 @@
+"""Loss terms and the update, against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from stages.synth.guidance import Losses, class_prior, disagreement, feature_statistics, guided, shifted, update
+from stages.synth.settings import GuidanceSettings
+
+
+def test_class_prior_is_cross_entropy_per_sample():
+    got = class_prior(torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([0, 1]))
+    assert got.tolist() == pytest.approx([math.log(2), math.log(4)])
+
+
+def test_feature_statistics_hand_computed():
+    x = torch.tensor([[[[1.0, 3.0]], [[0.0, 0.0]]], [[[1.0, 3.0]], [[0.0, 0.0]]]])  # [2, 2, 1, 2]
+    # channel 0: mean 2, biased variance 1; channel 1: mean 0, variance 0.
+    running = (torch.tensor([0.0, 1.0]), torch.tensor([4.0, 1.0]))
+    shift = math.sqrt(((2 / 2) ** 2 + (-1 / 1) ** 2) / 2)
+    spread = math.sqrt((((1 - 4) / 4) ** 2 + ((0 - 1) / 1) ** 2) / 2)
+    assert feature_statistics([x], [running]).item() == pytest.approx(shift + spread, rel=1e-5)
+    assert feature_statistics([x, x], [running, running]).item() == pytest.approx(shift + spread, rel=1e-5)
+
+
+def test_feature_statistics_does_not_care_about_the_layers_scale():
+    x, mean, variance = torch.randn(8, 3, 4, 4), torch.randn(3), torch.rand(3) + 0.5
+    one = feature_statistics([x], [(mean, variance)])
+    hundred = feature_statistics([100 * x], [(100 * mean, 100**2 * variance)])
+    assert hundred.item() == pytest.approx(one.item(), rel=1e-4)
+
+
+def test_disagreement_counts_only_where_teacher_and_student_agree():
+    teacher = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    p = torch.tensor([2.0, 0.0]).softmax(0)
+    q = torch.tensor([1.0, 0.0]).softmax(0)
+    kl = (p * (p.log() - q.log())).sum().item()
+    assert disagreement(teacher, student).tolist() == pytest.approx([-kl, 0.0])
+
+
+def test_a_samples_gradient_does_not_shrink_with_the_group():
+    def gradient(n):
+        ce = torch.ones(n, requires_grad=True)
+        Losses(ce, torch.zeros(n), torch.zeros(())).total(GuidanceSettings()).backward()
+        return ce.grad[0].item()
+
+    assert gradient(2) == gradient(50)
+
+
+def test_update_is_a_share_of_unit_variance_and_shrinks_with_the_noise():
+    gradient = torch.randn(3, 4, 8, 8) * torch.tensor([1e-6, 1.0, 1e6]).view(3, 1, 1, 1)
+    settings = GuidanceSettings(scale=0.1)
+    early = update(gradient, alpha=0.1, sigma=0.99, settings=settings)
+    late = update(gradient, alpha=0.99, sigma=0.099, settings=settings)
+    rms = lambda x: x.flatten(1).square().mean(1).sqrt().tolist()  # noqa: E731
+    assert rms(early) == pytest.approx([0.1] * 3, rel=1e-3)
+    assert rms(late) == pytest.approx([0.01] * 3, rel=1e-3)
+    assert (early * gradient).flatten(1).sum(1).max() < 0  # downhill
+    raw = update(gradient, 0.99, 0.099, GuidanceSettings(scale=0.1, normalise="none"))
+    assert torch.equal(raw, -0.1 * gradient)
+
+
+def test_guided_steps_follow_interval_and_stride():
+    def steps(**kw):
+        return [i for i in range(10) if guided(GuidanceSettings(**kw), i, 10)]
+
+    assert steps() == list(range(10))
+    assert steps(interval=(0.5, 1.0)) == [5, 6, 7, 8, 9]
+    assert steps(interval=(0.25, 1.0), every=3) == [3, 6, 9]
+    assert steps(scale=0) == []
+
+
+def test_shift_moves_by_at_most_its_limit_and_repeats_edges():
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    seen = set()
+    for seed in range(40):
+        out = shifted(image, 0.125, torch.Generator().manual_seed(seed))
+        dy, dx = divmod(int(out[0, 0, 4, 4].item()), 8)
+        seen.add((dy - 4, dx - 4))
+        assert out.shape == image.shape
+    assert seen == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    assert shifted(image, 0.0, torch.Generator()) is image

@@ -1,0 +1,132 @@
+"""The denoising loop: calls per step, gradients against finite differences, order of decode, update and cut."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from stages.synth.groups import Group
+from stages.synth.prior import State
+from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
+from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
+from tests.synth.tiny import TinyTeacher
+
+GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
+LABELS = torch.tensor(GROUP.labels)
+
+
+def frames(prior, guide=None, **kw):
+    return list(denoise(prior, GROUP, 0, "cpu", guide, **kw))
+
+
+def test_unguided_equals_the_pipelines_own_loop(prior):
+    z = GROUP.noise(0, prior.latent_shape)
+    condition = prior.encode(GROUP.prompts)
+    with torch.no_grad():
+        for t in prior.timesteps:
+            z = prior.scheduler.step(prior.unet(z, t, condition).sample, t, z).prev_sample
+        expected = prior.decode(z)
+    torch.testing.assert_close(frames(prior)[-1].images, expected)
+
+
+@pytest.mark.parametrize("through", ["z0", "zt"])
+def test_one_prior_evaluation_per_step(prior, monkeypatch, through):
+    calls = []
+    original = prior.unet.forward
+    monkeypatch.setattr(prior.unet, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    guide = Guide(GuidanceSettings(through=through, every=2), TinyTeacher(), LABELS)
+    work = Work()
+    frames(prior, guide, intermediates=2, work=work)
+    assert len(calls) == work.evaluations == len(prior.timesteps)
+    assert (work.guided_steps, work.decodes) == (3, 3 + 2 + 1)
+
+
+@pytest.mark.parametrize("through", ["z0", "zt"])
+def test_gradient_matches_finite_differences(prior, monkeypatch, through):
+    """The update with raw gradients, against central differences of the total loss in random directions."""
+    for network in (prior.unet, prior.vae):
+        network.double()
+    try:
+        settings = GuidanceSettings(through=through, normalise="none", scale=1.0, bn=0.3)
+        guide = Guide(settings, TinyTeacher(dtype=torch.float64), LABELS)
+        condition = prior.encode(GROUP.prompts).double()
+        monkeypatch.setattr(prior, "predict", double_predict(prior))
+        monkeypatch.setattr(prior, "decode", lambda z0: prior.vae.decode(z0 / 0.7).sample)
+        z = GROUP.noise(0, prior.latent_shape).double()
+        rng = torch.Generator()
+
+        def loss(z):
+            state = prior.predict(State(z, 2), condition)
+            point = prior.decode(state.z0 if through == "zt" else z)
+            return guide.losses(point, rng).total(settings).item()
+
+        source = z.clone().requires_grad_(through == "zt")
+        with torch.set_grad_enabled(through == "zt"):
+            state = prior.predict(State(source, 2), condition)
+        base = z if through == "zt" else state.z0.detach()
+        moved, _ = guide_step(prior, state, guide, rng)
+        alpha = prior.levels(2)[0]
+        step = (moved.z0 - state.z0.detach()) * (alpha if through == "zt" else 1.0)  # zt: the move of z_t itself
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            direction = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+            with torch.no_grad():
+                numeric = (loss(base + 1e-5 * direction) - loss(base - 1e-5 * direction)) / 2e-5
+            assert -(step * direction).sum().item() == pytest.approx(numeric, rel=1e-4)
+    finally:
+        for network in (prior.unet, prior.vae):
+            network.float()
+
+
+def double_predict(prior):
+    """``predict`` without the cast to float32 that production wants for half-precision priors."""
+
+    def predict(state, condition):
+        output = prior.unet(state.z, prior.timesteps[state.step], condition).sample
+        alpha, sigma = prior.levels(state.step)
+        return dataclasses.replace(state, output=output, z0=(state.z - sigma * output) / alpha)
+
+    return predict
+
+
+@pytest.mark.parametrize("through", ["z0", "zt"])
+def test_guidance_lowers_the_guided_loss(prior, through):
+    teacher = TinyTeacher()
+    guide = Guide(GuidanceSettings(through=through, scale=0.3, bn=0.0), teacher, LABELS)
+
+    def final_loss(images):
+        return torch.nn.functional.cross_entropy(teacher.logits(images), LABELS).item()
+
+    assert final_loss(frames(prior, guide)[-1].images) < final_loss(frames(prior)[-1].images) - 1e-3
+
+
+def test_intermediates_are_decoded_before_the_update_and_cut_of_their_step(prior):
+    cut_at_3 = LatentCutMixSettings(every=3, interval=(0, 1))
+    guide = Guide(GuidanceSettings(interval=(0.5, 1.0), scale=0.5), TinyTeacher(), LABELS)  # first guided step: 3
+    assert intermediate_steps(1, 6) == {3}
+    plain = frames(prior, intermediates=1)
+    steered = frames(prior, guide, cutmix=cut_at_3, intermediates=1)
+    assert torch.equal(plain[0].images, steered[0].images)
+    assert not any(steered[0].cuts) and all(steered[1].cuts)
+    assert not torch.equal(plain[1].images, steered[1].images)
+    assert [f.timestep for f in steered] == [prior.timesteps[3], 0]
+
+
+def test_inner_updates_move_further(prior):
+    teacher = TinyTeacher()
+    condition = prior.encode(GROUP.prompts)
+    with torch.no_grad():
+        state = prior.predict(State(GROUP.noise(0, prior.latent_shape), 2), condition)
+
+    def loss_after(inner):
+        guide = Guide(GuidanceSettings(inner=inner, scale=0.05, bn=0.0), teacher, LABELS)
+        moved, _ = guide_step(prior, state, guide, torch.Generator())
+        return guide.losses(prior.decode(moved.z0), torch.Generator()).ce.sum().item()
+
+    assert loss_after(4) < loss_after(1)
+
+
+def test_an_adversary_equal_to_the_teacher_adds_nothing(prior):
+    guide = Guide(GuidanceSettings(adversarial=1.0), TinyTeacher(), LABELS, adversary=TinyTeacher())
+    losses = guide.losses(torch.randn(4, 3, 16, 16), torch.Generator())
+    assert losses.adversarial.abs().max() < 1e-6  # the student equals the teacher: no disagreement to chase

@@ -1,0 +1,119 @@
+"""The worker on a tiny prior: rows agree with the pixels, equal plans give equal bytes, the manifest tells the truth."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset
+from PIL import Image
+
+from manifests.shard import done_records
+from manifests.storage import Storage
+from stages.models.loading import load_teacher
+from stages.synth.scores import teacher_columns, unit_range
+from stages.synth.settings import SynthSettings
+from stages.synth.worker import build_worker
+
+
+def settings(prior_folder, **kw):
+    given = {
+        "prior": {"path": str(prior_folder), "steps": 5, "cfg": 1.0},
+        "lca": {"every": 2, "interval": [0, 1]},
+        "images": {"intermediates": 1},
+        "groups_per_shard": 2,
+        "group_size": 20,
+        "device": "cpu",
+        "store_logits": True,
+        "min_confidence": 0.1,
+    }
+    return SynthSettings.model_validate(given | kw).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def made(prior_folder, tmp_path_factory):
+    """One shard of diffdfkd: (storage, report, rows)."""
+    storage = Storage(str(tmp_path_factory.mktemp("run")))
+    ticks = []
+    report = build_worker(settings(prior_folder), storage.url, "f" * 64).run(3, lambda *a: ticks.append(a))
+    assert ticks == [(1, 2), (2, 2)]
+    rows = pq.read_table(storage.path(done_records(storage)[3].table)).to_pylist()
+    return storage, report, rows
+
+
+def stored_images(storage, shard):
+    tar = storage.path(done_records(storage)[shard].tar)
+    samples = webdataset.WebDataset(tar, shardshuffle=False)
+    return {s["__key__"]: np.asarray(Image.open(io.BytesIO(s["png"])).convert("RGB")) for s in samples}
+
+
+def test_report_counts_what_was_done(made):
+    _, report, rows = made
+    assert report["rows"] == len(rows) == 2 * 20 * 2
+    assert report["kept"] == sum(row["kept"] for row in rows)
+    assert (report["evaluations"], report["guided_steps"]) == (2 * 5, 2 * 5)
+
+
+def test_rows_tell_how_each_image_was_made(made):
+    _, _, rows = made
+    assert {row["group"] for row in rows} == {6, 7}
+    assert sorted({row["trajectory"] for row in rows}) == list(range(120, 160))
+    for row in rows:
+        assert row["class_name"] and row["label"] == row["trajectory"] % 20 % 10
+        assert row["timestep"] == 0 or row["step"] == 2
+        group = range(row["group"] * 20, (row["group"] + 1) * 20)
+        for cut in row["lca"]:
+            assert cut["partner"] in group and cut["partner"] % 10 == row["trajectory"] % 10
+            assert cut["lam"] == pytest.approx(1 - cut["h"] * cut["w"] / 64)
+        assert (row["loss_ce"] is None) == (row["step"] == 0)
+
+
+def test_teacher_columns_come_from_the_stored_pixels(made):
+    storage, _, rows = made
+    images, teacher = stored_images(storage, 3), load_teacher(SynthSettings().teacher, "cpu")
+    pixels = torch.from_numpy(np.stack([images[row["key"]] for row in rows]))
+    with torch.no_grad():
+        logits, features = teacher.logits(unit_range(pixels)), teacher.features(unit_range(pixels))
+    for i, row in enumerate(rows):
+        probability = logits[i].softmax(0)
+        assert row["teacher_label"] == probability.argmax().item()
+        assert row["confidence"] == pytest.approx(probability.max().item(), rel=1e-3)
+        assert row["kept"] == (probability[row["label"]].item() >= 0.1) == (row["reject_reason"] is None)
+        assert row["logits"] == pytest.approx(logits[i].tolist(), rel=2e-3, abs=2e-3)
+    final = {row["trajectory"]: i for i, row in enumerate(rows) if row["timestep"] == 0}
+    for i, row in enumerate(rows):
+        if row["timestep"] == 0:
+            other = teacher.class_weights[row["label"]]
+        else:
+            other = features[final[row["trajectory"]]]
+        assert row["cosine"] == pytest.approx(F.cosine_similarity(features[i], other, dim=0).item(), abs=1e-3)
+        assert row["cosine_space"] == "teacher"
+
+
+def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, tmp_path):
+    storage, _, _ = made
+    other = Storage(str(tmp_path))
+    worker = build_worker(settings(prior_folder, shards=64), other.url, "f" * 64)
+    worker.run(0)
+    worker.run(3)
+    assert done_records(other)[3] == done_records(storage)[3]
+    before = Storage(other.url).read(done_records(other)[3].tar)
+    assert worker.run(3)["evaluations"] == 0  # already committed: nothing is made again
+    assert other.read(done_records(other)[3].tar) == before
+
+
+def test_unguided_rows_have_no_losses(prior_folder, tmp_path):
+    storage = Storage(str(tmp_path))
+    build_worker(settings(prior_folder, method="dmkd", groups_per_shard=1), storage.url, "f" * 64).run(0)
+    rows = pq.read_table(storage.path(done_records(storage)[0].table)).to_pylist()
+    assert all(row["loss_ce"] is None and row["lca"] == [] and row["method"] == "dmkd" for row in rows)
+
+
+def test_teacher_columns_hand_computed():
+    logits = torch.tensor([[np.log(3.0), 0.0], [0.0, np.log(3.0)]])
+    first, second = teacher_columns(logits, [0, 0], 0.5)
+    assert first["confidence"] == pytest.approx(0.75) and first["margin"] == pytest.approx(0.5)
+    assert first["entropy"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+    assert first["kept"] and not second["kept"] and second["reject_reason"] == "teacher gives its class 0.250 < 0.5"

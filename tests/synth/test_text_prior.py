@@ -1,0 +1,102 @@
+"""The text prior: ẑ0 agrees with the scheduler for every prediction type, moves keep eps, bad folders are refused."""
+
+import shutil
+
+import pytest
+import torch
+
+from manifests.errors import DataError, UsageError
+from stages.synth.prior import State
+from stages.synth.priors import load_prior, locate, prior_identity
+from stages.synth.settings import PriorSettings
+
+
+def predicted(prior, step=1, n=3):
+    torch.manual_seed(step)
+    condition = prior.encode(["a", "b", "a"][:n])
+    return prior.predict(State(torch.randn(n, *prior.latent_shape), step), condition)
+
+
+def test_z0_is_the_schedulers_own(any_prior):
+    for step in range(5):
+        with torch.no_grad():
+            state = predicted(any_prior, step)
+        theirs = any_prior.scheduler.step(state.output, any_prior.timesteps[step], state.z).pred_original_sample
+        torch.testing.assert_close(state.z0, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_moving_z0_keeps_eps(any_prior):
+    with torch.no_grad():
+        state = predicted(any_prior)
+    delta = torch.randn_like(state.z0)
+    moved = any_prior.move(state, delta)
+    alpha, sigma = any_prior.levels(state.step)
+    eps = lambda s: (s.z - alpha * s.z0) / sigma  # noqa: E731
+    torch.testing.assert_close(eps(moved), eps(state), rtol=1e-4, atol=1e-4)
+    theirs = any_prior.scheduler.step(moved.output, any_prior.timesteps[state.step], moved.z).pred_original_sample
+    torch.testing.assert_close(theirs, state.z0 + delta, rtol=1e-4, atol=1e-4)
+
+
+def test_cutting_before_the_step_equals_cutting_after_it(any_prior):
+    """Equation 11 on (z, eps) together is the same as mixing the stepped latents, since DDIM is linear per cell."""
+    with torch.no_grad():
+        state = predicted(any_prior)
+    mask = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+    mask[0, :, 2:5, 1:6] = True
+    partner = torch.tensor([2, 1, 2])
+    before = any_prior.step(state.mixed(partner, mask)).z
+    after = any_prior.step(state).mixed(partner, mask).z
+    torch.testing.assert_close(before, after)
+
+
+def test_cfg_mixes_the_two_predictions(any_prior):
+    z = torch.randn(2, *any_prior.latent_shape)
+    with torch.no_grad():
+        guided = any_prior.predict(State(z, 0), any_prior.encode(["a", "b"])).output
+        one = lambda text: any_prior.unet(z, any_prior.timesteps[0], any_prior._embed(text)).sample  # noqa: E731
+        torch.testing.assert_close(guided, one(["", ""]) + 2.0 * (one(["a", "b"]) - one(["", ""])), rtol=1e-4, atol=1e-5)
+
+
+def test_decode_is_the_vaes(prior):
+    z0 = torch.randn(2, *prior.latent_shape)
+    assert torch.equal(prior.decode(z0), prior.vae.decode(z0 / 0.7).sample)
+    assert prior.decode(z0).shape == (2, 3, prior.image_size, prior.image_size) and prior.image_size == 16
+
+
+def test_identity_is_of_the_files_not_of_the_place(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "elsewhere")
+    identity = prior_identity(PriorSettings(path=str(copy)))
+    assert identity["sha256"] == prior_identity(PriorSettings(path=str(prior_folder)))["sha256"]
+    assert identity["image_size"] == 16
+    (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] != identity["sha256"]
+
+
+def test_folders_that_are_no_prior_are_named(prior_folder, tmp_path):
+    with pytest.raises(DataError, match="no model_index.json"):
+        prior_identity(PriorSettings(path=str(tmp_path)))
+    with pytest.raises(DataError, match="no such folder"):
+        locate("./nowhere")
+    with pytest.raises(UsageError, match="embedded:strokes32"):
+        locate("embedded:nothing")
+    copy = shutil.copytree(prior_folder, tmp_path / "broken")
+    (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(DataError, match="'FluxPipeline' is not supported"):
+        prior_identity(PriorSettings(path=str(copy)))
+
+
+def test_truncated_weights_are_a_data_error(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "cut")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_prior(PriorSettings(path=str(copy)), "cpu")
+
+
+def test_pickled_weights_are_never_read(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "pickled")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_prior(PriorSettings(path=str(copy)), "cpu")

@@ -1,0 +1,66 @@
+"""Tiny random models for tests: a Stable Diffusion folder and a BatchNorm teacher."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A random 16-pixel ``StableDiffusionPipeline`` (latents 4 × 8 × 8) saved to ``folder``."""
+    torch.manual_seed(0)
+    words = folder.parent / f"{folder.name}-words"
+    words.mkdir(parents=True)
+    letters = [chr(c) for c in range(97, 123)] + [","]
+    vocabulary = letters + [x + "</w>" for x in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=16)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, sample_size=16,
+            scaling_factor=0.7,
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, cross_attention_dim=16,
+            attention_head_dim=2, norm_num_groups=4,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+class TinyTeacher:
+    """Stands in for :class:`stages.models.teacher.Teacher`: smooth, one BatchNorm, float64-capable."""
+
+    def __init__(self, classes: int = 2, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(1)
+        self.convolution = nn.Conv2d(3, 6, 3, padding=1).to(dtype)
+        self.head = nn.Linear(6, classes).to(dtype)
+        self.num_classes, self.class_names, self.has_batchnorm = classes, tuple("ab"[:classes]), True
+        self.batchnorms = [(torch.full((6,), 0.1, dtype=dtype), torch.full((6,), 0.5, dtype=dtype))]
+
+    def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        inputs = self.convolution(x)
+        mean, variance = (s.view(1, -1, 1, 1) for s in self.batchnorms[0])
+        return self.head(torch.tanh((inputs - mean) / variance.sqrt()).mean((2, 3))), [inputs]
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.with_batchnorm_inputs(x)[0]
