@@ -41,6 +41,14 @@ def parse_source(text: str) -> tuple[str, float]:
     return path, value
 
 
+def manifest_url(url: str | os.PathLike[str]) -> str:
+    """The manifest of a dataset folder; the URL itself where it already names a file."""
+    text = os.fspath(url)
+    remote = "://" in text
+    folder = not text.endswith(".parquet") if remote else os.path.isdir(text)
+    return f"{text.rstrip('/')}/{MANIFEST}" if folder else text
+
+
 class Manifest:
     """An opened manifest. Make one with :meth:`open`; instances can be pickled (they reopen where they arrive)."""
 
@@ -66,11 +74,7 @@ class Manifest:
         tar's sha256. Raises :class:`DataError` naming the file, or with ``skip_bad`` notes it in ``problems``: the
         samples of a bad tar then fail one by one where they are read.
         """
-        text = os.fspath(url)
-        remote = "://" in text
-        if (remote and not text.endswith(".parquet")) or (not remote and os.path.isdir(text)):
-            text = f"{text.rstrip('/')}/{MANIFEST}"
-        manifest = cls(*split(text))
+        manifest = cls(*split(manifest_url(url)))
         for problem in manifest._tar_problems(verify):
             if not skip_bad:
                 raise DataError(problem)
@@ -121,18 +125,15 @@ class Manifest:
         if not columns and condition is None:
             rows = np.arange(self.num_rows, dtype=np.int64)
         else:
-            rows = np.concatenate([self._matching(group, columns, where, kept) for group in self._groups()])
+            rows = np.concatenate([self._matching(group, columns, where, kept) for group in range(self.num_groups)])
         if not len(rows):
             kept_rows = len(self.select()) if where and kept and self._any_kept() else 0
             among = f"{kept_rows} kept rows" if kept and where else f"{self.num_rows} rows"
             raise DataError(f"{self.url}: none of its {among} satisfies {where or 'kept == True'!r}")
         return Selection(self, rows)
 
-    def _groups(self) -> range:
-        return range(len(self._starts) - 1)
-
     def _any_kept(self) -> bool:
-        return any(len(self._matching(group, ["kept"], None, True)) for group in self._groups())
+        return any(len(self._matching(group, ["kept"], None, True)) for group in range(self.num_groups))
 
     def _matching(self, group: int, columns: list[str], where: str | None, kept: bool) -> npt.NDArray[np.int64]:
         with parquet_errors(self.url):
@@ -158,7 +159,7 @@ class Manifest:
         bounds = np.searchsorted(ascending, self._starts)
         parts = []
         with parquet_errors(self.url):
-            for group in self._groups():
+            for group in range(self.num_groups):
                 wanted = ascending[bounds[group] : bounds[group + 1]] - self._starts[group]
                 if len(wanted):
                     part = self._file.read_row_group(group, columns=names)
@@ -173,16 +174,39 @@ class Manifest:
             back[order] = np.arange(len(order))
             return table.take(back)
 
+    @property
+    def num_groups(self) -> int:
+        return len(self._starts) - 1
+
+    def group(self, group: int) -> pa.Table:
+        """One row group with every column; the last one is kept for the next call."""
+        if self._held is None or self._held[0] != group:
+            with parquet_errors(self.url):
+                table = self._file.read_row_group(group).replace_schema_metadata(None)
+                self._held = (group, table.cast(SCHEMA))
+        return self._held[1]
+
+    def shard_rows(self, shard: int) -> pa.Table:
+        """Every row of a shard's tar, in order; the rows of a manifest lie in the order of its tars."""
+        tars = [tar for tar in self.info.tars if tar.shard <= shard]
+        if not tars or tars[-1].shard != shard:
+            raise DataError(f"{self.url}: shard {shard} is not in it")
+        stop = sum(tar.rows for tar in tars)
+        start = stop - tars[-1].rows
+        groups = range(
+            int(np.searchsorted(self._starts, start, side="right")) - 1, int(np.searchsorted(self._starts, stop))
+        )
+        parts = [self.group(group) for group in groups]
+        first = int(self._starts[groups.start]) if parts else 0
+        return pa.concat_tables([SCHEMA.empty_table(), *parts]).slice(start - first, stop - start)
+
     def row(self, index: int) -> dict[str, Any]:
         """One row as a dict with every column; the row group it lies in is kept for the next call."""
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        with parquet_errors(self.url):
-            if self._held is None or self._held[0] != group:
-                self._held = (group, self._file.read_row_group(group))
-            row: dict[str, Any] = self._held[1].slice(index - int(self._starts[group]), 1).to_pylist()[0]
-            return row
+        row: dict[str, Any] = self.group(group).slice(index - int(self._starts[group]), 1).to_pylist()[0]
+        return row
 
 
 def _all(indices: npt.NDArray[np.int64]) -> bool:

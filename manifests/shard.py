@@ -168,11 +168,12 @@ class ShardWriter:
         write_shard_table(table, self._table_path, self.shard, self.fingerprint)
         fault("written", self.shard)
         self._check(table)
-        record = make_record(self.shard, self._tar_path, self._table_path, self._rows, self.fingerprint)
+        tar_sha256, tar_bytes = sha256_file(self._tar_path), self._tar_path.stat().st_size
+        record = make_record(self.shard, tar_sha256, tar_bytes, self._table_path, self._rows, self.fingerprint)
         fault("checked", self.shard)
-        _publish(self.storage, self._tar_path, record.tar)
+        publish(self.storage, self._tar_path, record.tar)
         fault("tar", self.shard)
-        _publish(self.storage, self._table_path, record.table)
+        publish(self.storage, self._table_path, record.table)
         fault("table", self.shard)
         winner = declare_done(self.storage, record)
         fault("done", self.shard)
@@ -200,15 +201,15 @@ def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str)
 
 
 def make_record(
-    shard: int, tar_path: Path, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
+    shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
 ) -> DoneRecord:
-    """The done record of two finished local files."""
-    tar_sha256, table_sha256 = sha256_file(tar_path), sha256_file(table_path)
+    """The done record of a finished tar and a finished local table."""
+    table_sha256 = sha256_file(table_path)
     return DoneRecord(
         shard=shard,
         tar=file_name(shard, tar_sha256, "tar"),
         tar_sha256=tar_sha256,
-        tar_bytes=tar_path.stat().st_size,
+        tar_bytes=tar_bytes,
         table=file_name(shard, table_sha256, "parquet"),
         table_sha256=table_sha256,
         rows=len(rows),
@@ -217,7 +218,8 @@ def make_record(
     )
 
 
-def _publish(storage: Storage, path: Path, name: str) -> None:
+def publish(storage: Storage, path: Path, name: str) -> None:
+    """Move a finished local file to ``name`` and see that all of it arrived."""
     size = path.stat().st_size
     storage.put_file(path, name)
     if storage.size(name) != size:

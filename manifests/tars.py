@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from manifests.errors import DataError
 from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON
@@ -28,6 +28,12 @@ class Sample:
     offset: int
     image: bytes
     row: bytes
+
+
+class Readable(Protocol):
+    """All that walking needs of a stream."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class TarStream:
@@ -63,7 +69,7 @@ def _header(block: bytes, where: str) -> tuple[str, str, int]:
     return match[1], match[2], member.size
 
 
-def walk(file: BinaryIO, where: str) -> Iterator[Sample]:
+def walk(file: Readable, where: str) -> Iterator[Sample]:
     """The samples of a tar, one at a time, from its start. Raises :class:`DataError` naming ``where`` at a flaw."""
     at = 0
 
