@@ -1,0 +1,62 @@
+"""Workers that misbehave on demand: the noise worker, which on chosen shards raises, hangs, stops or dies first."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from manifests.errors import DataError
+from stages.synth.worker import OnGroup, Worker, build_worker
+
+SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
+FINGERPRINT = "f" * 64
+
+
+class Faulty:
+    """``faults`` maps a shard (as text) to what happens there; those that end in ``-once`` leave ``marks``."""
+
+    def __init__(self, inner: Worker, faults: dict[str, str], marks: Path, pause: float) -> None:
+        self.inner, self.faults, self.marks, self.pause = inner, faults, marks, pause
+
+    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+        time.sleep(self.pause)
+        fault, _, once = self.faults.get(str(shard), "").partition("-")
+        mark = self.marks / str(shard)
+        if fault and not (once and mark.exists()):
+            mark.touch()
+            self.misbehave(fault, shard, on_group)
+        seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        return self.inner.run(shard, on_group) | seen | {"pid": os.getpid(), "torch": "torch" in sys.modules}
+
+    def misbehave(self, fault: str, shard: int, on_group: OnGroup | None) -> None:
+        match fault:
+            case "raise":
+                raise ValueError(f"shard {shard} is\npoison")
+            case "hang":
+                time.sleep(60)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)  # not even its C++ threads answer
+                time.sleep(60)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "late":  # dies between its commit and its answer
+                self.inner.run(shard, on_group)
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "full":
+                raise OSError(28, "No space left on device")
+            case "cuda":
+                raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def build_faulty(
+    storage: str, marks: str, faults: dict[str, str] | None = None, pause: float = 0.0, settings: dict | None = None
+) -> Worker:
+    """A :class:`Faulty` worker; the fault ``build`` breaks the factory itself."""
+    broken = (faults or {}).get("build")
+    if broken == "data":
+        raise DataError("teacher.safetensors: no such file")
+    if broken == "bug":
+        raise RuntimeError("cannot even start")
+    return Faulty(build_worker(settings or SETTINGS, storage, FINGERPRINT), faults or {}, Path(marks), pause)

@@ -1,0 +1,131 @@
+"""Real Ray actors: the same dataset with any number of them, and whatever becomes of them."""
+
+import time
+
+import pytest
+
+from manifests.errors import DataError, FactoryError, UsageError
+from pipeline.executors.ray import actor_options
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.failures import failures
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    from tests.pipeline.executors.conftest import Run
+
+    run = Run(tmp_path_factory.mktemp("unbroken") / "run")
+    assert run.execute(12).done == set(range(12))
+    return run.files()
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_same_bytes_with_actors_as_in_this_process(run, cluster, unbroken, workers):
+    assert run.execute(12, workers=workers).done == set(range(12))
+    assert run.files() == unbroken
+    assert len({event["pid"] for event in run.events("shard_done")}) > 1
+
+
+def test_same_bytes_across_resumes_with_one_four_and_two_workers(run, cluster, unbroken):
+    for shards, workers in ((4, 1), (8, 4), (12, 2)):
+        assert run.execute(shards, workers=workers).done == set(range(shards))
+    assert run.files() == unbroken
+    assert len(run.events("shard_started")) == 12
+
+
+def test_one_worker_on_a_cluster_is_an_actor(run, cluster, unbroken):
+    run.execute(12, workers=1, address=cluster)
+    assert run.files() == unbroken
+    assert {event["worker"].split("@")[0] for event in run.events("shard_done")} == {"w0"}
+
+
+def test_actors_have_the_plans_threads_no_gpu_and_no_torch_before_they_need_it(run, cluster):
+    run.execute(2, workers=2, threads=2)
+    for event in run.events("shard_done"):
+        assert (event["OMP_NUM_THREADS"], event["CUDA_VISIBLE_DEVICES"], event["torch"]) == ("2", "", False)
+
+
+def test_everything_at_once(run, cluster, unbroken):
+    """A worker that dies, one that hangs, one frozen in the kernel, one that dies after its commit, a shard that fails
+    once and a poison shard, in one run: complete but for the poison shard, which heals."""
+    faults = {"1": "die-once", "2": "hang-once", "3": "stop-once", "4": "late-once", "5": "raise-once", "6": "raise"}
+    outcome = run.execute(12, faults, workers=3, time_limit=2.0)
+    assert outcome.failed == {6: "ValueError: shard 6 is poison"}
+    assert outcome.done == set(range(12)) - {6}
+    lost = {event["shard"]: event["error"] for event in run.events("worker_lost")}
+    assert lost.keys() == {1, 2, 3, 4}
+    assert "its process ended without a word" in lost[1]
+    assert "no result after the time limit of 2 s" in lost[2]
+    done = [event for event in run.events("shard_done") if event["shard"] == 4]
+    assert [event["rows"] for event in done] == [6]  # its commit counted, though its worker never answered
+    assert run.execute(12, workers=2, retry_failed=True).done == set(range(12))
+    assert failures(run.storage) == {}
+    assert run.files() == unbroken
+
+
+def test_a_shard_that_kills_its_worker_every_time_is_quarantined(run, cluster):
+    outcome = run.execute(4, {"1": "die"}, workers=2)
+    assert outcome.failed.keys() == {1}
+    assert outcome.done == {0, 2, 3}
+    assert len({event["worker"] for event in run.events("worker_lost")}) == 3
+
+
+def test_a_full_disk_stops_every_worker(run, cluster):
+    with pytest.raises(FactoryError, match="No space left on device"):
+        run.execute(12, {"1": "full"}, workers=2)
+    assert failures(run.storage) == {}
+
+
+def test_a_lost_gpu_replaces_the_worker(run, cluster):
+    assert run.execute(3, {"1": "cuda-once"}, workers=2).done == {0, 1, 2}
+    assert [event["shard"] for event in run.events("worker_lost")] == [1]
+
+
+def test_workers_that_cannot_start_keep_their_error(run, cluster):
+    with pytest.raises(DataError, match="^teacher.safetensors: no such file$"):
+        run.execute(2, {"build": "data"}, workers=2)
+    with pytest.raises(FactoryError, match="^workers cannot start: RuntimeError: cannot even start$"):
+        run.execute(2, {"build": "bug"}, workers=2)
+
+
+def test_missing_resources_are_refused_at_once(run, cluster):
+    started = time.monotonic()
+    with pytest.raises(UsageError, match="2 workers with 1 CPU, 0.5 GPU each .* the cluster holds 0 such"):
+        run.execute(2, workers=2, gpus_per_worker=0.5)
+    with pytest.raises(UsageError, match="9 workers .* the cluster holds 4 such"):
+        run.execute(2, workers=9)
+    with pytest.raises(UsageError, match="1e\\+06 GiB each"):
+        run.execute(2, workers=2, memory_per_worker=1e6)
+    assert time.monotonic() - started < 5
+
+
+NODES = [{"CPU": 8, "GPU": 2, "memory": 16 * 2**30}, {"CPU": 2, "GPU": 4, "memory": 64 * 2**30}, {"CPU": 0}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "fits"),
+    [
+        ({}, 4),  # a GPU each by default: two on the first node, two CPUs on the second
+        ({"gpus_per_worker": 0}, 10),
+        ({"gpus_per_worker": 0.5}, 6),
+        ({"gpus_per_worker": 0.1}, 10),
+        ({"gpus_per_worker": 2}, 3),
+        ({"gpus_per_worker": 0, "threads": 4}, 2),
+        ({"gpus_per_worker": 0, "memory_per_worker": 8}, 4),
+        ({"gpus_per_worker": 8}, 0),
+    ],
+)
+def test_workers_must_fit_the_nodes_not_just_their_sum(asked, fits):
+    if fits:
+        options = actor_options(ExecutorSettings(workers=fits, **asked), NODES)
+        assert options["num_gpus"] == asked.get("gpus_per_worker", 1)
+        assert (options["max_restarts"], options["max_task_retries"]) == (0, 0)
+    with pytest.raises(UsageError, match=f"the cluster holds {fits} such"):
+        actor_options(ExecutorSettings(workers=fits + 1, **asked), NODES)
+
+
+def test_no_gpu_is_reserved_where_there_is_none():
+    options = actor_options(ExecutorSettings(workers=2, memory_per_worker=1.5), [{"CPU": 2, "memory": 4 * 2**30}])
+    assert (options["num_gpus"], options["memory"]) == (0, 1.5 * 2**30)

@@ -1,0 +1,125 @@
+"""Drivers in processes of their own: Ctrl-C, SIGTERM and SIGKILL, and the same command again."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from pipeline.lease import live
+
+pytestmark = pytest.mark.timeout(180)
+SHARDS = 8
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    from tests.pipeline.executors.conftest import Run
+
+    run = Run(tmp_path_factory.mktemp("unbroken") / "run")
+    run.execute(SHARDS)
+    return run.files()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_finishes_the_running_shard(run, spawned, unbroken, number):
+    driver = spawned(run.spawn(SHARDS, pause=0.3))
+    driver.wait_for("shard_started", 2)
+    driver.send(number)
+    code, errors = driver.end()
+    assert code == 130
+    assert "stopping after the running shards; once more stops at once" in errors
+    assert "of 8 shards done; the same command resumes" in errors
+    assert "Traceback" not in errors
+    assert len(run.events("shard_done")) == len(run.events("shard_started")) < SHARDS
+    assert live(run.storage) is None
+    assert run.execute(SHARDS).done == set(range(SHARDS))
+    assert run.files() == unbroken
+
+
+def test_second_signal_stops_at_once(run, spawned, unbroken):
+    driver = spawned(run.spawn(SHARDS, {"2": "hang"}))
+    driver.wait_for("shard_started", 3)
+    time.sleep(0.2)
+    driver.send(signal.SIGINT)
+    time.sleep(0.5)
+    assert driver.process.poll() is None  # draining: it waits for the shard
+    driver.send(signal.SIGINT)
+    code, errors = driver.end(10)
+    assert code == 130
+    assert "2 of 8 shards done" in errors
+    assert run.execute(SHARDS).done == set(range(SHARDS))
+    assert run.files() == unbroken
+
+
+def test_ctrl_c_in_a_terminal_drains_actors(run, spawned, cluster, unbroken):
+    """A terminal sends SIGINT to the whole process group."""
+    driver = spawned(run.spawn(SHARDS, pause=0.5, workers=2, address=cluster))
+    driver.wait_for("shard_started", 2)
+    driver.send(signal.SIGINT, group=True)
+    code, errors = driver.end()
+    assert code == 130, errors
+    done = len(run.events("shard_done"))
+    assert 2 <= done < SHARDS
+    assert done == len(run.events("shard_started"))
+    assert run.execute(SHARDS, workers=2).done == set(range(SHARDS))
+    assert run.files() == unbroken
+
+
+def test_second_signal_kills_actors(run, spawned, cluster):
+    driver = spawned(run.spawn(SHARDS, {"0": "hang", "1": "hang"}, workers=2, address=cluster))
+    driver.wait_for("shard_started", 2)
+    driver.send(signal.SIGTERM)
+    time.sleep(0.5)
+    driver.send(signal.SIGTERM)
+    code, errors = driver.end(20)
+    assert code == 130, errors
+    assert "0 of 8 shards done" in errors
+
+
+def test_killed_driver_resumes_and_says_whose_lease_it_took(run, spawned, unbroken):
+    """SIGKILL to a driver with a Ray of its own: nothing of it stays, the next one takes over at once."""
+    driver = spawned(run.spawn(SHARDS, pause=0.3, workers=2))
+    driver.wait_for("shard_done", 2)
+    pids = {event["pid"] for event in run.events("shard_done")}
+    driver.send(signal.SIGKILL)
+    driver.process.wait()  # not its pipes: Ray's own processes hold them for a while
+    until = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
+
+    second = spawned(run.spawn(SHARDS))
+    code, errors = second.end()
+    assert code == 0, errors
+    assert [f"pid {driver.process.pid}" in event["message"] for event in run.events("warning")] == [True]
+    assert run.files() == unbroken
+
+
+def test_second_driver_is_refused_while_the_first_lives(run, spawned, unbroken):
+    first = spawned(run.spawn(SHARDS, pause=0.2))
+    first.wait_for("shard_started")
+    code, errors = spawned(run.spawn(SHARDS)).end()
+    assert code == 1
+    assert "is in use by another driver (" in errors
+    assert f"pid {first.process.pid}, since 20" in errors
+    assert first.end()[0] == 0
+    assert run.files() == unbroken
+
+
+@pytest.mark.parametrize("step", ["opened", "written", "tar", "table", "done"])
+def test_killed_inside_the_commit_protocol(run, spawned, monkeypatch, unbroken, step):
+    monkeypatch.setenv("FACTORY_FAULT", f"{step}:3")
+    driver = spawned(run.spawn(SHARDS))
+    assert driver.end()[0] == -signal.SIGKILL
+    monkeypatch.delenv("FACTORY_FAULT")
+    assert run.execute(SHARDS).done == set(range(SHARDS))
+    assert run.files() == unbroken
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,27 @@
+"""Quarantine records: written, listed, read back, released, and named when damaged."""
+
+import pytest
+
+from manifests.errors import DataError
+from manifests.storage import Storage
+from pipeline.failures import Failure, failures, quarantine, quarantined, release
+
+
+def test_round_trip_and_release(tmp_path):
+    storage = Storage(tmp_path)
+    assert failures(storage) == {}
+    bad = Failure(12, 3, "ValueError: <b>\x1b[31m", "w0@host:1", "Traceback …")
+    quarantine(storage, bad)
+    quarantine(storage, Failure(3, 1, "old"))
+    quarantine(storage, Failure(3, 2, "new"))
+    assert failures(storage) == {3: Failure(3, 2, "new"), 12: bad}
+    assert quarantined(storage) == {3, 12}
+    release(storage, [12, 99])
+    assert quarantined(storage) == {3}
+
+
+def test_damaged_record_is_named(tmp_path):
+    storage = Storage(tmp_path)
+    storage.write("failed/000001.json", b'{"shard": 1')
+    with pytest.raises(DataError, match=r"failed/000001.json: no quarantine record .*delete it"):
+        failures(storage)

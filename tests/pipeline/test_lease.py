@@ -1,0 +1,176 @@
+"""One driver per folder: refusal, release, take-over from the dead on this machine and on others, rivals."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import replace
+
+import pytest
+
+from manifests.errors import DataError, FactoryError
+from manifests.storage import Storage
+from pipeline.lease import Holder, Lease, current, live
+
+
+@pytest.fixture(params=["local", "object store"])
+def storage(request, tmp_path):
+    return Storage(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+def held_by(storage: Storage, number: int = 1, **changes: object) -> Holder:
+    """Plant a lease as another driver would have left it."""
+    now = time.time()
+    holder = Holder("gpu7", 4321, "gpu7 another-boot", "123", "token", since=now - 500, beat_at=now)
+    holder = replace(holder, **changes)
+    storage.write(f"lease/{number:06d}.json", holder.dump())
+    return holder
+
+
+def test_held_then_released(storage):
+    with Lease(storage) as lease:
+        lease.check()
+        assert not lease.after_crash
+        holder = live(storage)
+        assert holder is not None
+        assert holder.pid == os.getpid()
+    assert live(storage) is None
+    with Lease(storage) as again:
+        assert not again.after_crash
+    number, last = current(storage)
+    assert (number, last.released) == (2, True)
+    assert storage.list("lease") == ["lease/000002.json"]
+
+
+def test_second_driver_of_this_process_is_refused(storage):
+    with Lease(storage), pytest.raises(FactoryError, match=f"in use by another driver .* pid {os.getpid()}, since 20"):
+        Lease(storage).__enter__()
+
+
+def test_live_driver_elsewhere_is_refused_by_host_and_pid(storage):
+    held_by(storage)
+    with pytest.raises(FactoryError, match="gpu7, pid 4321, since ") as caught:
+        Lease(storage).__enter__()
+    assert caught.value.exit_code == 1
+    assert live(storage) is not None
+
+
+def test_silent_driver_elsewhere_is_taken_over_with_an_event_and_a_line(storage):
+    held_by(storage, beat_at=time.time() - 61)
+    assert live(storage) is None
+    events, lines = [], []
+    started = time.monotonic()
+    with Lease(
+        storage, lambda kind, **fields: events.append((kind, fields)), beat_every=0.1, on_line=lines.append
+    ) as lease:
+        assert time.monotonic() - started >= 0.2  # it watched for two beats
+        assert lease.after_crash
+    [(kind, fields)] = events
+    assert kind == "warning"
+    assert "taking over" in fields["message"]
+    assert "gpu7, pid 4321" in fields["message"]
+    assert lines[-1] == fields["message"]
+
+
+def test_slow_clock_elsewhere_does_not_cost_a_live_driver_its_lease(storage):
+    """Its beats look an hour old by our clock, but they keep coming."""
+    stale = held_by(storage, beat_at=time.time() - 3600)
+    beat = threading.Timer(0.1, lambda: storage.write("lease/000001.json", replace(stale, beat=1).dump()))
+    beat.start()
+    with pytest.raises(FactoryError, match="in use by another driver"):
+        Lease(storage, beat_every=0.2).__enter__()
+    beat.join()
+
+
+def test_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
+    code = (
+        "import os, sys; from manifests.storage import Storage; from pipeline.lease import Lease; "
+        "Lease(Storage(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False)
+    storage = Storage(tmp_path / "run")
+    assert not current(storage)[1].released
+    assert live(storage) is None
+    started = time.monotonic()
+    with Lease(storage) as lease:
+        assert lease.after_crash
+    assert time.monotonic() - started < 5
+
+
+def test_reused_pid_is_not_the_holder(storage):
+    with Lease(storage):
+        ours = current(storage)[1]
+    held_by(storage, 9, machine=ours.machine, pid=os.getppid(), started="1")  # init has that pid, not the driver
+    assert live(storage) is None
+    held_by(storage, 9, machine=ours.machine, pid=os.getpid(), started=ours.started)  # our pid, but not our token
+    with Lease(storage) as lease:
+        assert lease.after_crash
+
+
+def test_one_of_many_rivals_takes_over(storage):
+    held_by(storage, beat_at=0)
+    won, refused = [], []
+    barrier = threading.Barrier(8)
+
+    def rival() -> None:
+        lease = Lease(storage, beat_every=0.05)
+        barrier.wait()
+        try:
+            lease.__enter__()
+            won.append(lease)
+        except FactoryError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=rival) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 7)
+    won[0].check()
+    won[0].__exit__()
+
+
+def test_frozen_driver_learns_that_it_was_replaced_and_overwrites_nothing(storage):
+    lease = Lease(storage, beat_every=0.05)
+    lease.__enter__()
+    rival = held_by(storage, 2)
+    lease._thread.join(10)  # it ends by itself once it knows
+    with pytest.raises(FactoryError, match=r"taken over by another driver \(gpu7, pid 4321"):
+        lease.check()
+    lease.__exit__()
+    assert current(storage) == (2, rival)
+
+
+def test_heartbeats_change_the_record(storage):
+    with Lease(storage, beat_every=0.02):
+        until = time.monotonic() + 10
+        while current(storage)[1].beat < 3:
+            assert time.monotonic() < until
+
+
+def test_store_that_fails_for_a_while_costs_nothing_then_the_lease(storage, monkeypatch):
+    lease = Lease(storage, beat_every=0.02, stale_after=0.2)
+    lease.__enter__()
+    broken = FactoryError("store is down")
+
+    def fail(*_: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(storage, "write", fail)
+    time.sleep(0.1)
+    lease.check()
+    time.sleep(0.5)
+    with pytest.raises(FactoryError, match=r"no heartbeat reached .* for 0.2 s: store is down"):
+        lease.check()
+    lease.__exit__()
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", json.dumps({"host": "x"}).encode()])
+def test_unreadable_lease_is_named(storage, data):
+    storage.write("lease/000001.json", data)
+    with pytest.raises(DataError, match=r"lease/000001.json: no lease record .* delete it if no driver runs"):
+        Lease(storage).__enter__()
