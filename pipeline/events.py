@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from manifests.storage import Storage
+from pipeline.progress import say
 
 LOCAL = "events.jsonl"
 REMOTE = "events"  # object stores cannot append: one object per driver, rewritten
@@ -54,6 +55,21 @@ class EventLog:
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+
+
+class Loud:
+    """An event log that also tells people what went wrong, as it happens."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.log = log
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Record one event; failures and warnings go to stderr too."""
+        self.log.write(kind, **fields)
+        if kind == "warning":
+            say(str(fields.get("message")))
+        elif kind in ("shard_failed", "worker_lost", "shard_quarantined"):
+            say(f"{kind.replace('_', ' ')}: shard {fields.get('shard')}: {fields.get('error')}")
 
 
 def read_events(storage: Storage) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ EMPTY = Layer({}, {})
 
 
 def yaml_layer(text: str, name: str) -> Layer:
-    """Settings of a YAML file called ``name``; refuses broken YAML, duplicate keys and a top level that is no mapping."""
+    """Settings of a YAML file called ``name``; refuses broken YAML, repeated keys, a top level that is no mapping."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -226,7 +226,7 @@ def _marks(node: Any, path: Path, name: str, origins: dict[Path, str]) -> None:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", str: "text"}.get(type(value), type(value).__name__)
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
 
 
 def _lower(message: str) -> str:

@@ -72,7 +72,7 @@ def read_plan(storage: Storage) -> Plan:
 def open_or_create(storage: Storage, plan: Plan) -> Plan:
     """Write ``plan`` into an empty folder, or check it against the one there; returns the stored plan.
 
-    The stored plan may hold fewer shards than ``plan``: :func:`grow` raises it once the caller holds the folder's lease.
+    The stored plan may hold fewer shards than ``plan``: :func:`grow` raises it while the lease is held.
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
     if not storage.exists(PLAN):

@@ -18,11 +18,17 @@ def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> I
     """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
     stream = stream or sys.stderr
     if quiet:
-        yield lambda done, total, note="": None
+        yield _nothing
     elif stream.isatty():
         yield from _bar(title, stream)
     else:
-        yield Lines(title, stream)
+        lines = Lines(title, stream)
+        yield lines
+        lines.finish()
+
+
+def _nothing(done: float, total: float, note: str = "") -> None:
+    """Shows nothing."""
 
 
 def say(line: str) -> None:
@@ -37,28 +43,42 @@ class Lines:
         self.title, self.stream, self.clock = title, stream, clock
         self.started = clock()
         self.first: float | None = None  # what was done before this run must not count as speed
-        self.last_line = float("-inf")
-        self.last_done = -1.0
+        self.printed_at = float("-inf")
+        self.last = self.printed = ""
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
         """Print a line if one is due."""
         now = self.clock()
         if self.first is None:
             self.first = done
-        finished = done >= total and done != self.last_done
-        if not finished and now - self.last_line < LINE_SECONDS:
-            return
-        self.last_line, self.last_done = now, done
         speed = (done - self.first) / (now - self.started) if now > self.started else 0.0
-        left = duration((total - done) / speed) if speed > 0 and done < total else ""
-        parts = [f"{done:.4g}/{total:.4g}", note, f"{left} left" if left else ""]
-        print(f"{self.title}: " + ", ".join(part for part in parts if part), file=self.stream, flush=True)
+        left = f"{duration((total - done) / speed)} left" if speed > 0 and done < total else ""
+        self.last = f"{self.title}: " + ", ".join(p for p in (f"{done:.4g}/{total:.4g}", note, left) if p)
+        if now - self.printed_at >= LINE_SECONDS:
+            self.printed_at = now
+            self._print()
+
+    def finish(self) -> None:
+        """Print where it ended, unless the last line said so."""
+        if self.last != self.printed:
+            self._print()
+
+    def _print(self) -> None:
+        print(plain(self.last), file=self.stream, flush=True)
+        self.printed = self.last
 
 
 def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -5,7 +5,7 @@ the recipe file (packaged by name, or a YAML path), ``FACTORY_SYNTH__…``/``FAC
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ def read(source: str) -> Layer:
         return yaml_layer(text, f"recipe {source}")
     path = Path(source)
     if not path.suffix and not path.exists() and path.name == source:
-        raise UsageError(f"no recipe {source!r}; {suggest(source, packaged())}; a file is given by its path, ending in .yaml")
+        raise UsageError(
+            f"no recipe {source!r}; {suggest(source, packaged())}; a file is given by its path, ending in .yaml"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,6 +79,7 @@ def resolve(
     return validate(Recipe, layer)
 
 
-def to_yaml(recipe: Recipe) -> bytes:
-    """What ``resolved.yaml`` holds: every setting spelled out; usable as ``-c`` again."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100).encode()
+def to_yaml(recipe: Recipe, keys: Sequence[str] = tuple(Recipe.model_fields)) -> bytes:
+    """What ``resolved.yaml`` holds: every setting of ``keys`` spelled out; usable as ``-c`` again."""
+    values = recipe.model_dump(mode="json", include=set(keys))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100).encode()

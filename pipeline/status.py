@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
+from manifests.merge import MANIFEST
 from manifests.storage import Storage
 from pipeline.events import read_events
 from pipeline.executors.driver import committed
@@ -27,7 +29,7 @@ def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
     failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
     events = read_events(storage)
     holder = live(storage)
-    merged = storage.exists("m.parquet") and len(done) == plan.shards
+    merged = storage.exists(MANIFEST) and len(done) == plan.shards
     running = _running(events, done) if holder else {}
     rate = _rate(events, now, holder is not None)
     left = plan.shards - len(done) - len(failed)
@@ -39,7 +41,9 @@ def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
         "done": len(done),
         "failed": sorted(failed),
         "missing": left,
-        "running": [{"shard": shard, "worker": event.get("worker"), "since": event["time"]} for shard, event in running.items()],
+        "running": [
+            {"shard": shard, "worker": event.get("worker"), "since": event["time"]} for shard, event in running.items()
+        ],
         "driver": str(holder) if holder else None,
         "rows": _total(events, "rows"),
         "bytes": _total(events, "bytes"),
@@ -94,7 +98,7 @@ def _rate(events: Sequence[dict[str, Any]], now: float, alive: bool) -> float | 
     if not ended:
         return None
     times = [events[begun]["time"], *ended][-(WINDOW + 1) :]
-    gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    gap = max(later - earlier for earlier, later in pairwise(times))
     end = now if alive and now - times[-1] > gap else times[-1]
     return (len(times) - 1) / (end - times[0]) if end > times[0] else None
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from manifests.info import DatasetInfo
-from manifests.merge import merge
+from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
-from pipeline.events import EventLog
+from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.worker import WorkerSpec
@@ -22,11 +22,16 @@ from pipeline.text import duration, plain, size
 from stages.synth.plan_inputs import SynthInputs, inspect_inputs
 
 WORKER = "stages.synth.worker:build_worker"
-MANIFEST = "m.parquet"
 
 
 def run_synth(
-    recipe: Recipe, out: str, place: ExecutorSettings, *, worker: str = WORKER, title: str = "synth", quiet: bool = False
+    recipe: Recipe,
+    out: str,
+    place: ExecutorSettings,
+    *,
+    worker: str = WORKER,
+    title: str = "synth",
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Make what is missing of the dataset in ``out`` and merge its manifest; returns a report.
 
@@ -36,7 +41,7 @@ def run_synth(
     inputs = inspect_inputs(recipe.synth)
     plan = make_plan(recipe, inputs)
     storage = Storage(out)
-    teacher = _teacher(recipe, inputs)
+    teacher = teacher_of(recipe, inputs)
     stored = open_or_create(storage, plan)
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
         stored = grow(storage, stored, plan)
@@ -52,7 +57,7 @@ def run_synth(
             },
         )
         with progress(title, quiet=quiet) as shown:
-            outcome = execute(spec, range(stored.shards), place, events, storage, shown, lease)
+            outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
         state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
         if outcome.interrupted:
             events.write("run_interrupted", **state)
@@ -155,7 +160,8 @@ def plain_block(text: str) -> str:
     return "\n".join(plain(line) for line in text.splitlines())
 
 
-def _teacher(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
+def teacher_of(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
+    """The copy of the teacher that the dataset carries. Raises DataError where its weights are damaged."""
     if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
         return TeacherCopy({}, inputs.teacher)
     return prepare(recipe.synth.teacher, inputs.teacher)

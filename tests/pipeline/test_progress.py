@@ -15,6 +15,8 @@ def test_lines_are_sparse_and_the_end_is_always_told():
     for done in range(11):
         show(done, 10, "5 images")
         now[0] += 5.0
+    show.finish()
+    show.finish()
     lines = stream.getvalue().splitlines()
     assert lines[0] == "synth: 0/10, 5 images"
     assert lines[1] == "synth: 6/10, 5 images, 20 s left"

@@ -1,0 +1,66 @@
+"""The ``factory`` command: sub-commands, exit codes, one-line errors. Imports no torch, so that ``--help`` is quick.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 data that is missing, damaged or does not fit, 130 interrupted (the
+same command resumes).
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from manifests.errors import FactoryError
+from pipeline.commands import demo, keep, look, run, score
+
+app = typer.Typer(
+    name="factory",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="A two-stage data factory: a diffusion model guided by a teacher makes data, a student is distilled from it.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 data does not fit, 130 interrupted (the same command resumes).",
+)
+app.add_typer(run.app, name="run")
+app.command()(demo.demo)
+app.command(rich_help_panel="Look")(look.status)
+app.command(rich_help_panel="Look")(look.inspect)
+app.command(rich_help_panel="Look")(look.verify)
+app.command(name="eval", rich_help_panel="Look")(score.evaluate)
+app.command(rich_help_panel="Keep")(keep.gc)
+app.command(rich_help_panel="Keep")(keep.rebuild)
+
+DEBUG = "FACTORY_DEBUG"
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    """Options of every command."""
+    if debug:
+        os.environ[DEBUG] = "1"
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("dfkd-factory"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``factory`` script."""
+    try:
+        app()
+    except FactoryError as error:
+        if os.environ.get(DEBUG):
+            raise
+        from pipeline.text import plain
+
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(plain(line), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""``factory status``, ``inspect`` and ``verify``: read a dataset, change nothing."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import JsonOption, RunArgument, answer
+
+ManifestArgument = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="m.parquet (path or URL).", show_default=False)
+]
+
+
+def status(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again until the run ends.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Where a run stands: done, running, failed, rate, time left. Works from any process."""
+    from manifests.storage import Storage
+    from pipeline.status import lines
+    from pipeline.status import status as look
+
+    storage = Storage(run)
+    while True:
+        result = look(storage)
+        answer(result, as_json, lines)
+        if not watch or result["state"] != "running":
+            return
+        if not as_json:
+            print(flush=True)
+        time.sleep(interval)
+
+
+def inspect(
+    manifest: ManifestArgument,
+    where: Annotated[
+        str | None, typer.Option(help='Rows to look at, e.g. "confidence > 0.9".', show_default=False)
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Contact sheet to write (PNG) (default: beside the manifest).", show_default=False),
+    ] = None,
+    columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
+    as_json: JsonOption = False,
+) -> None:
+    """Summary of a manifest, and a contact sheet of its kept images."""
+    from manifests.reader import Manifest
+    from manifests.storage import Storage
+    from pipeline import inspect as look
+
+    opened = Manifest.open(manifest)
+    summary = look.summarise(opened, where)
+    if summary["kept"]:
+        picture = look.sheet(opened, where, columns)
+        if sheet is None:
+            opened.storage.write("sheet.png", picture)
+            summary["sheet"] = opened.storage.path("sheet.png")
+        else:
+            Storage(sheet.resolve().parent).write(sheet.name, picture)
+            summary["sheet"] = str(sheet)
+    answer(summary, as_json, look.lines)
+
+
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.", show_default=False)],
+    quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check plan, done records, tars, tables, manifest and every image; exit 3 where something is wrong."""
+    from manifests.errors import DataError
+    from manifests.verify import verify as check
+    from pipeline.text import plain
+
+    problems = [{"where": problem.where, "what": problem.what} for problem in check(run, deep=not quick)]
+    result = {"run": run, "ok": not problems, "problems": problems}
+    answer(
+        result,
+        as_json,
+        lambda r: [f"{plain(p['where'])}: {plain(p['what'])}" for p in r["problems"]] or [f"{plain(run)}: intact"],
+    )
+    if problems:
+        raise typer.Exit(DataError.exit_code)

@@ -1,0 +1,44 @@
+"""Options that several commands share, and how commands answer."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+
+RESULT = "Result"
+PLACE = "Where it runs"
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", "-c", metavar="NAME|FILE", help="Packaged recipe or YAML file.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.", show_default=False),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show resolved settings, sizes and cost; write nothing.", rich_help_panel=RESULT),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder of stage 1 (path or URL).", show_default=False)
+]
+
+
+def answer(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterable[str]]) -> None:
+    """Print ``result`` on stdout, as JSON or as the lines that ``lines`` makes of it."""
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        for line in lines(result):
+            print(line)
+
+
+def number(text: str) -> float | None:
+    """``text`` as a number, None where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,120 @@
+"""``factory run synth`` and ``factory run distill``: the two stages."""
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from manifests.errors import FactoryError
+from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, SetOption, answer
+
+app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it.")
+
+
+_made = partial(typer.Option, show_default=False)  # changes what is made; the default is the recipe's
+_place = partial(typer.Option, show_default=False, rich_help_panel=PLACE)  # changes where, not what
+
+
+@app.command()
+def synth(
+    recipe: RecipeOption = None,
+    out: Annotated[
+        str | None, _made("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
+    ] = None,
+    shards: Annotated[int | None, _made(help="Shards in total; may grow later.")] = None,
+    method: Annotated[str | None, _made(help="diffdfkd, dmkd, or noise (a load test without models).")] = None,
+    prior: Annotated[str | None, _made(help="Diffusers folder, hub id or embedded:NAME.")] = None,
+    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME.")] = None,
+    seed: Annotated[int | None, _made(help="Seed of the whole dataset.")] = None,
+    set_: SetOption = None,
+    workers: Annotated[
+        int | None, _place(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
+    ] = None,
+    address: Annotated[
+        str | None, _place(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
+    ] = None,
+    gpus_per_worker: Annotated[float | None, _place(help="Fractions allowed (default: 1 where there are any).")] = None,
+    memory_per_worker: Annotated[float | None, _place(help="GiB that each worker reserves.")] = None,
+    time_limit: Annotated[float | None, _place(help="Seconds that a shard may take.")] = None,
+    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    retry_failed: Annotated[bool, _place("--retry-failed", help="Try quarantined shards again.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 1: synthesise a dataset. The same command again resumes; a larger --shards adds."""
+    from pipeline import synth as stage
+    from pipeline.executors.settings import ExecutorSettings
+    from pipeline.layers import flag_layer, validate
+    from pipeline.recipe import DEFAULT, resolve
+
+    flags = {
+        "synth.shards": ("--shards", shards),
+        "synth.method": ("--method", method),
+        "synth.prior.path": ("--prior", prior),
+        "synth.teacher.name": ("--teacher", teacher),
+        "synth.seed": ("--seed", seed),
+        "synth.device": ("--device", device),
+    }
+    resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
+    places = {
+        "workers": ("--workers", workers),
+        "address": ("--address", address),
+        "gpus_per_worker": ("--gpus-per-worker", gpus_per_worker),
+        "memory_per_worker": ("--memory-per-worker", memory_per_worker),
+        "time_limit": ("--time-limit", time_limit),
+        "retry_failed": ("--retry-failed", retry_failed),
+        "threads": ("synth.threads", resolved.synth.threads),
+    }
+    place = validate(ExecutorSettings, flag_layer(places))
+    folder = out or f"runs/{resolved.name}"
+    if dry_run:
+        answer(stage.dry_run(resolved, folder, place), as_json, stage.dry_run_lines)
+    else:
+        answer(stage.run_synth(resolved, folder, place), as_json, stage.report_lines)
+
+
+@app.command()
+def distill(
+    manifest: Annotated[
+        list[str], _made("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
+    ],
+    recipe: RecipeOption = None,
+    out: Annotated[
+        str | None,
+        _made("--out", "-o", metavar="FOLDER", help="Where students go (default: distill/ beside the manifest)."),
+    ] = None,
+    student: Annotated[
+        list[str] | None, _made("--student", help="Architecture; repeatable, trained in one pass.")
+    ] = None,
+    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
+    where: Annotated[str | None, _made(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
+    epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, _made(help="Images per step.")] = None,
+    seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
+    test_data: Annotated[str | None, _made(help="Labelled images to score at the end: tar, folder or Parquet.")] = None,
+    set_: SetOption = None,
+    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stage 2: distil students from manifests. The manifest alone is enough: it names its teacher and recipe."""
+    from pipeline import distill as stage
+
+    flags = {
+        "distill.students": ("--student", student or None),
+        "distill.where": ("--where", where),
+        "distill.epochs": ("--epochs", epochs),
+        "distill.batch_size": ("--batch-size", batch_size),
+        "distill.seed": ("--seed", seed),
+        "distill.device": ("--device", device),
+    }
+    sources, first = stage.open_sources(manifest)
+    resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
+    folder = out or stage.default_out(first, resolved)
+    if dry_run:
+        answer(stage.dry_run(resolved, sources, folder, teacher), as_json, stage.dry_run_lines)
+    else:
+        result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data)
+        answer(result, as_json, stage.report_lines)
+        if result["parked"]:
+            raise typer.Exit(FactoryError.exit_code)

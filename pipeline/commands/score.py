@@ -1,0 +1,37 @@
+"""``factory eval``: score a saved model on labelled images."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.commands.options import JsonOption, answer
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, e.g. RUN/distill/student.", show_default=False)
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="Model folder or embedded:NAME, to compare with.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy, calibration and accuracy per class of a model folder on labelled images."""
+    from pipeline.text import plain
+    from stages.distill.evaluate import evaluate as measure
+    from stages.models.settings import ModelSettings
+
+    def lines(result: dict[str, Any]) -> Iterator[str]:
+        yield f"{'images':<24}{result['images']:>8}"
+        for name in ("accuracy", "teacher_accuracy", "agreement", "ece"):
+            if name in result:
+                yield f"{name.replace('_', ' '):<24}{result[name]:>8.1%}"
+        for name, share in result["per_class"].items():
+            yield f"{plain(name)[:24]:<24}" + (f"{share:>8.1%}" if share is not None else f"{'–':>8}")
+
+    answer(measure(model, data, ModelSettings(name=teacher) if teacher else None, device), as_json, lines)

@@ -1,0 +1,92 @@
+"""The demo: what guidance is worth at equal images, measured on real digits that neither stage has seen.
+
+``factory demo`` makes a guided and an unguided dataset from one recipe (unguided: method ``dmkd``, the same prior,
+seeds and number of images), distils one student from each, and prints teacher and students side by side.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from manifests.merge import MANIFEST
+from manifests.reader import Manifest
+from manifests.storage import Storage
+from pipeline.distill import run_distill
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.inspect import samples
+from pipeline.pictures import beside, contact_sheet, png
+from pipeline.progress import say
+from pipeline.recipe import resolve
+from pipeline.synth import run_synth
+from pipeline.text import duration, plain
+
+MINUTES = 5
+UNGUIDED = "dmkd"
+PICTURE = "guidance.png"
+PICTURES_PER_CLASS = 6
+
+
+def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1) -> dict[str, Any]:
+    """Run everything into ``out`` (resuming what is there); returns the table's numbers and the paths. JSON-able."""
+    say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
+    started = time.monotonic()
+    guided = resolve("demo", sets=sets)
+    unguided = guided.model_copy(
+        update={
+            "synth": guided.synth.model_copy(update={"method": UNGUIDED}),
+            "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
+        }
+    )
+    root = Storage(out)
+    runs: dict[str, dict[str, Any]] = {}
+    for name, recipe in (("guided", guided), ("unguided", unguided)):
+        place = ExecutorSettings(workers=workers, threads=recipe.synth.threads)
+        runs[name] = {"synth": run_synth(recipe, root.path(name), place, title=f"{name} images")}
+    root.write(PICTURE, picture(root.path("unguided"), root.path("guided")))
+    test = _test_digits(root)
+    for name, recipe in (("guided", guided), ("unguided", unguided)):
+        sources = [(root.path(f"{name}/{MANIFEST}"), 1.0)]
+        runs[name]["distill"] = run_distill(
+            recipe, sources, root.path(f"{name}/distill"), test_data=test, title=f"{name} student"
+        )
+    student = guided.distill.students[0]
+    return {
+        "out": root.url,
+        "teacher": runs["guided"]["distill"]["teacher_accuracy"],
+        "guided": runs["guided"]["distill"]["students"][student]["test"]["accuracy"],
+        "unguided": runs["unguided"]["distill"]["students"][student]["test"]["accuracy"],
+        "images": runs["guided"]["synth"]["kept"],
+        "images_unguided": runs["unguided"]["synth"]["kept"],
+        "picture": root.path(PICTURE),
+        "student": runs["guided"]["distill"]["students"][student]["folder"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def picture(unguided: str, guided: str) -> bytes:
+    """Samples of both datasets, the same classes in the same rows, as PNG bytes."""
+    panels = []
+    for title, folder in (("unguided", unguided), ("guided", guided)):
+        panels.append((title, contact_sheet(samples(Manifest.open(folder), columns=PICTURES_PER_CLASS))))
+    return png(beside(panels))
+
+
+def _test_digits(root: Storage) -> str:
+    """The real digits that score the students; written here, read by nothing before the very end."""
+    from stages.models.digits_data import write_split
+
+    return str(write_split("test", Path(root.path("test-digits.parquet"))))
+
+
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """The table."""
+    yield ""
+    yield f"{'accuracy on real digits':<36}{'images':>8}{'test':>9}"
+    yield f"{'teacher (the real training digits)':<36}{'':>8}{result['teacher']:>9.1%}"
+    yield f"{'student, guided synthesis':<36}{result['images']:>8}{result['guided']:>9.1%}"
+    yield f"{'student, unguided synthesis':<36}{result['images_unguided']:>8}{result['unguided']:>9.1%}"
+    yield ""
+    yield f"pictures: {plain(result['picture'])} (unguided beside guided)"
+    yield f"student:  {plain(result['student'])}"
+    yield f"took {duration(result['seconds'])}"

@@ -1,0 +1,140 @@
+"""Stage 2 from manifests to students. Used by ``factory run distill`` and ``factory demo``.
+
+A manifest alone is enough: its metadata holds the recipe, whose ``distill`` section applies, and names the teacher.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from manifests.errors import DataError
+from manifests.reader import Manifest, parse_source
+from manifests.storage import Storage
+from pipeline.events import EventLog
+from pipeline.executors.signals import StopSignals
+from pipeline.layers import mapping_layer
+from pipeline.plan import RESOLVED
+from pipeline.progress import progress, say
+from pipeline.recipe import Recipe, resolve, to_yaml
+from pipeline.synth import plain_block
+from pipeline.text import duration, plain
+from stages.models.settings import ModelSettings
+
+
+def resolve_distill(
+    manifest: Manifest, source: str | None, sets: Sequence[str], flags: Mapping[str, tuple[str, Any]]
+) -> Recipe:
+    """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command."""
+    stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
+    base = mapping_layer(stored, f"recipe stored in {manifest.url}")
+    return resolve(source, section="distill", base=base, sets=sets, flags=flags)
+
+
+def open_sources(texts: Sequence[str]) -> tuple[list[tuple[str, float]], Manifest]:
+    """``PATH`` or ``PATH@WEIGHT`` texts as sources, and the first manifest; every one is opened, hence checked."""
+    sources = [parse_source(text) for text in texts]
+    opened = [Manifest.open(url) for url, _ in sources]
+    return [(manifest.url, weight) for manifest, (_, weight) in zip(opened, sources, strict=True)], opened[0]
+
+
+def default_out(manifest: Manifest, recipe: Recipe) -> str:
+    """Beside the manifest where that is a local folder, since checkpoints are rewritten often."""
+    return manifest.storage.path("distill") if manifest.storage.is_local else f"runs/{recipe.name}-distill"
+
+
+def run_distill(
+    recipe: Recipe,
+    sources: Sequence[tuple[str, float]],
+    out: str,
+    *,
+    teacher: str | None = None,
+    test_data: str | None = None,
+    title: str = "distill",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
+
+    ``teacher`` (a model folder or ``embedded:NAME``) replaces the one that the manifest names. Raises DataError where
+    data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C.
+    """
+    if test_data and "://" not in test_data and not os.path.exists(test_data):
+        raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
+    from stages.distill.run import run_distill as train
+
+    storage = Storage(out)
+    chosen = ModelSettings(name=teacher) if teacher else None
+    with EventLog(storage) as events, StopSignals() as signals, progress(title, quiet=quiet) as shown:
+
+        def on_event(kind: str, **fields: Any) -> None:
+            if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder
+                storage.write(RESOLVED, to_yaml(recipe, ("name", "description", "distill")))
+            events.write(kind, **fields)
+            if kind == "warning":
+                say(fields["message"])
+
+        return train(
+            recipe.distill,
+            list(sources),
+            storage,
+            chosen,
+            test_data,
+            on_event=on_event,
+            progress=shown,
+            should_stop=lambda: signals.draining,
+        )
+
+
+def report_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The results for people."""
+    check = result["teacher_check"]
+    yield f"teacher agrees with {check['agreement']:.1%} of the labels ({check['images']} images looked at)"
+    for name, facts in result["students"].items():
+        scores = []
+        if facts["held_out"]:
+            scores.append(f"{facts['held_out']['agreement']:.1%} agreement with the teacher on held-out images")
+        if facts["test"]:
+            scores.append(f"{facts['test']['accuracy']:.1%} on the test data")
+        yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {plain(facts['folder'])}"
+    for name, reason in result["parked"].items():
+        yield f"{plain(name)}: parked, {plain(reason)}"
+    if "teacher_accuracy" in result:
+        yield f"teacher: {result['teacher_accuracy']:.1%} on the test data"
+    yield f"{result['images']} images, {duration(result['seconds'])}"
+
+
+def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None) -> dict[str, Any]:
+    """What ``run_distill`` would train on and for how long; writes nothing."""
+    settings = recipe.distill
+    rows, batches, described = 0, 0, []
+    for url, weight in sources:
+        manifest = Manifest.open(url)
+        count = len(manifest.select(settings.where, kept=settings.kept))
+        used = max(1, round(count * min(weight, 1.0))) if weight != 1 else count
+        rows += used
+        described.append({"manifest": url, "weight": weight, "rows": manifest.num_rows, "selected": count})
+        named = manifest.info.teacher
+    batches = -(-rows // settings.batch_size)
+    return {
+        "out": Storage(out).url,
+        "settings": settings.model_dump(mode="json"),
+        "sources": described,
+        "teacher": teacher or named.get("architecture"),
+        "images_per_epoch": rows,
+        "steps_per_epoch": batches,
+        "steps": batches * settings.epochs,
+        "students": list(settings.students),
+    }
+
+
+def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The dry run for people."""
+    import yaml
+
+    yield plain_block(yaml.safe_dump({"distill": result["settings"]}, sort_keys=False, allow_unicode=True, width=110))
+    for source in result["sources"]:
+        share = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        yield f"data      {plain(source['manifest'])}: {source['selected']} of {source['rows']} rows{share}"
+    yield f"teacher   {plain(result['teacher'])}"
+    yield f"students  {plain(', '.join(result['students']))}"
+    yield f"length    about {result['steps']} steps ({result['steps_per_epoch']} an epoch)"
+    yield f"out       {plain(result['out'])}"

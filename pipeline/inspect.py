@@ -1,0 +1,90 @@
+"""What is in a manifest: counts, score quantiles, a contact sheet. Used by ``factory inspect``."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from manifests.reader import Manifest
+from pipeline.pictures import contact_sheet, png
+from pipeline.text import plain
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SCORES = ("cosine", "confidence", "entropy", "margin")
+
+
+def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
+    """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
+    chosen = manifest.select(where, kept=False)
+    kept = np.asarray(chosen.column("kept"), dtype=bool)
+    names = [manifest.info.class_names[int(label)] for label in chosen.column("label")]
+    rows, kept_rows = Counter(names), Counter(name for name, keep in zip(names, kept, strict=True) if keep)
+    return {
+        "manifest": manifest.url,
+        "fingerprint": manifest.info.fingerprint,
+        "recipe": str(manifest.info.recipe.get("name", "")),
+        "image_size": manifest.info.image_size,
+        "shards": len(manifest.info.tars),
+        "rows": len(chosen),
+        "kept": int(kept.sum()),
+        "classes": {name: {"rows": count, "kept": kept_rows[name]} for name, count in rows.items()},
+        "rejected": dict(Counter(str(r) for r in chosen.column("reject_reason") if r is not None)),
+        "teacher_agreement": _agreement(chosen.column("label"), chosen.column("teacher_label")),
+        "scores": {name: quantiles(chosen.column(name)) for name in SCORES},
+    }
+
+
+def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
+    """``{"0.05": …, …}`` of the values that exist; None where there are none.
+
+    >>> quantiles([0.0, 1.0, None, 2.0])["0.5"]
+    1.0
+    """
+    numbers = np.array([value for value in values if value is not None], dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        return None
+    return {str(q): round(float(v), 4) for q, v in zip(QUANTILES, np.quantile(numbers, QUANTILES), strict=True)}
+
+
+def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> bytes:
+    """A contact sheet as PNG bytes: for each class up to ``columns`` kept images, evenly spread over the run."""
+    return png(contact_sheet(samples(manifest, where, columns)))
+
+
+def samples(manifest: Manifest, where: str | None = None, columns: int = 12) -> list[tuple[str, list[bytes]]]:
+    """``(class name, encoded images)`` per class, in the order of the classes."""
+    chosen = manifest.select(where)
+    labels = np.asarray(chosen.column("label"))
+    rows = []
+    for label in sorted(set(labels.tolist())):
+        found = np.flatnonzero(labels == label)
+        picked = found[np.unique(np.linspace(0, len(found) - 1, min(columns, len(found))).astype(int))]
+        name = plain(manifest.info.class_names[label])
+        rows.append((name, [chosen.read(int(i)) for i in picked]))
+    return rows
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for people; nothing in it can steer the terminal."""
+    out = [
+        f"{plain(summary['manifest'])}: {summary['rows']} rows, {summary['kept']} kept, {summary['shards']} shards, "
+        f"{summary['image_size']} px, recipe {plain(summary['recipe'])}, plan {summary['fingerprint'][:12]}"
+    ]
+    if summary["teacher_agreement"] is not None:
+        out.append(f"teacher agrees with the target class on {summary['teacher_agreement']:.1%} of the rows")
+    out += [f"rejected: {count} × {plain(reason)}" for reason, count in summary["rejected"].items()]
+    head = "".join(f"{q:>9}" for q in QUANTILES)
+    out.append(f"{'quantile':<16}{head}")
+    for name, found in summary["scores"].items():
+        values = "".join(f"{found[str(q)]:>9.3f}" for q in QUANTILES) if found else "        –"
+        out.append(f"{name:<16}{values}")
+    out.append(f"{'class':<24}{'rows':>8}{'kept':>8}")
+    out += [f"{plain(name):<24}{c['rows']:>8}{c['kept']:>8}" for name, c in summary["classes"].items()]
+    return out
+
+
+def _agreement(labels: Iterable[int], answers: Iterable[int | None]) -> float | None:
+    pairs = [(label, answer) for label, answer in zip(labels, answers, strict=True) if answer is not None]
+    return round(sum(int(label == answer) for label, answer in pairs) / len(pairs), 4) if pairs else None

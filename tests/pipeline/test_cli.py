@@ -1,0 +1,191 @@
+"""The command line as a user meets it: help without torch, exit codes, one-line errors, JSON on stdout."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.storage import Storage
+from pipeline import cli, synth
+from pipeline.lease import Lease
+from tests.pipeline.fake_worker import FACTORY
+
+COMMANDS = ("", "run", "run synth", "run distill", "demo", "status", "inspect", "verify", "eval", "gc", "rebuild")
+NOISE = ("--method", "noise", "--set", "groups_per_shard=2", "--set", "group_size=10", "--set", "images.size=8")
+
+
+@pytest.fixture
+def factory(monkeypatch, capsys):
+    """``factory ARGS`` in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(synth, "WORKER", FACTORY)
+    monkeypatch.setattr(synth.run_synth, "__kwdefaults__", synth.run_synth.__kwdefaults__ | {"worker": FACTORY})
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["factory", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return int(ended.value.code or 0), out.out, out.err
+
+    return call
+
+
+def test_help_of_every_command_imports_no_torch():
+    code = f"""
+import sys
+from pipeline import cli
+for command in {COMMANDS!r}:
+    sys.argv = ["factory", *command.split(), "--help"]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert not ended.code, command
+heavy = sorted({{"torch", "ray", "diffusers", "transformers", "pyarrow", "numpy", "PIL"}} & set(sys.modules))
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout and "--dry-run" in done.stdout
+
+
+def test_a_dry_run_imports_no_torch(tmp_path):
+    code = f"""
+import sys
+from pipeline import cli
+sys.argv = ["factory", "run", "synth", "--dry-run", "--out", {str(tmp_path / "run")!r}, *{NOISE!r}]
+try:
+    cli.main()
+except SystemExit as ended:
+    assert not ended.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fingerprint" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = factory("run", "synth", "--out", run, "--shards", 2, *NOISE, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kept"] == 32
+    assert "2/2" in err
+    code, out, _ = factory("status", run, "--json")
+    assert (code, json.loads(out)["state"]) == (0, "complete")
+    code, out, _ = factory("verify", run)
+    assert (code, out) == (0, f"{run}: intact\n")
+    code, out, _ = factory("inspect", run / "m.parquet")
+    assert code == 0 and "40 rows, 32 kept" in out
+    assert Image.open(run / "sheet.png").height == 8 * 50 + 2  # the eight classes with kept images
+    code, out, _ = factory("gc", run)
+    assert code == 0 and "removed 0 unreferenced" in out
+    code, out, _ = factory("run", "distill", "--manifest", run / "m.parquet", "--dry-run", "--json", "--epochs", 3)
+    assert code == 0
+    assert json.loads(out)["images_per_epoch"] == 32
+    assert json.loads(out)["settings"]["epochs"] == 3
+
+
+def test_a_damaged_tar_is_named_and_exits_3(factory, run_folder):
+    tar = sorted((run_folder / "shards").glob("000001-*.tar"))[0]
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(data)
+    code, out, _ = factory("verify", run_folder)
+    assert code == 3 and "000001" in out
+    tar.unlink()
+    code, _, err = factory("inspect", run_folder / "m.parquet")
+    assert code == 3 and tar.name in err and len(err.splitlines()) == 1
+
+
+def test_a_lost_index_is_rebuilt_byte_for_byte(factory, run_folder):
+    lost = [run_folder / "m.parquet", *(run_folder / "done").iterdir(), *(run_folder / "shards").glob("*.parquet")]
+    before = {path: path.read_bytes() for path in lost}
+    for path in lost:
+        path.unlink()
+    code, out, err = factory("rebuild", run_folder)
+    assert code == 0, err
+    assert "40 rows of 2 shards" in out
+    assert before == {path: path.read_bytes() for path in lost}
+
+
+def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_folder):
+    tar = sorted((run_folder / "shards").glob("000001-*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:1024])
+    code, out, _ = factory("rebuild", run_folder, "--json")
+    assert code == 3
+    assert list(json.loads(out)["damaged"]) == ["1"]
+    code, _, err = factory("run", "synth", "--out", run_folder, "--shards", 2, *NOISE)
+    assert code == 0, err
+    assert factory("verify", run_folder)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "part"),
+    [
+        (["run", "synth", "-c", "nonsense"], 2, "no recipe 'nonsense'"),
+        (["run", "synth", "--set", "guidance.scael=1"], 2, "did you mean scale?"),
+        (["run", "synth", "--set", "seed=x"], 2, "--set seed=x: synth.seed"),
+        (["run", "synth", "--shards", "0"], 2, "--shards: synth.shards: input should be greater than 0, got 0"),
+        (["run", "synth", "--workers", "0", *NOISE], 2, "--workers: workers: input should be greater than 0, got 0"),
+        (["run", "synth", "--prior", "./nowhere"], 3, "no such folder"),
+        (["run", "synth", "--teacher", "./nowhere", *NOISE], 3, "nowhere does not exist"),
+        (["run", "distill", "-m", "missing/m.parquet"], 3, "missing/m.parquet"),
+        (["run", "distill", "-m", "notes.txt"], 3, "notes.txt"),
+        (["run", "distill", "-m", "x.parquet@-1"], 2, "positive number"),
+        (["inspect", "notes.txt"], 3, "notes.txt"),
+        (["status", "."], 3, "is not a run folder"),
+        (["gc", "."], 3, "is not a run folder"),
+        (["verify", "."], 3, "no dataset here"),
+        (["rebuild", "."], 3, "no tars in shards/"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code_and_writes_nothing(factory, tmp_path, monkeypatch, args, code, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("not a manifest")
+    found, out, err = factory(*args)
+    assert found == code
+    assert part in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
+    assert [path.name for path in tmp_path.rglob("*")] == ["notes.txt"]
+
+
+def test_where_that_cannot_work(factory, run_folder):
+    args = ["run", "distill", "-m", run_folder / "m.parquet", "--dry-run", "--where"]
+    code, _, err = factory(*args, "colour == 3")
+    assert code == 2 and "colour" in err and "confidence" in err
+    code, _, err = factory(*args, "label == 77")
+    assert code == 3 and len(err.splitlines()) == 1
+    assert not (run_folder / "distill").exists()
+
+
+def test_another_plan_is_refused_with_a_diff(factory, run_folder):
+    code, _, err = factory("run", "synth", "--out", run_folder, *NOISE, "--seed", 9, "--shards", 2)
+    assert code == 3
+    assert err.splitlines()[1:] == ["  settings.seed: 0 there, 9 here"]
+
+
+@pytest.mark.parametrize("error", [FactoryError, DataError, Interrupted])
+def test_errors_exit_with_their_code_and_cannot_steer_the_terminal(factory, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error("bad \x1b[31mthing")
+
+    monkeypatch.setattr("pipeline.status.status", fail)
+    assert factory("status", ".") == (error.exit_code, "", "bad \\x1b[31mthing\n")
+
+
+def test_debug_shows_the_traceback(factory, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["factory", "--debug", "status", str(tmp_path)])
+    with pytest.raises(DataError):
+        cli.main()
+
+
+def test_a_second_driver_is_refused(factory, run_folder):
+    with Lease(Storage(run_folder)):
+        code, _, err = factory("run", "synth", "--out", run_folder, *NOISE, "--shards", 3)
+    assert code == 1 and "in use by another driver" in err
