@@ -63,7 +63,11 @@ def run_distill(
 
     storage = Storage(out)
     chosen = ModelSettings(name=teacher) if teacher else None
-    with EventLog(storage) as events, StopSignals() as signals, progress(title, quiet=quiet) as shown:
+    with (
+        EventLog(storage) as events,
+        StopSignals("at the next checkpoint") as signals,
+        progress(title, quiet=quiet) as shown,
+    ):
 
         def on_event(kind: str, **fields: Any) -> None:
             if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder

@@ -7,8 +7,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_LINE = b"\nstopping after the running shards; once more stops at once (either way the same command resumes)\n"
-
 
 class StopSignals:
     """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt``.
@@ -16,8 +14,9 @@ class StopSignals:
     Outside the main thread, where Python takes no handlers, it changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, until: str = "after the running shards") -> None:
         self.draining = False
+        self._line = f"\nstopping {until}; once more stops at once (either way the same command resumes)\n".encode()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -35,4 +34,4 @@ class StopSignals:
             raise KeyboardInterrupt
         self.draining = True
         with contextlib.suppress(OSError):
-            os.write(2, _LINE)  # not print: the signal may have interrupted one
+            os.write(2, self._line)  # not print: the signal may have interrupted one

@@ -1,0 +1,63 @@
+"""Both stages end to end on a tiny random prior: the demo's table, its picture, and a second call that resumes."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from manifests.reader import Manifest
+from pipeline.demo import lines, run_demo
+from tests.synth.tiny import save_stable_diffusion
+
+TINY = (
+    "synth.prior.steps=2",
+    "synth.shards=1",
+    "synth.groups_per_shard=1",
+    "synth.group_size=40",
+    "distill.epochs=1",
+    "distill.batch_size=16",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(folder, settings, result) of one demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    prior = save_stable_diffusion(folder / "prior", "epsilon")
+    sets = [f"synth.prior.path={prior}", *TINY]
+    return folder / "out", sets, run_demo(str(folder / "out"), sets)
+
+
+def test_the_table_has_teacher_guided_and_unguided_at_equal_images(demo):
+    _, _, result = demo
+    assert result["images"] == result["images_unguided"] == 40
+    assert result["teacher"] > 0.9
+    assert 0 <= result["guided"] <= 1
+    table = list(lines(result))
+    assert sum("%" in line for line in table) == 3
+    assert any(result["picture"] in line for line in table)
+
+
+def test_both_datasets_share_everything_but_the_method(demo):
+    folder, _, _ = demo
+    guided, unguided = (Manifest.open(folder / name).info for name in ("guided", "unguided"))
+    assert (guided.recipe["synth"]["method"], unguided.recipe["synth"]["method"]) == ("diffdfkd", "dmkd")
+    assert guided.recipe["synth"] | {"method": ""} == unguided.recipe["synth"] | {"method": ""}
+    assert guided.prior == unguided.prior
+    first, second = (Manifest.open(folder / name).select() for name in ("guided", "unguided"))
+    assert list(first.column("prompt")) == list(second.column("prompt"))
+    assert first.read(0) != second.read(0)
+
+
+def test_the_picture_shows_both(demo):
+    folder, _, _ = demo
+    picture = Image.open(io.BytesIO((folder / "guidance.png").read_bytes()))
+    assert picture.width > 2 * 64
+
+
+def test_again_it_takes_up_where_it_stopped(demo):
+    folder, sets, before = demo
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "guided/shards").iterdir()}
+    after = run_demo(str(folder), sets)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "guided/shards").iterdir()}
+    assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}

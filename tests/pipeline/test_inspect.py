@@ -1,0 +1,64 @@
+"""What ``factory inspect`` counts, and that nothing stored can steer the terminal."""
+
+import dataclasses
+
+from manifests.info import DatasetInfo
+from manifests.merge import merge
+from manifests.reader import Manifest
+from manifests.shard import ShardWriter
+from manifests.storage import Storage
+from pipeline.inspect import lines, quantiles, samples, summarise
+from tests.pipeline.fake_worker import image, row
+
+INFO = DatasetInfo("f" * 64, {"name": "evil \x1b[31m"}, {}, {}, 8, ("zero\x1b]0;x\x07", *map(str, range(1, 10))))
+
+
+def dataset(folder, rows):
+    storage = Storage(folder)
+    with ShardWriter(storage, 0, INFO.fingerprint) as writer:
+        for i, changes in enumerate(rows):
+            writer.add(row(0, i) | changes, image(0, i))
+        writer.commit()
+    merge(storage, dataclasses.replace(INFO), [0])
+    return Manifest.open(folder)
+
+
+def test_counts_and_quantiles_by_hand(tmp_path):
+    found = summarise(dataset(tmp_path, [{"cosine": c} for c in (0.0, 0.25, 0.5, 0.75, 1.0)]))
+    assert (found["rows"], found["kept"], found["rejected"]) == (5, 4, {"confidence": 1})
+    assert found["classes"]["4"] == {"rows": 1, "kept": 0}
+    assert found["scores"]["cosine"] == {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
+    assert found["scores"]["entropy"] is None
+    assert found["teacher_agreement"] == 0.6  # labels 0, 1 and 3 of 0…4
+
+
+def test_where_narrows(tmp_path):
+    manifest = dataset(tmp_path, [{"cosine": c} for c in (0.1, 0.2, 0.3)])
+    assert summarise(manifest, "cosine > 0.15")["rows"] == 2
+
+
+def test_a_manifest_without_scores_or_teacher(tmp_path):
+    nothing = {"cosine": None, "confidence": None, "teacher_label": None, "class_name": None}
+    found = summarise(dataset(tmp_path, [nothing] * 3))
+    assert found["teacher_agreement"] is None
+    assert found["scores"]["cosine"] is None
+    assert len(list(lines(found))) == 1 + 1 + 4 + 1 + 3
+
+
+def test_stored_text_is_defused(tmp_path):
+    found = summarise(dataset(tmp_path, [{}, {"kept": False, "reject_reason": "\x1b[2J"}]))
+    text = "".join(lines(found))
+    assert text.isprintable()
+    assert "zero\\x1b]0;x\\x07" in text
+
+
+def test_samples_are_spread_over_the_run(tmp_path):
+    rows = [{"label": 0, "kept": True, "reject_reason": None}] * 9
+    ((name, images),) = samples(dataset(tmp_path, rows), columns=3)
+    assert name.startswith("zero")
+    assert images == [image(0, 0), image(0, 4), image(0, 8)]
+
+
+def test_quantiles_pass_over_what_is_missing():
+    assert quantiles([None, float("nan"), 2.0]) == dict.fromkeys(("0.05", "0.25", "0.5", "0.75", "0.95"), 2.0)
+    assert quantiles([None]) is None
