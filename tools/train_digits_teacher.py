@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.distill.card import measure
 from stages.models import digits_data, registry
 from stages.models.identity import WEIGHTS, ModelConfig
 from stages.models.loading import save_model
@@ -95,21 +96,6 @@ def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     return average.eval()
 
 
-def multiply_adds(net: nn.Module, x: Tensor) -> int:
-    """Of convolutions and linear layers, for one image ``[1, c, h, w]``."""
-    total = 0
-
-    def count(module: nn.Module, _inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal total
-        total += out.numel() * module.weight[0].numel()  # type: ignore[index]
-
-    handles = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    net(x)
-    for handle in handles:
-        handle.remove()
-    return total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -138,7 +124,7 @@ def main() -> None:
     save_model(args.out, net, config)
     (args.out / "README.md").write_text(CARD.format(
         architecture=ARCHITECTURE, parameters=sum(p.numel() for p in net.parameters()), epochs=args.epochs,
-        mflop=2 * multiply_adds(net, x[:1]) / 1e6, kilobytes=(args.out / WEIGHTS).stat().st_size / 1e3,
+        mflop=measure(net, config)["mflop"], kilobytes=(args.out / WEIGHTS).stat().st_size / 1e3,
         mean=mean, std=std, validation=validation, test=test,
     ))  # fmt: skip
     print(f"saved {args.out}")

@@ -42,13 +42,12 @@ class OptimiserSettings(Settings):
 
 
 class ViewSettings(Settings):
-    """Augmentation: a pure function of (seed, epoch, sample)."""
+    """Augmentation: a pure function of (seed, epoch, sample). λ of cutmix and mixup is uniform."""
 
     crop: float = Field(0.125, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
     flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
     cutmix: float = Field(0.0, ge=0, le=1, description="share of images that receive a box of another one")
     mixup: float = Field(0.0, ge=0, le=1, description="share of images blended with another one")
-    alpha: float = Field(1.0, gt=0, description="λ ~ Beta(alpha, alpha) of cutmix and mixup")
 
     @model_validator(mode="after")
     def _shares(self) -> "ViewSettings":
@@ -99,5 +98,5 @@ class DistillSettings(Settings):
         return self
 
 
-PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement"})
+PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every"})
 """Settings that change where or how a run goes, not what it computes: free to differ on resume."""

@@ -100,13 +100,18 @@ def teacher_from(config: ModelConfig, weights: bytes, where: str, device: str | 
     return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights))
 
 
-def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each replaced atomically."""
+def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:
+    """What a model folder holds, by file name, in the order to write it."""
     state = {name: value.detach().cpu().contiguous() for name, value in unwrapped(net.state_dict()).items()}
     text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    return {WEIGHTS: safetensors.torch.save(state), CONFIG: text.encode()}
+
+
+def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:
+    """Write a model folder; each file is replaced atomically."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder) / WEIGHTS, safetensors.torch.save(state))
-    _replace(Path(folder) / CONFIG, text.encode())
+    for name, data in model_files(net, config).items():
+        _replace(Path(folder) / name, data)
 
 
 def _replace(path: Path, data: bytes) -> None:

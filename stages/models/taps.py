@@ -16,6 +16,16 @@ def submodule(net: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
+def stage_paths(net: nn.Module) -> list[str]:
+    """Module paths of the network's stage outputs, first to last; the last one is what the head pools."""
+    return [str(path) for path in net.stages]  # type: ignore[union-attr]
+
+
+def head_of(net: nn.Module) -> nn.Module:
+    """The last linear layer."""
+    return submodule(net, str(net.head))
+
+
 @contextmanager
 def outputs_of(net: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Within the block, each forward pass fills the yielded dict with the outputs of the modules at ``paths``."""

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.models.inputs import InputSpec
 from stages.models.settings import InputSettings
-from stages.models.taps import inputs_of, outputs_of, submodule
+from stages.models.taps import head_of, inputs_of, outputs_of, stage_paths
 
 
 class Teacher:
@@ -24,7 +24,7 @@ class Teacher:
         self.num_classes = len(self.class_names)
         self.identity = identity
         self._norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-        self._head = submodule(net, str(net.head))
+        self._head = head_of(net)
 
     @property
     def has_batchnorm(self) -> bool:
@@ -65,7 +65,7 @@ class Teacher:
 
         Outputs carry a graph where ``x`` requires gradients: class activation gradients need that.
         """
-        paths = list(self.net.stages if paths is None else paths)  # type: ignore[arg-type]
+        paths = stage_paths(self.net) if paths is None else list(paths)
         with outputs_of(self.net, paths) as seen:
             logits = self.logits(x)
         return logits, [seen[path] for path in paths]

@@ -1,0 +1,79 @@
+"""The state of a run on disk: written at once or not at all, and only ever resumed by the run that wrote it."""
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from manifests.errors import DataError
+from manifests.storage import Storage
+
+RUN, STATE = "run.json", "checkpoint.pt"
+
+
+def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
+    """Claim the folder for ``spec`` (what decides the result), or check that it is this very run's.
+
+    Raises DataError listing what differs.
+    """
+    data = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    if storage.create(RUN, data):
+        return
+    try:
+        found = json.loads(storage.read(RUN))
+    except ValueError:
+        raise DataError(f"{storage.path(RUN)} is not JSON: no run of this factory") from None
+    changed = differences(found, json.loads(data))
+    if changed:
+        more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
+        raise DataError(
+            f"{storage.url} holds another run: {'; '.join(changed[:6])}{more}. Use the same settings, or another folder"
+        )
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What changed between two JSON values, one entry a leaf.
+
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": None})
+    ['b.c: 2 -> 3', 'd: absent -> null']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in sorted({*old, *new}):
+            name = f"{where}.{key}" if where else str(key)
+            if key in old and key in new:
+                found += differences(old[key], new[key], name)
+            else:
+                found.append(f"{name}: {_short(old, key)} -> {_short(new, key)}")
+        return found
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _short(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "absent"
+
+
+def save(storage: Storage, state: Mapping[str, Any]) -> None:
+    """Replace the checkpoint: a kill leaves the old one or the new one."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    storage.write(STATE, buffer.getvalue())
+
+
+def load(storage: Storage, device: torch.device) -> dict[str, Any] | None:
+    """The last checkpoint, None where there is none yet. Raises DataError where it is damaged."""
+    if not storage.exists(STATE):
+        return None
+    try:
+        state = torch.load(io.BytesIO(storage.read(STATE)), map_location=device, weights_only=True)
+        if not isinstance(state, dict) or "step" not in state:
+            raise ValueError("it holds no step")
+    except DataError:
+        raise
+    except Exception as error:  # zip, pickle, runtime and value errors alike
+        raise DataError(
+            f"{storage.path(STATE)} is damaged ({str(error).splitlines()[0]}): delete it to start over"
+        ) from None
+    return state

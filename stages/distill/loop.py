@@ -1,0 +1,196 @@
+"""The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from manifests.errors import FactoryError, Interrupted
+from manifests.storage import Storage
+from stages.distill import checkpoint
+from stages.distill.batches import Batch, Batches
+from stages.distill.rows import Ints
+from stages.distill.schedule import lr_factor
+from stages.distill.settings import DistillSettings
+from stages.distill.student import Diverged, Student
+from stages.distill.targets import paired_layers, teacher_targets
+from stages.models.inputs import InputSpec
+from stages.models.teacher import Teacher
+
+BEST = "best.safetensors"
+METRICS = "metrics.jsonl"
+
+
+class OnEvent(Protocol):
+    """Receives events as the pipeline's log does."""
+
+    def __call__(self, kind: str, **fields: Any) -> object: ...
+
+
+OnProgress = Callable[[float, float, str], object]
+
+
+@dataclass
+class Training:
+    """One run: everything that :func:`train` needs, and the clocks that survive a resume."""
+
+    settings: DistillSettings
+    teacher: Teacher
+    students: list[Student]
+    batches: Batches
+    held: Ints
+    storage: Storage
+    device: torch.device
+    on_event: OnEvent
+    on_progress: OnProgress
+    should_stop: Callable[[], bool]
+    look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
+    step: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    _held_logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.settings.epochs * self.batches.steps
+
+    @property
+    def learning(self) -> list[Student]:
+        """Students that were not parked."""
+        return [student for student in self.students if student.parked is None]
+
+
+def train(run: Training) -> None:
+    """Train from the last checkpoint (or the start) to the end; the same weights come out however often it was stopped.
+
+    Raises Interrupted after a checkpoint where ``should_stop`` says so, FactoryError where every student diverged.
+    """
+    layers = _pair_layers(run)
+    _resume(run)
+    spec = InputSpec(run.students[0].config.input)
+    saved = time.monotonic()
+    while run.step < run.total:
+        epoch, first = divmod(run.step, run.batches.steps)
+        for batch in _timed(run, run.batches.epoch(epoch, first)):
+            started = time.monotonic()
+            targets = teacher_targets(run.teacher, batch.x, run.settings.loss, layers)
+            x = spec(batch.x)
+            for student in run.learning:
+                _learn(run, student, x, batch, targets)
+            run.step += 1
+            if run.step % run.batches.steps == 0:
+                _end_epoch(run, epoch)
+            run.seconds += time.monotonic() - started
+            stop = run.should_stop()
+            due = time.monotonic() - saved >= run.settings.checkpoint_seconds
+            if due or stop or run.step == run.total:
+                _checkpoint(run)
+                saved = time.monotonic()
+            run.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
+            if stop and run.step < run.total:
+                raise Interrupted(
+                    f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes"
+                )
+            _check_learning(run)
+    _check_learning(run)
+
+
+def _check_learning(run: Training) -> None:
+    if not run.learning:
+        raise FactoryError("no student is left: " + "; ".join(f"{s.name}: {s.parked}" for s in run.students))
+
+
+def _pair_layers(run: Training) -> list[str]:
+    """Settle every student's Grad-CAM layers; returns the teacher's, the longest list of all."""
+    if not run.settings.loss.gradcam:
+        return []
+    longest: list[str] = []
+    for student in run.students:
+        teacher_layers, student.layers = paired_layers(run.settings.loss, run.teacher.net, student.net)
+        longest = max(longest, teacher_layers, key=len)
+    return longest
+
+
+def _timed(run: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """``batches``, with the time spent waiting for them added up."""
+    while True:
+        started = time.monotonic()
+        batch = next(batches, None)
+        waited = time.monotonic() - started
+        run.waited += waited
+        run.seconds += waited
+        if batch is None:
+            return
+        yield batch
+
+
+def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: Any) -> None:
+    try:
+        student.learn(x, batch, targets, run.step, run.total)
+    except (Diverged, torch.OutOfMemoryError) as error:
+        student.parked = str(error).splitlines()[0]
+        student.optimiser.zero_grad(set_to_none=True)
+        run.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
+        run.on_event("warning", message=f"{student.name} is parked, the others go on: {student.parked}")
+
+
+def _end_epoch(run: Training, epoch: int) -> None:
+    """Means of the epoch, held-out agreement, best weights so far."""
+    share = run.waited / run.seconds if run.seconds else 0.0
+    for student in run.learning:
+        line: dict[str, Any] = {"epoch": epoch + 1, "step": run.step}
+        line["lr"] = run.settings.optimiser.lr * lr_factor(run.settings.optimiser, run.step - 1, run.total)
+        line |= student.take_means()
+        if len(run.held):
+            line["held_out"] = held_out(run, student)
+        if run.look and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
+            line["test_accuracy"] = run.look(student)["accuracy"]
+        student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
+        if len(run.held) and line["held_out"]["agreement"] >= student.best:
+            student.best = line["held_out"]["agreement"]
+            run.storage.write(f"{student.name}/{BEST}", safetensors.torch.save(_weights(student)))
+        text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
+        run.storage.write(f"{student.name}/{METRICS}", text.encode())
+    run.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
+
+
+@torch.no_grad()
+def held_out(run: Training, student: Student) -> dict[str, float]:
+    """How far the student's classes match the teacher's and the manifest's on the held-out rows, unaugmented."""
+    spec, labels = InputSpec(student.config.input), torch.from_numpy(run.batches.rows.label[run.held])
+    if run._held_logits is None:
+        run._held_logits = torch.cat([run.teacher.logits(x).cpu() for _, x in run.batches.plain(run.held)])
+    found = torch.cat([student.result(spec(x)).argmax(1).cpu() for _, x in run.batches.plain(run.held)])
+    agreement = (found == run._held_logits.argmax(1)).double().mean().item()
+    return {"agreement": agreement, "accuracy": (found == labels).double().mean().item()}
+
+
+def _weights(student: Student) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in student.result.state_dict().items()}
+
+
+def _checkpoint(run: Training) -> None:
+    students = {student.name: student.state() for student in run.students}
+    clocks = {"seconds": run.seconds, "waited": run.waited}
+    checkpoint.save(run.storage, {"step": run.step, **clocks, "students": students})
+
+
+def _resume(run: Training) -> None:
+    state = checkpoint.load(run.storage, run.device)
+    if state is None:
+        return
+    run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
+    for student in run.students:
+        student.load(state["students"][student.name])
+    run.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
+
+
+def best_weights(run: Training, student: Student) -> dict[str, Tensor]:
+    """The weights with the highest held-out agreement."""
+    return safetensors.torch.load(run.storage.read(f"{student.name}/{BEST}"))

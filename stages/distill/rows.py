@@ -1,0 +1,190 @@
+"""Which rows are trained on, in which order, and which are held out: from manifests to numbers, no image touched."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.errors import DataError, UsageError
+from manifests.order import combined_digest, mixed_order
+from manifests.reader import Manifest
+from manifests.selection import Selection
+from stages.distill.seeds import derive, mixed, uniform
+from stages.distill.settings import DistillSettings
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All selected rows of all manifests, laid end to end; every array has one entry a row.
+
+    ``source``: number of the manifest; ``ids``: stable 64-bit sample ids; ``derived``: made from another image.
+    """
+
+    selections: list[Selection]
+    weights: list[float]
+    source: Ints
+    label: Ints
+    ids: npt.NDArray[np.uint64]
+    derived: npt.NDArray[np.bool_]
+    starts: Ints = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest files together."""
+        return combined_digest([selection.manifest.digest for selection in self.selections])
+
+    def read(self, rows: Ints) -> list[bytes]:
+        """Stored images of ``rows``, in that order."""
+        images = [b""] * len(rows)
+        for number, selection in enumerate(self.selections):
+            mine = np.flatnonzero(self.source[rows] == number)
+            if len(mine):
+                for position, image in zip(mine, selection.read_many(rows[mine] - self.starts[number]), strict=True):
+                    images[position] = image
+        return images
+
+    def name(self, row: int) -> str:
+        """The row as an error message names it."""
+        number = int(self.source[row])
+        found = self.selections[number].row(int(row - self.starts[number]))
+        return f"{self.selections[number].manifest.url}: shard {found['shard']}, sample {found['key']!r}"
+
+
+def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSettings) -> Rows:
+    """Open selections of ``(manifest, weight)`` pairs as one table of rows."""
+    selections = [manifest.select(settings.where, kept=settings.kept) for manifest, _ in manifests]
+    sizes = [len(selection) for selection in selections]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    classes = len(manifests[0][0].info.class_names)
+    labels = np.concatenate([np.asarray(s.column("label"), np.int64) for s in selections])
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"{manifests[0][0].url}: labels reach from {labels.min()} to {labels.max()}, classes are {classes}"
+        )
+    ids, derived = [], []
+    for selection in selections:
+        manifest = selection.manifest
+        keys = [key.split("-") for key in selection.column("key")]
+        place = np.array([int(shard) << 32 | int(index) for shard, index in keys], np.uint64)
+        salt = np.array([derive(0, manifest.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
+        ids.append(mixed(place ^ salt))
+        derived.append(np.array([key is not None for key in selection.column("source_key")]))
+    return Rows(
+        selections=selections,
+        weights=[weight for _, weight in manifests],
+        source=np.repeat(np.arange(len(sizes)), sizes),
+        label=labels,
+        ids=np.concatenate(ids),
+        derived=np.concatenate(derived),
+        starts=starts,
+    )
+
+
+def links_of(rows: Rows) -> Iterator[list[tuple[object, ...]]]:
+    """What ties each row to others: its own key, its trajectory, LCA partners, the image it was derived from."""
+    for number, selection in enumerate(rows.selections):
+        columns = (selection.column(name) for name in ("key", "trajectory", "lca", "source_key"))
+        for key, trajectory, cuts, source in zip(*columns, strict=True):
+            links: list[tuple[object, ...]] = [(number, "key", key)]
+            if trajectory is not None and trajectory == trajectory:  # null reads as None or NaN
+                links.append((number, "trajectory", int(trajectory)))
+            links += [(number, "trajectory", cut["partner"]) for cut in cuts or ()]
+            links += [(number, "key", source)] if source is not None else []
+            yield links
+
+
+def family_numbers(rows: Iterable[Sequence[object]]) -> Ints:
+    """Union-find: rows that are linked to a common thing, directly or through others, get the same number.
+
+    >>> family_numbers([["a", "t1"], ["b", "t2"], ["c", "t3", "t1"], ["d"]]).tolist()
+    [0, 1, 0, 2]
+    """
+    parent: dict[object, object] = {}
+
+    def find(thing: object) -> object:
+        root = thing
+        while (above := parent.setdefault(root, root)) != root:
+            root = above
+        while thing != root:
+            parent[thing], thing = root, parent[thing]
+        return root
+
+    first = []
+    for links in rows:
+        root = find(links[0])
+        for other in links[1:]:
+            parent[find(other)] = root
+        first.append(links[0])
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(find(thing), len(numbers)) for thing in first], np.int64)
+
+
+def split_held_out(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
+    """Row numbers to train on and to hold out: whole families, in random order, until ``share`` of the rows is reached.
+
+    Which families are held out depends on their samples and the seed alone.
+    """
+    every = np.arange(len(rows))
+    if share == 0:
+        return every, every[:0]
+    family = family_numbers(links_of(rows))
+    count = int(family.max()) + 1
+    if count < 2:
+        raise UsageError("held_out: every row is linked to every other by trajectory or LCA; use held_out 0")
+    draw = np.ones(count)
+    np.minimum.at(draw, family, uniform(seed, "held out", rows.ids))
+    order = np.argsort(draw, kind="stable")
+    sizes = np.bincount(family, minlength=count)[order].cumsum()
+    chosen = np.zeros(count, bool)
+    chosen[order[: max(1, min(int(np.searchsorted(sizes, share * len(rows), side="right")), count - 1))]] = True
+    held = chosen[family]
+    return every[~held], every[held]
+
+
+class EpochOrder:
+    """The training rows of each epoch: a pure function of (manifests, selection, seed, epoch)."""
+
+    def __init__(self, rows: Rows, train: Ints, settings: DistillSettings):
+        self.seed = settings.seed
+        self._parts: list[Ints] = []
+        self._weights: list[float] = []
+        self._digests: list[str] = []
+        classes = np.unique(rows.label[train]) if settings.balance else np.array([-1])
+        for number, selection in enumerate(rows.selections):
+            mine = train[rows.source[train] == number]
+            for label in classes:
+                part = mine[rows.label[mine] == label] if settings.balance else mine
+                fair = len(mine) / (len(classes) * len(part)) if settings.balance and len(part) else 1.0
+                self._parts.append(part)
+                self._weights.append(rows.weights[number] * fair)
+                asked = f"{settings.where}|{settings.kept}|{settings.held_out}|{label}"
+                self._digests.append(f"{selection.manifest.digest}|{asked}")
+        self._laid = np.concatenate(self._parts)
+        self.length = len(self(0))
+        if self.length < 2:
+            raise DataError(f"{self.length} training rows are left after selection, weights and hold-out; 2 are needed")
+
+    def __call__(self, epoch: int) -> Ints:
+        sizes = [len(part) for part in self._parts]
+        return self._laid[mixed_order(sizes, self._weights, self.seed, epoch, self._digests)]
+
+
+def repeats(order: Ints) -> npt.NDArray[np.uint64]:
+    """How often each entry has occurred before.
+
+    >>> repeats(np.array([5, 3, 5, 5, 3])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    by_value = np.argsort(order, kind="stable")
+    values = order[by_value]
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    run = np.arange(len(order)) - np.repeat(starts, np.diff(np.concatenate([starts, [len(order)]])))
+    out = np.empty(len(order), np.uint64)
+    out[by_value] = run
+    return out

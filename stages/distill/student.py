@@ -1,0 +1,117 @@
+"""One student in training: network, optimiser, averaged weights, running sums. Knows nothing of the other students."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifests.errors import FactoryError
+from stages.distill.batches import Batch
+from stages.distill.schedule import lr_factor
+from stages.distill.seeds import derive
+from stages.distill.settings import DistillSettings, OptimiserSettings
+from stages.distill.targets import Targets, student_terms, weighted
+from stages.models import registry
+from stages.models.identity import ModelConfig
+
+
+class Diverged(FactoryError):
+    """A student whose loss is no number any more."""
+
+
+class Student:
+    """A network that learns. Everything random about it follows from (seed, its name, the step)."""
+
+    def __init__(self, config: ModelConfig, settings: DistillSettings, device: torch.device):
+        self.config, self.settings, self.name = config, settings, config.architecture
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(settings.seed, "init", self.name))
+            self.net = registry.build(self.name, config.num_classes, config.channels).to(device)
+        self.layers: list[str] = []  # for Grad-CAM, set by the run
+        self.optimiser = build_optimiser(self.net, settings.optimiser)
+        self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimiser.ema else None
+        self.sums: dict[str, float] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.best = -1.0  # highest held-out agreement so far
+        self.parked: str | None = None  # why it takes no further part
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that counts: averaged weights where there are any. In eval mode."""
+        return self.average if self.average is not None else self.net.eval()
+
+    def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
+        """One optimiser step on ``x``, the batch as this student's input. Raises Diverged if the loss is not finite."""
+        torch.manual_seed(derive(self.settings.seed, "step", self.name, step))  # for dropout and the like
+        self.net.train()
+        mixed = self.settings.dtype == "bf16" and x.device.type == "cuda"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            terms = student_terms(self.net, x, batch, targets, self.settings.loss, self.layers)
+            loss = weighted(terms, self.settings.loss)
+        values = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()
+        if not math.isfinite(values[0]):
+            raise Diverged(f"loss is {values[0]} at step {step}; a smaller learning rate or optimiser.clip may help")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.settings.optimiser.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimiser.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.optimiser.lr * lr_factor(self.settings.optimiser, step, total)
+        self.optimiser.step()
+        self._follow(step)
+        for name, value in zip(("loss", *terms), values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value * len(x)
+        self.sums["images"] = self.sums.get("images", 0.0) + len(x)
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """Move the averaged weights; the decay grows from 0.1, so that early steps are soon forgotten."""
+        if self.average is None:
+            return
+        decay = min(self.settings.optimiser.ema, (1 + step) / (10 + step))
+        for mean, value in zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    def take_means(self) -> dict[str, float]:
+        """Mean of every term since the last call."""
+        images = self.sums.pop("images", 0.0)
+        means = {name: value / images for name, value in self.sums.items()} if images else {}
+        self.sums = {}
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training on needs, as tensors and plain values."""
+        return {
+            "net": self.net.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sums": dict(self.sums),
+            "metrics": list(self.metrics),
+            "best": self.best,
+            "parked": self.parked,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.net.load_state_dict(state["net"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
+        self.best, self.parked = state["best"], state["parked"]
+
+
+def build_optimiser(net: nn.Module, settings: OptimiserSettings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW; weight decay on matrices and kernels only."""
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)

@@ -1,0 +1,94 @@
+"""Augmented views: drawn as a pure function of (seed, epoch, sample), applied to a batch of stored pixels at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.distill.seeds import Ids, mixed, uniform
+from stages.distill.settings import ViewSettings
+
+
+@dataclass(frozen=True)
+class Views:
+    """What happens to each of ``n`` images: shift ``[n]`` in pixels, flip ``[n]``, and how it is mixed with a partner.
+
+    ``lam [n]`` is the share that the image itself keeps (1: not mixed); ``box [n, 4]`` is y, x, height, width of what
+    its partner replaces (height 0: blended instead).
+    """
+
+    dy: Tensor
+    dx: Tensor
+    flip: Tensor
+    lam: Tensor
+    box: Tensor
+
+    @property
+    def mixes(self) -> bool:
+        return bool((self.lam < 1).any())
+
+    def to(self, device: torch.device | str) -> "Views":
+        return Views(*(getattr(self, name).to(device) for name in ("dy", "dx", "flip", "lam", "box")))
+
+
+def draw_views(settings: ViewSettings, side: int, seed: int, epoch: int, ids: Ids, repeats: Ids) -> Views:
+    """Views for samples ``ids``; ``repeats`` counts earlier draws of the same sample in this epoch."""
+
+    def draw(purpose: str) -> np.ndarray:
+        return uniform(seed, f"{purpose}/{epoch}", mixed(ids ^ mixed(repeats)))
+
+    reach = round(settings.crop * side)
+    dy, dx = (np.floor(draw(axis) * (2 * reach + 1)).astype(np.int64) - reach for axis in ("dy", "dx"))
+    flip = np.zeros(len(ids), bool)
+    if settings.flip:  # alternating: a sample's two sides take turns, the first one random
+        flip = (np.floor(uniform(seed, "side", ids) * 2).astype(np.uint64) + np.uint64(epoch) + repeats) % 2 == 1
+    lam, box = np.ones(len(ids)), np.zeros((len(ids), 4), np.int64)
+    if settings.cutmix or settings.mixup:
+        kind, share = draw("mix"), draw("lam")
+        cut = kind < settings.cutmix
+        blend = ~cut & (kind < settings.cutmix + settings.mixup)
+        box = np.where(cut[:, None], boxes(share, draw("cy"), draw("cx"), side), 0)
+        lam = np.where(blend, share, 1 - box[:, 2] * box[:, 3] / side**2)
+    tensors = (torch.from_numpy(array) for array in (dy, dx, flip, lam.astype(np.float32), box))
+    return Views(*tensors)
+
+
+def boxes(lam: np.ndarray, cy: np.ndarray, cx: np.ndarray, side: int) -> np.ndarray:
+    """CutMix boxes (Yun et al. 2019) ``[n, 4]``: sides √(1−λ) of the image's, centres in [0, 1), clipped."""
+    length = np.round(side * np.sqrt(1 - lam)).astype(np.int64)
+    found = []
+    for centre in (cy, cx):
+        low = np.floor(centre * side).astype(np.int64) - length // 2
+        start = np.maximum(low, 0)
+        found += [start, np.minimum(low + length, side) - start]
+    return np.stack([found[0], found[2], found[1], found[3]], 1)
+
+
+def apply_views(pixels: Tensor, views: Views) -> Tensor:
+    """Shift (edges reflected) and flip uint8 ``[n, h, w, 3]`` in one gather."""
+    n, h, w, _ = pixels.shape
+    device = pixels.device
+    rows = _reflected(torch.arange(h, device=device) + views.dy[:, None], h)
+    columns = torch.arange(w, device=device).expand(n, w)
+    columns = torch.where(views.flip[:, None], w - 1 - columns, columns)
+    columns = _reflected(columns + views.dx[:, None], w)
+    first = torch.arange(n, device=device)[:, None, None] * (h * w)
+    flat = (first + rows[:, :, None] * w + columns[:, None, :]).flatten()
+    return pixels.reshape(-1, 3).index_select(0, flat).view(n, h, w, 3)
+
+
+def mix(images: Tensor, partners: Tensor, views: Views) -> Tensor:
+    """``[n, 3, h, w]`` images in which each partner's box is pasted, or its share 1 − λ blended in."""
+    h, w = images.shape[-2:]
+    y, x, height, width = (views.box[:, i, None] for i in range(4))
+    rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    inside_y, inside_x = (rows >= y) & (rows < y + height), (columns >= x) & (columns < x + width)
+    outside = 1 - (inside_y[:, None, :, None] & inside_x[:, None, None, :]).float()
+    own = torch.where(height[:, :, None, None] > 0, outside, views.lam[:, None, None, None])
+    return own * images + (1 - own) * partners
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)

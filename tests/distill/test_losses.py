@@ -1,0 +1,88 @@
+"""Loss terms against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.distill import losses
+
+LOG3 = math.log(3)
+
+
+def test_kd_by_hand():
+    # teacher (3/4, 1/4), student (1/2, 1/2): KL = 3/4 ln(3/2) + 1/4 ln(1/2)
+    teacher, student = torch.tensor([[LOG3, 0.0]]), torch.zeros(1, 2)
+    assert losses.kd(student, teacher, 1.0).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5
+    )
+
+
+def test_kd_is_a_mean_over_samples_not_classes():
+    # the same two samples twice: equal; a temperature of 2 with doubled logits: four times
+    teacher, student = torch.tensor([[LOG3, 0.0]]), torch.zeros(1, 2)
+    one = losses.kd(student, teacher, 1.0)
+    assert torch.allclose(losses.kd(student.repeat(5, 1), teacher.repeat(5, 1), 1.0), one)
+    assert torch.allclose(losses.kd(2 * student, 2 * teacher, 2.0), 4 * one)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=3), st.floats(0.5, 20))
+def test_kd_is_never_negative_and_zero_for_equals(logits, tau):
+    teacher = torch.tensor([logits, [0.0, 1.0, 2.0]])
+    assert losses.kd(teacher, teacher, tau).item() == pytest.approx(0, abs=1e-4)
+    assert losses.kd(teacher.flip(1), teacher, tau).item() >= -1e-4
+
+
+def test_mixed_ce_by_hand():
+    logits = torch.tensor([[LOG3, 0.0], [LOG3, 0.0]])
+    found = losses.mixed_ce(logits, torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([1.0, 0.25]))
+    own, other = -math.log(0.75), -math.log(0.25)
+    assert found.tolist() == pytest.approx([own, 0.25 * own + 0.75 * other])
+
+
+def test_derived_mean_counts_derived_samples_only():
+    per_sample = torch.tensor([1.0, 2.0, 6.0])
+    assert losses.derived_mean(per_sample, torch.tensor([0.0, 1.0, 1.0])).item() == 4
+    assert losses.derived_mean(per_sample, torch.zeros(3)).item() == 0
+
+
+def test_class_activation_map_by_hand():
+    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])  # two channels of 1×2
+    weights = torch.tensor([[1.0, 0.0], [1.0, -1.0]], requires_grad=True)
+    cam = losses.class_activation_maps(features, weights)
+    assert cam.tolist() == [[[[1.0, 2.0]], [[-2.0, -2.0]]]]
+    assert not cam.requires_grad  # the classifier is a constant
+
+
+def test_mean_of_the_map_is_the_logit_without_bias():
+    features, weights = torch.rand(2, 5, 3, 3), torch.randn(4, 5)
+    assert torch.allclose(
+        losses.class_activation_maps(features, weights).mean((2, 3)), features.mean((2, 3)) @ weights.T
+    )
+
+
+def test_gradcam_by_hand():
+    # y_c = Σ_k w_ck mean(A_k): the gradient at every place is w_ck / 4, so α_k = w_ck / 4
+    features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [0.0, 0.0]]]], requires_grad=True)
+    weights = torch.tensor([[0.0, 1.0], [4.0, -8.0]])
+    logits = features.mean((2, 3)) @ weights.T
+    (found,) = losses.gradcam(logits, torch.tensor([1]), [features])
+    assert found.tolist() == [[[1.0 - 2.0, 2.0 - 2.0], [3.0, 4.0]]]  # not rectified
+    found.sum().backward()
+    assert features.grad[0, :, 0, 0].tolist() == [1.0, -2.0]  # α itself takes no part
+
+
+def test_gradcam_follows_each_samples_own_class():
+    features = torch.ones(2, 1, 1, 1, requires_grad=True)
+    logits = features.flatten(1) * torch.tensor([[2.0, 5.0]])
+    (found,) = losses.gradcam(logits, torch.tensor([0, 1]), [features])
+    assert found.flatten().tolist() == [2.0, 5.0]
+
+
+def test_map_mse_averages_to_the_smaller_size():
+    large = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+    assert losses.map_mse(large, torch.tensor([[[2.0]]])).item() == 4.0  # mean 4 against 2
+    assert torch.allclose(losses.map_mse(large, large + 1), F.mse_loss(large, large + 1))

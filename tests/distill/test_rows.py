@@ -1,0 +1,107 @@
+"""Selection, held-out split and epoch order."""
+
+import numpy as np
+import pytest
+
+from manifests.errors import DataError, UsageError
+from manifests.reader import Manifest
+from stages.distill.rows import EpochOrder, family_numbers, links_of, select_rows, split_held_out
+from stages.distill.settings import DistillSettings
+from tests.distill.drawn import NAMES, write_dataset
+
+
+def cut(partner):
+    return {"step": 1, "timestep": 5, "partner": partner, "y": 0, "x": 0, "h": 1, "w": 1, "lam": 0.9}
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory) -> Manifest:
+    """24 rows: two images a trajectory (12), trajectories 2k and 2k+1 linked by LCA: families of four rows."""
+    path = write_dataset(
+        tmp_path_factory.mktemp("linked") / "d",
+        count=24,
+        trajectory=lambda i: i // 2,
+        lca=lambda i: [cut(i // 2 - 1)] if i // 2 % 2 else [],
+        confidence=lambda i: i / 24,
+        kept=lambda i: i != 5,
+    )
+    return Manifest.open(path)
+
+
+def test_families_by_hand():
+    assert family_numbers([["a"], ["b", "a"], ["c"], ["d", "c", "e"], ["e"]]).tolist() == [0, 0, 1, 1, 1]
+
+
+def test_rows_of_one_family_stay_together(linked):
+    rows = select_rows([(linked, 1.0)], DistillSettings(kept=False))
+    families = family_numbers(links_of(rows))
+    assert families.tolist() == [i // 4 for i in range(24)]
+    for seed in range(5):
+        train, held = split_held_out(rows, 0.3, seed)
+        assert sorted([*train, *held]) == list(range(24))
+        assert not set(families[train]) & set(families[held])
+        assert len(held) == 4  # 30 % of 24 is 7.2: one family of four
+
+
+def test_split_depends_on_samples_not_on_their_place(linked, tmp_path):
+    other = Manifest.open(write_dataset(tmp_path / "o", count=12, seed=1))
+    settings = DistillSettings(kept=False)
+    first, second = (
+        select_rows([(linked, 1.0), (other, 1.0)], settings),
+        select_rows([(other, 1.0), (linked, 1.0)], settings),
+    )
+    assert set(first.ids[split_held_out(first, 0.3, 0)[1]]) == set(second.ids[split_held_out(second, 0.3, 0)[1]])
+
+
+def test_where_and_kept(linked):
+    assert len(select_rows([(linked, 1.0)], DistillSettings())) == 23
+    assert len(select_rows([(linked, 1.0)], DistillSettings(where="confidence >= 0.5"))) == 12
+    with pytest.raises(UsageError, match="unknown column"):
+        select_rows([(linked, 1.0)], DistillSettings(where="colour == 1"))
+    with pytest.raises(DataError, match="none of its"):
+        select_rows([(linked, 1.0)], DistillSettings(where="confidence > 2"))
+
+
+def test_derived_rows_follow_their_source(tmp_path):
+    path = write_dataset(tmp_path / "d", count=6, shards=1, source_key=lambda i: "000000-000000" if i > 3 else None)
+    rows = select_rows([(Manifest.open(path), 1.0)], DistillSettings())
+    assert rows.derived.tolist() == [False] * 4 + [True] * 2
+    assert family_numbers(links_of(rows)).tolist() == [0, 1, 2, 3, 0, 0]
+
+
+def test_one_family_cannot_be_split(tmp_path):
+    rows = select_rows(
+        [(Manifest.open(write_dataset(tmp_path / "d", count=6, trajectory=lambda i: 0)), 1.0)], DistillSettings()
+    )
+    with pytest.raises(UsageError, match="use held_out 0"):
+        split_held_out(rows, 0.5, 0)
+    assert len(split_held_out(rows, 0.0, 0)[0]) == 6
+
+
+def order_of(manifests, **settings):
+    settings = DistillSettings(**settings)
+    rows = select_rows(manifests, settings)
+    return rows, EpochOrder(rows, np.arange(len(rows)), settings)
+
+
+def test_an_epoch_uses_every_row_once_and_epochs_differ(linked):
+    _, order = order_of([(linked, 1.0)])
+    assert sorted(order(0)) == sorted(order(1)) == list(range(23))
+    assert order(0).tolist() != order(1).tolist()
+    assert order(3).tolist() == order_of([(linked, 1.0)])[1](3).tolist()
+
+
+def test_weights_are_shares_of_a_manifest(linked, tmp_path):
+    other = Manifest.open(write_dataset(tmp_path / "o", count=12, seed=1))
+    rows, order = order_of([(linked, 1.0), (other, 0.5)])
+    used = np.bincount(np.concatenate([order(0), order(1)]), minlength=len(rows))
+    assert used[:23].tolist() == [2] * 23
+    assert used[23:].tolist() == [1] * 12
+
+
+def test_balance_draws_classes_equally(tmp_path):
+    path = write_dataset(tmp_path / "d", count=30, shards=1, label=lambda i: 0 if i < 20 else 1 + i % 2)
+    rows, order = order_of([(Manifest.open(path), 1.0)], balance=True)
+    assert np.bincount(rows.label[order(0)], minlength=len(NAMES)).tolist() == [10, 10, 10]
+    everything = np.concatenate([order(0), order(1)])
+    assert set(everything) == set(range(30))

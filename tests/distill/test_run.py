@@ -1,0 +1,279 @@
+"""A whole run of stage 2: what it writes, that it resumes exactly, that students do not disturb each other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.storage import Storage
+from stages.distill import checkpoint, student
+from stages.distill.run import run_distill
+from stages.distill.settings import DistillSettings
+from stages.models.loading import load_model
+from stages.models.settings import ModelSettings
+from tests.distill.drawn import teacher_files, write_dataset
+
+TWO = {"students": ["digits-cnn-small", "resnet8"]}
+SMALL = {"epochs": 3, "batch_size": 8, "held_out": 0.2, "optimiser": {"lr": 0.05}}
+REGION = {"loss": {"kd": 1.0, "ce": 0.5, "cam": 1.0, "gradcam": 1.0}, "views": {"cutmix": 0.5, "flip": True}}
+
+
+def settings(**changes) -> DistillSettings:
+    return DistillSettings.model_validate(SMALL | changes)
+
+
+def weights(folder, name="digits-cnn-small") -> bytes:
+    return (folder / name / "model.safetensors").read_bytes()
+
+
+def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
+    events, steps = [], []
+    results = run_distill(
+        settings(), [(dataset, 1.0)], str(tmp_path), test_data=dataset,
+        on_event=lambda kind, **fields: events.append((kind, fields)),
+        progress=lambda done, total, note: steps.append((done, total)),
+    )  # fmt: skip
+    found = results["students"]["digits-cnn-small"]
+    assert results["images"] + results["images_held_out"] == 48
+    assert found["test"]["images"] == 48
+    assert results["teacher_accuracy"] == found["test"]["teacher_accuracy"]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    net, config = load_model(tmp_path / "digits-cnn-small")
+    assert config.class_names == ("left", "right", "top")
+    assert sum(p.numel() for p in net.parameters()) == found["parameters"]
+    lines = [json.loads(line) for line in (tmp_path / "digits-cnn-small" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"kd", "lr", "held_out", "seconds", "data_wait"} <= set(lines[0])
+    card = (tmp_path / "digits-cnn-small" / "README.md").read_text()
+    assert "fingerprint print-0" in card
+    assert "accuracy" in card
+    assert steps[-1] == (15, 15)
+    assert [kind for kind, _ in events].count("teacher_checked") == 1
+
+
+@pytest.mark.parametrize("extra", [{}, REGION], ids=["kd", "region"])
+def test_students_in_one_pass_equal_their_solo_runs(dataset, tmp_path, extra):
+    run_distill(settings(**TWO, **extra), [(dataset, 1.0)], str(tmp_path / "both"))
+    for name in TWO["students"]:
+        run_distill(settings(students=[name], **extra), [(dataset, 1.0)], str(tmp_path / name))
+        assert weights(tmp_path / "both", name) == weights(tmp_path / name, name)
+
+
+def test_streaming_equals_the_cache(dataset, tmp_path):
+    for memory in (0.0, 1.0):
+        run_distill(settings(memory_gb=memory, **REGION), [(dataset, 1.0)], str(tmp_path / str(memory)))
+    assert weights(tmp_path / "0.0") == weights(tmp_path / "1.0")
+
+
+def stop_at(step):
+    """A ``should_stop`` that is true when asked for the ``step``-th time."""
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) == step
+
+
+def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
+    asked = settings(**TWO, checkpoint_seconds=1e9)
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
+    for step in (2, 5, 6):  # inside an epoch, at its end, after it
+        with pytest.raises(Interrupted, match="the same command resumes"):
+            run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"), should_stop=stop_at(step))
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"))
+    for name in TWO["students"]:
+        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+        whole, parts = (
+            [json.loads(line) for line in (tmp_path / run / name / "metrics.jsonl").read_text().splitlines()]
+            for run in ("whole", "parts")
+        )
+        for line in (*whole, *parts):
+            del line["seconds"], line["data_wait"]
+        assert whole == parts
+
+
+KILLED = """
+import os, signal, sys
+import manifests.backends as backends
+from stages.distill.run import run_distill
+from stages.distill.settings import DistillSettings
+
+dataset, out, step, where = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+writes = 0
+class Dying(type(os)):
+    def __getattr__(self, name): return getattr(os, name)
+    @staticmethod
+    def replace(old, new):
+        global writes
+        if str(new).endswith("checkpoint.pt"):
+            writes += 1
+            if where == "write" and writes == step: die()
+        os.replace(old, new)
+backends.os = Dying("os")
+settings = DistillSettings.model_validate_json(sys.argv[5])
+def progress(done, total, note): where == "step" and done == step and die()
+run_distill(settings, [(dataset, 1.0)], out, progress=progress)
+"""
+
+
+def test_killed_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
+    asked = settings(checkpoint_seconds=0)
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
+    for step, where in ((3, "step"), (4, "write")):
+        arguments = [dataset, str(tmp_path / "killed"), str(step), where, asked.model_dump_json()]
+        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == -signal.SIGKILL
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "killed"))
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_a_finished_run_answers_again_without_training(dataset, tmp_path):
+    first = run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    steps = []
+    again = run_distill(settings(), [(dataset, 1.0)], str(tmp_path), progress=lambda *where: steps.append(where))
+    assert steps == []
+    assert again["students"]["digits-cnn-small"]["held_out"] == first["students"]["digits-cnn-small"]["held_out"]
+
+
+def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    with pytest.raises(DataError, match=r"settings\.optimiser\.lr: 0\.05 -> 0\.5"):
+        run_distill(settings(optimiser={"lr": 0.5}), [(dataset, 1.0)], str(tmp_path))
+    other = write_dataset(tmp_path / "other", seed=5)
+    with pytest.raises(DataError, match="manifests"):
+        run_distill(settings(), [(other, 1.0)], str(tmp_path))
+    run_distill(settings(memory_gb=0.0, checkpoint_seconds=5.0), [(dataset, 1.0)], str(tmp_path))  # these may change
+
+
+def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    path = tmp_path / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* delete it"):
+        run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+
+
+def diverging(monkeypatch, *names):
+    """From step 4 on, the loss of the students ``names`` is NaN."""
+    original = student.student_terms
+
+    def terms(net, x, batch, targets, wanted, layers):
+        found = original(net, x, batch, targets, wanted, layers)
+        counts[net] = counts.get(net, 0) + 1
+        spoilt = type(net).__name__ in names and counts[net] > 4
+        return {name: value * float("nan") if spoilt else value for name, value in found.items()}
+
+    counts: dict = {}
+    monkeypatch.setattr(student, "student_terms", terms)
+
+
+def test_a_diverged_student_is_parked_and_the_others_go_on(dataset, tmp_path, monkeypatch):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "solo"))
+    diverging(monkeypatch, "ResNetCifar")
+    events = []
+    both = settings(**TWO)
+    results = run_distill(
+        both, [(dataset, 1.0)], str(tmp_path / "both"), on_event=lambda kind, **fields: events.append(kind)
+    )
+    assert list(results["students"]) == ["digits-cnn-small"]
+    assert "nan at step 4" in results["parked"]["resnet8"]
+    assert events.count("student_parked") == 1
+    assert weights(tmp_path / "both") == weights(tmp_path / "solo")
+    assert not (tmp_path / "both" / "resnet8" / "model.safetensors").exists()
+
+
+def test_no_student_left_is_an_error(dataset, tmp_path, monkeypatch):
+    diverging(monkeypatch, "DigitsCNN")
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(FactoryError, match="no student is left: digits-cnn-small: loss is nan"):
+            run_distill(settings(checkpoint_seconds=0), [(dataset, 1.0)], str(tmp_path))
+
+
+def test_best_weights_are_those_of_the_best_epoch(dataset, tmp_path):
+    run_distill(settings(keep="best"), [(dataset, 1.0)], str(tmp_path))
+    folder = tmp_path / "digits-cnn-small"
+    assert (folder / "best.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_without_averaged_weights(dataset, tmp_path):
+    run_distill(settings(optimiser={"ema": 0.0, "name": "adamw", "lr": 0.01}), [(dataset, 1.0)], str(tmp_path))
+    state = torch.load(tmp_path / checkpoint.STATE, weights_only=True)["students"]["digits-cnn-small"]
+    saved = safetensors.torch.load(weights(tmp_path))
+    assert state["average"] is None
+    assert all(torch.equal(saved[name], value) for name, value in state["net"].items())
+
+
+def test_the_test_data_is_looked_at_once_unless_asked(dataset, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "stages.distill.run.evaluate_net",
+        lambda *a: seen.append(a) or {"accuracy": 0.5, "agreement": 1, "teacher_accuracy": 1},
+    )
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "once"), test_data=dataset)
+    assert len(seen) == 1
+    run_distill(settings(eval_every=1), [(dataset, 1.0)], str(tmp_path / "often"), test_data=dataset)
+    assert len(seen) == 1 + 3 + 1
+
+
+class TestTeacher:
+    def test_the_copy_is_checked_before_it_is_used(self, tmp_path):
+        path = write_dataset(tmp_path / "d")
+        copy = tmp_path / "d" / "teacher" / "model.safetensors"
+        data = bytearray(copy.read_bytes())
+        data[-1] ^= 1
+        copy.write_bytes(data)
+        with pytest.raises(DataError, match="was altered: sha256 .* expected"):
+            run_distill(settings(), [(path, 1.0)], str(tmp_path / "out"))
+        assert not (tmp_path / "out" / "run.json").exists()
+
+    def test_an_external_teacher_is_asked_for(self, tmp_path):
+        path = write_dataset(
+            tmp_path / "d", teacher={"kind": "external", "architecture": "mine:net", "sha256": "ab" * 32}
+        )
+        with pytest.raises(DataError, match=f"does not carry its teacher, its sha256 is {'ab' * 32}: name the teacher"):
+            run_distill(settings(), [(path, 1.0)], str(tmp_path / "out"))
+
+    def test_another_teacher_only_on_request(self, dataset, tmp_path):
+        named = tmp_path / "mine"
+        named.mkdir()
+        files = teacher_files()
+        state = safetensors.torch.load(files["model.safetensors"])
+        state["classifier.bias"] += 1
+        files["model.safetensors"] = safetensors.torch.save(state)
+        for name, data in files.items():
+            (named / name).write_bytes(data)
+        mine = ModelSettings(name=str(named))
+        with pytest.raises(DataError, match="was made for a teacher with sha256"):
+            run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), teacher=mine)
+        run_distill(settings(other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=mine)
+
+    def test_class_count_must_match(self, dataset, tmp_path):
+        with pytest.raises(DataError, match="has 3 classes, the teacher 10"):
+            run_distill(settings(other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=ModelSettings())
+
+    def test_a_teacher_that_disagrees_is_warned_about(self, dataset, tmp_path):
+        events = []
+        note = lambda kind, **fields: events.append((kind, fields))  # noqa: E731
+        run_distill(settings(min_agreement=1.0), [(dataset, 1.0)], str(tmp_path), on_event=note)
+        assert any(kind == "warning" and "class order" in fields["message"] for kind, fields in events)
+
+
+def test_an_altered_image_is_named(tmp_path):
+    path = write_dataset(tmp_path / "d", shards=1)
+    (tar,) = (tmp_path / "d" / "shards").glob("*.tar")
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1  # inside the first image
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match="sample '000000-000000' was altered"):
+        run_distill(settings(), [(path, 1.0)], str(tmp_path / "out"))
+
+
+def test_runs_write_to_any_storage(dataset):
+    out = Storage("memory://distill-run")
+    run_distill(settings(epochs=1), [(dataset, 1.0)], out)
+    assert out.exists("digits-cnn-small/model.safetensors")
