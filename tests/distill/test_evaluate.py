@@ -1,0 +1,169 @@
+"""Scores by hand, and every kind of labelled data."""
+
+import io
+import json
+import math
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from manifests.errors import DataError
+from stages.distill.evaluate import calibration_error, evaluate, metrics
+from stages.distill.labelled import labelled_images
+from stages.models.digits_data import load_split, write_split
+from stages.models.identity import EMBEDDED
+from stages.models.settings import ModelSettings
+from tests.distill.drawn import NAMES, square, teacher_files
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rng = np.random.default_rng(0)
+    return [(f"s{i}", square(i % 3, rng), i % 3) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    for name, data in teacher_files().items():
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def write_folder(path, samples, names):
+    for key, image, label in samples:
+        (path / names[label]).mkdir(parents=True, exist_ok=True)
+        (path / names[label] / f"{key}.png").write_bytes(image)
+    return str(path)
+
+
+def write_parquet(path, samples, image="png", label="label", wrap=lambda data: data):
+    columns = {
+        "key": [k for k, _, _ in samples],
+        image: [wrap(d) for _, d, _ in samples],
+        label: [c for _, _, c in samples],
+    }
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_every_container_gives_the_same_scores(samples, model, tmp_path):
+    paths = [
+        write_tar(tmp_path / "a.tar", [m for k, d, c in samples for m in ((f"{k}.png", d), (f"{k}.cls", b"%d" % c))]),
+        write_tar(
+            tmp_path / "b.tar",
+            [m for k, d, c in samples for m in ((f"x/{k}.json", json.dumps({"label": c}).encode()), (f"x/{k}.png", d))],
+        ),
+        write_parquet(tmp_path / "a.parquet", samples),
+        write_parquet(tmp_path / "b.parquet", samples, "image", "cls", lambda data: {"bytes": data, "path": None}),
+        write_folder(tmp_path / "named", samples, NAMES),
+    ]
+    found = [evaluate(model, path) for path in paths]
+    assert found[0]["images"] == 7
+    for other in found[1:]:
+        assert other["confusion"] == found[0]["confusion"]
+        assert other["ece"] == pytest.approx(found[0]["ece"])
+
+
+def test_folder_names_decide_where_they_are_the_models(samples, tmp_path):
+    named = write_folder(tmp_path / "named", samples, NAMES)  # left, right, top
+    numbered = write_folder(tmp_path / "other", samples, ("c", "b", "a"))
+    assert [label for _, _, label in labelled_images(named, NAMES)] == [0, 0, 0, 1, 1, 2, 2]
+    assert [label for _, _, label in labelled_images(numbered, NAMES)] == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_our_own_manifest_is_labelled_data_too(dataset, model):
+    found = evaluate(model, dataset, teacher=ModelSettings(name=model))
+    assert found["images"] == 48
+    assert found["agreement"] == 1.0
+    assert found["teacher_accuracy"] == found["accuracy"]
+
+
+def test_images_of_unequal_size(samples, model, tmp_path):
+    large = write_parquet(tmp_path / "a.parquet", [(k, resized(d, 8 + i), c) for i, (k, d, c) in enumerate(samples)])
+    assert evaluate(model, large)["images"] == 7
+
+
+def resized(data, side):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize((side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0], [2.0, 0, 0]])
+    teacher = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0]])
+    found = metrics(logits, torch.tensor([0, 1, 0, 0]), ("a", "b", "c"), teacher)
+    assert found["accuracy"] == 0.75
+    assert found["per_class"] == {"a": 2 / 3, "b": 1.0, "c": None}
+    assert found["confusion"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert found["agreement"] == 0.75
+    assert found["teacher_accuracy"] == 0.5
+    confidence = math.exp(2) / (math.exp(2) + 2)
+    assert found["ece"] == pytest.approx(abs(0.75 - confidence))  # one bin holds all four
+
+
+def test_calibration_error_by_hand():
+    # confidences 0.6 (right), 0.6 (wrong) and 0.9 (right): 2/3·|0.5 − 0.6| + 1/3·|1 − 0.9|
+    logits = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).log()
+    assert calibration_error(logits, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3 * 0.1 + 1 / 3 * 0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.png", b"x")], "sample 'a' has no label"),
+        ([("a.cls", b"1")], "sample 'a' has no image"),
+        ([("a.png", b"x"), ("a.cls", b"1")], "sample 'a' is no image"),
+        ([("a.png", b"x"), ("a.cls", b"7")], "sample 'a' has label 7, but the model has classes 0…2"),
+        ([], "holds no labelled image"),
+    ],
+)
+def test_bad_tars(members, message, model, tmp_path):
+    with pytest.raises(DataError, match=message):
+        evaluate(model, write_tar(tmp_path / "a.tar", members))
+
+
+def test_bad_data(samples, model, tmp_path):
+    with pytest.raises(DataError, match=r"it has key, pixels, label"):
+        evaluate(model, write_parquet(tmp_path / "a.parquet", samples, "pixels"))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"is no Parquet file"):
+        evaluate(model, str(tmp_path / "b.parquet"))
+    (tmp_path / "c.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match="damaged or no tar"):
+        evaluate(model, str(tmp_path / "c.tar"))
+    with pytest.raises(DataError, match="is no .tar, .parquet or folder"):
+        evaluate(model, str(tmp_path / "d.zip"))
+    with pytest.raises(DataError, match="no such file"):
+        evaluate(model, str(tmp_path / "e.parquet"))
+
+
+def test_embedded_teacher_on_its_validation_digits(tmp_path):
+    path = write_split("validation", tmp_path / "v.parquet")
+    found = evaluate(str(EMBEDDED["embedded:digits"]), str(path))
+    assert found["images"] == len(load_split("validation")[1])
+    assert found["accuracy"] >= 0.98
+
+
+def test_digit_splits_share_nothing():
+    parts = [load_split(split) for split in ("train", "validation", "test")]
+    assert sum(len(labels) for _, labels in parts) == 1797
+    assert len(parts[2][1]) == 899
+    seen = [{image.tobytes() for image in images} for images, _ in parts]
+    assert not (seen[0] & seen[2] or seen[1] & seen[2] or seen[0] & seen[1])

@@ -1,0 +1,36 @@
+"""Learning rates at the points that define each schedule."""
+
+import pytest
+
+from stages.distill.schedule import lr_factor
+from stages.distill.settings import OptimiserSettings
+
+
+def factors(total=100, **settings):
+    wanted = OptimiserSettings.model_validate(settings)
+    return [lr_factor(wanted, step, total) for step in range(total)]
+
+
+def test_cosine_with_warmup():
+    found = factors(schedule="cosine", warmup=0.1)
+    assert found[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert found[10] == 1.0
+    assert found[55] == pytest.approx(0.5)
+    assert 0 < found[99] < 0.001
+
+
+def test_step():
+    found = factors(schedule="step", warmup=0.0, milestones=[0.5, 0.8], gamma=0.1)
+    assert [found[0], found[49], found[50], found[79], found[80]] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_onecycle():
+    found = factors(schedule="onecycle", warmup=0.3)
+    assert found[0] == pytest.approx(1 / 25)
+    assert found[30] == 1.0 == max(found)
+    assert found[99] == pytest.approx(1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "step", "onecycle"])
+def test_one_step_runs(name):
+    assert 0 < factors(total=1, schedule=name)[0] <= 1
