@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,7 +144,7 @@ class RemoteBackend:
         self.url = url
         self._fs: Any = None
         self._pid = 0
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: tuple[int, Path] | None = None
         self.root: str = fsspec.core.url_to_fs(url, use_listings_cache=False)[1].rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,6 +217,13 @@ class RemoteBackend:
             self.fs.rm_file(path)
 
     def scratch(self) -> Path:
-        if self._scratch is None or self._pid != os.getpid():
-            self._scratch = tempfile.TemporaryDirectory(prefix="factory-")
-        return Path(self._scratch.name)
+        if self._scratch is None or self._scratch[0] != os.getpid():
+            self._scratch = (os.getpid(), Path(tempfile.mkdtemp(prefix="factory-")))
+            weakref.finalize(self, _remove, *self._scratch)
+        return self._scratch[1]
+
+
+def _remove(pid: int, folder: Path) -> None:
+    """Only the process that made a temporary folder removes it: a forked child inherits the finaliser."""
+    if pid == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -78,6 +78,8 @@ def load_shard_table(storage: Storage, record: DoneRecord) -> pa.Table:
     shards = pc.unique(table["shard"]).to_pylist()
     if table.num_rows != record.rows or shards not in ([record.shard], []):
         raise DataError(f"{where}: does not hold the {record.rows} rows of shard {record.shard}")
+    if (pc.sum(table["kept"]).as_py() or 0) != record.kept:
+        raise DataError(f"{where}: does not keep the {record.kept} images that the done record of its shard counts")
     return table
 
 

@@ -22,7 +22,7 @@ from manifests.schema import SCHEMA
 from manifests.select import columns_of, compile_where
 from manifests.selection import Selection
 from manifests.storage import Storage, split
-from manifests.tables import DICTIONARY, open_table, parquet_errors
+from manifests.tables import open_table, parquet_errors
 
 _ROW = "__row"
 
@@ -89,7 +89,7 @@ class Manifest:
         """The open file of this process: a fork must not share its position."""
         if self._handle is None or self._handle[0] != os.getpid():
             source = self.storage.open(self.name)
-            self._handle = (os.getpid(), open_table(source, self.url, read_dictionary=[*DICTIONARY]))
+            self._handle = (os.getpid(), open_table(source, self.url, dictionary=True))
         return self._handle[1]
 
     def _tar_problems(self, verify: bool) -> list[str]:

@@ -230,10 +230,11 @@ def same_columns(schema: pa.Schema) -> str | None:
     """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
     for index, field in enumerate(SCHEMA):
         if index >= len(schema) or schema.field(index).name != field.name:
-            found = schema.field(index).name if index < len(schema) else "nothing"
-            return f"column {index + 1} is {found!r}, expected {field.name!r}"
+            found = repr(schema.field(index).name[:80]) if index < len(schema) else "missing"
+            return f"column {index + 1} is {found}, expected {field.name!r}"
         if schema.field(index).type != field.type:
-            return f"column {field.name!r} is {schema.field(index).type}, expected {field.type}"
-        if schema.field(index).nullable and not field.nullable:
-            return f"column {field.name!r} may be null"
-    return f"unexpected column {schema.field(len(SCHEMA)).name!r}" if len(schema) > len(SCHEMA) else None
+            return f"column {field.name!r} is {str(schema.field(index).type)[:80]}, expected {field.type}"
+    if len(schema) > len(SCHEMA):
+        return f"unexpected column {schema.field(len(SCHEMA)).name[:80]!r}"
+    loose = [field.name for field in schema if field.nullable and field.name in REQUIRED]
+    return f"column {loose[0]!r} may be null" if loose else None

@@ -52,10 +52,13 @@ def parquet_errors(where: str) -> Iterator[None]:
         raise DataError(f"{where}: not a readable Parquet file: {reason}") from None
 
 
-def open_table(source: BinaryIO | pa.NativeFile, where: str, **options: Any) -> pq.ParquetFile:
-    """Open a table of ours: columns and sizes are checked before any value is read."""
+def open_table(source: BinaryIO | pa.NativeFile, where: str, dictionary: bool = False) -> pq.ParquetFile:
+    """Open a table of ours: columns and sizes are checked before any value is read.
+
+    With ``dictionary`` repeated text is read as Arrow dictionaries: faster to filter, smaller in memory.
+    """
     with parquet_errors(where):
-        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True, **options)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         difference = same_columns(file.schema.to_arrow_schema())
         if difference:
             raise DataError(f"{where}: not a manifest of this factory: {difference}")
@@ -65,7 +68,11 @@ def open_table(source: BinaryIO | pa.NativeFile, where: str, **options: Any) -> 
             raise DataError(f"{where}: a row group claims more than {MAX_GROUP_BYTES} bytes")
         if sum(group.num_rows for group in groups) != metadata.num_rows:
             raise DataError(f"{where}: its row groups do not add up to {metadata.num_rows} rows")
-        return file
+        if not dictionary:
+            return file
+        return pq.ParquetFile(
+            source, metadata=metadata, read_dictionary=[*DICTIONARY], page_checksum_verification=True, pre_buffer=True
+        )
 
 
 def read_table(data: bytes, where: str) -> pa.Table:

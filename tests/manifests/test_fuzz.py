@@ -1,0 +1,116 @@
+"""Mutated files through every reader: one clear line or a correct answer, never a traceback, a hang or a crash."""
+
+import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from manifests.errors import FactoryError
+from manifests.merge import merge
+from manifests.reader import Manifest
+from manifests.shard import DoneRecord, done_records
+from manifests.storage import Storage
+from manifests.tars import walk
+from manifests.verify import verify
+from tests.manifests.samples import INFO, make_dataset
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Flip, cut, repeat, insert or overwrite something."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(changed)) if changed else 0
+        length = rng.choice((1, 4, 64, 512))
+        match rng.randrange(6):
+            case 0:
+                changed[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del changed[at:]
+            case 2:
+                del changed[at : at + length]
+            case 3:
+                changed[at:at] = changed[at : at + length]
+            case 4:
+                changed[at : at + length] = rng.randbytes(length)
+            case 5:
+                changed[at : at + length] = bytes([rng.choice((0, 255))]) * length
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return make_dataset(tmp_path_factory.mktemp("fuzz"), shards=2, rows=3)
+
+
+@contextmanager
+def one_line_at_most() -> Iterator[None]:
+    """Passes, or fails with an error made for users."""
+    reason = ""
+    with suppress(FactoryError):
+        try:
+            yield
+        except FactoryError as error:
+            reason = str(error)
+            raise
+    assert "\n" not in reason
+
+
+def use(storage: Storage) -> None:
+    """Everything that a command does with a dataset."""
+    manifest = Manifest.open(storage.url, skip_bad=True)
+    selection = manifest.select("label >= 0 and class_name != 'x'", kept=False)
+    for index, image in selection.scan(on_bad=lambda *_: None):
+        assert image
+        assert selection.row(index)["size"] == len(image)
+    selection.column("prompt")
+    selection.column("logits")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_mutated_manifests(victim: Storage, seed: int) -> None:
+    rng = random.Random(seed)
+    original = victim.read("m.parquet")
+    try:
+        for _ in range(12):
+            victim.write("m.parquet", mutate(original, rng))
+            with one_line_at_most():
+                use(victim)
+    finally:
+        victim.write("m.parquet", original)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_shards(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    storage = make_dataset(tmp_path, shards=2, rows=3)
+    record = done_records(storage)[1]
+    for name in (record.tar, record.table, "done/000001.json"):
+        original = storage.read(name)
+        for _ in range(4):
+            storage.write(name, mutate(original, rng))
+            if storage.read(name) == original:
+                continue
+            with one_line_at_most():
+                found = verify(storage.url)
+                assert found or name.startswith("done/")
+                merge(storage, INFO)
+                use(storage)
+        storage.write(name, original)
+        merge(storage, INFO)
+        assert verify(storage.url) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_mutated_bytes_alone(victim: Storage, seed: int) -> None:
+    rng = random.Random(seed)
+    record = done_records(victim)[0]
+    tar = victim.read(record.tar)
+    for _ in range(30):
+        with one_line_at_most():
+            for sample in walk(io.BytesIO(mutate(tar, rng)), "t.tar"):
+                assert "/" not in sample.key
+        with one_line_at_most():
+            DoneRecord.from_json(mutate(record.to_json(), rng), "x.json")

@@ -1,0 +1,303 @@
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manifests import selection as selection_module
+from manifests.errors import DataError, UsageError
+from manifests.info import DatasetInfo
+from manifests.merge import merge
+from manifests.reader import Manifest, parse_source
+from manifests.schema import SCHEMA
+from manifests.storage import Storage
+from manifests.tables import write_options
+from tests.manifests.samples import INFO, flip, make_dataset, make_image, make_row, write_shard
+
+SHARDS, ROWS = 3, 6
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A dataset that no test changes; several row groups."""
+    storage = Storage(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("manifests.merge.ROW_GROUP", 4)
+        for shard in range(SHARDS):
+            write_shard(storage, shard, ROWS)
+        merge(storage, INFO)
+    return storage
+
+
+EVERY = [(shard, index) for shard in range(SHARDS) for index in range(ROWS)]
+
+
+def test_opening_by_file_or_folder(whole: Storage) -> None:
+    for url in (whole.url, f"{whole.url}/", whole.path("m.parquet")):
+        manifest = Manifest.open(url, verify=True)
+        assert manifest.num_rows == manifest.info.rows == 18
+        assert manifest.info.class_names == ("zero", "one", "two")
+        assert manifest.num_groups == 5
+    import hashlib
+
+    assert manifest.digest == hashlib.sha256(whole.read("m.parquet")).hexdigest()
+
+
+def test_a_selection_is_a_filter_of_everything(whole: Storage) -> None:
+    manifest = Manifest.open(whole.url)
+    everything = manifest.select(kept=False)
+    assert everything.column("key") == [f"{shard:06d}-{index:06d}" for shard, index in EVERY]
+    chosen = manifest.select("teacher_label == label and cosine >= 0.1", kept=False)
+    rows = [everything.row(index) for index in range(len(everything))]
+    matching = [
+        row
+        for row in rows
+        if row["teacher_label"] == row["label"] and row["cosine"] is not None and row["cosine"] >= 0.099
+    ]
+    assert [chosen.row(index) for index in range(len(chosen))] == matching
+    assert len(manifest.select()) == sum(row["kept"] for row in rows)
+    assert {row["label"] for row in rows} == {0, 1, 2}
+
+
+def test_rows_come_back_as_they_were_written(whole: Storage) -> None:
+    row = Manifest.open(whole.url).select(kept=False).row(7)
+    assert row["prompt"] == make_row(1, 1)["prompt"]
+    assert row["confidence"] == np.float32(0.1)
+    assert row["lca"][0]["lam"] == np.float32(0.3)
+    assert row["logits"] == [np.float16(0.1), -2.0, 3.5]
+    assert list(row) == SCHEMA.names
+
+
+def test_columns(whole: Storage) -> None:
+    selection = Manifest.open(whole.url).select("label == 1", kept=False)
+    labels: Any = selection.column("label")
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [1] * 6
+    assert selection.column("class_name") == ["one"] * 6
+    assert np.isnan(selection.column("cosine")).any()
+    assert selection.column("kept").dtype == bool  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="unknown column 'colour'; columns: key, shard"):
+        selection.column("colour")
+
+
+def test_nothing_selected_is_a_data_error(whole: Storage, tmp_path: Path) -> None:
+    manifest = Manifest.open(whole.url)
+    with pytest.raises(DataError, match=r"m\.parquet: none of its 15 kept rows satisfies 'label == 77'"):
+        manifest.select("label == 77")
+    with pytest.raises(DataError, match="none of its 18 rows"):
+        manifest.select("label == 77", kept=False)
+    with pytest.raises(UsageError, match="overflow"):
+        manifest.select("seed * 4611686018427387904 == 1")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), gap=st.sampled_from([0, 600, 1 << 20]), run=st.sampled_from([1, 2000, 1 << 20]))
+def test_any_order_reads_the_right_images(whole: Storage, data: st.DataObject, gap: int, run: int) -> None:
+    order = data.draw(st.lists(st.integers(0, 17), max_size=30))
+    selection = Manifest.open(whole.url).select(kept=False)
+    expected = [make_image(*EVERY[index]) for index in order]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection_module, "GAP_LOCAL", gap)
+        patch.setattr(selection_module, "RUN", run)
+        patch.setattr(selection_module, "WINDOW", 7)
+        assert selection.read_many(order) == expected
+        assert [*selection.scan(order)] == [*zip(order, expected, strict=True)]
+
+
+def test_dense_reading_is_one_read_a_tar_and_sparse_reading_is_ranged(
+    whole: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[str, int]] = []
+    read_range = Storage.read_range
+
+    def counted(storage: Storage, name: str, offset: int, size: int) -> bytes:
+        reads.append((name, size))
+        return read_range(storage, name, offset, size)
+
+    monkeypatch.setattr(Storage, "read_range", counted)
+    selection = Manifest.open(whole.url).select(kept=False)
+    reads.clear()
+    assert len([*selection.scan()]) == 18
+    assert len(reads) == SHARDS
+    reads.clear()
+    selection.read(3)
+    assert [size for _, size in reads] == [len(make_image(0, 3))]
+
+
+def test_selections_work_in_other_processes(whole: Storage) -> None:
+    selection = Manifest.open(whole.url).select(kept=False)
+    copy = pickle.loads(pickle.dumps(selection))
+    assert copy.read(4) == selection.read(4)
+    assert copy.row(4) == selection.row(4)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if selection.read(9) == make_image(1, 3) and selection.row(9)["shard"] == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def replace_rows(storage: Storage, change: dict[str, list[Any]], info: DatasetInfo | None = None) -> None:
+    """Write m.parquet with other values, as a hostile author would."""
+    table = pq.read_table(storage.path("m.parquet"))
+    for name, column in change.items():
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, SCHEMA.field(name), pa.array(column, SCHEMA.field(name).type))
+    metadata = info.to_metadata() if info else table.schema.metadata
+    pq.write_table(table.replace_schema_metadata(metadata), storage.path("m.parquet"), **write_options())
+
+
+class TestBadTars:
+    def test_missing_short_and_altered_tars(self, tmp_path: Path) -> None:
+        storage = make_dataset(tmp_path)
+        name = Manifest.open(tmp_path).info.tars[1].name
+        whole = storage.read(name)
+        flip(storage, name, 520)
+        Manifest.open(tmp_path)
+        with pytest.raises(DataError, match=rf"{name}: altered: .*shard 1"):
+            Manifest.open(tmp_path, verify=True)
+        selection = Manifest.open(tmp_path).select(kept=False)
+        with pytest.raises(DataError, match="shard 1, sample '000001-000000' was altered"):
+            [*selection.scan()]
+        storage.write(name, whole[:-512])
+        with pytest.raises(DataError, match=rf"{name}: 19968 bytes, expected 20480 \(shard 1\)"):
+            Manifest.open(tmp_path)
+        storage.delete(name)
+        with pytest.raises(DataError, match=rf"{name}: missing tar of shard 1"):
+            Manifest.open(tmp_path)
+
+    def test_bad_samples_can_be_skipped_and_are_counted(self, tmp_path: Path) -> None:
+        storage = make_dataset(tmp_path)
+        tars = Manifest.open(tmp_path).info.tars
+        storage.delete(tars[0].name)
+        flip(storage, tars[1].name, 520)
+        storage.write(tars[2].name, storage.read(tars[2].name)[:3000])
+        manifest = Manifest.open(tmp_path, skip_bad=True)
+        assert len(manifest.problems) == 2
+        bad: dict[int, str] = {}
+        selection = manifest.select(kept=False)
+        good = dict(selection.scan(on_bad=lambda index, error: bad.update({index: str(error)})))
+        assert sorted([*good, *bad]) == [*range(18)]
+        assert {*range(6), 6} <= set(bad)
+        assert {7, 8, 9, 10, 11, 12} <= set(good)
+        assert all(image == make_image(*EVERY[index]) for index, image in good.items())
+        assert "shard 1, sample '000001-000000' was altered" in bad[6]
+        assert "no such file" in bad[0]
+        with pytest.raises(DataError, match="shard 0, sample '000000-000002' cannot be read"):
+            selection.read(2)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"offset": [0] * 18},
+            {"offset": [-512] * 18},
+            {"offset": [1 << 40] * 18},
+            {"offset": [(1 << 63) - 1] * 18},
+            {"size": [2**31 - 1] * 18},
+            {"size": [-1] * 18},
+            {"size": [0] * 18},
+            {"shard": [9] * 18},
+            {"shard": [-1] * 18},
+        ],
+    )
+    def test_places_outside_their_tar_are_never_read(self, tmp_path: Path, change: dict[str, list[int]]) -> None:
+        storage = make_dataset(tmp_path)
+        replace_rows(storage, change)
+        selection = Manifest.open(tmp_path).select(kept=False)
+        with pytest.raises(DataError, match="lies outside its tar"):
+            selection.read(17)
+        bad: list[int] = []
+        assert [*selection.scan(on_bad=lambda index, _: bad.append(index))] == []
+        assert sorted(bad) == [*range(18)]
+
+
+class TestForeignFiles:
+    def refused(self, path: Path, reason: str) -> None:
+        with pytest.raises(DataError, match=reason) as caught:
+            Manifest.open(path).select(kept=False).read(0)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", b"x" * 5000, b"\x80\x04pickle."])
+    def test_no_parquet(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "m.parquet").write_bytes(data)
+        self.refused(tmp_path / "m.parquet", r"m\.parquet: not a readable Parquet file")
+
+    def test_missing(self, tmp_path: Path) -> None:
+        self.refused(tmp_path, r"m\.parquet: no such file")
+        self.refused(tmp_path / "no/where.parquet", r"where\.parquet: no such file")
+
+    def test_somebody_elses_parquet(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"key": ["a"], "number": [1]}), tmp_path / "m.parquet")
+        self.refused(tmp_path, r"not a manifest of this factory: column 2 is 'number', expected 'shard'")
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / "m.parquet")
+        self.refused(tmp_path, r"not a manifest of this factory: column 1 is 'text', expected 'key'")
+        pq.write_table(SCHEMA.empty_table(), tmp_path / "m.parquet")
+        self.refused(tmp_path, "metadata lacks factory.format_version")
+
+    @pytest.mark.parametrize(
+        ("name", "values", "reason"),
+        [
+            ("label", pa.array(["1"] * 6), "column 'label' is string, expected int32"),
+            ("lca", pa.array([1] * 6), "column 'lca' is int64"),
+            ("xxh3", pa.array([b"short"] * 6), "column 'xxh3' is binary"),
+            ("label", pa.array([None] * 6, pa.int32()), "column 'label' may be null"),
+        ],
+    )
+    def test_wrong_types(self, tmp_path: Path, name: str, values: pa.Array, reason: str) -> None:
+        storage = make_dataset(tmp_path, shards=1)
+        table = pq.read_table(storage.path("m.parquet"))
+        changed = table.set_column(table.schema.get_field_index(name), name, values)
+        pq.write_table(changed.replace_schema_metadata(table.schema.metadata), storage.path("m.parquet"))
+        self.refused(tmp_path, reason)
+
+    def test_other_number_of_rows(self, tmp_path: Path) -> None:
+        storage = make_dataset(tmp_path, shards=1)
+        table = pq.read_table(storage.path("m.parquet"))
+        pq.write_table(table.slice(0, 5), storage.path("m.parquet"))
+        self.refused(tmp_path, "5 rows, but its tars hold 6")
+
+    def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
+        storage = make_dataset(tmp_path, shards=1)
+        table = pq.read_table(storage.path("m.parquet"))
+        broken = pa.array([b"\xff\xfe"] * 6).view(pa.string())
+        changed = table.set_column(table.schema.get_field_index("prompt"), SCHEMA.field("prompt"), broken)
+        pq.write_table(changed.replace_schema_metadata(table.schema.metadata), storage.path("m.parquet"))
+        selection = Manifest.open(tmp_path).select(kept=False)
+        for call in (lambda: selection.row(0), lambda: selection.column("prompt")):
+            with pytest.raises(DataError):
+                call()
+
+    def test_a_flipped_bit_in_a_page_is_an_error_not_a_value(self, tmp_path: Path) -> None:
+        storage = make_dataset(tmp_path)
+        data = storage.read("m.parquet")
+        group = pq.ParquetFile(storage.path("m.parquet")).metadata.row_group(0)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        column = next(column for column in columns if column.path_in_schema == "confidence")
+        flip(storage, "m.parquet", column.data_page_offset + column.total_compressed_size - 3)
+        with pytest.raises(DataError, match=r"m\.parquet: not a readable Parquet file"):
+            Manifest.open(tmp_path).select(kept=False).column("confidence")
+        assert data != storage.read("m.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("m.parquet", ("m.parquet", 1.0)),
+        ("runs/a/m.parquet@0.3", ("runs/a/m.parquet", 0.3)),
+        ("s3://user@host/m.parquet", ("s3://user@host/m.parquet", 1.0)),
+        ("s3://user@host/m.parquet@2", ("s3://user@host/m.parquet", 2.0)),
+        ("odd@name.parquet", ("odd@name.parquet", 1.0)),
+    ],
+)
+def test_weights_of_sources(text: str, expected: tuple[str, float]) -> None:
+    assert parse_source(text) == expected
+
+
+@pytest.mark.parametrize("text", ["m.parquet@0", "m.parquet@-1", "m.parquet@nan", "m.parquet@inf", "@0.5"])
+def test_impossible_weights_are_usage_errors(text: str) -> None:
+    with pytest.raises(UsageError, match="must be a positive number"):
+        parse_source(text)

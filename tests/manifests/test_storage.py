@@ -1,0 +1,182 @@
+import errno
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manifests.errors import DataError, FactoryError, UsageError
+from manifests.storage import Storage, split
+
+
+def test_round_trip_on_every_store(any_storage: Storage) -> None:
+    storage = any_storage
+    assert storage.list("shards") == []
+    assert storage.size("a.json") is None
+    storage.write("shards/b.tar", b"0123456789")
+    storage.write("shards/a.tar", b"old")
+    storage.write("shards/a.tar", b"new!")
+    storage.write("top.json", b"{}")
+    assert storage.sizes("shards") == {"shards/a.tar": 4, "shards/b.tar": 10}
+    assert storage.list("") == ["top.json"]
+    assert storage.read("shards/a.tar") == b"new!"
+    assert storage.read_range("shards/b.tar", 3, 4) == b"3456"
+    assert [*storage.read_many(["shards/b.tar", "top.json"])] == [b"0123456789", b"{}"]
+    with storage.open("shards/b.tar") as file:
+        assert file.read(2) == b"01"
+        file.seek(-2, 2)
+        assert file.read() == b"89"
+    storage.delete("top.json")
+    storage.delete("top.json")
+    assert not storage.exists("top.json")
+
+
+def test_create_keeps_the_first_on_every_store(any_storage: Storage) -> None:
+    assert any_storage.create("done/0.json", b"first")
+    assert not any_storage.create("done/0.json", b"second")
+    assert any_storage.read("done/0.json") == b"first"
+
+
+def test_put_file_moves_a_finished_file_on_every_store(any_storage: Storage, tmp_path: Path) -> None:
+    for content in (b"one", b"two and more"):
+        local = any_storage.scratch() / "finished"
+        local.write_bytes(content)
+        any_storage.put_file(local, "shards/x.tar")
+        assert any_storage.read("shards/x.tar") == content
+        assert not local.exists()
+
+
+def test_missing_and_short_files_are_data_errors_that_name_them(any_storage: Storage) -> None:
+    any_storage.write("short.tar", b"123")
+    for call in (any_storage.read, any_storage.open):
+        with pytest.raises(DataError, match=r"nowhere\.tar: no such file"):
+            call("nowhere.tar")
+    with pytest.raises(DataError, match=r"short\.tar: ends inside"):
+        any_storage.read_range("short.tar", 1, 5)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a\\b", "a\0b", "./a", "a\nb"])
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    storage = Storage(tmp_path)
+    for call in (storage.read, storage.size, storage.delete, storage.open):
+        with pytest.raises(DataError, match="unsafe file name"):
+            call(name)
+    with pytest.raises(DataError, match="unsafe file name"):
+        storage.write(name, b"")
+
+
+def test_only_one_of_many_racing_creators_wins(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(storage.create("lock", b"%d" % n)))  # type: ignore[misc]
+        for n in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(results) == 1
+    assert storage.list("tmp") == []
+
+
+def test_create_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    storage = Storage(tmp_path)
+    assert storage.create("a", b"first")
+    assert not storage.create("a", b"second")
+    assert storage.read("a") == b"first"
+    assert storage.list("tmp") == []
+
+
+def _failing(times: int, error: Exception, then: Callable[..., Any], before: bool = True) -> Callable[..., Any]:
+    count = 0
+
+    def call(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > times:
+            return then(*args)
+        if not before:
+            then(*args)
+        raise error
+
+    return call
+
+
+@pytest.mark.usefixtures("no_delays")
+class TestRetries:
+    def make(self, request: pytest.FixtureRequest) -> Storage:
+        storage = Storage(f"memory://{request.node.name}/set")
+        storage.write("a", b"content")
+        return storage
+
+    def test_a_store_that_recovers_is_not_noticed(self, request: pytest.FixtureRequest) -> None:
+        storage = self.make(request)
+        backend: Any = storage._backend
+        for name, call in (("read", lambda: storage.read("a")), ("write", lambda: storage.write("a", b"content"))):
+            setattr(backend, name, _failing(3, ConnectionError("reset"), getattr(backend, name)))
+            call()
+        assert storage.read("a") == b"content"
+
+    def test_a_store_that_stays_down_is_one_clear_line(self, request: pytest.FixtureRequest) -> None:
+        storage = self.make(request)
+        backend: Any = storage._backend
+        backend.read = _failing(99, ConnectionError("connection\nreset"), backend.read)
+        with pytest.raises(FactoryError, match=r"set/a: cannot read: connection reset$") as caught:
+            storage.read("a")
+        assert caught.value.exit_code == 1
+
+    def test_create_whose_reply_was_lost_still_counts_as_made(self, request: pytest.FixtureRequest) -> None:
+        storage = self.make(request)
+        backend: Any = storage._backend
+        backend.create = _failing(1, TimeoutError(), backend.create, before=False)
+        assert storage.create("lock", b"mine")
+
+    def test_create_that_lost_a_race_while_retrying_does_not(self, request: pytest.FixtureRequest) -> None:
+        storage = self.make(request)
+        backend: Any = storage._backend
+        create = backend.create
+        backend.create = _failing(1, TimeoutError(), lambda path, data: create(path, b"theirs"), before=False)
+        assert not storage.create("lock", b"mine")
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    storage.write("a", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for write in (storage.write, storage.create):
+        with pytest.raises(FactoryError, match="cannot write: No space left on device"):
+            write("a" if write == storage.write else "b", b"new")
+    assert storage.read("a") == b"old"
+    assert not storage.exists("b")
+    assert storage.list("tmp") == []
+
+
+def test_storages_can_be_pickled(any_storage: Storage) -> None:
+    any_storage.write("a", b"1")
+    assert pickle.loads(pickle.dumps(any_storage)).read("a") == b"1"
+
+
+def test_urls() -> None:
+    assert Storage("file:///tmp/x").url == "/tmp/x"
+    assert Storage("/tmp/x/").is_local
+    assert Storage("memory://a/b/").url == "memory://a/b"
+    storage, name = split("memory://a/b/m.parquet")
+    assert (storage.url, name) == ("memory://a/b", "m.parquet")
+    assert split("m.parquet")[0].url == str(Path.cwd())
+    assert split("/m.parquet")[0].url == "/"
+    for bad in ("nosuchscheme://x/y", ""):
+        with pytest.raises(UsageError):
+            Storage(bad)
+    with pytest.raises(UsageError, match="expected the path of a file"):
+        split("s3://bucket")
