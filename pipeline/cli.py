@@ -38,9 +38,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
-    """Options of every command."""
-    if debug:
-        os.environ[DEBUG] = "1"
+    """Options of every command; ``main`` looks at ``--debug`` itself, since errors reach it outside any command."""
     if version:
         from importlib.metadata import version as installed
 
@@ -53,7 +51,7 @@ def main() -> None:
     try:
         app()
     except FactoryError as error:
-        if os.environ.get(DEBUG):
+        if "--debug" in sys.argv or os.environ.get(DEBUG):
             raise
         from pipeline.text import plain
 

@@ -1,7 +1,7 @@
 """events.jsonl: what happened in a run, one JSON line each, written by the one driver and read by ``factory status``.
 
 Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, warning, run_finished,
-run_interrupted. Events inform; correctness rests on done records alone, so a lost tail harms nothing.
+run_interrupted, run_failed. Events inform; correctness rests on done records alone, so a lost tail harms nothing.
 """
 
 import json
@@ -16,7 +16,7 @@ from pipeline.progress import say
 LOCAL = "events.jsonl"
 REMOTE = "events"  # object stores cannot append: one object per driver, rewritten
 REWRITE_SECONDS = 5.0
-URGENT = frozenset({"run_started", "run_finished", "run_interrupted", "shard_quarantined", "warning"})
+URGENT = frozenset({"run_started", "run_finished", "run_interrupted", "run_failed", "shard_quarantined", "warning"})
 
 
 class EventLog:

@@ -13,6 +13,8 @@ from typing import Any
 
 from manifests.errors import DataError, UsageError
 from manifests.storage import Storage
+from pipeline.failures import quarantined, release
+from pipeline.lease import live
 from pipeline.recipe import Recipe, to_yaml
 from stages.synth.plan_inputs import SynthInputs, semantics
 
@@ -69,37 +71,54 @@ def read_plan(storage: Storage) -> Plan:
     return Plan.from_json(storage.read(PLAN), storage.path(PLAN))
 
 
-def open_or_create(storage: Storage, plan: Plan) -> Plan:
-    """Write ``plan`` into an empty folder, or check it against the one there; returns the stored plan.
+def open_or_create(storage: Storage, plan: Plan) -> None:
+    """Write ``plan`` into an empty folder, or check that the one there allows it; changes nothing else.
 
-    The stored plan may hold fewer shards than ``plan``: :func:`grow` raises it while the lease is held.
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
     if not storage.exists(PLAN):
         _refuse_foreign(storage)
         if storage.create(PLAN, plan.to_json()):
-            return plan
+            return
     stored = read_plan(storage)
+    if stored.fingerprint != plan.fingerprint and live(storage) is not None:
+        raise _another_plan(storage, stored, plan)
+    _check(storage, stored, plan)
+
+
+def settle(storage: Storage, plan: Plan) -> Plan:
+    """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
+    that was never started (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
+    """
+    stored = read_plan(storage)
+    _check(storage, stored, plan)
+    settled = stored
     if stored.fingerprint != plan.fingerprint:
-        lines = [f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there)"]
-        raise DataError("\n".join(lines + [f"  {line}" for line in differences(stored.semantics, plan.semantics)]))
-    if plan.shards < stored.shards:
+        release(storage, quarantined(storage))
+        settled = plan
+    elif plan.shards > stored.shards:
+        settled = replace(stored, shards=plan.shards, recipe=plan.recipe)
+    if settled is not stored:
+        storage.write(PLAN, settled.to_json())
+    if settled is not stored or not storage.exists(RESOLVED):
+        storage.write(RESOLVED, to_yaml(Recipe.model_validate(settled.recipe)))
+    return settled
+
+
+def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
+    if stored.fingerprint != plan.fingerprint:
+        if storage.list("done"):
+            raise _another_plan(storage, stored, plan)
+    elif plan.shards < stored.shards:
         raise UsageError(
             f"{storage.url} is planned for {stored.shards} shards, {plan.shards} asked for: shards can only grow "
             f"(--shards {stored.shards} or more)"
         )
-    return stored
 
 
-def grow(storage: Storage, stored: Plan, plan: Plan) -> Plan:
-    """Raise the stored number of shards to ``plan``'s; call it while holding the lease."""
-    grown = stored
-    if plan.shards > stored.shards:
-        grown = replace(stored, shards=plan.shards, recipe=plan.recipe)
-        storage.write(PLAN, grown.to_json())
-    if grown is not stored or not storage.exists(RESOLVED):
-        storage.write(RESOLVED, to_yaml(Recipe.model_validate(grown.recipe)))
-    return grown
+def _another_plan(storage: Storage, stored: Plan, plan: Plan) -> DataError:
+    head = f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there)"
+    return DataError("\n".join([head, *(f"  {line}" for line in differences(stored.semantics, plan.semantics))]))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

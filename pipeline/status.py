@@ -51,6 +51,7 @@ def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
         "images_per_second": _images(events, rate),
         "seconds_left": round(left / rate) if rate and holder else None,
         "last_errors": _errors(events),
+        "stopped_by": _stopped_by(events) if not holder else None,
     }
 
 
@@ -70,6 +71,8 @@ def lines(result: dict[str, Any], now: float | None = None) -> Iterator[str]:
         yield f"left     about {duration(result['seconds_left'])}"
     for shard in result["failed"]:
         yield f"failed   shard {shard:06d}; factory run synth … --retry-failed tries it again"
+    if result["stopped_by"]:
+        yield f"stopped  {plain(result['stopped_by'])}"
     for error in result["last_errors"]:
         ago = duration(now - error["time"])
         yield f"error    {ago} ago, shard {error['shard']}, attempt {error['attempt']}: {plain(error['error'])}"
@@ -118,3 +121,11 @@ def _errors(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [event for event in events if event["kind"] == "shard_failed"]
     keys = ("time", "shard", "attempt", "error")
     return [{key: event.get(key) for key in keys} for event in found[-LAST_ERRORS:]]
+
+
+def _stopped_by(events: Sequence[dict[str, Any]]) -> str | None:
+    """Why the latest run ended early."""
+    ends = [e for e in events if e["kind"] in ("run_started", "run_finished", "run_interrupted", "run_failed")]
+    if not ends or ends[-1]["kind"] not in ("run_interrupted", "run_failed"):
+        return None
+    return str(ends[-1].get("error") or "interrupted")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from manifests.errors import FactoryError, Interrupted
 from manifests.info import DatasetInfo
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
@@ -14,7 +15,7 @@ from pipeline.executors.driver import execute
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.worker import WorkerSpec
 from pipeline.lease import Lease
-from pipeline.plan import Plan, grow, make_plan, open_or_create
+from pipeline.plan import Plan, make_plan, open_or_create, settle
 from pipeline.progress import progress, say
 from pipeline.recipe import Recipe
 from pipeline.teacher_copy import TeacherCopy, prepare, publish
@@ -42,9 +43,9 @@ def run_synth(
     plan = make_plan(recipe, inputs)
     storage = Storage(out)
     teacher = teacher_of(recipe, inputs)
-    stored = open_or_create(storage, plan)
+    open_or_create(storage, plan)
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
-        stored = grow(storage, stored, plan)
+        stored = settle(storage, plan)
         publish(storage, teacher)
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
@@ -56,14 +57,18 @@ def run_synth(
                 "fingerprint": stored.fingerprint,
             },
         )
-        with progress(title, quiet=quiet) as shown:
-            outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
-        state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
-        if outcome.interrupted:
+        try:
+            with progress(title, quiet=quiet) as shown:
+                outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
+            state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
+            outcome.check()
+            merge(storage, dataset_info(stored, inputs, teacher), range(stored.shards))
+        except Interrupted:
             events.write("run_interrupted", **state)
-        outcome.check()
-        info = dataset_info(stored, inputs, teacher)
-        merge(storage, info, range(stored.shards))
+            raise
+        except FactoryError as error:
+            events.write("run_failed", error=str(error))
+            raise
         seconds = time.monotonic() - started
         events.write("run_finished", **state, seconds=round(seconds, 3))
     return report(storage, seconds)

@@ -52,7 +52,8 @@ def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
 
 
 def publish(storage: Storage, copy: TeacherCopy) -> None:
-    """Write the files that are not there yet; the same plan always has the same ones."""
+    """Write the files that are not there with the same content (a plan that was never started may be replaced)."""
     for name, data in copy.files.items():
-        if not storage.exists(f"{FOLDER}/{name}"):
-            storage.write(f"{FOLDER}/{name}", data)
+        target = f"{FOLDER}/{name}"
+        if storage.size(target) != len(data) or storage.read(target) != data:
+            storage.write(target, data)

@@ -1,8 +1,10 @@
 """The command line as a user meets it: help without torch, exit codes, one-line errors, JSON on stdout."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -189,3 +191,50 @@ def test_a_second_driver_is_refused(factory, run_folder):
     with Lease(Storage(run_folder)):
         code, _, err = factory("run", "synth", "--out", run_folder, *NOISE, "--shards", 3)
     assert code == 1 and "in use by another driver" in err
+
+
+def spawn(run, *args):
+    command = [sys.executable, "-m", "pipeline.cli", "run", "synth", "--out", str(run), "--method", "noise", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_a_shard(run):
+    until = time.monotonic() + 60
+    while not list(run.glob("done/*.json")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_killed_and_run_again_it_equals_an_unbroken_run(tmp_path):
+    args = ("--shards", "6", "--set", "group_size=30")
+    killed = spawn(tmp_path / "run", *args)
+    wait_for_a_shard(tmp_path / "run")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "run/m.parquet").exists()
+    again, whole = spawn(tmp_path / "run", *args), spawn(tmp_path / "whole", *args)
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "taking over" in err
+    assert whole.communicate() and whole.returncode == 0
+    for folder in ("done", "shards"):
+        names = {name: {path.name for path in (tmp_path / name / folder).iterdir()} for name in ("run", "whole")}
+        assert names["run"] >= names["whole"]
+    assert (tmp_path / "run/m.parquet").read_bytes() == (tmp_path / "whole/m.parquet").read_bytes()
+
+
+def test_ctrl_c_drains_and_exits_130(tmp_path):
+    run = tmp_path / "run"
+    started = spawn(run, "--shards", "5000")
+    wait_for_a_shard(run)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "the same command resumes" in err
+    assert out == ""
+    assert (
+        "interrupted"
+        in subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", "status", str(run)], capture_output=True, text=True, check=True
+        ).stdout
+    )

@@ -6,7 +6,9 @@ import pytest
 
 from manifests.errors import DataError, UsageError
 from manifests.storage import Storage
-from pipeline.plan import Plan, differences, fingerprint, grow, make_plan, open_or_create, read_plan
+from pipeline.failures import Failure, quarantine, quarantined
+from pipeline.lease import Lease
+from pipeline.plan import Plan, differences, fingerprint, make_plan, open_or_create, read_plan, settle
 from pipeline.recipe import resolve
 from stages.synth.plan_inputs import inspect_inputs
 from tests.pipeline.conftest import small_recipe
@@ -33,13 +35,16 @@ def test_shards_and_device_do_not_enter_but_method_and_seed_do():
 
 def test_created_once_then_reopened(tmp_path):
     storage, plan = Storage(tmp_path / "run"), plan_of()
-    assert open_or_create(storage, plan) == plan
-    assert open_or_create(storage, plan) == plan == read_plan(storage)
+    open_or_create(storage, plan)
+    assert read_plan(storage) == plan
+    open_or_create(storage, plan)
+    assert settle(storage, plan) == plan == read_plan(storage)
 
 
 def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())
+    storage.write("done/000000.json", b"{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(DataError) as caught:
         open_or_create(storage, plan_of("guidance.scale=0.3", "seed=4"))
@@ -53,12 +58,26 @@ def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_pa
 
 def test_shards_only_grow(tmp_path):
     storage = Storage(tmp_path / "run")
-    stored = open_or_create(storage, plan_of())
-    assert grow(storage, stored, plan_of("shards=5")).shards == 5
+    open_or_create(storage, plan_of())
+    assert settle(storage, plan_of("shards=5")).shards == 5
     assert read_plan(storage).shards == 5
     assert resolve(str(tmp_path / "run/resolved.yaml"), environ={}).synth.shards == 5
     with pytest.raises(UsageError, match="planned for 5 shards, 2 asked for"):
         open_or_create(storage, plan_of())
+
+
+def test_a_plan_that_was_never_started_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
+    storage = Storage(tmp_path / "run")
+    open_or_create(storage, plan_of())
+    quarantine(storage, Failure(0, 3, "the prior was damaged"))
+    with Lease(storage), pytest.raises(DataError, match="another plan"):
+        open_or_create(storage, plan_of("seed=4"))
+    open_or_create(storage, plan_of("seed=4", "shards=1"))
+    assert settle(storage, plan_of("seed=4", "shards=1")).shards == 1
+    assert not quarantined(storage)
+    storage.write("done/000000.json", b"{}")
+    with pytest.raises(DataError, match="another plan"):
+        settle(storage, plan_of("seed=5"))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

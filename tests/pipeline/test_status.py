@@ -80,6 +80,7 @@ def test_failures_and_their_last_errors(tmp_path):
     found = status(Storage(tmp_path / "run"))
     assert (found["state"], found["done"], found["failed"], found["missing"]) == ("stopped", 2, [1], 0)
     assert [error["attempt"] for error in found["last_errors"]] == [1, 2, 3]
+    assert "1 of 3 shards failed" in found["stopped_by"]
     text = "\n".join(lines(found))
     assert "poison" in text and "\x1b" not in text
 

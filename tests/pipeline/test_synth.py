@@ -87,6 +87,13 @@ def test_another_plan_is_refused_before_anything_happens(run_folder):
     assert before == sorted(path for path in run_folder.rglob("*"))
 
 
+def test_after_workers_could_not_start_other_settings_may_try(tmp_path):
+    with pytest.raises(FactoryError, match="cannot start"):
+        run(tmp_path / "run", worker="tests.pipeline.fake_worker:no_such_function")
+    run(tmp_path / "run", "seed=5")
+    assert Manifest.open(tmp_path / "run").info.recipe["synth"]["seed"] == 5
+
+
 def test_a_second_driver_is_refused(run_folder):
     with Lease(Storage(run_folder)), pytest.raises(FactoryError, match="in use by another driver"):
         run(run_folder, "shards=3")
