@@ -33,17 +33,22 @@ app.command(rich_help_panel="Keep")(keep.rebuild)
 DEBUG = "FACTORY_DEBUG"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("dfkd-factory"))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     """Options of every command; ``main`` looks at ``--debug`` itself, since errors reach it outside any command."""
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("dfkd-factory"))
-        raise typer.Exit
 
 
 def main() -> None:

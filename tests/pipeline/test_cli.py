@@ -54,6 +54,11 @@ assert not heavy, heavy
     assert "run" in done.stdout and "--dry-run" in done.stdout
 
 
+def test_version(factory, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"dfkd-factory": "1.2.3"}.get)
+    assert factory("--version") == (0, "1.2.3\n", "")
+
+
 def test_a_dry_run_imports_no_torch(tmp_path):
     code = f"""
 import sys
