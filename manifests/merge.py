@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ from manifests.storage import Storage
 from manifests.tables import parquet_errors, read_table, write_options
 
 MANIFEST = "m.parquet"
-ROW_GROUP = 1 << 17
+ROW_GROUP, ROW_GROUP_BYTES = 1 << 17, 128 << 20
 _AHEAD = 4
 
 
@@ -39,8 +40,10 @@ def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = No
     schema = SCHEMA.with_metadata(full.to_metadata())
     try:
         with pq.ParquetWriter(path, schema, **write_options()) as writer:
-            for group in _row_groups(_tables(storage, records)):
-                writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
+            tables = (table for table in _tables(storage, records) if table.num_rows)
+            first = next(tables, None)
+            for group in _row_groups(chain([first], tables), _group_rows(first)) if first is not None else ():
+                writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=group.num_rows)
         storage.put_file(path, MANIFEST)
     finally:
         with suppress(OSError):
@@ -99,17 +102,23 @@ def _tables(storage: Storage, records: list[DoneRecord]) -> Iterator[pa.Table]:
                 future.cancel()
 
 
-def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in pieces of exactly :data:`ROW_GROUP` rows, the last one shorter."""
+def _group_rows(first: pa.Table) -> int:
+    """Rows of a row group: fewer where each carries thousands of logits, so that a group stays small in memory."""
+    logits = first["logits"][0].as_py() or []
+    return max(1, min(ROW_GROUP, ROW_GROUP_BYTES // (512 + 2 * len(logits))))
+
+
+def _row_groups(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in pieces of exactly ``rows`` rows, the last one shorter."""
     held: list[pa.Table] = []
     count = 0
     for table in tables:
         held.append(table)
         count += table.num_rows
-        while count >= ROW_GROUP:
+        while count >= rows:
             joined = pa.concat_tables(held)
-            yield _piece(joined.slice(0, ROW_GROUP))
-            rest = joined.slice(ROW_GROUP)
+            yield _piece(joined.slice(0, rows))
+            rest = joined.slice(rows)
             held, count = ([rest] if rest.num_rows else []), rest.num_rows
     if count:
         yield _piece(pa.concat_tables(held))

@@ -125,7 +125,8 @@ class Manifest:
         if not columns and condition is None:
             rows = np.arange(self.num_rows, dtype=np.int64)
         else:
-            rows = np.concatenate([self._matching(group, columns, where, kept) for group in range(self.num_groups)])
+            found = [self._matching(group, columns, where, kept) for group in range(self.num_groups)]
+            rows = np.concatenate([np.zeros(0, np.int64), *found])
         if not len(rows):
             kept_rows = len(self.select()) if where and kept and self._any_kept() else 0
             among = f"{kept_rows} kept rows" if kept and where else f"{self.num_rows} rows"

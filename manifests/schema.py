@@ -189,8 +189,12 @@ def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def row_json(row: Mapping[str, Any]) -> bytes:
     """The canonical ``KEY.json`` of a row: columns in order, nulls, ``offset`` and ``size`` left out."""
-    placed = {**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}
-    values = {name: v for name, v in normalise(placed).items() if v is not None and name not in PLACEMENT}
+    return normalised_json(normalise({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
+
+
+def normalised_json(full: Mapping[str, Any]) -> bytes:
+    """:func:`row_json` of a row that :func:`normalise` returned."""
+    values = {name: v for name, v in full.items() if v is not None and name not in PLACEMENT}
     values["xxh3"] = values["xxh3"].hex()
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 

@@ -28,7 +28,7 @@ from manifests.schema import (
     load_json,
     make_key,
     normalise,
-    row_json,
+    normalised_json,
     to_table,
 )
 from manifests.storage import Storage
@@ -150,7 +150,7 @@ class ShardWriter:
             raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
         digest = xxhash.xxh3_128_digest(image)
         full = normalise({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
-        text = row_json(full)
+        text = normalised_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         full["offset"] = self._tar.add(f"{key}.{extension}", image)

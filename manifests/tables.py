@@ -14,7 +14,7 @@ _REPEATED = ("class_name", "prompt", "negative_prompt", "method", "source_key", 
 DICTIONARY = (*_REPEATED, "reject_reason")
 """Text that repeats: stored once per row group, and read as Arrow dictionaries where speed matters."""
 
-MAX_GROUP_BYTES = 2 << 30
+MAX_GROUP_BYTES = 1 << 30
 _SMALL = (
     "shard",
     "label",

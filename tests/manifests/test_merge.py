@@ -43,9 +43,7 @@ def test_bytes_do_not_depend_on_the_order_in_which_shards_finished(tmp_path: Pat
 def test_row_groups_are_cut_alike_however_rows_arrive(counts: list[int], size: int) -> None:
     starts = [sum(counts[:index]) for index in range(len(counts))]
     tables = [pa.table({"n": pa.array(range(a, a + n), pa.int64())}) for a, n in zip(starts, counts, strict=True)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_module, "ROW_GROUP", size)
-        groups = [*merge_module._row_groups(tables)]
+    groups = [*merge_module._row_groups(tables, size)]
     total = sum(counts)
     assert [number for group in groups for number in group["n"].to_pylist()] == [*range(total)]
     assert [group.num_rows for group in groups] == [size] * (total // size) + ([total % size] if total % size else [])
@@ -126,3 +124,22 @@ def test_only_a_few_tables_are_read_ahead(tmp_path: Path, monkeypatch: pytest.Mo
     next(tables)
     assert len(loaded) <= merge_module._AHEAD + 1
     tables.close()  # type: ignore[attr-defined]
+
+
+def test_many_logits_make_smaller_row_groups() -> None:
+    def table(logits: int) -> pa.Table:
+        return pa.table({"logits": pa.array([[0.0] * logits], pa.list_(pa.float16()))})
+
+    assert merge_module._group_rows(table(10)) == 1 << 17
+    assert merge_module._group_rows(table(21_841)) == (128 << 20) // (512 + 2 * 21_841)
+
+
+def test_shards_without_rows_are_merged_and_select_nothing(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    write_shard(storage, 0, rows=0)
+    merge(storage, INFO)
+    with pytest.raises(DataError, match="none of its 0 rows"):
+        Manifest.open(tmp_path).select()
+    write_shard(storage, 1, rows=2)
+    merge(storage, INFO)
+    assert len(Manifest.open(tmp_path).select()) == 2
