@@ -88,7 +88,7 @@ def done_name(shard: int) -> str:
 def done_record(storage: Storage, shard: int) -> DoneRecord | None:
     """The record of one complete shard, None where it is not complete."""
     name = done_name(shard)
-    return DoneRecord.from_json(storage.read(name), storage.path(name)) if storage.exists(name) else None
+    return _parse(storage, name, storage.read(name)) if storage.exists(name) else None
 
 
 def done_records(storage: Storage) -> dict[int, DoneRecord]:
@@ -96,11 +96,16 @@ def done_records(storage: Storage) -> dict[int, DoneRecord]:
     names = [name for name in storage.list("done") if name.endswith(".json")]
     records = {}
     for name, data in zip(names, storage.read_many(names), strict=True):
-        record = DoneRecord.from_json(data, storage.path(name))
-        if done_name(record.shard) != name:
-            raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
+        record = _parse(storage, name, data)
         records[record.shard] = record
     return dict(sorted(records.items()))
+
+
+def _parse(storage: Storage, name: str, data: bytes) -> DoneRecord:
+    record = DoneRecord.from_json(data, storage.path(name))
+    if done_name(record.shard) != name:
+        raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
+    return record
 
 
 def sha256_file(path: Path) -> str:

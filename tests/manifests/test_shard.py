@@ -12,7 +12,7 @@ import pytest
 
 from manifests.errors import DataError
 from manifests.faults import STEPS
-from manifests.shard import DoneRecord, ShardWriter, done_records
+from manifests.shard import DoneRecord, ShardWriter, done_record, done_records
 from manifests.storage import Storage
 from tests.manifests.samples import FINGERPRINT, all_files, make_image, make_row, write_shard
 
@@ -179,5 +179,8 @@ def test_a_done_record_under_another_number_is_refused(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     record = write_shard(storage, 0)
     storage.write("done/000001.json", record.to_json())
-    with pytest.raises(DataError, match=r"000001\.json: holds the record of shard 0"):
-        done_records(storage)
+    assert done_record(storage, 0) == record
+    assert done_record(storage, 2) is None
+    for call in (lambda: done_records(storage), lambda: done_record(storage, 1)):
+        with pytest.raises(DataError, match=r"000001\.json: holds the record of shard 0"):
+            call()
