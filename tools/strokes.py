@@ -88,9 +88,7 @@ def draw(count: int, seed: int, batch: int = 64) -> tuple[torch.Tensor, list[str
     images, captions = torch.empty(count, SIZE, SIZE, dtype=torch.uint8), []
     for first in range(0, count, batch):
         made = [drawing(rng) for _ in range(min(batch, count - first))]
-        ink = render(
-            torch.from_numpy(np.stack([m[0] for m in made])).float(), torch.tensor([m[1] for m in made])
-        )
+        ink = render(torch.from_numpy(np.stack([m[0] for m in made])).float(), torch.tensor([m[1] for m in made]))
         images[first : first + len(made)] = (ink * 255).round().to(torch.uint8)
         captions += [m[2] for m in made]
     return images, captions

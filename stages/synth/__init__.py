@@ -1,1 +1,1 @@
-"""Stage 1, ``factory run synth``: guided latent synthesis with a diffusion prior, written as shards and manifest rows."""
+"""Stage 1, ``factory run synth``: guided latent synthesis with a diffusion prior, written as shards."""

@@ -21,7 +21,8 @@ class Group:
 
     def noise(self, seed: int, shape: Sequence[int]) -> torch.Tensor:
         """Initial latents ``[n, *shape]``, one generator per trajectory."""
-        return torch.stack([torch.randn(tuple(shape), generator=torch_rng(seed, "noise", t)) for t in self.trajectories])
+        draws = (torch_rng(seed, "noise", trajectory) for trajectory in self.trajectories)
+        return torch.stack([torch.randn(tuple(shape), generator=rng) for rng in draws])
 
 
 def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:

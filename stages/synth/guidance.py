@@ -37,7 +37,8 @@ def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor,
 
 def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Adversarial term per sample ``[n]``: −KL(T‖S) where both name the same class, else 0 (temperature 1)."""
-    kl = F.kl_div(student_logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+    log_t, log_s = teacher_logits.log_softmax(1), student_logits.log_softmax(1)
+    kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
     return -kl * (teacher_logits.argmax(1) == student_logits.argmax(1))
 
 

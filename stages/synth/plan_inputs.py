@@ -1,4 +1,4 @@
-"""What a plan needs to know of stage 1 before anything runs: identities, the fingerprinted semantics, sizes. No torch."""
+"""What a plan needs to know of stage 1 before it runs: identities, fingerprinted semantics, sizes. No torch."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Find a prior by path, hub id or ``embedded:`` name, and load the class that fits its pipeline. Path logic needs no torch."""
+"""Find a prior by path, hub id or ``embedded:`` name; load the class that fits its pipeline. Finding needs no torch."""
 
 import hashlib
 import json
@@ -32,7 +32,9 @@ def locate(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DataError(f"prior {path}: no such folder (give a diffusers folder, a hub id like org/name, or embedded:NAME)")
+        raise DataError(
+            f"prior {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -72,7 +74,7 @@ def prior_identity(settings: PriorSettings) -> dict[str, Any]:
         vae = json.loads((folder / "vae" / "config.json").read_text())
         size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"prior {folder}: unet/config.json or vae/config.json is missing or damaged ({error})") from error
+        raise DataError(f"prior {folder}: damaged or missing unet/config.json or vae/config.json ({error})") from error
     return {
         "name": settings.path,
         "pipeline": index["_class_name"],

@@ -10,7 +10,7 @@ from stages.models.teacher import Teacher
 from stages.synth import latent_cutmix as lca
 from stages.synth.groups import Group
 from stages.synth.guidance import Losses, guided, shifted, teacher_losses, update
-from stages.synth.prior import Prior, State
+from stages.synth.prior import Prediction, Prior, State
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
 
@@ -59,7 +59,7 @@ def intermediate_steps(count: int, steps: int) -> set[int]:
     return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
 
 
-def guide_step(prior: Prior, state: State, guide: Guide, rng: torch.Generator) -> tuple[State, Losses]:
+def guide_step(prior: Prior, state: Prediction, guide: Guide, rng: torch.Generator) -> tuple[Prediction, Losses]:
     """Move ẑ0 (and z_t with it, eps kept) against the gradient of the guidance loss (equation 10).
 
     ``through: z0`` differentiates decoder and teacher only; ``through: zt`` the denoiser too, so ``state`` must then
@@ -99,11 +99,12 @@ def denoise(
     losses: Losses | None = None
     store = intermediate_steps(intermediates, steps)
     condition = prior.encode(group.prompts)
-    state = State(group.noise(seed, prior.latent_shape).to(device), 0)
+    start = State(group.noise(seed, prior.latent_shape).to(device), 0)
     for step, timestep in enumerate(prior.timesteps):
         active = guide if guide and guided(guide.settings, step, steps) else None
         with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
-            state = prior.predict(State(state.z.requires_grad_(torch.is_grad_enabled()), step), condition)
+            start.z.requires_grad_(torch.is_grad_enabled())
+            state = prior.predict(start, condition)
         work.evaluations += 1
         if step in store:
             yield Frame(step, timestep, prior.decode(state.z0), [list(c) for c in cuts], losses)
@@ -117,6 +118,6 @@ def denoise(
             state = state.mixed(lca.partners(drawn, n, device), lca.box_mask(drawn, n, prior.latent_shape, device))
             for position, cut in drawn.items():
                 cuts[position].append(cut)
-        state = prior.step(state)
+        start = prior.step(state.detached())
     work.decodes += 1
-    yield Frame(steps, 0, prior.decode(state.z), [list(c) for c in cuts], losses)
+    yield Frame(steps, 0, prior.decode(start.z), [list(c) for c in cuts], losses)

@@ -97,5 +97,5 @@ class SynthSettings(Settings):
     seed: int = Field(0, ge=0)
     threads: int = Field(1, gt=0, description="CPU threads per worker; part of the plan, since sums depend on it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    min_confidence: float = Field(0.0, ge=0, le=1, description="keep an image if the teacher gives its class at least this")
+    min_confidence: float = Field(0.0, ge=0, le=1, description="keep images whose class gets at least this")
     store_logits: bool = False

@@ -117,5 +117,3 @@ class ShardWorker:
 def cut_row(cut: Cut, trajectories: Sequence[int]) -> dict[str, Any]:
     """A cut as the manifest stores it: the partner by its trajectory number, not its position."""
     return asdict(cut) | {"partner": trajectories[cut.partner]}
-
-

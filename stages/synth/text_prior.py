@@ -1,7 +1,6 @@
 """Text-conditional latent prior: Stable Diffusion's components, from a local diffusers folder or a hub id."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from manifests.errors import DataError
 from stages.synth.attention import use_attention
-from stages.synth.prior import State
+from stages.synth.prior import Prediction, State
 from stages.synth.schedule import PREDICTION_TYPES, moved, predicted_z0
 from stages.synth.settings import PriorSettings
 
@@ -28,12 +27,16 @@ class TextPrior:
     def __init__(self, source: str | Path, settings: PriorSettings, device: str) -> None:
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(source), dtype=DTYPES[settings.dtype], variant=settings.variant, use_safetensors=True,
-                safety_checker=None, requires_safety_checker=False,
+                str(source),
+                dtype=DTYPES[settings.dtype],
+                variant=settings.variant,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
             )
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
-            detail = str(error).strip().splitlines()
-            raise DataError(f"prior {source} cannot be loaded: {detail[0] if detail else type(error).__name__}") from error
+            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"prior {source} cannot be loaded: {detail}") from error
         self.settings, self.device = settings, device
         self.vae, self.unet = pipeline.vae.to(device).eval(), pipeline.unet.to(device).eval()
         self.text_encoder, self.tokenizer = pipeline.text_encoder.to(device).eval(), pipeline.tokenizer
@@ -60,11 +63,15 @@ class TextPrior:
         new = list(dict.fromkeys(p for p in prompts if p not in self._embeddings))
         if new:
             tokens = self.tokenizer(
-                new, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+                new,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
                 return_tensors="pt",
             ).input_ids
             # One at a time: a prompt's embedding must not depend on which others it was batched with.
-            self._embeddings.update((p, self.text_encoder(t[None].to(self.device))[0]) for p, t in zip(new, tokens))
+            for prompt, ids in zip(new, tokens, strict=True):
+                self._embeddings[prompt] = self.text_encoder(ids[None].to(self.device))[0]
         return torch.cat([self._embeddings[p] for p in prompts])
 
     @torch.no_grad()
@@ -79,20 +86,20 @@ class TextPrior:
         bar = float(self.scheduler.alphas_cumprod[self.timesteps[step]])
         return bar**0.5, (1 - bar) ** 0.5
 
-    def predict(self, state: State, condition: Tensor) -> State:
+    def predict(self, state: State, condition: Tensor) -> Prediction:
         z, scale = state.z, self.settings.cfg
         batch = z if scale == 1 else torch.cat([z, z])
         output = self.unet(batch.to(self.unet.dtype), self.timesteps[state.step], condition).sample.float()
         if scale != 1:  # equation 3, with the scale counted from the unconditional prediction
             negative, positive = output.chunk(2)
             output = negative + scale * (positive - negative)
-        return replace(state, output=output, z0=predicted_z0(z, output, *self.levels(state.step), self.kind))
+        return Prediction(z, state.step, output, predicted_z0(z, output, *self.levels(state.step), self.kind))
 
-    def move(self, state: State, delta: Tensor) -> State:
+    def move(self, state: Prediction, delta: Tensor) -> Prediction:
         z, output = moved(state.z, state.output, delta, *self.levels(state.step), self.kind)
-        return replace(state, z=z, output=output, z0=state.z0 + delta)
+        return Prediction(z, state.step, output, state.z0 + delta)
 
-    def step(self, state: State) -> State:
+    def step(self, state: Prediction) -> State:
         z = self.scheduler.step(state.output, self.timesteps[state.step], state.z).prev_sample
         return State(z, state.step + 1)
 

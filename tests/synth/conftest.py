@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.synth.tiny import save_stable_diffusion
 
 from stages.synth.settings import PriorSettings
 from stages.synth.text_prior import TextPrior
+from tests.synth.tiny import save_stable_diffusion
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from stages.synth.settings import PromptSettings, SynthSettings
 @given(st.integers(0, 50), st.integers(2, 60), st.integers(2, 40))
 def test_two_trajectories_per_class(index, size, classes):
     counts = Counter(group_labels(index, size, classes))
-    assert sum(counts.values()) == size and min(counts.values()) >= 2 and max(counts.values()) - min(counts.values()) <= 1
+    assert sum(counts.values()) == size and min(counts.values()) >= 2
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 @given(st.integers(2, 40), st.integers(2, 12))
@@ -37,4 +38,5 @@ def test_prompts_named_and_unnamed():
     assert set(drawn) == {"x: a", "x: b", "y: a", "y: b"} and min(drawn.values()) > 60
     named = bank.model_copy(update={"class_names": True})
     assert {prompt_for(named, "cat", 0, t) for t in range(40)} == {"x: cat", "y: cat"}
-    assert [prompt_for(bank, "cat", 0, t)[0] for t in range(40)] == [prompt_for(named, "cat", 0, t)[0] for t in range(40)]
+    style = lambda settings: [prompt_for(settings, "cat", 0, t)[0] for t in range(40)]  # noqa: E731
+    assert style(bank) == style(named)

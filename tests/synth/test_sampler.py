@@ -1,12 +1,10 @@
 """The denoising loop: calls per step, gradients against finite differences, order of decode, update and cut."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from stages.synth.groups import Group
-from stages.synth.prior import State
+from stages.synth.prior import Prediction, State
 from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
 from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
 from tests.synth.tiny import TinyTeacher
@@ -84,7 +82,7 @@ def double_predict(prior):
     def predict(state, condition):
         output = prior.unet(state.z, prior.timesteps[state.step], condition).sample
         alpha, sigma = prior.levels(state.step)
-        return dataclasses.replace(state, output=output, z0=(state.z - sigma * output) / alpha)
+        return Prediction(state.z, state.step, output, (state.z - sigma * output) / alpha)
 
     return predict
 

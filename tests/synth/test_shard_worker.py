@@ -1,4 +1,4 @@
-"""The worker on a tiny prior: rows agree with the pixels, equal plans give equal bytes, the manifest tells the truth."""
+"""The worker on a tiny prior: rows agree with the pixels, equal plans give equal bytes."""
 
 import io
 
@@ -84,10 +84,8 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
         assert row["logits"] == pytest.approx(logits[i].tolist(), rel=2e-3, abs=2e-3)
     final = {row["trajectory"]: i for i, row in enumerate(rows) if row["timestep"] == 0}
     for i, row in enumerate(rows):
-        if row["timestep"] == 0:
-            other = teacher.class_weights[row["label"]]
-        else:
-            other = features[final[row["trajectory"]]]
+        is_final = row["timestep"] == 0
+        other = teacher.class_weights[row["label"]] if is_final else features[final[row["trajectory"]]]
         assert row["cosine"] == pytest.approx(F.cosine_similarity(features[i], other, dim=0).item(), abs=1e-3)
         assert row["cosine_space"] == "teacher"
 

@@ -54,7 +54,8 @@ def test_cfg_mixes_the_two_predictions(any_prior):
     with torch.no_grad():
         guided = any_prior.predict(State(z, 0), any_prior.encode(["a", "b"])).output
         one = lambda text: any_prior.unet(z, any_prior.timesteps[0], any_prior._embed(text)).sample  # noqa: E731
-        torch.testing.assert_close(guided, one(["", ""]) + 2.0 * (one(["a", "b"]) - one(["", ""])), rtol=1e-4, atol=1e-5)
+        expected = one(["", ""]) + 2.0 * (one(["a", "b"]) - one(["", ""]))
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decode_is_the_vaes(prior):
