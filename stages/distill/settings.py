@@ -44,10 +44,10 @@ class OptimiserSettings(Settings):
 class ViewSettings(Settings):
     """Augmentation: a pure function of (seed, epoch, sample). λ of cutmix and mixup is uniform."""
 
-    crop: float = Field(0.125, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
+    crop: float = Field(0.1875, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
     flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
-    cutmix: float = Field(0.0, ge=0, le=1, description="share of images that receive a box of another one")
-    mixup: float = Field(0.0, ge=0, le=1, description="share of images blended with another one")
+    cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
+    mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
 
     @model_validator(mode="after")
     def _shares(self) -> "ViewSettings":
@@ -69,8 +69,8 @@ class DistillSettings(Settings):
     where: str | None = Field(None, description="rows to use, e.g. confidence >= 0.5 and timestep == 0")
     kept: bool = Field(True, description="leave out images that synthesis rejected")
     balance: bool = Field(False, description="every class equally often")
-    epochs: int = Field(60, gt=0)
-    batch_size: int = Field(128, gt=1)
+    epochs: int = Field(80, gt=0)
+    batch_size: int = Field(64, gt=1)
     seed: int = Field(0, ge=0)
     held_out: float = Field(0.05, ge=0, lt=1, description="share held out, by trajectory and LCA partner")
     keep: Literal["last", "best"] = Field("last", description="which weights become the student; best is by held_out")

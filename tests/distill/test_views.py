@@ -53,7 +53,7 @@ def test_flip_alternates_between_epochs():
 
 
 def test_shift_reaches_both_ends():
-    views = draw_views(ViewSettings(crop=0.125), 16, 0, 0, IDS, NONE)
+    views = draw_views(ViewSettings(crop=0.125, cutmix=0, mixup=0), 16, 0, 0, IDS, NONE)
     assert set(views.dy.tolist()) == set(views.dx.tolist()) == {-2, -1, 0, 1, 2}
     assert not views.mixes
 
@@ -87,7 +87,7 @@ def test_mix_pastes_boxes_and_blends():
 
 
 def test_lam_is_the_share_that_was_kept():
-    views = draw_views(ViewSettings(cutmix=1.0), 16, 0, 0, IDS, NONE)
+    views = draw_views(ViewSettings(cutmix=1.0, mixup=0), 16, 0, 0, IDS, NONE)
     kept = mix(torch.ones(200, 1, 16, 16), torch.zeros(200, 1, 16, 16), views).mean((1, 2, 3))
     assert torch.allclose(kept, views.lam, atol=1e-6)
     shares = draw_views(ViewSettings(cutmix=0.25, mixup=0.25), 16, 0, 0, IDS, NONE)
