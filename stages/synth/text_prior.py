@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from manifests.errors import DataError
@@ -25,6 +26,7 @@ class TextPrior:
     conditioning = "text"
 
     def __init__(self, source: str | Path, settings: PriorSettings, device: str) -> None:
+        diffusers_logging.disable_progress_bar()  # loading takes its time in silence; progress is the factory's own
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 str(source),
