@@ -31,9 +31,9 @@ def resolve_distill(
 
 
 def open_sources(texts: Sequence[str]) -> tuple[list[tuple[str, float]], Manifest]:
-    """``PATH`` or ``PATH@WEIGHT`` texts as sources, and the first manifest; every one is opened, hence checked."""
+    """``PATH`` or ``PATH@WEIGHT`` texts as sources, and the first manifest; every one is opened, its tars not yet."""
     sources = [parse_source(text) for text in texts]
-    opened = [Manifest.open(url) for url, _ in sources]
+    opened = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     return [(manifest.url, weight) for manifest, (_, weight) in zip(opened, sources, strict=True)], opened[0]
 
 
@@ -73,6 +73,8 @@ def run_distill(
             if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder
                 storage.write(RESOLVED, to_yaml(recipe, ("name", "description", "distill")))
             events.write(kind, **fields)
+            if kind == "teacher_checked":
+                say(check_line(fields))
             if kind == "warning":
                 say(fields["message"])
 
@@ -88,10 +90,18 @@ def run_distill(
         )
 
 
+def check_line(check: Mapping[str, Any]) -> str:
+    """The teacher check for people."""
+    counts = check["classes"].values()
+    return (
+        f"teacher agrees with {check['agreement']:.1%} of the labels, mean confidence {check['confidence']:.1%} "
+        f"({check['images']} images looked at); {min(counts)} to {max(counts)} images in each of {len(counts)} classes"
+    )
+
+
 def report_lines(result: dict[str, Any]) -> Iterator[str]:
     """The results for people."""
-    check = result["teacher_check"]
-    yield f"teacher agrees with {check['agreement']:.1%} of the labels ({check['images']} images looked at)"
+    yield check_line(result["teacher_check"])
     for name, facts in result["students"].items():
         scores = []
         if facts["held_out"]:
@@ -111,7 +121,7 @@ def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teac
     settings = recipe.distill
     rows, batches, described = 0, 0, []
     for url, weight in sources:
-        manifest = Manifest.open(url)
+        manifest = Manifest.open(url, skip_bad=settings.skip_bad)
         count = len(manifest.select(settings.where, kept=settings.kept))
         used = max(1, round(count * min(weight, 1.0))) if weight != 1 else count
         rows += used

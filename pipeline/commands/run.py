@@ -92,6 +92,9 @@ def distill(
     batch_size: Annotated[int | None, _made(help="Images per step.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
     test_data: Annotated[str | None, _made(help="Labelled images to score at the end: tar, folder or Parquet.")] = None,
+    skip_bad: Annotated[
+        bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
+    ] = False,
     set_: SetOption = None,
     device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
     dry_run: DryRunOption = False,
@@ -106,6 +109,7 @@ def distill(
         "distill.epochs": ("--epochs", epochs),
         "distill.batch_size": ("--batch-size", batch_size),
         "distill.seed": ("--seed", seed),
+        "distill.skip_bad": ("--skip-bad", skip_bad or None),
         "distill.device": ("--device", device),
     }
     sources, first = stage.open_sources(manifest)

@@ -134,14 +134,25 @@ def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: An
     try:
         student.learn(x, batch, targets, run.step, run.total)
     except (Diverged, torch.OutOfMemoryError) as error:
-        student.parked = str(error).splitlines()[0]
-        student.optimiser.zero_grad(set_to_none=True)
-        run.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
-        run.on_event("warning", message=f"{student.name} is parked, the others go on: {student.parked}")
+        _park(run, student, str(error))
+    except RuntimeError as error:  # how the CPU's allocator says it
+        if "not enough memory" not in str(error):
+            raise
+        _park(run, student, str(error))
+
+
+def _park(run: Training, student: Student, reason: str) -> None:
+    student.parked = reason.splitlines()[0]
+    student.optimiser.zero_grad(set_to_none=True)
+    run.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
+    run.on_event("warning", message=f"{student.name} is parked, the others go on: {student.parked}")
 
 
 def _end_epoch(run: Training, epoch: int) -> None:
     """Means of the epoch, held-out agreement, best weights so far."""
+    for student in run.learning:
+        if not student.finite:  # the last step's update is seen by no loss
+            _park(run, student, f"weights are not finite at the end of epoch {epoch + 1}")
     share = run.waited / run.seconds if run.seconds else 0.0
     for student in run.learning:
         line: dict[str, Any] = {"epoch": epoch + 1, "step": run.step}

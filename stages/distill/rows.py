@@ -20,7 +20,8 @@ Ints = npt.NDArray[np.int64]
 class Rows:
     """All selected rows of all manifests, laid end to end; every array has one entry a row.
 
-    ``source``: number of the manifest; ``ids``: stable 64-bit sample ids; ``derived``: made from another image.
+    ``source``: number of the manifest; ``ids``: stable 64-bit sample ids; ``derived``: made from another image;
+    ``bad``: why rows were left out, by manifest.
     """
 
     selections: list[Selection]
@@ -30,6 +31,7 @@ class Rows:
     ids: npt.NDArray[np.uint64]
     derived: npt.NDArray[np.bool_]
     starts: Ints = field(repr=False)
+    bad: list[list[str]]
 
     def __len__(self) -> int:
         return len(self.label)
@@ -56,9 +58,24 @@ class Rows:
         return f"{self.selections[number].manifest.url}: shard {found['shard']}, sample {found['key']!r}"
 
 
+def intact(selection: Selection) -> tuple[Selection, list[str]]:
+    """``selection`` without rows whose image is missing or altered, and what is wrong with those. Reads every image."""
+    bad: dict[int, str] = {}
+    for _ in selection.scan(on_bad=lambda index, error: bad.__setitem__(index, str(error))):
+        pass
+    if len(bad) == len(selection):
+        raise DataError(f"{selection.manifest.url}: none of its {len(bad)} selected images is intact")
+    left = Selection(selection.manifest, np.delete(selection.rows, list(bad))) if bad else selection
+    return left, [bad[index] for index in sorted(bad)]
+
+
 def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSettings) -> Rows:
     """Open selections of ``(manifest, weight)`` pairs as one table of rows."""
     selections = [manifest.select(settings.where, kept=settings.kept) for manifest, _ in manifests]
+    bad: list[list[str]] = [[] for _ in selections]
+    if settings.skip_bad:
+        checked = [intact(selection) for selection in selections]
+        selections, bad = [left for left, _ in checked], [wrong for _, wrong in checked]
     sizes = [len(selection) for selection in selections]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     classes = len(manifests[0][0].info.class_names)
@@ -83,6 +100,7 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
         ids=np.concatenate(ids),
         derived=np.concatenate(derived),
         starts=starts,
+        bad=bad,
     )
 
 
@@ -156,12 +174,13 @@ class EpochOrder:
         self._weights: list[float] = []
         self._digests: list[str] = []
         classes = np.unique(rows.label[train]) if settings.balance else np.array([-1])
+        each = np.array(rows.weights)[rows.source[train]]  # what a row counts for
         for number, selection in enumerate(rows.selections):
-            mine = train[rows.source[train] == number]
+            mine = rows.source[train] == number
             for label in classes:
-                part = mine[rows.label[mine] == label] if settings.balance else mine
-                fair = len(mine) / (len(classes) * len(part)) if settings.balance and len(part) else 1.0
-                self._parts.append(part)
+                of_class = rows.label[train] == label if settings.balance else np.ones(len(train), bool)
+                self._parts.append(train[mine & of_class])
+                fair = each.sum() / (len(classes) * each[of_class].sum())
                 self._weights.append(rows.weights[number] * fair)
                 asked = f"{settings.where}|{settings.kept}|{settings.held_out}|{label}"
                 self._digests.append(f"{selection.manifest.digest}|{asked}")

@@ -6,6 +6,7 @@ OUT/results.json        what this module returns
 OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl, best.safetensors
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from stages.distill.batches import Batches
 from stages.distill.evaluate import evaluate_net
 from stages.distill.loop import OnEvent, OnProgress, Training, best_weights, held_out, train
 from stages.distill.pixels import open_pixels
-from stages.distill.rows import EpochOrder, select_rows, split_held_out
+from stages.distill.rows import EpochOrder, Ints, select_rows, split_held_out
 from stages.distill.settings import PLACE, DistillSettings
 from stages.distill.student import Student
 from stages.distill.teacher_check import check_teacher, complaints
@@ -69,7 +70,7 @@ def _run(
 ) -> dict[str, Any]:
     storage = out if isinstance(out, Storage) else Storage(out)
     device = _device(settings.device)
-    manifests = [(Manifest.open(url), weight) for url, weight in sources]
+    manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.other_teacher, device)
     rows = select_rows(manifests, settings)
     fit, held = split_held_out(rows, settings.held_out, settings.seed)
@@ -80,11 +81,14 @@ def _run(
         "settings": settings.model_dump(mode="json", exclude=set(PLACE)),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
-            for manifest, weight in manifests
+            | ({"rows": _digest(selection.rows)} if settings.skip_bad else {})
+            for (manifest, weight), selection in zip(manifests, rows.selections, strict=True)
         ],
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
     checkpoint.open_run(storage, spec)
+    for wrong in filter(None, rows.bad):
+        on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
     pixels = open_pixels(rows, settings.memory_gb, device)
     batches = Batches(rows, order, pixels, settings, device)
     check = check_teacher(teacher, batches, fit)
@@ -154,6 +158,10 @@ def _config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConf
         input=wanted,
         class_names=teacher.class_names,
     )
+
+
+def _digest(rows: Ints) -> str:
+    return f"{len(rows)} rows, sha256 {hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest()}"
 
 
 def _device(name: str) -> torch.device:

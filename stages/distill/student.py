@@ -42,6 +42,12 @@ class Student:
         """The network that counts: averaged weights where there are any. In eval mode."""
         return self.average if self.average is not None else self.net.eval()
 
+    @property
+    def finite(self) -> bool:
+        """Whether every weight and running statistic is a number."""
+        values = (v for net in (self.net, self.average) if net is not None for v in net.state_dict().values())
+        return all(bool(value.isfinite().all()) for value in values)
+
     def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
         """One optimiser step on ``x``, the batch as this student's input. Raises Diverged if the loss is not finite."""
         torch.manual_seed(derive(self.settings.seed, "step", self.name, step))  # for dropout and the like

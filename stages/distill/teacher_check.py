@@ -6,38 +6,77 @@ import numpy as np
 import torch
 
 from stages.distill.batches import Batches
-from stages.distill.rows import Ints
+from stages.distill.rows import Ints, Rows
 from stages.models.teacher import Teacher
 
 LOOKED_AT = 4096
+MOST = 0.9
 
 
 @torch.no_grad()
 def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> dict[str, Any]:
-    """Agreement with the labels, mean confidence, and images per class of ``rows`` (``LOOKED_AT`` at most)."""
+    """What the teacher says to ``rows`` (``LOOKED_AT`` of them at most); JSON-able, shares lie in [0, 1].
+
+    ``agreement`` with the labels; mean ``confidence``; ``classes``: images per class of all ``rows``; ``as_recorded``:
+    share of the answers that synthesis recorded and that come out the same now (None where it recorded none);
+    ``commonest``: the most frequent answer and its share; ``reordered``: agreement if every class were renamed to
+    the teacher's most frequent answer to it (None where two classes share one).
+    """
+    classes = teacher.num_classes
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).round().astype(np.int64)]
-    right, confidence = 0, 0.0
-    for found, x in batches.plain(some):
+    parts, confidence = [], 0.0
+    for _, x in batches.plain(some):
         best = teacher.logits(x).softmax(1).max(1)
-        right += int((best.indices.cpu() == torch.from_numpy(batches.rows.label[found])).sum())
+        parts.append(best.indices.cpu().numpy())
         confidence += float(best.values.sum())
-    counts = np.bincount(batches.rows.label[rows], minlength=teacher.num_classes)
+    answers, labels = np.concatenate(parts), batches.rows.label[some]
+    recorded = recorded_answers(batches.rows, some)
+    counts = np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
+    present = counts.sum(1) > 0
+    renamed = counts.argmax(1)[present]
+    answered = counts.sum(0)
+    sizes = np.bincount(batches.rows.label[rows], minlength=classes)
     return {
         "images": len(some),
-        "agreement": right / len(some),
+        "agreement": float((answers == labels).mean()),
         "confidence": confidence / len(some),
-        "classes": dict(zip(teacher.class_names, counts.tolist(), strict=True)),
+        "classes": dict(zip(teacher.class_names, sizes.tolist(), strict=True)),
+        "as_recorded": float((answers == recorded)[recorded >= 0].mean()) if (recorded >= 0).any() else None,
+        "commonest": [teacher.class_names[answered.argmax()], float(answered.max() / len(some))],
+        "reordered": float(counts.max(1).sum() / len(some)) if len(set(renamed)) == len(renamed) else None,
     }
+
+
+def recorded_answers(rows: Rows, some: Ints) -> Ints:
+    """``teacher_label`` of the manifests for the row numbers ``some``; −1 where there is none."""
+    columns = [selection.column("teacher_label") for selection in rows.selections]
+    laid = [-1 if value is None or value != value else int(value) for column in columns for value in column]
+    return np.array(laid, np.int64)[some]
+
+
+def causes(check: dict[str, Any]) -> str:
+    """What a low agreement most likely comes from."""
+    name, share = check["commonest"]
+    if check["reordered"] is not None and check["reordered"] >= MOST:
+        return "its classes seem to be in another order: compare the class order of teacher and data"
+    if check["as_recorded"] is not None and check["as_recorded"] < MOST:
+        return (
+            f"only {check['as_recorded']:.1%} of its answers are those recorded with the data: "
+            "other weights or another normalisation"
+        )
+    if len(check["classes"]) > 1 and share >= MOST:
+        return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalisation"
+    if check["as_recorded"] is not None:
+        return "its answers are those recorded with the data, which was made with too little guidance or none"
+    return "wrong weights, normalisation or class order, or data made without guidance"
 
 
 def complaints(check: dict[str, Any], min_agreement: float) -> list[str]:
     """Lines for the user where something looks wrong."""
     lines = []
     if check["agreement"] < min_agreement:
-        lines.append(
-            f"the teacher agrees with {check['agreement']:.1%} of the labels (below {min_agreement:.0%}): wrong "
-            "weights, normalisation or class order, or data made without guidance"
-        )
+        share = f"{check['agreement']:.1%} of the labels (below {min_agreement:.0%})"
+        lines.append(f"the teacher agrees with {share}: {causes(check)}")
     empty = [name for name, count in check["classes"].items() if not count]
     if empty:
         lines.append(f"no image of {len(empty)} of {len(check['classes'])} classes: {', '.join(empty[:5])}")

@@ -105,3 +105,10 @@ def test_balance_draws_classes_equally(tmp_path):
     assert np.bincount(rows.label[order(0)], minlength=len(NAMES)).tolist() == [10, 10, 10]
     everything = np.concatenate([order(0), order(1)])
     assert set(everything) == set(range(30))
+
+
+def test_balance_counts_all_manifests_together(tmp_path):
+    one = Manifest.open(write_dataset(tmp_path / "a", count=24, shards=1, label=lambda i: i % 2))
+    two = Manifest.open(write_dataset(tmp_path / "b", count=12, shards=1, seed=1, label=lambda i: 2))
+    rows, order = order_of([(one, 1.0), (two, 0.5)], balance=True)  # 12 + 12 + 6 count, so 10 of each class
+    assert np.bincount(rows.label[order(0)]).tolist() == [10, 10, 10]

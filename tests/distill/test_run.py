@@ -260,7 +260,7 @@ class TestTeacher:
         events = []
         note = lambda kind, **fields: events.append((kind, fields))  # noqa: E731
         run_distill(settings(min_agreement=1.0), [(dataset, 1.0)], str(tmp_path), on_event=note)
-        assert any(kind == "warning" and "class order" in fields["message"] for kind, fields in events)
+        assert any(kind == "warning" and "(below 100%): " in fields["message"] for kind, fields in events)
 
 
 def test_an_altered_image_is_named(tmp_path):
@@ -271,6 +271,55 @@ def test_an_altered_image_is_named(tmp_path):
     tar.write_bytes(data)
     with pytest.raises(DataError, match="sample '000000-000000' was altered"):
         run_distill(settings(), [(path, 1.0)], str(tmp_path / "out"))
+
+
+def test_bad_images_are_left_out_on_request(tmp_path):
+    path = write_dataset(tmp_path / "d")
+    first, second = sorted((tmp_path / "d" / "shards").glob("*.tar"))
+    data = bytearray(first.read_bytes())
+    data[600] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    with pytest.raises(DataError, match="missing tar of shard 1"):
+        run_distill(settings(), [(path, 1.0)], str(tmp_path / "out"))
+    events = []
+    results = run_distill(
+        settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"),
+        on_event=lambda kind, **fields: events.append((kind, fields.get("message", ""))),
+    )  # fmt: skip
+    assert results["images"] + results["images_held_out"] == 23
+    assert any("25 images are left out; the first: " in text and "'000000-000000'" in text for _, text in events)
+    data[600] ^= 1
+    first.write_bytes(data)  # other rows than the checkpoint's
+    with pytest.raises(DataError, match="manifests"):
+        run_distill(settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"))
+
+
+def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
+    sources = [(dataset, 1.0), (write_dataset(tmp_path / "d", count=24, shards=1, seed=3), 0.5)]
+    asked = settings(balance=True, memory_gb=0.0)
+    whole = run_distill(asked, sources, str(tmp_path / "whole"))
+    assert whole["images"] + whole["images_held_out"] == 72
+    with pytest.raises(Interrupted):
+        run_distill(asked, sources, str(tmp_path / "parts"), should_stop=stop_at(7))
+    with pytest.raises(DataError, match=r"manifests.*0\.5"):
+        run_distill(asked, [sources[0], (sources[1][0], 0.6)], str(tmp_path / "parts"))
+    run_distill(asked, sources, str(tmp_path / "parts"))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypatch):
+    original = student.Student.learn
+
+    def learn(self, x, batch, targets, step, total):
+        original(self, x, batch, targets, step, total)
+        if self.name == "resnet8" and step == total - 1:
+            with torch.no_grad():
+                self.net.linear.weight[0, 0] = float("inf")
+
+    monkeypatch.setattr(student.Student, "learn", learn)
+    results = run_distill(settings(**TWO), [(dataset, 1.0)], str(tmp_path))
+    assert results["parked"] == {"resnet8": "weights are not finite at the end of epoch 3"}
 
 
 def test_runs_write_to_any_storage(dataset):

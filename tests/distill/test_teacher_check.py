@@ -1,0 +1,65 @@
+"""What a low agreement is put down to."""
+
+import numpy as np
+import pytest
+import torch
+
+from manifests.reader import Manifest
+from stages.distill.batches import Batches
+from stages.distill.pixels import open_pixels
+from stages.distill.rows import EpochOrder, select_rows
+from stages.distill.settings import DistillSettings
+from stages.distill.teacher_check import check_teacher, complaints
+from tests.distill.drawn import NAMES, write_dataset
+
+
+class Answers:
+    """A teacher that answers what it is told to: ``answers[i]`` to the i-th image of class order 0, 1, 2, 0, …"""
+
+    class_names, num_classes = NAMES, 3
+
+    def __init__(self, answers):
+        self.answers = torch.tensor(answers)
+
+    def logits(self, x):
+        return torch.nn.functional.one_hot(self.answers[: len(x)], 3).float() * 100
+
+
+def check(tmp_path, answers, **columns):
+    path = write_dataset(tmp_path / "d", count=12, shards=1, **columns)
+    settings, cpu = DistillSettings(held_out=0), torch.device("cpu")
+    rows = select_rows([(Manifest.open(path), 1.0)], settings)
+    order = EpochOrder(rows, np.arange(12), settings)
+    batches = Batches(rows, order, open_pixels(rows, 1.0, cpu), settings, cpu)
+    return check_teacher(Answers(answers), batches, np.arange(12))
+
+
+def test_the_numbers(tmp_path):
+    found = check(tmp_path, [0, 1, 2] * 3 + [0, 0, 0], teacher_label=lambda i: 0 if i < 3 else None)
+    assert found["agreement"] == pytest.approx(10 / 12)
+    assert found["confidence"] == pytest.approx(1)
+    assert found["classes"] == {"left": 4, "right": 4, "top": 4}
+    assert found["as_recorded"] == pytest.approx(1 / 3)
+    assert found["commonest"] == ["left", 0.5]
+    assert found["reordered"] == pytest.approx(10 / 12)
+    assert complaints(found, 0.8) == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "columns", "words"),
+    [
+        ([1, 2, 0] * 4, {}, "classes seem to be in another order"),
+        ([0, 0, 0] * 4, {}, "answers 'left' to 100.0% of the images"),
+        ([0, 2, 0, 1, 0, 1] * 2, {"teacher_label": lambda i: i % 3}, "only 16.7% of its answers are those recorded"),
+        ([1, 1, 1, 0, 0, 0] * 2, {"teacher_label": lambda i: 1 - i // 3 % 2}, "with too little guidance or none"),
+        ([1, 1, 1, 0, 0, 0] * 2, {}, "wrong weights, normalisation or class order, or data made without guidance"),
+    ],
+)
+def test_likely_causes(tmp_path, answers, columns, words):
+    (line,) = complaints(check(tmp_path, answers, **columns), 0.9)
+    assert words in line
+
+
+def test_classes_without_images(tmp_path):
+    found = check(tmp_path, [0, 1] * 6, label=lambda i: i % 2)
+    assert complaints(found, 0.5) == ["no image of 1 of 3 classes: top"]
