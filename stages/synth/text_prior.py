@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
 from stages.synth.attention import use_attention
@@ -26,7 +27,8 @@ class TextPrior:
     conditioning = "text"
 
     def __init__(self, source: str | Path, settings: PriorSettings, device: str) -> None:
-        diffusers_logging.disable_progress_bar()  # loading takes its time in silence; progress is the factory's own
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()  # progress is shown in images
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 str(source),
