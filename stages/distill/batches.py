@@ -1,30 +1,46 @@
 """From an epoch's order to batches of augmented views. A step's batch is the same whenever it is made."""
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.distill.pixels import Pixels, StreamedPixels
+from stages.distill.pixels import Pixels
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.settings import DistillSettings
-from stages.distill.views import apply_views, draw_views, mix
+from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
+
+AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Batch:
     """``x [n, 3, h, w]`` in [−1, 1]; ``lam [n]`` is the share of the own label where a view mixes two images;
-    ``derived [n]`` is 1 for images made from another one."""
+    ``derived [n]`` is 1 for images made from another one; ``rows [n]`` and ``turns [n]``: which view of which row."""
 
     x: Tensor
     labels: Tensor
     partner_labels: Tensor
     lam: Tensor
     derived: Tensor
+    rows: Ints
+    turns: Ints
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Everything about an epoch but its pixels, drawn at once: the rows in order, their views."""
+
+    number: int
+    order: Ints
+    turns: Ints
+    views: Views
+    mixes: bool
 
 
 class Batches:
@@ -32,48 +48,54 @@ class Batches:
 
     def __init__(self, rows: Rows, order: EpochOrder, pixels: Pixels, settings: DistillSettings, device: torch.device):
         self.rows, self.order, self.pixels, self.settings, self.device = rows, order, pixels, settings, device
+        self.side = rows.selections[0].manifest.info.image_size
         self.steps = max(1, min(round(order.length / settings.batch_size), order.length // 2))
         self.bounds = np.linspace(0, order.length, self.steps + 1).round().astype(np.int64)
+        self._labels = torch.from_numpy(rows.label).to(device)
+        self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
+        self._epoch: _Epoch | None = None
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Batches ``first`` … ``steps - 1``; streamed images are prepared one batch ahead."""
-        order = self.order(epoch)
-        again = repeats(order)
-        if not isinstance(self.pixels, StreamedPixels):
-            for step in range(first, self.steps):
-                yield self.make(epoch, step, order, again)
-            return
+    def stream(self, first: int, stop: int) -> Iterator[Batch]:
+        """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-            ahead = pool.submit(self.make, epoch, first, order, again)
-            for step in range(first, self.steps):
-                ready = ahead
-                if step + 1 < self.steps:
-                    ahead = pool.submit(self.make, epoch, step + 1, order, again)
-                yield ready.result()
+            waiting: deque[Future[Batch]] = deque()
+            for step in range(first, stop + AHEAD):
+                if step < stop:
+                    waiting.append(pool.submit(self.make, step))
+                if step >= first + AHEAD and waiting:
+                    yield waiting.popleft().result()
 
-    def make(self, epoch: int, step: int, order: Ints, again: np.ndarray) -> Batch:
-        """One batch. A view's partner is the sample that follows it in the epoch's order."""
-        here = np.arange(self.bounds[step], self.bounds[step + 1])
-        following = (here + 1) % len(order)
-        x, lam, own, other = self._views(epoch, order, again, here, following)
-        own_labels, other_labels = (torch.from_numpy(self.rows.label[r]).to(self.device) for r in (own, other))
-        derived = torch.from_numpy(self.rows.derived[own].astype(np.float32)).to(self.device)
-        return Batch(x, own_labels, other_labels, lam, derived)
+    def make(self, step: int) -> Batch:
+        """The batch of one step of the run. A view's partner is the sample that follows it in the epoch's order."""
+        number, place = divmod(step, self.steps)
+        if self._epoch is None or self._epoch.number != number:
+            self._epoch = self._drawn(number)
+        epoch = self._epoch
+        here = np.arange(self.bounds[place], self.bounds[place + 1])
+        if epoch.mixes:  # the last one's partner is seen as well
+            here = np.append(here, (here[-1] + 1) % len(epoch.order))
+        views = epoch.views.at(here).to(self.device)
+        x = to_unit(apply_views(self.pixels.take(epoch.order[here]), views))
+        following = epoch.order[(here + 1) % len(epoch.order)]
+        if epoch.mixes:
+            here, following, views = here[:-1], following[:-1], views.at(slice(-1))
+            x = mix(x[:-1], x[1:], views)
+        own = epoch.order[here]
+        index, other = (torch.from_numpy(rows).to(self.device) for rows in (own, following))
+        labels, partners = self._labels[index], self._labels[other]
+        return Batch(x, labels, partners, views.lam, self._derived[index], own, epoch.turns[here])
 
-    def _views(
-        self, epoch: int, order: Ints, again: np.ndarray, here: Ints, following: Ints
-    ) -> tuple[Tensor, Tensor, Ints, Ints]:
-        seed, settings = self.settings.seed, self.settings.views
-        own, other = order[here], order[following]
-        pixels = self.pixels.take(own)
-        side = pixels.shape[1]
-        views = draw_views(settings, side, seed, epoch, self.rows.ids[own], again[here])
-        x = to_unit(apply_views(pixels, views.to(self.device)))
-        if views.mixes:
-            partner = draw_views(settings, side, seed, epoch, self.rows.ids[other], again[following]).to(self.device)
-            partners = to_unit(apply_views(self.pixels.take(other), partner))
-            x = mix(x, partners, views.to(self.device))
-        return x, views.lam.to(self.device), own, other
+    def _drawn(self, number: int) -> _Epoch:
+        settings, order = self.settings, self.order(number)
+        taken = turns(settings.views, number, repeats(order))
+        views = draw_views(settings.views, self.side, settings.seed, number, self.rows.ids[order], taken)
+        return _Epoch(number, order, taken.astype(np.int64), views, views.mixes)
+
+    def fixed(self, rows: Ints, turn: int) -> Tensor:
+        """View number ``turn`` of ``rows`` where views are fixed, ``[n, 3, h, w]`` in [−1, 1]."""
+        taken = np.full(len(rows), turn, np.uint64)
+        views = draw_views(self.settings.views, self.side, self.settings.seed, 0, self.rows.ids[rows], taken)
+        return to_unit(apply_views(self.pixels.take(rows), views.to(self.device)))
 
     def plain(self, rows: Ints, size: int = 512) -> Iterator[tuple[Ints, Tensor]]:
         """``rows`` unaugmented, as (row numbers, images ``[n, 3, h, w]`` in [−1, 1])."""

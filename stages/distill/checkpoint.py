@@ -16,7 +16,7 @@ RUN, STATE = "run.json", "checkpoint.pt"
 def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
     """Claim the folder for ``spec`` (what decides the result), or check that it is this very run's.
 
-    Raises DataError listing what differs.
+    A run that never reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
     """
     data = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     if storage.create(RUN, data):
@@ -26,7 +26,9 @@ def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
     except ValueError:
         raise DataError(f"{storage.path(RUN)} is not JSON: no run of this factory") from None
     changed = differences(found, json.loads(data))
-    if changed:
+    if changed and not storage.exists(STATE):
+        storage.write(RUN, data)
+    elif changed:
         more = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise DataError(
             f"{storage.url} holds another run: {'; '.join(changed[:6])}{more}. Use the same settings, or another folder"

@@ -13,6 +13,7 @@ from torch import Tensor
 from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from stages.distill import checkpoint
+from stages.distill.answers import Answers
 from stages.distill.batches import Batch, Batches
 from stages.distill.rows import Ints
 from stages.distill.schedule import lr_factor
@@ -50,6 +51,7 @@ class Training:
     on_progress: OnProgress
     should_stop: Callable[[], bool]
     look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
+    answers: Answers | None = None  # the teacher's, where they were computed before
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -75,29 +77,27 @@ def train(run: Training) -> None:
     _resume(run)
     spec = InputSpec(run.students[0].config.input)
     saved = time.monotonic()
-    while run.step < run.total:
-        epoch, first = divmod(run.step, run.batches.steps)
-        for batch in _timed(run, run.batches.epoch(epoch, first)):
-            started = time.monotonic()
-            targets = teacher_targets(run.teacher, batch.x, run.settings.loss, layers)
-            x = spec(batch.x)
-            for student in run.learning:
-                _learn(run, student, x, batch, targets)
-            run.step += 1
-            if run.step % run.batches.steps == 0:
-                _end_epoch(run, epoch)
-            run.seconds += time.monotonic() - started
-            stop = run.should_stop()
-            due = time.monotonic() - saved >= run.settings.checkpoint_seconds
-            if due or stop or run.step == run.total:
-                _checkpoint(run)
-                saved = time.monotonic()
-            run.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
-            if stop and run.step < run.total:
-                raise Interrupted(
-                    f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes"
-                )
-            _check_learning(run)
+    loss = run.settings.loss
+    for batch in _timed(run, run.batches.stream(run.step, run.total)):
+        epoch = run.step // run.batches.steps
+        started = time.monotonic()
+        targets = run.answers.targets(batch) if run.answers else teacher_targets(run.teacher, batch.x, loss, layers)
+        x = spec(batch.x)
+        for student in run.learning:
+            _learn(run, student, x, batch, targets)
+        run.step += 1
+        if run.step % run.batches.steps == 0:
+            _end_epoch(run, epoch)
+        run.seconds += time.monotonic() - started
+        stop = run.should_stop()
+        due = time.monotonic() - saved >= run.settings.checkpoint_seconds
+        if due or stop or run.step == run.total:
+            _checkpoint(run)
+            saved = time.monotonic()
+        run.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
+        if stop and run.step < run.total:
+            raise Interrupted(f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes")
+        _check_learning(run)
     _check_learning(run)
 
 

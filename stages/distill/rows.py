@@ -1,5 +1,6 @@
 """Which rows are trained on, in which order, and which are held out: from manifests to numbers, no image touched."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -102,6 +103,11 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
         starts=starts,
         bad=bad,
     )
+
+
+def rows_digest(rows: Ints) -> str:
+    """Which rows of a manifest these are."""
+    return f"{len(rows)} rows, sha256 {hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest()}"
 
 
 def links_of(rows: Rows) -> Iterator[list[tuple[object, ...]]]:

@@ -3,10 +3,10 @@
 OUT/run.json            what decides the result: settings, manifests, teacher
 OUT/checkpoint.pt       state of the run, replaced atomically
 OUT/results.json        what this module returns
+OUT/teacher-cache/      the teacher's answers, where they are kept
 OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl, best.safetensors
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +17,12 @@ from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import card, checkpoint
+from stages.distill.answers import open_answers
 from stages.distill.batches import Batches
 from stages.distill.evaluate import evaluate_net
 from stages.distill.loop import OnEvent, OnProgress, Training, best_weights, held_out, train
 from stages.distill.pixels import open_pixels
-from stages.distill.rows import EpochOrder, Ints, select_rows, split_held_out
+from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_held_out
 from stages.distill.settings import PLACE, DistillSettings
 from stages.distill.student import Student
 from stages.distill.teacher_check import check_teacher, complaints
@@ -78,10 +79,10 @@ def _run(
     students = [Student(_config(name, settings, teacher), settings, device) for name in settings.students]
 
     spec = {
-        "settings": settings.model_dump(mode="json", exclude=set(PLACE)),
+        "settings": settings.model_dump(mode="json", exclude={**dict.fromkeys(PLACE, True), "cache": {"folder"}}),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
-            | ({"rows": _digest(selection.rows)} if settings.skip_bad else {})
+            | ({"rows": rows_digest(selection.rows)} if settings.skip_bad else {})
             for (manifest, weight), selection in zip(manifests, rows.selections, strict=True)
         ],
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
@@ -100,10 +101,14 @@ def _run(
         assert test_data is not None
         return evaluate_net(student.result, student.config, test_data, teacher)
 
+    cached = None
+    if settings.cache.use:
+        cached = open_answers(teacher, batches, storage, on_event, progress, should_stop)
     run = Training(
         settings=settings, teacher=teacher, students=students, batches=batches, held=held, storage=storage,
         device=device, on_event=on_event, on_progress=progress, should_stop=should_stop,
         look=look if test_data else None,
+        answers=cached,
     )  # fmt: skip
     train(run)
 
@@ -158,10 +163,6 @@ def _config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConf
         input=wanted,
         class_names=teacher.class_names,
     )
-
-
-def _digest(rows: Ints) -> str:
-    return f"{len(rows)} rows, sha256 {hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest()}"
 
 
 def _device(name: str) -> torch.device:

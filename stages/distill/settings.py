@@ -48,12 +48,21 @@ class ViewSettings(Settings):
     flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
     cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
     mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
+    fixed: int = Field(0, ge=0, description="number of views of an image, taken in turn; 0: a new one in every epoch")
 
     @model_validator(mode="after")
     def _shares(self) -> "ViewSettings":
         if self.cutmix + self.mixup > 1:
             raise ValueError("cutmix + mixup must not exceed 1: an image receives one of them")
         return self
+
+
+class CacheSettings(Settings):
+    """The teacher's logits for ``views.fixed`` views of every image, computed once and then looked up."""
+
+    use: bool = Field(False, description="needs views.fixed; excludes cam, gradcam, cutmix and mixup")
+    top: int | None = Field(None, ge=1, description="logits kept of each answer; default: all, above 256 classes 64")
+    folder: str | None = Field(None, description="default: teacher-cache in the run folder; runs may share one")
 
 
 class DistillSettings(Settings):
@@ -65,6 +74,7 @@ class DistillSettings(Settings):
     loss: LossSettings = LossSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     views: ViewSettings = ViewSettings()
+    cache: CacheSettings = CacheSettings()
     input: InputSettings | None = Field(None, description="the students' input; default: the teacher's")
     where: str | None = Field(None, description="rows to use, e.g. confidence >= 0.5 and timestep == 0")
     kept: bool = Field(True, description="leave out images that synthesis rejected")
@@ -96,6 +106,16 @@ class DistillSettings(Settings):
     def _best_needs_held_out(self) -> "DistillSettings":
         if self.keep == "best" and not self.held_out:
             raise ValueError("keep: best needs held_out > 0 to choose by")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_answers_fit(self) -> "DistillSettings":
+        wrong = [f"loss.{name}" for name in ("cam", "gradcam") if getattr(self.loss, name)]
+        wrong += [f"views.{name}" for name in ("cutmix", "mixup") if getattr(self.views, name)]
+        if self.cache.use and wrong:
+            raise ValueError(f"cache.use needs {' and '.join(f'{name} 0' for name in wrong)}: no view of theirs recurs")
+        if self.cache.use and not self.views.fixed:
+            raise ValueError("cache.use needs views.fixed, the number of views of each image, say 8")
         return self
 
 

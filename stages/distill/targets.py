@@ -52,15 +52,22 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
         cams: list[Tensor] = []
         if settings.gradcam:
             cams = losses.gradcam(logits, logits.argmax(1), [maps[path] for path in layers])
-    cam = losses.class_activation_maps(maps[last], teacher.class_weights).detach() if settings.cam else None
+    cam = losses.class_activation_maps(maps[last], class_weights(teacher)).detach() if settings.cam else None
     return Targets(logits.detach(), cam, [g.detach() for g in cams])
+
+
+def class_weights(teacher: Teacher) -> Tensor:
+    """The teacher's ``[C, D]``; raises UsageError where it has none."""
+    if teacher.class_weights is None:
+        raise UsageError(f"{teacher.what} ends in no linear layer on pooled features: set loss.cam to 0")
+    return teacher.class_weights
 
 
 def student_terms(
     net: nn.Module, x: Tensor, batch: Batch, targets: Targets, settings: LossSettings, layers: list[str]
 ) -> dict[str, Tensor]:
     """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM."""
-    last = stage_paths(net)[-1]
+    last = stage_paths(net)[-1] if settings.cam else ""  # not every network has feature maps
     with outputs_of(net, [*layers, *([last] if settings.cam else [])]) as maps:
         logits = net(x).float()
     terms = {}

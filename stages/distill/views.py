@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,21 +29,35 @@ class Views:
     def mixes(self) -> bool:
         return bool((self.lam < 1).any())
 
+    def at(self, index: Ids | npt.NDArray[np.int64] | slice) -> "Views":
+        """The views of some of the images."""
+        return Views(*(getattr(self, name)[index] for name in ("dy", "dx", "flip", "lam", "box")))
+
     def to(self, device: torch.device | str) -> "Views":
         return Views(*(getattr(self, name).to(device) for name in ("dy", "dx", "flip", "lam", "box")))
 
 
-def draw_views(settings: ViewSettings, side: int, seed: int, epoch: int, ids: Ids, repeats: Ids) -> Views:
-    """Views for samples ``ids``; ``repeats`` counts earlier draws of the same sample in this epoch."""
+def turns(settings: ViewSettings, epoch: int, repeats: Ids) -> Ids:
+    """Which of its views each sample shows; ``repeats`` counts its earlier draws in this epoch.
+
+    Fixed views take turns; others are new in every epoch, and only draws of one epoch need to be told apart.
+    """
+    return (np.uint64(epoch) + repeats) % np.uint64(settings.fixed) if settings.fixed else repeats
+
+
+def draw_views(settings: ViewSettings, side: int, seed: int, epoch: int, ids: Ids, taken: Ids) -> Views:
+    """Views for samples ``ids``; ``taken``: see :func:`turns`."""
+    when = "fixed" if settings.fixed else str(epoch)
 
     def draw(purpose: str) -> np.ndarray:
-        return uniform(seed, f"{purpose}/{epoch}", mixed(ids ^ mixed(repeats)))
+        return uniform(seed, f"{purpose}/{when}", mixed(ids ^ mixed(taken)))
 
     reach = round(settings.crop * side)
     dy, dx = (np.floor(draw(axis) * (2 * reach + 1)).astype(np.int64) - reach for axis in ("dy", "dx"))
     flip = np.zeros(len(ids), bool)
     if settings.flip:  # alternating: a sample's two sides take turns, the first one random
-        flip = (np.floor(uniform(seed, "side", ids) * 2).astype(np.uint64) + np.uint64(epoch) + repeats) % 2 == 1
+        since = taken if settings.fixed else np.uint64(epoch) + taken
+        flip = (np.floor(uniform(seed, "side", ids) * 2).astype(np.uint64) + since) % 2 == 1
     lam, box = np.ones(len(ids)), np.zeros((len(ids), 4), np.int64)
     if settings.cutmix or settings.mixup:
         kind, share = draw("mix"), draw("lam")

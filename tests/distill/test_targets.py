@@ -1,5 +1,6 @@
 """The teacher's answers, the layers that Grad-CAM compares, and the terms of a student."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,8 @@ def batch():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
     labels = torch.tensor([0, 1, 2, 3])
-    return Batch(x, labels, labels, torch.ones(4), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    here = np.arange(4)
+    return Batch(x, labels, labels, torch.ones(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), here, np.zeros_like(here))
 
 
 def test_stages_are_paired_from_the_last_one_back(teacher):

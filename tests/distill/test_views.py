@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stages.distill.seeds import derive, uniform
 from stages.distill.settings import ViewSettings
-from stages.distill.views import Views, apply_views, boxes, draw_views, mix
+from stages.distill.views import Views, apply_views, boxes, draw_views, mix, turns
 
 IDS = np.arange(200, dtype=np.uint64)
 NONE = np.zeros(200, np.uint64)
@@ -92,3 +92,17 @@ def test_lam_is_the_share_that_was_kept():
     assert torch.allclose(kept, views.lam, atol=1e-6)
     shares = draw_views(ViewSettings(cutmix=0.25, mixup=0.25), 16, 0, 0, IDS, NONE)
     assert 0.3 < (shares.lam < 1).float().mean() < 0.65
+
+
+def test_fixed_views_recur_and_take_turns():
+    fixed = ViewSettings(fixed=3, flip=True, cutmix=0, mixup=0)
+
+    def shown(epoch, repeats=NONE):
+        views = draw_views(fixed, 16, 0, epoch, IDS, turns(fixed, epoch, repeats))
+        return torch.stack([views.dy, views.dx, views.flip.long()])
+
+    first = [shown(epoch) for epoch in range(3)]
+    assert not torch.equal(first[0], first[1])
+    for epoch in range(3):
+        assert torch.equal(shown(epoch + 3), first[epoch])
+        assert torch.equal(shown(epoch, NONE + np.uint64(1)), first[(epoch + 1) % 3])
