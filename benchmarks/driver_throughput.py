@@ -89,7 +89,8 @@ def measure(kind: str, shards: int, workers: int, folder: Path) -> dict[str, Any
         kwargs = {"settings": NOISE, "storage": storage.url, "fingerprint": "0" * 64}
         spec = WorkerSpec("stages.synth.worker:build_worker", kwargs)
     begun = time.perf_counter()
-    with PeakMemory() as memory, TimedLog(storage) as events, Lease(storage) as lease:
+    events = TimedLog(storage)
+    with PeakMemory() as memory, events, Lease(storage) as lease:
         outcome = execute(spec, range(shards), ExecutorSettings(workers=workers), events, storage, lease=lease)
     if len(outcome.done) != shards:
         raise SystemExit(f"{kind}, {workers} workers: {len(outcome.done)} of {shards} shards done")

@@ -57,7 +57,7 @@ class Outcome:
 
 @dataclass
 class _Run:
-    """State of one driver. Grows with shards in flight and failed, not with the plan."""
+    """State of one driver: a few bytes for each shard of the plan, records only for shards in flight or failed."""
 
     total: int
     todo: Iterator[int]

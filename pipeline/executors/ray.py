@@ -193,8 +193,11 @@ def _connect(settings: ExecutorSettings) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = settings.address
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
     if address:
+        _probe(address)
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError) as error:
@@ -211,6 +214,19 @@ def _connect(settings: ExecutorSettings) -> bool:
         **quiet,
     )
     return True
+
+
+def _probe(address: str) -> None:
+    """Ray tries a dead HOST:PORT for minutes; this takes seconds. Raises :class:`UsageError`."""
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--address {address!r}: expected auto or HOST:PORT, e.g. 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UsageError(f"no Ray cluster at {address} ({error}): start one with `ray start --head`") from None
 
 
 def actor_options(settings: ExecutorSettings, nodes: list[dict[str, float]]) -> dict[str, Any]:

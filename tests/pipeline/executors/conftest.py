@@ -17,6 +17,7 @@ from pipeline.events import EventLog, read_events
 from pipeline.executors.driver import Outcome, execute
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.worker import WorkerSpec
+from tests.manifests.conftest import s3_endpoint, s3_url  # noqa: F401
 
 ROOT = Path(__file__).parents[3]
 FACTORY = "tests.pipeline.executors.faulty:build_faulty"
@@ -62,7 +63,7 @@ class Driver:
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def wait_for(self, kind: str, count: int = 1, seconds: float = 60) -> None:
+    def wait_for(self, kind: str, count: int = 1, seconds: float = 120) -> None:
         """Until the run has had ``count`` events of ``kind``."""
         until = time.monotonic() + seconds
         while len(self.run.events(kind)) < count:
@@ -73,7 +74,7 @@ class Driver:
     def send(self, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
-    def end(self, seconds: float = 60) -> tuple[int, str]:
+    def end(self, seconds: float = 120) -> tuple[int, str]:
         """Exit code and stderr."""
         _, errors = self.process.communicate(timeout=seconds)
         return self.process.returncode, errors

@@ -51,12 +51,13 @@ class Faulty:
 
 
 def build_faulty(
-    storage: str, marks: str, faults: dict[str, str] | None = None, pause: float = 0.0, settings: dict | None = None
+    storage: str, marks: str, faults: dict[str, str], pause: float = 0.0, environment: dict[str, str] | None = None
 ) -> Worker:
     """A :class:`Faulty` worker; the fault ``build`` breaks the factory itself."""
-    broken = (faults or {}).get("build")
+    os.environ.update(environment or {})
+    broken = faults.get("build")
     if broken == "data":
         raise DataError("teacher.safetensors: no such file")
     if broken == "bug":
         raise RuntimeError("cannot even start")
-    return Faulty(build_worker(settings or SETTINGS, storage, FINGERPRINT), faults or {}, Path(marks), pause)
+    return Faulty(build_worker(SETTINGS, storage, FINGERPRINT), faults, Path(marks), pause)

@@ -45,7 +45,7 @@ def test_second_signal_stops_at_once(run, spawned, unbroken):
     time.sleep(0.5)
     assert driver.process.poll() is None  # draining: it waits for the shard
     driver.send(signal.SIGINT)
-    code, errors = driver.end(10)
+    code, errors = driver.end(60)
     assert code == 130
     assert "2 of 8 shards done" in errors
     assert run.execute(SHARDS).done == set(range(SHARDS))
@@ -72,7 +72,7 @@ def test_second_signal_kills_actors(run, spawned, cluster):
     driver.send(signal.SIGTERM)
     time.sleep(0.5)
     driver.send(signal.SIGTERM)
-    code, errors = driver.end(20)
+    code, errors = driver.end(60)
     assert code == 130, errors
     assert "0 of 8 shards done" in errors
 
