@@ -1,4 +1,4 @@
-# make demo   both stages on the embedded default, about five minutes on two cores
+# make demo   both stages on the embedded default, about two minutes on two cores
 # make test   the test suite
 # make lint   ruff and mypy
 # The first of them creates .venv (PYTHON=… chooses the interpreter, ≥ 3.11) and installs the pinned versions.

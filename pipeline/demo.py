@@ -21,7 +21,7 @@ from pipeline.recipe import resolve
 from pipeline.synth import run_synth
 from pipeline.text import duration, plain
 
-MINUTES = 5
+MINUTES = 2
 UNGUIDED = "dmkd"
 PICTURE = "guidance.png"
 PICTURES_PER_CLASS = 6
