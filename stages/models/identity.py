@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from manifests.errors import DataError, UsageError
-from stages.models.settings import InputSettings, ModelSettings, Settings
+from stages.models.own_configs import Facts, fetch, hf_facts, timm_facts
+from stages.models.schemes import default_stem, source_file, split_name
+from stages.models.settings import InputSettings, ModelSettings, Settings, Stem
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = {"embedded:digits": ASSETS / "digits-teacher"}
@@ -24,21 +27,39 @@ class ModelConfig(Settings):
     channels: int
     input: InputSettings
     class_names: tuple[str, ...]
+    stem: Stem = "native"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A classifier on disk: its configuration and the weights that belong to it."""
+    """A classifier at hand: its configuration, and the files that belong to it.
+
+    ``code`` is the user's own Python file (also ``weights``, where it brings its own); ``named`` tells that the user
+    wrote the architecture's name, not a file.
+    """
 
     config: ModelConfig
     weights: Path
+    code: Path | None = None
+    named: bool = False
 
     def read(self) -> bytes:
-        """The weights file. Raises DataError if it cannot be read."""
+        """The weights file; empty where code brings its own. Raises DataError if it cannot be read."""
         try:
-            return self.weights.read_bytes()
+            return self.weights.read_bytes() if self.weights != self.code else b""
         except OSError as error:
             raise DataError(f"cannot read teacher weights {self.weights}: {error.strerror}") from None
+
+    def identity(self, weights: bytes) -> dict[str, Any]:
+        """JSON-able identity with these ``weights``: their sha256, or that of code and weights together."""
+        found = identity_of(self.config, weights)
+        if self.code:
+            try:
+                own = hashlib.sha256(self.code.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DataError(f"cannot read {self.code}: {error.strerror}") from None
+            found["sha256"] = hashlib.sha256(f"{own} {found['sha256']}".encode()).hexdigest()
+        return found
 
 
 def parse_config(data: bytes, where: str) -> ModelConfig:
@@ -60,33 +81,78 @@ def resolve(settings: ModelSettings) -> Source:
 
     Raises UsageError where the name needs more settings, DataError where files are missing or do not fit.
     """
+    if settings.name.endswith((".yaml", ".yml")):
+        settings = _from_file(settings)
     folder = EMBEDDED.get(settings.name, Path(settings.name))
     if folder.is_dir():
         try:
             config = parse_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
         except OSError:
             raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
-        weights = Path(settings.weights) if settings.weights else folder / WEIGHTS
-        return Source(_overridden(config, settings), weights)
+        return Source(_overridden(config, settings), Path(settings.weights) if settings.weights else folder / WEIGHTS)
+    scheme, rest = split_name(settings.name)
     if settings.name.startswith("embedded:"):
         raise UsageError(f"unknown model '{settings.name}': embedded are {', '.join(EMBEDDED)}")
-    if "/" in settings.name or settings.name.startswith("."):
-        raise DataError(f"model folder {settings.name} does not exist")
-    missing = [key for key in ("weights", "input", "num_classes") if getattr(settings, key) is None]
+    if scheme == "builtin" and ("/" in rest or rest.startswith(".")):
+        raise DataError(f"model folder {rest} does not exist")
+    facts: Facts = {}
+    path: Path | None = Path(settings.weights) if settings.weights else None
+    if scheme == "hf":
+        home = fetch(rest, "classifier")
+        facts, path = hf_facts(home), path or home / WEIGHTS
+    elif scheme == "timm" and (Path(rest).is_dir() or ("." in rest and path is None)):
+        home = fetch(rest if Path(rest).is_dir() or "/" in rest else f"timm/{rest}", "timm classifier")
+        facts, path = timm_facts(home), path or home / WEIGHTS
+    elif scheme == "onnx":
+        path = Path(rest)
+    _require(settings, facts, path is not None or scheme == "code")
+    config = _overridden(_config(settings, facts), settings)
+    code = source_file(rest) if scheme == "code" else None
+    weights_file = path or code
+    assert weights_file is not None
+    return Source(config, weights_file, code, named=True)
+
+
+def _from_file(settings: ModelSettings) -> ModelSettings:
+    """The settings in the YAML file ``settings.name``, under those that ``settings`` itself has."""
+    path = Path(settings.name)
+    try:
+        content = yaml.safe_load(path.read_bytes())
+        found = ModelSettings.model_validate(content)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{path} describes no model: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if found.name.endswith((".yaml", ".yml")):
+        raise UsageError(f"{path}: name must be a model, not another YAML file")
+    own = {key: value for key in ModelSettings.model_fields if (value := getattr(settings, key)) is not None}
+    return found.model_copy(update=own | {"name": found.name})
+
+
+def _require(settings: ModelSettings, facts: Facts, weights: bool) -> None:
+    missing = [key for key in ("input", "num_classes") if getattr(settings, key) is None and key not in facts]
+    missing = ([] if weights else ["weights"]) + missing
     if missing:
-        raise UsageError(f"model '{settings.name}' is no folder; an architecture needs {', '.join(missing)} too")
-    assert settings.weights is not None
-    assert settings.input is not None
-    assert settings.num_classes is not None
-    names = settings.class_names or tuple(f"class {i}" for i in range(settings.num_classes))
-    config = ModelConfig(
-        architecture=settings.name,
-        num_classes=settings.num_classes,
-        channels=settings.input.channels,
-        input=settings.input,
-        class_names=names,
+        why = "the files beside its weights do not tell" if facts else "is no folder; an architecture needs"
+        raise UsageError(
+            f"model '{settings.name}' {why} {', '.join(missing)}{': the recipe must' if facts else ' too'}"
+        )
+
+
+def _config(settings: ModelSettings, facts: Facts) -> ModelConfig:
+    wanted, count = settings.input or facts["input"], facts.get("num_classes") or settings.num_classes
+    assert count is not None  # see _require
+    return ModelConfig(
+        architecture=facts.get("architecture", settings.name),
+        num_classes=count,
+        channels=wanted.channels,
+        input=wanted,
+        class_names=settings.class_names or facts.get("class_names") or tuple(f"class {i}" for i in range(count)),
+        stem=settings.stem or default_stem(settings.name, wanted.size),
     )
-    return Source(_overridden(config, settings), Path(settings.weights))
 
 
 def _overridden(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
@@ -99,13 +165,17 @@ def _overridden(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
     picked = settings.input or config.input
     if picked.channels != config.channels:
         raise DataError(f"{settings.name} takes {config.channels} channels, but input.channels is {picked.channels}")
-    return config.model_copy(update={"class_names": names, "input": picked})
+    stem = settings.stem or config.stem
+    return config.model_copy(update={"class_names": names, "input": picked, "stem": stem})
 
 
 def identity_of(config: ModelConfig, weights: bytes) -> dict[str, Any]:
-    """JSON-able identity of a built-in architecture with these weights, as manifests store it."""
+    """JSON-able identity of an architecture with these weights, as manifests store it.
+
+    ``builtin``: a copy travels with the dataset and is loaded after a hash check; ``external``: only ever named.
+    """
     return {
-        "kind": "builtin",
+        "kind": "builtin" if split_name(config.architecture)[0] == "builtin" else "external",
         "architecture": config.architecture,
         "sha256": hashlib.sha256(weights).hexdigest(),
         "config": config.model_dump(mode="json"),
@@ -113,6 +183,6 @@ def identity_of(config: ModelConfig, weights: bytes) -> dict[str, Any]:
 
 
 def teacher_identity(settings: ModelSettings) -> dict[str, Any]:
-    """Identity of the classifier that ``settings`` name; reads and hashes its weights file."""
+    """Identity of the classifier that ``settings`` name; reads and hashes its files."""
     source = resolve(settings)
-    return identity_of(source.config, source.read())
+    return source.identity(source.read())

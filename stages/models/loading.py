@@ -11,13 +11,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from manifests.errors import DataError
-from stages.models import registry
+from manifests.errors import DataError, UsageError
+from stages.models import foreign, registry
+from stages.models.black_box import BlackBox, onnx_answer
 from stages.models.identity import CONFIG, WEIGHTS, ModelConfig, identity_of, resolve
+from stages.models.imagenet_nets import torchvision_names
+from stages.models.schemes import IMAGENET_NETS, check_stored, split_name
 from stages.models.settings import ModelSettings
+from stages.models.taps import head_path
 from stages.models.teacher import Teacher
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+CIFAR_NAMES = ("resnet18", "resnet34")  # also circulate with names of CIFAR code bases
 NESTED = ("state_dict", "model", "net")  # keys under which checkpoints keep the weights
 
 
@@ -71,19 +76,49 @@ def fill(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     net.load_state_dict(dict(state), strict=not (optional - state.keys()))
 
 
-def build_from(config: ModelConfig, weights: bytes, where: str) -> nn.Module:
-    """The network of ``config`` around ``weights``, on the CPU. Raises DataError where they do not fit."""
-    net = registry.build(config.architecture, config.num_classes, config.channels)
+def build_from(config: ModelConfig, weights: bytes, where: str, named: bool = False) -> nn.Module:
+    """The network of ``config`` around ``weights``, on the CPU. Raises DataError where they do not fit.
+
+    ``named`` tells that the user wrote the architecture's name: only then may it be foreign code.
+    """
+    if not named:
+        check_stored(config.architecture, where)
     state = parse_weights(weights, where)
-    head = state.get(f"{net.head}.weight")
+    if split_name(config.architecture)[0] == "hf":
+        return foreign.build_hf(config, state, where)
+    return filled(registry.build_net(config, named), config, state, where)
+
+
+def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """``net`` with the weights in ``state``; as it is where there are none, since code may bring its own."""
+    if not state:
+        return net
+    if config.architecture in CIFAR_NAMES:
+        state = torchvision_names(state)
+    head = state.get(f"{head_path(net)}.weight")
     if head is not None and head.shape[0] != config.num_classes:
         raise DataError(f"{where} has {head.shape[0]} classes, but {config.num_classes} were asked for")
-    fill(net, state, where)
+    try:
+        fill(net, state, where)
+    except DataError as error:
+        raise DataError(f"{error}{stem_hint(config)}") from None
     return net
 
 
+def stem_hint(config: ModelConfig) -> str:
+    """What to try where weights do not fit an ImageNet network at a small size; empty elsewhere."""
+    scheme, rest = split_name(config.architecture)
+    if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
+        return ""
+    other = "small" if config.stem == "native" else "native"
+    return f" (built with stem: {config.stem}; if it was trained with the other one, set stem: {other})"
+
+
 def load_model(folder: str | Path) -> tuple[nn.Module, ModelConfig]:
-    """The network saved in ``folder`` (on the CPU, eval mode) and its configuration."""
+    """The network saved in ``folder`` (on the CPU, eval mode) and its configuration.
+
+    Raises UsageError where its architecture is the user's own code: that is loaded by name only (``load_teacher``).
+    """
     source = resolve(ModelSettings(name=str(folder)))
     return build_from(source.config, source.read(), str(source.weights)).eval(), source.config
 
@@ -91,13 +126,27 @@ def load_model(folder: str | Path) -> tuple[nn.Module, ModelConfig]:
 def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") -> Teacher:
     """The classifier that ``settings`` name, frozen. Its identity is that of the very bytes that were loaded."""
     source = resolve(settings)
-    return teacher_from(source.config, source.read(), str(source.weights), device)
+    data, where, config = source.read(), str(source.weights), source.config
+    identity, scheme = source.identity(data), split_name(config.architecture)[0]
+    if source.named and scheme == "onnx":
+        return BlackBox(onnx_answer(data, where), config.input, config.class_names, identity).check()
+    if source.named and scheme == "code":
+        made = foreign.call_code(config)
+        if not isinstance(made, nn.Module):
+            if not callable(made) or data:
+                what = "weights cannot be loaded into it" if data else "expected a network or a function"
+                raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
+            return BlackBox(made, config.input, config.class_names, identity).check()
+        net = filled(foreign.finish(made, config), config, parse_weights(data, where) if data else {}, where)
+    else:
+        net = build_from(config, data, where, source.named)
+    return Teacher(net.to(device), config.input, config.class_names, identity).check()
 
 
 def teacher_from(config: ModelConfig, weights: bytes, where: str, device: str | torch.device = "cpu") -> Teacher:
-    """A frozen classifier from bytes that were already read; ``where`` names them in errors."""
+    """A frozen classifier from bytes that were already read; ``where`` names them in errors. Runs no foreign code."""
     net = build_from(config, weights, where)
-    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights))
+    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights)).check()
 
 
 def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:

@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Stem = Literal["native", "small"]
+SMALL = 64  # pixels; up to this size the stem of an ImageNet network would throw most of the image away
+
 
 class Settings(BaseModel):
     """Base of every settings class: frozen, unknown keys refused."""
@@ -28,15 +31,24 @@ class InputSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """A classifier: a model folder, or an architecture with a weights file.
+    """A classifier, and what cannot be known from it.
 
-    ``name`` is a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes),
-    ``embedded:digits``, or a built-in architecture (see :mod:`stages.models.registry`). ``weights``, ``input``,
-    ``num_classes`` and ``class_names`` are needed only where ``name`` does not know them.
+    ``name`` is one of
+
+    - a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes), or ``embedded:digits``;
+    - a built-in architecture (:mod:`stages.models.registry`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
+      ``input`` and ``num_classes``;
+    - ``timm:FOLDER``, ``timm:NAME.TAG`` (the hub's weights), ``hf:FOLDER`` or ``hf:ORG/NAME``: these know their own;
+    - ``module.path:function`` of your own code, with ``input``, ``num_classes`` and, if it loads none, ``weights``;
+    - ``FILE.onnx`` with ``input`` and ``num_classes``: a black box, used for scores only;
+    - ``FILE.yaml`` holding these very settings.
     """
 
     name: str = "embedded:digits"
-    weights: str | None = None
+    weights: str | None = Field(None, description="safetensors, or a checkpoint that holds tensors only")
     input: InputSettings | None = None
     num_classes: int | None = Field(None, gt=1)
     class_names: tuple[str, ...] | None = None
+    stem: Stem | None = Field(
+        None, description="small: the first layers keep the resolution; default: small for built-ins up to 64 px"
+    )

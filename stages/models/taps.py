@@ -1,8 +1,10 @@
-"""Look inside a network during one forward pass: inputs or outputs of modules named by path."""
+"""Look inside a network: inputs or outputs of modules named by path during one pass, and where head and stages are."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from manifests.errors import UsageError
@@ -16,14 +18,71 @@ def submodule(net: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
+@dataclass
+class Parts:
+    """Where a foreign network keeps what ours say themselves; ``stages`` are found when first asked for."""
+
+    head: str | None
+    shape: tuple[int, ...]
+    stages: list[str] | None = None
+
+
+def mark(net: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
+    """Note that ``net``'s head and stages must be found. ``shape``: of one input image."""
+    linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
+    net.__dict__["parts"] = Parts(linear[-1] if linear else None, shape)
+
+
 def stage_paths(net: nn.Module) -> list[str]:
-    """Module paths of the network's stage outputs, first to last; the last one is what the head pools."""
-    return [str(path) for path in net.stages]  # type: ignore[union-attr]
+    """Module paths of the network's stage outputs, first to last; the last one is what the head pools.
+
+    Raises UsageError for a network without feature maps.
+    """
+    parts = net.__dict__.get("parts")
+    if not isinstance(parts, Parts):
+        return [str(path) for path in net.stages]  # type: ignore[union-attr]
+    if parts.stages is None:
+        parts.stages = find_stages(net, parts.shape)
+    if not parts.stages:
+        raise UsageError(f"{type(net).__name__} has no feature maps [n, c, h, w]: cam and gradcam losses need them")
+    return list(parts.stages)
+
+
+def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """The last module that gives a map of each side, from one pass of a blank image; none of 1×1."""
+    last: dict[int, str] = {}
+    modules = [(name, module) for name, module in net.named_modules() if name]
+
+    def note(name: str, out: object) -> None:
+        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] == out.shape[-2] > 1:
+            last[out.shape[-1]] = name
+
+    handles = [m.register_forward_hook(lambda _m, _i, out, name=name: note(name, out)) for name, m in modules]
+    modes = [(module, module.training) for module in net.modules()]
+    parameter = next(net.parameters(), None)
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape, device=parameter.device if parameter is not None else None))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return [last[side] for side in sorted(last, reverse=True)]
+
+
+def head_path(net: nn.Module) -> str | None:
+    """Path of the last linear layer, None where a foreign network has none."""
+    parts = net.__dict__.get("parts")
+    return parts.head if isinstance(parts, Parts) else str(net.head)
 
 
 def head_of(net: nn.Module) -> nn.Module:
-    """The last linear layer."""
-    return submodule(net, str(net.head))
+    """The last linear layer. Raises UsageError where there is none."""
+    path = head_path(net)
+    if path is None:
+        raise UsageError(f"{type(net).__name__} ends in no linear layer: the cam loss needs one")
+    return submodule(net, path)
 
 
 @contextmanager
@@ -42,10 +101,13 @@ def outputs_of(net: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tenso
 
 
 @contextmanager
-def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block, the inputs of ``modules`` are appended to the yielded list in the order of their calls."""
-    seen: list[Tensor] = []
-    handles = [m.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for m in modules]
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """Within the block, each of ``modules`` (by position) collects its inputs, one for every call."""
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, mine=mine: mine.append(args[0]))
+        for module, mine in zip(modules, seen, strict=True)
+    ]
     try:
         yield seen
     finally:

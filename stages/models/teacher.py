@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from manifests.errors import DataError
 from stages.models.inputs import InputSpec
+from stages.models.outputs import require_finite
 from stages.models.settings import InputSettings
-from stages.models.taps import head_of, inputs_of, outputs_of, stage_paths
+from stages.models.taps import head_of, head_path, inputs_of, outputs_of, stage_paths
 
 
 class Teacher:
@@ -23,8 +25,14 @@ class Teacher:
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.identity = identity
-        self._norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-        self._head = head_of(net)
+        norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self._norms: list[nn.Module] = list(norms)
+        self._head = head_of(net) if head_path(net) is not None else None
+
+    @property
+    def what(self) -> str:
+        """How errors name it."""
+        return f"teacher '{self.identity.get('architecture')}'"
 
     @property
     def has_batchnorm(self) -> bool:
@@ -37,28 +45,58 @@ class Teacher:
         return [(norm.running_mean, norm.running_var) for norm in self._norms]  # type: ignore[misc]
 
     @property
-    def class_weights(self) -> Tensor:
-        """Weight of the last linear layer, ``[C, D]``."""
-        weight = self._head.weight
-        assert isinstance(weight, Tensor)
+    def class_weights(self) -> Tensor | None:
+        """Weight of the last linear layer, ``[C, D]``; None where there is no such layer."""
+        weight = self._head.weight if self._head is not None else None
+        assert weight is None or isinstance(weight, Tensor)
         return weight
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]``."""
-        out: Tensor = self.net(self.input(x))
-        return out.float()
+        """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]``. Raises DataError for NaN, except under guidance."""
+        out: Tensor = self.net(self.input(x)).float()
+        return out if out.requires_grad else require_finite(out, self.what)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate features ``[n, D]``: what the last linear layer sees."""
+    def features(self, x: Tensor) -> Tensor | None:
+        """Penultimate features ``[n, D]``: what the last linear layer sees; None where there is no such layer."""
+        if self._head is None:
+            return None
         with inputs_of([self._head]) as seen:
             self.net(self.input(x))
-        return seen[0].flatten(1).float()
+        return seen[0][-1].flatten(1).float()
 
     def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the inputs of every BatchNorm layer, in the order of :attr:`batchnorms`."""
+        """Logits and the inputs of every BatchNorm layer, in the order of :attr:`batchnorms`.
+
+        A layer used twice shows its inputs as one, flattened to ``[n, c, …]``; one never used is left out of both.
+        """
         with inputs_of(self._norms) as seen:
             logits = self.logits(x)
-        return logits, seen
+        if not all(seen):
+            self._norms = [norm for norm, found in zip(self._norms, seen, strict=True) if found]
+        return logits, [_joined(found) for found in seen if found]
+
+    @torch.no_grad()
+    def check(self) -> "Teacher":
+        """Let it answer two images. Raises DataError where it fails, returns something else than logits, or NaN."""
+        for name, value in self.net.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise DataError(f"{self.what}: {name} holds NaN or infinite values")
+        settings = self.input.settings
+        x = torch.linspace(-1, 1, 6 * settings.size**2).view(2, 3, settings.size, settings.size)
+        try:
+            with inputs_of([self._head] if self._head is not None else []) as seen:
+                self.logits(x.to(next(self.net.parameters(), x).device))
+        except RuntimeError as error:
+            shape = f"{settings.channels}×{settings.size}×{settings.size}"
+            raise DataError(f"{self.what} cannot take images of {shape}: {str(error).splitlines()[0]}") from None
+        if any(len(found) != 1 or found[0].flatten(1).shape != (2, self._head_width) for found in seen):
+            self._head = None  # it looked like the last layer, but does not turn features into logits
+        return self
+
+    @property
+    def _head_width(self) -> int:
+        weight = self.class_weights
+        return -1 if weight is None else weight.shape[1]
 
     def with_stages(self, x: Tensor, paths: Sequence[str] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Logits and the outputs of the modules at ``paths`` (default: the network's own stages).
@@ -74,3 +112,7 @@ class Teacher:
         """Move the network; returns self."""
         self.net.to(device)
         return self
+
+
+def _joined(inputs: list[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat([x.flatten(2) for x in inputs], 2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from manifests.errors import DataError
+from manifests.errors import DataError, UsageError
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.models.loading import load_teacher
@@ -34,6 +34,8 @@ class ShardWorker:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.teacher = load_teacher(settings.teacher, self.device)
+        if settings.method == "diffdfkd" and not self.teacher.differentiable:
+            raise UsageError(f"{self.teacher.what} is a black box and cannot guide: use --method dmkd")
         self.prior = load_prior(settings.prior, self.device)
         self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
 
@@ -66,16 +68,26 @@ class ShardWorker:
         final = stored[-1][2]
         made: list[list[tuple[dict[str, Any], bytes]]] = [[] for _ in group.trajectories]
         for frame, (encoded, columns, features) in zip(frames, stored, strict=True):
-            reference = self.teacher.class_weights[torch.tensor(group.labels)] if frame is frames[-1] else final
-            cosine = F.cosine_similarity(features, reference.to(features), dim=1).tolist()
+            is_final = frame is frames[-1]
+            cosine = self.cosines(features, None if is_final else final, group)
             for i in range(len(group.trajectories)):
                 row = self.row(group, i, frame) | columns[i]
-                row |= {"cosine": cosine[i], "cosine_space": "teacher"}
-                row["cosine_ref"] = f"class:{group.labels[i]}" if frame is frames[-1] else "final"
+                if cosine is not None:
+                    row |= {"cosine": cosine[i], "cosine_space": "teacher"}
+                    row["cosine_ref"] = f"class:{group.labels[i]}" if is_final else "final"
                 made[i].append((row, encoded[i]))
         return [sample for trajectory in made for sample in trajectory]
 
-    def stored_frame(self, frame: Frame, group: Group) -> tuple[list[bytes], list[dict[str, Any]], torch.Tensor]:
+    def cosines(self, features: torch.Tensor | None, final: torch.Tensor | None, group: Group) -> list[float] | None:
+        """Cosine of each sample's features with those of its final image, or of the final ones with their class's
+        weight row; None where the teacher shows no features."""
+        weights = self.teacher.class_weights
+        if features is None or weights is None:
+            return None
+        reference = weights[torch.tensor(group.labels)] if final is None else final
+        return [float(c) for c in F.cosine_similarity(features, reference.to(features), dim=1)]
+
+    def stored_frame(self, frame: Frame, group: Group) -> tuple[list[bytes], list[dict[str, Any]], torch.Tensor | None]:
         """Encoded images, teacher columns and teacher features of a frame, all from the pixels that are stored."""
         if not torch.isfinite(frame.images).all():
             raise DataError(

@@ -16,12 +16,13 @@ from stages.models.taps import outputs_of, submodule
 
 # He et al. 2015, table 6, with the linear layer of 10 classes and option-A shortcuts
 PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018}
+PARAMETERS |= {"wrn-16-1": 175_066, "wrn-16-2": 691_674, "wrn-40-1": 563_930, "wrn-40-2": 2_243_546}
 
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_architecture_runs_and_names_its_parts(name):
     side, channels = (8, 1) if name.startswith("digits") else (16, 3)
-    net = registry.build(name, 7, channels)
+    net = registry.build(name, 7, channels, "small").eval()
     with outputs_of(net, net.stages) as seen:
         logits = net(torch.zeros(2, channels, side, side))
     assert logits.shape == (2, 7)
