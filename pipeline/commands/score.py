@@ -1,6 +1,7 @@
 """``factory eval``: score a saved model on labelled images."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,10 +19,13 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(help="Model folder or embedded:NAME, to compare with.", show_default=False)
     ] = None,
+    confusion: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Confusion matrix to write (PNG).", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy, calibration and accuracy per class of a model folder on labelled images."""
+    """Accuracy, calibration and confusions of a model folder on labelled images; agreement with a teacher."""
     from pipeline.text import plain
     from stages.distill.evaluate import evaluate as measure
     from stages.models.settings import ModelSettings
@@ -34,4 +38,15 @@ def evaluate(
         for name, share in result["per_class"].items():
             yield f"{plain(name)[:24]:<24}" + (f"{share:>8.1%}" if share is not None else f"{'–':>8}")
 
-    answer(measure(model, data, ModelSettings(name=teacher) if teacher else None, device), as_json, lines)
+        if "picture" in result:
+            yield f"confusion matrix: {plain(result['picture'])}"
+
+    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    if confusion is not None:
+        from manifests.storage import Storage
+        from stages.distill.confusion import confusion_picture
+
+        picture = confusion_picture(result["confusion"], list(result["per_class"]))
+        Storage(confusion.resolve().parent).write(confusion.name, picture)
+        result["picture"] = str(confusion)
+    answer(result, as_json, lines)

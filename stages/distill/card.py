@@ -28,7 +28,8 @@ safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s),
 - **Held-out synthetic images**: {held_out_score}
 - **Test data** (read once, at the end): {test}
 
-Load it with `stages.models.loading.load_model(FOLDER)`; score it with `factory eval FOLDER DATA`.
+Load it with `stages.distill.saved.load_student(FOLDER)` (images `[n, 3, h, w]` in [0, 1] in, logits out); score it
+with `factory eval FOLDER DATA`; write it for other runtimes with `factory export FOLDER --onnx FILE`.
 """
 
 

@@ -20,6 +20,7 @@ from stages.distill.schedule import lr_factor
 from stages.distill.settings import DistillSettings
 from stages.distill.student import Diverged, Student
 from stages.distill.targets import paired_layers, teacher_targets
+from stages.distill.track import Tracker, flat, open_trackers
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 
@@ -52,6 +53,7 @@ class Training:
     should_stop: Callable[[], bool]
     look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
     answers: Answers | None = None  # the teacher's, where they were computed before
+    trackers: list[Tracker] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -75,6 +77,15 @@ def train(run: Training) -> None:
     """
     layers = _pair_layers(run)
     _resume(run)
+    run.trackers = open_trackers(run.settings.track, run.storage, run.settings.model_dump(mode="json"), run.step)
+    try:
+        _train(run, layers)
+    finally:
+        for tracker in run.trackers:
+            tracker.close()
+
+
+def _train(run: Training, layers: list[str]) -> None:
     spec = InputSpec(run.students[0].config.input)
     saved = time.monotonic()
     loss = run.settings.loss
@@ -168,6 +179,8 @@ def _end_epoch(run: Training, epoch: int) -> None:
             run.storage.write(f"{student.name}/{BEST}", safetensors.torch.save(_weights(student)))
         text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
         run.storage.write(f"{student.name}/{METRICS}", text.encode())
+        for tracker in run.trackers:
+            tracker.log(student.name, run.step, flat(student.metrics[-1]))
     run.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
 
 

@@ -29,6 +29,8 @@ from stages.distill.teacher_check import check_teacher, complaints
 from stages.distill.teachers import find_teacher
 from stages.models.identity import ModelConfig
 from stages.models.loading import model_files
+from stages.models.registry import adaptation_of
+from stages.models.schemes import default_stem
 from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
@@ -88,6 +90,9 @@ def _run(
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
     checkpoint.open_run(storage, spec)
+    for student in students:
+        if adapted := adaptation_of(student.net):
+            on_event("note", message=f"{student.name}: stem fit to {student.config.input.size} px images: {adapted}")
     for wrong in filter(None, rows.bad):
         on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
     pixels = open_pixels(rows, settings.memory_gb, device)
@@ -162,6 +167,7 @@ def _config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConf
         channels=wanted.channels,
         input=wanted,
         class_names=teacher.class_names,
+        stem=default_stem(name, wanted.size, student=True),
     )
 
 

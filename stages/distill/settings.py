@@ -87,6 +87,7 @@ class DistillSettings(Settings):
     keep: Literal["last", "best"] = Field("last", description="which weights become the student; best is by held_out")
     other_teacher: bool = Field(False, description="allow a teacher that is not the one the data was made for")
     min_agreement: float = Field(0.5, ge=0, le=1, description="warn if the teacher agrees with fewer labels")
+    track: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="where metrics go besides metrics.jsonl")
     eval_every: int = Field(0, ge=0, description="epochs between looks at the test data; 0: once, at the end")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
@@ -119,5 +120,5 @@ class DistillSettings(Settings):
         return self
 
 
-PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every"})
+PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every", "track"})
 """Settings that change where or how a run goes, not what it computes: free to differ on resume."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ class Student:
     """A network that learns. Everything random about it follows from (seed, its name, the step)."""
 
     def __init__(self, config: ModelConfig, settings: DistillSettings, device: torch.device):
-        self.config, self.settings, self.name = config, settings, config.architecture
+        self.config, self.settings = config, settings
+        self.name = re.sub(r"[^\w.-]+", "-", config.architecture)  # also its folder: timm:x is kept in timm-x
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
-            self.net = registry.build(self.name, config.num_classes, config.channels).to(device)
+            self.net = registry.build_net(config, named=True).to(device)
         self.layers: list[str] = []  # for Grad-CAM, set by the run
         self.optimiser = build_optimiser(self.net, settings.optimiser)
         self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimiser.ema else None

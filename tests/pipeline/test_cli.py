@@ -15,7 +15,20 @@ from pipeline import cli, synth
 from pipeline.lease import Lease
 from tests.pipeline.fake_worker import FACTORY
 
-COMMANDS = ("", "run", "run synth", "run distill", "demo", "status", "inspect", "verify", "eval", "gc", "rebuild")
+COMMANDS = (
+    "",
+    "run",
+    "run synth",
+    "run distill",
+    "demo",
+    "status",
+    "inspect",
+    "verify",
+    "eval",
+    "export",
+    "gc",
+    "rebuild",
+)
 NOISE = ("--method", "noise", "--set", "groups_per_shard=2", "--set", "group_size=10", "--set", "images.size=8")
 
 

@@ -1,0 +1,69 @@
+"""The commands of stage 2, in this process: what they print, write and exit with."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from manifests.errors import UsageError
+from pipeline.cli import app
+from tests.distill.drawn import teacher_files, write_dataset
+
+SHORT = ("--epochs", "2", "--batch-size", "8", "--set", "held_out=0.2")
+
+
+@pytest.fixture
+def student(tmp_path) -> str:
+    (tmp_path / "student").mkdir()
+    for name, data in teacher_files().items():
+        (tmp_path / "student" / name).write_bytes(data)
+    return str(tmp_path / "student")
+
+
+def factory(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_export(student, tmp_path):
+    done = factory("export", student, "--torch-export", tmp_path / "s.pt2")
+    assert done.exit_code == 0, done.output
+    assert "images batch × 1 × 8 × 8 in [0, 1] to 3 logits" in done.stdout
+    assert (tmp_path / "s.pt2").exists()
+    assert isinstance(factory("export", student).exception, UsageError)
+
+
+def test_eval_writes_a_picture(student, dataset, tmp_path):
+    done = factory("eval", student, dataset, "--teacher", student, "--confusion", tmp_path / "c.png", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["agreement"] == 1
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
+    path = write_dataset(tmp_path / "d")
+    sorted((tmp_path / "d" / "shards").glob("*.tar"))[1].unlink()
+    refused = factory("run", "distill", "-m", path, *SHORT)
+    assert "missing tar of shard 1" in str(refused.exception)
+    done = factory("run", "distill", "-m", path, *SHORT, "--skip-bad")
+    assert done.exit_code == 0, done.output
+    assert "24 images are left out" in done.stderr
+    assert "of the labels, mean confidence" in done.stderr
+    assert "images in each of 3 classes" in done.stderr
+
+
+def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_path, monkeypatch):
+    from stages.distill import student as module
+
+    original = module.student_terms
+
+    def terms(net, *args):
+        spoilt = type(net).__name__ == "ResNetCifar"
+        return {name: value * float("nan") if spoilt else value for name, value in original(net, *args).items()}
+
+    monkeypatch.setattr(module, "student_terms", terms)
+    students = ("--student", "digits-cnn-small", "--student", "resnet8")
+    done = factory("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, *students)
+    assert done.exit_code == 1
+    assert "resnet8: parked, loss is nan at step 0" in done.stdout
+    assert (tmp_path / "out" / "digits-cnn-small" / "model.safetensors").exists()
