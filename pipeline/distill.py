@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from manifests.errors import DataError
+from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
@@ -18,6 +18,7 @@ from pipeline.progress import progress, say
 from pipeline.recipe import Recipe, resolve, to_yaml
 from pipeline.synth import plain_block
 from pipeline.text import duration, plain
+from stages.models.schemes import split_name
 from stages.models.settings import ModelSettings
 
 
@@ -27,7 +28,16 @@ def resolve_distill(
     """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command."""
     stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
     base = mapping_layer(stored, f"recipe stored in {manifest.url}")
-    return resolve(source, section="distill", base=base, sets=sets, flags=flags)
+    recipe = resolve(source, section="distill", base=base, sets=sets, flags=flags)
+    students = (stored.get("distill") or {}).get("students") or ()
+    own = [name for name in students if split_name(str(name))[0] == "code"]
+    asked = [text for text, value in flags.values() if text == "--student" and value]
+    if not asked and set(own) & set(recipe.distill.students):
+        raise UsageError(
+            f"{manifest.url} was made to train '{own[0]}', which is code and never run because a file says so: "
+            f"name it yourself, with --student {own[0]}"
+        )
+    return recipe
 
 
 def open_sources(texts: Sequence[str]) -> tuple[list[tuple[str, float]], Manifest]:
@@ -75,7 +85,7 @@ def run_distill(
             events.write(kind, **fields)
             if kind == "teacher_checked":
                 say(check_line(fields))
-            if kind == "warning":
+            if kind in ("note", "warning"):
                 say(fields["message"])
 
         return train(
