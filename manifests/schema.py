@@ -101,6 +101,8 @@ def _real(kind: type[np.floating[Any]]) -> Callable[[Any], float | None]:
     """Floats as the shortest decimal of the stored value, so JSON and Parquet agree; non-finite becomes null."""
 
     def convert(value: Any) -> float | None:
+        if value is None:  # inside a list: what was not finite when it was written
+            return None
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
             raise ValueError("expected a number")
         stored = kind(value)

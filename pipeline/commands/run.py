@@ -25,6 +25,7 @@ def synth(
     method: Annotated[str | None, _made(help="diffdfkd, dmkd, or noise (a load test without models).")] = None,
     prior: Annotated[str | None, _made(help="Diffusers folder, hub id or embedded:NAME.")] = None,
     teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME.")] = None,
+    adversary: Annotated[str | None, _made(help="Model folder of a frozen student to disagree with.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the whole dataset.")] = None,
     set_: SetOption = None,
     workers: Annotated[
@@ -52,6 +53,7 @@ def synth(
         "synth.method": ("--method", method),
         "synth.prior.path": ("--prior", prior),
         "synth.teacher.name": ("--teacher", teacher),
+        "synth.adversary.name": ("--adversary", adversary),
         "synth.seed": ("--seed", seed),
         "synth.device": ("--device", device),
     }

@@ -16,6 +16,7 @@ class SynthInputs:
 
     prior: dict[str, Any]
     teacher: dict[str, Any]
+    adversary: dict[str, Any] | None
     class_names: tuple[str, ...]
     image_size: int
 
@@ -23,22 +24,29 @@ class SynthInputs:
 def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     """Find prior and teacher and read their identities; raises DataError or UsageError where one is unusable."""
     teacher = teacher_identity(settings.teacher)
+    adversary = teacher_identity(settings.adversary) if settings.adversary else None
     names = tuple(teacher["config"]["class_names"])
     if settings.method == "noise":
-        return SynthInputs({"name": "noise", "sha256": None}, teacher, names, settings.images.size or 32)
+        return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
     prior = prior_identity(settings.prior)
-    return SynthInputs(prior, teacher, names, settings.images.size or prior["image_size"])
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or prior["image_size"])
 
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     """What the fingerprint covers: method, checksums, classes and shard size; not the number of shards, the device,
     or where the models lie."""
-    chosen = settings.model_dump(mode="json", exclude={"shards", "device", "teacher"})
+    chosen = settings.model_dump(mode="json", exclude={"shards", "device", "teacher", "adversary"})
     del chosen["prior"]["path"]
     return {
         "algorithm": ALGORITHM_VERSION,
         "settings": chosen,
         "prior": inputs.prior["sha256"],
-        "teacher": {"sha256": inputs.teacher["sha256"], "input": inputs.teacher["config"]["input"]},
+        "teacher": _network(inputs.teacher),
+        "adversary": inputs.adversary and _network(inputs.adversary),
         "class_names": list(inputs.class_names),
     }
+
+
+def _network(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of a classifier changes the images: its weights and how it sees them."""
+    return {"sha256": identity["sha256"], "input": identity["config"]["input"]}

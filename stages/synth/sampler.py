@@ -16,6 +16,16 @@ from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
 
 
 @dataclass(frozen=True)
+class Models:
+    """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None."""
+
+    prior: Prior
+    teacher: Teacher
+    adversary: Teacher | None
+    device: str
+
+
+@dataclass(frozen=True)
 class Guide:
     """A teacher that steers; ``settings`` weigh its terms, ``adversary`` is a frozen student or None."""
 

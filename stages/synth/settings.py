@@ -48,7 +48,7 @@ class GuidanceSettings(Settings):
     normalise: Literal["rms", "none"] = "rms"
     ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
     bn: float = Field(0.1, ge=0, description="feature-statistics weight (equation 6)")
-    adversarial: float = Field(0.0, ge=0, description="needs a frozen student (equation 8)")
+    adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
     interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
     every: int = Field(1, gt=0, description="guide every k-th step of the interval")
     inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
@@ -87,6 +87,7 @@ class SynthSettings(Settings):
     method: Literal["diffdfkd", "dmkd", "noise"] = "diffdfkd"
     prior: PriorSettings = PriorSettings()
     teacher: ModelSettings = ModelSettings()
+    adversary: ModelSettings | None = Field(None, description="frozen student of an earlier round, for the ADV term")
     prompts: PromptSettings = PromptSettings()
     guidance: GuidanceSettings = GuidanceSettings()
     lca: LatentCutMixSettings = LatentCutMixSettings()
@@ -99,3 +100,11 @@ class SynthSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     min_confidence: float = Field(0.0, ge=0, le=1, description="keep images whose class gets at least this")
     store_logits: bool = False
+
+    @model_validator(mode="after")
+    def _adversary_and_its_weight(self) -> "SynthSettings":
+        if self.guidance.adversarial > 0 and self.adversary is None:
+            raise ValueError("guidance.adversarial > 0 needs an adversary: the model folder of a student")
+        if self.adversary is not None and not self.guidance.adversarial:
+            raise ValueError("an adversary without weight does nothing: set guidance.adversarial, e.g. to 1")
+        return self

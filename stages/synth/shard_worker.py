@@ -1,5 +1,6 @@
 """One worker's life: load prior and teacher once, then make shards of groups and commit them."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,10 +18,29 @@ from stages.synth.groups import Group, make_group
 from stages.synth.images import encode_image, to_pixels
 from stages.synth.latent_cutmix import Cut
 from stages.synth.priors import load_prior
-from stages.synth.sampler import Frame, Work
+from stages.synth.sampler import Frame, Models, Work
 from stages.synth.scores import teacher_columns, unit_range
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
+
+log = logging.getLogger(__name__)
+
+
+def load_models(settings: SynthSettings) -> Models:
+    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = load_teacher(settings.teacher, device)
+    if settings.method == "diffdfkd":
+        if not teacher.differentiable:
+            raise UsageError(f"{teacher.what} is a black box and cannot guide: use --method dmkd")
+        if settings.guidance.bn and not teacher.has_batchnorm:
+            log.warning("%s has no BatchNorm: the feature-statistics term is off", teacher.what)
+    adversary = load_teacher(settings.adversary, device) if settings.adversary else None
+    if adversary and adversary.num_classes != teacher.num_classes:
+        raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
+    return Models(load_prior(settings.prior, device), teacher, adversary, device)
 
 
 class ShardWorker:
@@ -30,13 +50,8 @@ class ShardWorker:
         self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.device = settings.device
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher = load_teacher(settings.teacher, self.device)
-        if settings.method == "diffdfkd" and not self.teacher.differentiable:
-            raise UsageError(f"{self.teacher.what} is a black box and cannot guide: use --method dmkd")
-        self.prior = load_prior(settings.prior, self.device)
+        self.models = load_models(settings)
+        self.teacher, self.device = self.models.teacher, self.models.device
         self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
@@ -63,7 +78,7 @@ class ShardWorker:
 
     def group_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
         """Synthesise a group: (manifest row, encoded image) per stored sample, trajectory by trajectory."""
-        frames = list(self.synthesise(self.prior, self.teacher, group, self.settings, self.device, work))
+        frames = list(self.synthesise(self.models, group, self.settings, work))
         stored = [self.stored_frame(frame, group) for frame in frames]
         final = stored[-1][2]
         made: list[list[tuple[dict[str, Any], bytes]]] = [[] for _ in group.trajectories]

@@ -57,6 +57,12 @@ def test_json_and_table_hold_the_same_row(row: dict[str, Any]) -> None:
     assert row_json(from_table) == row_json(row)
 
 
+def test_a_number_that_is_not_finite_survives_as_null_inside_a_list() -> None:
+    row = {"key": "", "shard": 0, "offset": 0, "size": 0, "xxh3": bytes(16), "label": 0, "method": "", "kept": False}
+    data = row_json({**row, "logits": [float("inf"), 1.5]})
+    assert parse_row(data)["logits"] == [None, 1.5]
+
+
 def test_columns_are_those_of_the_contract() -> None:
     assert SCHEMA.names[:8] == ["key", "shard", "offset", "size", "xxh3", "label", "class_name", "prompt"]
     assert SCHEMA.field("xxh3").type == pa.binary(16)

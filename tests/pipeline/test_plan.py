@@ -50,7 +50,7 @@ def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_pa
         open_or_create(storage, plan_of("guidance.scale=0.3", "seed=4"))
     lines = str(caught.value).splitlines()
     assert lines[1:] == [
-        "  settings.guidance.scale: 0.1 there, 0.3 here",
+        "  settings.guidance.scale: 1.0 there, 0.3 here",
         "  settings.seed: 0 there, 4 here",
     ]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -8,7 +8,7 @@ from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
 from stages.synth.methods import diffdfkd, dmkd
 from stages.synth.priors import load_prior
-from stages.synth.sampler import Work
+from stages.synth.sampler import Models, Work
 from stages.synth.settings import PriorSettings
 
 
@@ -22,11 +22,12 @@ def final(method, demo, **changes):
     settings, prior, teacher = demo
     settings = settings.model_copy(update=changes)
     group = make_group(settings, 0, teacher.class_names)
-    return list(method.synthesise(prior, teacher, group, settings, "cpu", Work()))[-1], torch.tensor(group.labels)
+    *_, last = method.synthesise(Models(prior, teacher, None, "cpu"), group, settings, Work())
+    return last, torch.tensor(group.labels)
 
 
 def test_thick_prompts_draw_more_ink_than_thin_ones(demo):
-    settings, prior, _ = demo
+    settings = demo[0]
 
     def ink(style):
         bank = settings.prompts.model_copy(update={"styles": (style,), "subjects": ("a loop and a line",)})
@@ -37,7 +38,7 @@ def test_thick_prompts_draw_more_ink_than_thin_ones(demo):
 
 
 def test_guidance_makes_what_the_teacher_was_asked_for(demo):
-    """BatchNorm distance and class loss of the finished images both fall well below those of the same noise unguided."""
+    """BatchNorm distance and class loss of the finished images fall well below those of the same noise unguided."""
     from stages.synth.guidance import class_prior, feature_statistics
 
     teacher = demo[2]

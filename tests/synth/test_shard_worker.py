@@ -12,7 +12,9 @@ from PIL import Image
 
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.models.loading import load_teacher
+from stages.models.identity import resolve
+from stages.models.loading import load_teacher, save_model
+from stages.synth.plan_inputs import inspect_inputs, semantics
 from stages.synth.scores import teacher_columns, unit_range
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
@@ -115,3 +117,33 @@ def test_teacher_columns_hand_computed():
     assert first["confidence"] == pytest.approx(0.75) and first["margin"] == pytest.approx(0.5)
     assert first["entropy"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
     assert first["kept"] and not second["kept"] and second["reject_reason"] == "teacher gives its class 0.250 < 0.5"
+
+
+def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):
+    with pytest.raises(ValueError, match="needs an adversary"):
+        settings(prior_folder, guidance={"adversarial": 1.0})
+    with pytest.raises(ValueError, match="without weight"):
+        settings(prior_folder, adversary={"name": "embedded:digits"})
+
+
+def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
+    """A student that names the same classes less surely: KL(T‖S) > 0 everywhere, so the term steers and is recorded."""
+    student = tmp_path / "student"
+    net = load_teacher(SynthSettings().teacher, "cpu").net
+    net.classifier.weight.data *= 0.3
+    net.classifier.bias.data *= 0.3  # the same class everywhere
+    save_model(student, net, resolve(SynthSettings().teacher).config)
+    tars, prints = [], []
+    for weight, adversary in ((0.0, None), (1.0, {"name": str(student)})):
+        given = settings(
+            prior_folder, guidance={"adversarial": weight, "scale": 0.5}, adversary=adversary, groups_per_shard=1
+        )
+        parsed = SynthSettings.model_validate(given)
+        prints.append(semantics(parsed, inspect_inputs(parsed)))
+        storage = Storage(str(tmp_path / str(weight)))
+        build_worker(given, storage.url, "f" * 64).run(0)
+        record = done_records(storage)[0]
+        rows = pq.read_table(storage.path(record.table)).to_pylist()
+        tars.append(record.tar_sha256)
+    assert tars[0] != tars[1] and prints[0] != prints[1]
+    assert all(row["loss_adv"] < 0 for row in rows)

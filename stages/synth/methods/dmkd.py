@@ -3,15 +3,12 @@
 
 from collections.abc import Iterator
 
-from stages.models.teacher import Teacher
 from stages.synth.groups import Group
-from stages.synth.prior import Prior
-from stages.synth.sampler import Frame, Work, denoise
+from stages.synth.sampler import Frame, Models, Work, denoise
 from stages.synth.settings import SynthSettings
 
 
-def synthesise(
-    prior: Prior, teacher: Teacher, group: Group, settings: SynthSettings, device: str, work: Work
-) -> Iterator[Frame]:
+def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """Denoise without looking at the teacher; it only scores what was made."""
-    yield from denoise(prior, group, settings.seed, device, None, None, settings.images.intermediates, work)
+    kept = settings.images.intermediates
+    yield from denoise(models.prior, group, settings.seed, models.device, None, None, kept, work)
