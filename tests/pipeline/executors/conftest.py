@@ -48,9 +48,11 @@ class Run:
         names = [path for folder in ("shards", "done") for path in (self.folder / folder).glob("*")]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in names}
 
-    def spawn(self, shards: int, faults: dict[str, str] | None = None, pause: float = 0.0, **settings: Any) -> "Driver":
+    def spawn(
+        self, shards: int, faults: dict[str, str] | None = None, pause: float = 0.0, ray: Any = None, **settings: Any
+    ) -> "Driver":
         job = {"storage": self.storage.url, "shards": shards, "spec": self.spec(faults, pause), "settings": settings}
-        return Driver(self, job)
+        return Driver(self, job | ({"ray": ray} if ray else {}))
 
 
 class Driver:

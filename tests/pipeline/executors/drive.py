@@ -15,6 +15,10 @@ from pipeline.lease import Lease
 def main() -> int:
     job = json.loads(sys.argv[1])
     storage = Storage(job["storage"])
+    if "ray" in job:  # a cluster that claims to have such resources
+        import ray
+
+        ray.init("local", include_dashboard=False, log_to_driver=False, **job["ray"])
     events = EventLog(storage)
     spec = WorkerSpec("tests.pipeline.executors.faulty:build_faulty", job["spec"] | {"storage": job["storage"]})
     try:

@@ -140,6 +140,16 @@ def test_missing_cluster_is_refused_at_once(run, spawned, address, message):
     assert len(errors.splitlines()) == 1
 
 
+def test_fractions_of_gpus_are_shared_out(run, spawned):
+    """Ray believes in two GPUs: four workers with half of one each see one each."""
+    code, errors = spawned(
+        run.spawn(12, pause=0.2, ray={"num_gpus": 2, "num_cpus": 4}, workers=4, gpus_per_worker=0.5)
+    ).end()
+    assert code == 0, errors
+    seen = {event["worker"]: event["CUDA_VISIBLE_DEVICES"] for event in run.events("shard_done")}
+    assert sorted(seen.values()) == ["0", "0", "1", "1"]
+
+
 NODES = [{"CPU": 8, "GPU": 2, "memory": 16 * 2**30}, {"CPU": 2, "GPU": 4, "memory": 64 * 2**30}, {"CPU": 0}]
 
 
