@@ -118,7 +118,16 @@ def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
 
 def _another_plan(storage: Storage, stored: Plan, plan: Plan) -> DataError:
     head = f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there)"
-    return DataError("\n".join([head, *(f"  {line}" for line in differences(stored.semantics, plan.semantics))]))
+    return DataError("\n".join([head, *(f"  {line}" for line in differences(_described(stored), _described(plan)))]))
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """What the fingerprint covers, with the defaults that :func:`stages.synth.plan_inputs.semantics` leaves out."""
+    settings = dict(plan.recipe.get("synth", {}))
+    for place in ("shards", "device", "teacher", "adversary"):
+        settings.pop(place, None)
+    settings["prior"] = {key: value for key, value in settings.get("prior", {}).items() if key != "path"}
+    return {**plan.semantics, "settings": settings}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from stages.models.identity import teacher_identity
 from stages.synth.priors import prior_identity
 from stages.synth.settings import SynthSettings
 
-ALGORITHM_VERSION = 1  # raise when the same settings would make other images
+ALGORITHM_VERSION = 1  # raise when the same settings would make other images, or a default changes
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,21 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     """What the fingerprint covers: method, checksums, classes and shard size; not the number of shards, the device,
-    or where the models lie."""
-    chosen = settings.model_dump(mode="json", exclude={"shards", "device", "teacher", "adversary"})
-    del chosen["prior"]["path"]
-    return {
+    or where the models lie.
+
+    Settings at their defaults are left out, so that a later version's new setting does not orphan a half-made dataset;
+    a changed default must raise ``ALGORITHM_VERSION``.
+    """
+    elsewhere = {"shards": True, "device": True, "teacher": True, "adversary": True, "prior": {"path"}}
+    chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    covered = {
         "algorithm": ALGORITHM_VERSION,
-        "settings": chosen,
+        "settings": {name: value for name, value in chosen.items() if value != {}},
         "prior": inputs.prior["sha256"],
         "teacher": _network(inputs.teacher),
-        "adversary": inputs.adversary and _network(inputs.adversary),
         "class_names": list(inputs.class_names),
     }
+    return covered | ({"adversary": _network(inputs.adversary)} if inputs.adversary else {})
 
 
 def _network(identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The worker on a tiny prior: rows agree with the pixels, equal plans give equal bytes."""
 
 import io
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -147,3 +148,16 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
         tars.append(record.tar_sha256)
     assert tars[0] != tars[1] and prints[0] != prints[1]
     assert all(row["loss_adv"] < 0 for row in rows)
+
+
+def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, tmp_path):
+    def covered(**kw):
+        parsed = SynthSettings.model_validate({"prior": {"path": str(prior_folder)}} | kw)
+        return semantics(parsed, inspect_inputs(parsed))
+
+    copy = shutil.copytree(prior_folder, tmp_path / "copy")
+    assert covered() == covered(prior={"path": str(copy)}) == covered(shards=9, device="cuda")
+    assert covered()["settings"] == {}
+    assert covered(guidance={"scale": 0.2})["settings"] == {"guidance": {"scale": 0.2}}
+    other_input = {"size": 8, "channels": 1, "mean": [0.0], "std": [1.0]}
+    assert covered(teacher={"input": other_input}) != covered()
