@@ -92,6 +92,8 @@ class DistillSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the students on a GPU")
+    channels_last: bool = Field(False, description="memory layout of the students: faster with bf16 on a GPU")
+    compile: bool = Field(False, description="torch.compile of the students; excludes cam and gradcam")
     memory_gb: float = Field(4.0, ge=0, description="decoded images are kept in memory up to this; above, streamed")
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints; 0: at every step")
 
@@ -107,6 +109,12 @@ class DistillSettings(Settings):
     def _best_needs_held_out(self) -> "DistillSettings":
         if self.keep == "best" and not self.held_out:
             raise ValueError("keep: best needs held_out > 0 to choose by")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_nets_keep_their_maps(self) -> "DistillSettings":
+        if self.compile and (self.loss.cam or self.loss.gradcam):
+            raise ValueError("compile excludes loss.cam and loss.gradcam: they look inside the network")
         return self
 
     @model_validator(mode="after")

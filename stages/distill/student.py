@@ -31,6 +31,9 @@ class Student:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
             self.net = registry.build_net(config, named=True).to(device)
+        if settings.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.forward: Any = torch.compile(self.net) if settings.compile else self.net
         self.layers: list[str] = []  # for Grad-CAM, set by the run
         self.optimiser = build_optimiser(self.net, settings.optimiser)
         self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimiser.ema else None
@@ -54,9 +57,11 @@ class Student:
         """One optimiser step on ``x``, the batch as this student's input. Raises Diverged if the loss is not finite."""
         torch.manual_seed(derive(self.settings.seed, "step", self.name, step))  # for dropout and the like
         self.net.train()
+        if self.settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         mixed = self.settings.dtype == "bf16" and x.device.type == "cuda"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
-            terms = student_terms(self.net, x, batch, targets, self.settings.loss, self.layers)
+            terms = student_terms(self.forward, x, batch, targets, self.settings.loss, self.layers)
             loss = weighted(terms, self.settings.loss)
         values = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()
         if not math.isfinite(values[0]):
@@ -64,7 +69,9 @@ class Student:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if self.settings.optimiser.clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimiser.clip)
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimiser.clip)
+            if not math.isfinite(norm.item()):
+                raise Diverged(f"gradients are not finite at step {step}; a smaller learning rate may help")
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.optimiser.lr * lr_factor(self.settings.optimiser, step, total)
         self.optimiser.step()

@@ -1,35 +1,19 @@
 """A whole run of stage 2: what it writes, that it resumes exactly, that students do not disturb each other."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
 
-from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 from stages.distill import checkpoint, student
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
 from stages.models.loading import load_model
 from stages.models.settings import ModelSettings
 from tests.distill.drawn import teacher_files, write_dataset
-
-TWO = {"students": ["digits-cnn-small", "resnet8"]}
-SMALL = {"epochs": 3, "batch_size": 8, "held_out": 0.2, "optimiser": {"lr": 0.05}}
-REGION = {"loss": {"kd": 1.0, "ce": 0.5, "cam": 1.0, "gradcam": 1.0}, "views": {"cutmix": 0.5, "flip": True}}
-
-
-def settings(**changes) -> DistillSettings:
-    return DistillSettings.model_validate(SMALL | changes)
-
-
-def weights(folder, name="digits-cnn-small") -> bytes:
-    return (folder / name / "model.safetensors").read_bytes()
+from tests.distill.short import REGION, TWO, settings, weights
 
 
 def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
@@ -70,92 +54,6 @@ def test_streaming_equals_the_cache(dataset, tmp_path):
     for memory in (0.0, 1.0):
         run_distill(settings(memory_gb=memory, **REGION), [(dataset, 1.0)], str(tmp_path / str(memory)))
     assert weights(tmp_path / "0.0") == weights(tmp_path / "1.0")
-
-
-def stop_at(step):
-    """A ``should_stop`` that is true when asked for the ``step``-th time."""
-    asked = iter(range(1, 10_000))
-    return lambda: next(asked) == step
-
-
-def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
-    asked = settings(**TWO, checkpoint_seconds=1e9)
-    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
-    for step in (2, 5, 6):  # inside an epoch, at its end, after it
-        with pytest.raises(Interrupted, match="the same command resumes"):
-            run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"), should_stop=stop_at(step))
-    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"))
-    for name in TWO["students"]:
-        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
-        whole, parts = (
-            [json.loads(line) for line in (tmp_path / run / name / "metrics.jsonl").read_text().splitlines()]
-            for run in ("whole", "parts")
-        )
-        for line in (*whole, *parts):
-            del line["seconds"], line["data_wait"]
-        assert whole == parts
-
-
-KILLED = """
-import os, signal, sys
-import manifests.backends as backends
-from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-
-dataset, out, step, where = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-writes = 0
-class Dying(type(os)):
-    def __getattr__(self, name): return getattr(os, name)
-    @staticmethod
-    def replace(old, new):
-        global writes
-        if str(new).endswith("checkpoint.pt"):
-            writes += 1
-            if where == "write" and writes == step: die()
-        os.replace(old, new)
-backends.os = Dying("os")
-settings = DistillSettings.model_validate_json(sys.argv[5])
-def progress(done, total, note): where == "step" and done == step and die()
-run_distill(settings, [(dataset, 1.0)], out, progress=progress)
-"""
-
-
-def test_killed_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
-    asked = settings(checkpoint_seconds=0)
-    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
-    for step, where in ((3, "step"), (4, "write")):
-        arguments = [dataset, str(tmp_path / "killed"), str(step), where, asked.model_dump_json()]
-        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == -signal.SIGKILL
-    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "killed"))
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-
-
-def test_a_finished_run_answers_again_without_training(dataset, tmp_path):
-    first = run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    steps = []
-    again = run_distill(settings(), [(dataset, 1.0)], str(tmp_path), progress=lambda *where: steps.append(where))
-    assert steps == []
-    assert again["students"]["digits-cnn-small"]["held_out"] == first["students"]["digits-cnn-small"]["held_out"]
-
-
-def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
-    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    with pytest.raises(DataError, match=r"settings\.optimiser\.lr: 0\.05 -> 0\.5"):
-        run_distill(settings(optimiser={"lr": 0.5}), [(dataset, 1.0)], str(tmp_path))
-    other = write_dataset(tmp_path / "other", seed=5)
-    with pytest.raises(DataError, match="manifests"):
-        run_distill(settings(), [(other, 1.0)], str(tmp_path))
-    run_distill(settings(memory_gb=0.0, checkpoint_seconds=5.0), [(dataset, 1.0)], str(tmp_path))  # these may change
-
-
-def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
-    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    path = tmp_path / checkpoint.STATE
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* delete it"):
-        run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
 
 
 def diverging(monkeypatch, *names):
@@ -206,6 +104,42 @@ def test_without_averaged_weights(dataset, tmp_path):
     saved = safetensors.torch.load(weights(tmp_path))
     assert state["average"] is None
     assert all(torch.equal(saved[name], value) for name, value in state["net"].items())
+
+
+def test_channels_last_learns_the_same_to_rounding(dataset, tmp_path):
+    run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "plain"))
+    run_distill(settings(epochs=1, channels_last=True), [(dataset, 1.0)], str(tmp_path / "last"))
+    plain, last = (safetensors.torch.load(weights(tmp_path / run)) for run in ("plain", "last"))
+    for name, value in plain.items():
+        assert torch.allclose(value.float(), last[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+def test_a_compiled_student_is_saved_under_plain_names(dataset, tmp_path, monkeypatch):
+    compiled = []
+    original = torch.compile  # without the minutes that a real backend takes
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or original(net, backend="eager"))
+    run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "plain"))
+    run_distill(settings(epochs=1, compile=True), [(dataset, 1.0)], str(tmp_path / "compiled"))
+    assert len(compiled) == 1
+    assert weights(tmp_path / "plain") == weights(tmp_path / "compiled")
+    with pytest.raises(ValueError, match="compile excludes"):
+        settings(compile=True, loss={"cam": 1.0})
+
+
+def test_clipping_bounds_the_step_and_notices_infinite_gradients(dataset, tmp_path, monkeypatch):
+    norms = []
+    original = student.nn.utils.clip_grad_norm_
+
+    def clip(parameters, most):
+        parameters = list(parameters)
+        original(parameters, most)
+        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        return torch.tensor(float("inf") if len(norms) == 3 else 1.0)
+
+    monkeypatch.setattr(student.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(FactoryError, match="gradients are not finite at step 2"):
+        run_distill(settings(optimiser={"clip": 0.01}), [(dataset, 1.0)], str(tmp_path))
+    assert max(norms) <= 0.0101
 
 
 def test_the_test_data_is_looked_at_once_unless_asked(dataset, tmp_path, monkeypatch):
@@ -293,19 +227,6 @@ def test_bad_images_are_left_out_on_request(tmp_path):
     first.write_bytes(data)  # other rows than the checkpoint's
     with pytest.raises(DataError, match="manifests"):
         run_distill(settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"))
-
-
-def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
-    sources = [(dataset, 1.0), (write_dataset(tmp_path / "d", count=24, shards=1, seed=3), 0.5)]
-    asked = settings(balance=True, memory_gb=0.0)
-    whole = run_distill(asked, sources, str(tmp_path / "whole"))
-    assert whole["images"] + whole["images_held_out"] == 72
-    with pytest.raises(Interrupted):
-        run_distill(asked, sources, str(tmp_path / "parts"), should_stop=stop_at(7))
-    with pytest.raises(DataError, match=r"manifests.*0\.5"):
-        run_distill(asked, [sources[0], (sources[1][0], 0.6)], str(tmp_path / "parts"))
-    run_distill(asked, sources, str(tmp_path / "parts"))
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypatch):

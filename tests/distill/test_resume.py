@@ -1,0 +1,114 @@
+"""Stopped, killed, changed, damaged: the same command ends in the same weights, or says why not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from manifests.errors import DataError, Interrupted
+from stages.distill import checkpoint
+from stages.distill.run import run_distill
+from tests.distill.drawn import write_dataset
+from tests.distill.short import TWO, settings, weights
+
+
+def stop_at(step):
+    """A ``should_stop`` that is true when asked for the ``step``-th time."""
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) == step
+
+
+def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
+    asked = settings(**TWO, checkpoint_seconds=1e9)
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
+    for step in (2, 5, 6):  # inside an epoch, at its end, after it
+        with pytest.raises(Interrupted, match="the same command resumes"):
+            run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"), should_stop=stop_at(step))
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"))
+    for name in TWO["students"]:
+        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+        whole, parts = (
+            [json.loads(line) for line in (tmp_path / run / name / "metrics.jsonl").read_text().splitlines()]
+            for run in ("whole", "parts")
+        )
+        for line in (*whole, *parts):
+            del line["seconds"], line["data_wait"]
+        assert whole == parts
+
+
+KILLED = """
+import os, signal, sys
+import manifests.backends as backends
+from stages.distill.run import run_distill
+from stages.distill.settings import DistillSettings
+
+dataset, out, step, where = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+writes = 0
+class Dying(type(os)):
+    def __getattr__(self, name): return getattr(os, name)
+    @staticmethod
+    def replace(old, new):
+        global writes
+        if str(new).endswith("checkpoint.pt"):
+            writes += 1
+            if where == "write" and writes == step: die()
+        os.replace(old, new)
+backends.os = Dying("os")
+settings = DistillSettings.model_validate_json(sys.argv[5])
+def progress(done, total, note): where == "step" and done == step and die()
+run_distill(settings, [(dataset, 1.0)], out, progress=progress)
+"""
+
+
+def test_killed_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
+    asked = settings(checkpoint_seconds=0)
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
+    for step, where in ((3, "step"), (4, "write")):
+        arguments = [dataset, str(tmp_path / "killed"), str(step), where, asked.model_dump_json()]
+        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == -signal.SIGKILL
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "killed"))
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_a_finished_run_answers_again_without_training(dataset, tmp_path):
+    first = run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    steps = []
+    again = run_distill(settings(), [(dataset, 1.0)], str(tmp_path), progress=lambda *where: steps.append(where))
+    assert steps == []
+    assert again["students"]["digits-cnn-small"]["held_out"] == first["students"]["digits-cnn-small"]["held_out"]
+
+
+def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    with pytest.raises(DataError, match=r"settings\.optimiser\.lr: 0\.05 -> 0\.5"):
+        run_distill(settings(optimiser={"lr": 0.5}), [(dataset, 1.0)], str(tmp_path))
+    other = write_dataset(tmp_path / "other", seed=5)
+    with pytest.raises(DataError, match="manifests"):
+        run_distill(settings(), [(other, 1.0)], str(tmp_path))
+    run_distill(settings(memory_gb=0.0, checkpoint_seconds=5.0), [(dataset, 1.0)], str(tmp_path))  # these may change
+
+
+def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    path = tmp_path / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* delete it"):
+        run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+
+
+def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
+    sources = [(dataset, 1.0), (write_dataset(tmp_path / "d", count=24, shards=1, seed=3), 0.5)]
+    asked = settings(balance=True, memory_gb=0.0)
+    whole = run_distill(asked, sources, str(tmp_path / "whole"))
+    assert whole["images"] + whole["images_held_out"] == 72
+    with pytest.raises(Interrupted):
+        run_distill(asked, sources, str(tmp_path / "parts"), should_stop=stop_at(7))
+    with pytest.raises(DataError, match=r"manifests.*0\.5"):
+        run_distill(asked, [sources[0], (sources[1][0], 0.6)], str(tmp_path / "parts"))
+    run_distill(asked, sources, str(tmp_path / "parts"))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
