@@ -32,7 +32,7 @@ class Student:
             torch.manual_seed(derive(settings.seed, "init", self.name))
             self.net = registry.build_net(config, named=True).to(device)
         if settings.channels_last:
-            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net
         self.layers: list[str] = []  # for Grad-CAM, set by the run
         self.optimiser = build_optimiser(self.net, settings.optimiser)
