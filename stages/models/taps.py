@@ -49,15 +49,25 @@ def stage_paths(net: nn.Module) -> list[str]:
 
 
 def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
-    """The last module that gives a map of each side, from one pass of a blank image; none of 1×1."""
-    last: dict[int, str] = {}
+    """The last module that gives a map of each side, from one pass of a blank image; none of 1×1.
+
+    What lies within a block that halves the side belongs to the next stage already.
+    """
+    found: list[tuple[str, int]] = []  # (module, side of its output), in the order of the calls
+    halving: set[str] = set()
     modules = [(name, module) for name, module in net.named_modules() if name]
 
-    def note(name: str, out: object) -> None:
-        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] == out.shape[-2] > 1:
-            last[out.shape[-1]] = name
+    def side(value: object) -> int:
+        square = isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] == value.shape[-2]
+        return int(value.shape[-1]) if square and isinstance(value, Tensor) else 0
 
-    handles = [m.register_forward_hook(lambda _m, _i, out, name=name: note(name, out)) for name, m in modules]
+    def note(name: str, args: tuple[object, ...], out: object) -> None:
+        if side(out) > 1:
+            found.append((name, side(out)))
+        if args and side(out) and (side(args[0]) + 1) // 2 == side(out) < side(args[0]):
+            halving.add(name)
+
+    handles = [m.register_forward_hook(lambda _m, args, out, name=name: note(name, args, out)) for name, m in modules]
     modes = [(module, module.training) for module in net.modules()]
     parameter = next(net.parameters(), None)
     try:
@@ -68,6 +78,9 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
             handle.remove()
         for module, training in modes:
             module.training = training
+    last = {side: name for name, side in found if not any(name.startswith(f"{block}.") for block in halving)}
+    if len(last) == 1 and all(isinstance(submodule(net, name), nn.Conv2d) for name in last.values()):
+        return []  # a transformer's patch embedding
     return [last[side] for side in sorted(last, reverse=True)]
 
 

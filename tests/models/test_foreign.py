@@ -1,0 +1,302 @@
+"""Classifiers from elsewhere: built, loaded, tapped, or refused with one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from manifests.errors import DataError, UsageError
+from stages.models import registry
+from stages.models.identity import ModelConfig, resolve, teacher_identity
+from stages.models.loading import load_model, load_teacher, save_model, teacher_from
+from stages.models.schemes import default_stem, source_file, split_name
+from stages.models.settings import InputSettings, ModelSettings
+from stages.models.taps import head_of, outputs_of, stage_paths
+
+RGB = InputSettings(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def config(name, classes=5, stem="native", size=8):
+    spec = RGB.model_copy(update={"size": size})
+    names = tuple("abcdefgh"[:classes])
+    return ModelConfig(architecture=name, num_classes=classes, channels=3, input=spec, class_names=names, stem=stem)
+
+
+def own(function, **more):
+    return ModelSettings(name=f"tests.models.nets:{function}", input=RGB, num_classes=5, **more)
+
+
+class TestNames:
+    def test_schemes(self):
+        assert split_name("tests.models.nets:tiny")[0] == "code"
+        assert split_name("runs/x.onnx") == ("onnx", "runs/x.onnx")
+        assert split_name("hf:org/name") == ("hf", "org/name")
+        assert split_name("runs/teacher") == ("builtin", "runs/teacher")
+
+    def test_the_stem_is_small_where_that_is_no_guess(self):
+        assert default_stem("resnet18", 32) == "small"
+        assert default_stem("resnet18", 65) == "native"
+        assert default_stem("timm:resnet18", 32) == "native"  # a teacher's weights: its user must say
+        assert default_stem("timm:resnet18", 32, student=True) == "small"
+        assert default_stem("resnet20", 32, student=True) == "native"
+
+    def test_source_files_are_found_without_running_them(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "boom").mkdir()
+        for name in ("__init__", "net"):
+            (tmp_path / "boom" / f"{name}.py").write_text("raise SystemExit('was run')")
+        assert source_file("boom.net:f") == tmp_path / "boom" / "net.py"
+        with pytest.raises(DataError, match=r"no Python file for module boom\.other"):
+            source_file("boom.other:f")
+
+
+class TestOwnCode:
+    def test_a_network_in_the_current_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        text = Path(__file__).with_name("nets.py").read_text()
+        (tmp_path / "here_and_now.py").write_text(text)
+        settings = ModelSettings(name="here_and_now:tiny", input=RGB, num_classes=5, class_names=tuple("vwxyz"))
+        before = teacher_identity(settings)
+        teacher = load_teacher(settings)
+        assert teacher.identity == before
+        assert before["kind"] == "external"
+        assert teacher.class_names == tuple("vwxyz")
+        assert teacher.features(IMAGES).shape == (3, 4)
+        safetensors.torch.save_file(teacher.net.state_dict(), tmp_path / "w.safetensors")
+        again = settings.model_copy(update={"weights": "w.safetensors"})
+        assert torch.equal(load_teacher(again).logits(IMAGES), teacher.logits(IMAGES))
+        (tmp_path / "here_and_now.py").write_text(text + "\n")
+        assert len({before["sha256"], teacher_identity(again)["sha256"], teacher_identity(settings)["sha256"]}) == 3
+
+    def test_batchnorm_inputs_follow_the_layers_not_the_calls(self):
+        teacher = load_teacher(own("backwards"))
+        logits, inputs = teacher.with_batchnorm_inputs(IMAGES)
+        assert torch.equal(logits, teacher.logits(IMAGES))
+        assert [len(mean) for mean, _ in teacher.batchnorms] == [x.shape[1] for x in inputs] == [6, 3]
+        assert torch.equal(inputs[1], torch.cat([teacher.input(IMAGES), -teacher.input(IMAGES)], 2).flatten(2))
+
+    def test_logits_beside_features_are_found(self):
+        teacher = load_teacher(own("with_features"))
+        assert teacher.logits(IMAGES).shape == (3, 5)
+        assert not teacher.has_batchnorm
+
+    @pytest.mark.parametrize(
+        ("function", "line"),
+        [
+            ("two_heads", r"returns \(\[2, 5\], \[2, 5\]\): 2 of them may be the logits \[n, 5\]"),
+            ("wrong_width", r"returns \[2, 4\], expected logits \[n, 5\]"),
+            ("nan", "0.weight holds NaN or infinite"),
+            ("overflow", "returns NaN or infinite logits"),
+        ],
+    )
+    def test_what_is_no_table_of_logits_is_refused(self, function, line):
+        with pytest.raises(DataError, match=line):
+            load_teacher(own(function))
+
+    @pytest.mark.parametrize(
+        ("function", "line"),
+        [
+            ("fails", "fails: KeyError: 'no such file'"),
+            ("not_callable", "returns int: expected a network or a function"),
+            ("nothing", "has no function nothing; it has tiny, with_features"),
+        ],
+    )
+    def test_code_that_does_not_work(self, function, line):
+        with pytest.raises(UsageError, match=line):
+            load_teacher(own(function))
+
+    def test_a_wrong_size_is_named(self):
+        wrong = own("with_features").model_copy(update={"input": RGB.model_copy(update={"size": 9})})
+        with pytest.raises(DataError, match="cannot take images of 3×9×9"):
+            load_teacher(wrong)
+
+    def test_code_is_never_run_because_a_file_says_so(self, tmp_path):
+        save_model(tmp_path, registry.build_net(config("tests.models.nets:tiny"), named=True), config("os:getcwd"))
+        for load in (load_model, lambda folder: load_teacher(ModelSettings(name=str(folder)))):
+            with pytest.raises(UsageError, match="never loaded because a file says so"):
+                load(tmp_path)
+        with pytest.raises(UsageError, match="never loaded"):
+            teacher_from(config("os:getcwd"), (tmp_path / "model.safetensors").read_bytes(), "x")
+
+
+class TestBlackBoxes:
+    def test_a_function_scores_only(self):
+        teacher = load_teacher(own("scores"))
+        assert teacher.logits(IMAGES).dtype == torch.float32
+        assert (teacher.differentiable, teacher.has_batchnorm, teacher.batchnorms) == (False, False, [])
+        assert teacher.features(IMAGES) is None and teacher.class_weights is None
+        with pytest.raises(UsageError, match="black box without layers"):
+            _ = teacher.net
+
+    @pytest.mark.parametrize("batch", ["n", 2])
+    def test_onnx(self, tmp_path, batch):
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        weight = torch.randn(5, 192)
+        h = onnx.helper
+        graph = h.make_graph(
+            [h.make_node("Flatten", ["x"], ["f"]), h.make_node("Gemm", ["f", "w"], ["y"], transB=1)],
+            "net",
+            [h.make_tensor_value_info("x", 1, [batch, 3, 8, 8])],
+            [h.make_tensor_value_info("y", 1, [batch, 5])],
+            [onnx.numpy_helper.from_array(weight.numpy(), "w")],
+        )
+        model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
+        onnx.save(model, tmp_path / "t.onnx")
+        settings = ModelSettings(name=str(tmp_path / "t.onnx"), input=RGB, num_classes=5)
+        teacher = load_teacher(settings)
+        assert teacher.identity == teacher_identity(settings)
+        torch.testing.assert_close(teacher.logits(IMAGES), teacher.input(IMAGES).flatten(1) @ weight.T)
+        with pytest.raises(DataError, match="but input says"):
+            load_teacher(settings.model_copy(update={"input": RGB.model_copy(update={"size": 4})}))
+        (tmp_path / "t.onnx").write_bytes(b"no model")
+        with pytest.raises(DataError, match="cannot be loaded by onnxruntime"):
+            load_teacher(settings)
+
+
+class TestTorchvision:
+    def test_saved_students_come_back(self, tmp_path):
+        wanted = config("torchvision:mobilenet_v3_small", stem="small", size=32)
+        net = registry.build_net(wanted).eval()
+        assert registry.adaptation_of(net).startswith("features.0.0: 3×3 of stride 1; features.1")
+        save_model(tmp_path, net, wanted)
+        again, _ = load_model(tmp_path)
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(again(x), net(x))
+        assert teacher_identity(ModelSettings(name=str(tmp_path)))["kind"] == "external"
+
+    def test_names_are_checked(self):
+        with pytest.raises(UsageError, match="no classifier 'resnet19': did you mean resnet101"):
+            registry.build_net(config("torchvision:resnet19"))
+        with pytest.raises(UsageError, match="needs weights, input, num_classes"):
+            resolve(ModelSettings(name="torchvision:resnet18"))
+
+
+class TestTimm:
+    @pytest.fixture(autouse=True)
+    def timm(self):
+        return pytest.importorskip("timm")
+
+    def save(self, folder, name, **more):
+        net = registry.build_net(config(name))
+        safetensors.torch.save_file(net.state_dict(), folder / "model.safetensors")
+        own_config = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+        content = {"architecture": name[5:], "num_classes": 5, "pretrained_cfg": own_config | more}
+        (folder / "config.json").write_text(json.dumps(content))
+        return net
+
+    def test_a_folder_knows_its_own_input(self, tmp_path):
+        net = self.save(tmp_path, "timm:test_resnet", label_names=list("abcde")).eval()
+        teacher = load_teacher(ModelSettings(name=f"timm:{tmp_path}"))
+        assert teacher.input.settings == RGB.model_copy(update={"resize": "bicubic"})
+        assert teacher.class_names == tuple("abcde")
+        assert torch.equal(teacher.logits(IMAGES), net(teacher.input(IMAGES)))
+
+    def test_an_unknown_input_is_asked_for(self, tmp_path):
+        self.save(tmp_path, "timm:test_resnet", interpolation="lanczos")
+        with pytest.raises(UsageError, match="the files beside its weights do not tell input: the recipe must"):
+            resolve(ModelSettings(name=f"timm:{tmp_path}"))
+
+    def test_a_vision_transformer_has_no_batchnorm_and_no_maps(self):
+        net = registry.build_net(config("timm:test_vit", size=32))  # 2×2 patches
+        with pytest.raises(UsageError, match="cam and gradcam"):
+            stage_paths(net)
+
+    def test_a_small_stem_keeps_the_resolution(self):
+        sides = {}
+        for stem in ("native", "small"):
+            net = registry.build_net(config("timm:test_resnet", stem=stem, size=32)).eval()
+            with outputs_of(net, ["layer4"]) as seen:
+                net(torch.zeros(1, 3, 32, 32))
+            sides[stem] = seen["layer4"].shape[-1]
+        assert sides == {"native": 1, "small": 4}
+
+    def test_stages_and_head_are_found(self):
+        net = registry.build_net(config("timm:test_resnet", stem="small", size=32))
+        assert stage_paths(net) == ["layer1", "layer2", "layer3", "layer4"]
+        assert head_of(net) is net.fc
+        assert all(module.training for module in net.modules())
+
+    def test_other_weights_hint_at_the_stem(self, tmp_path):
+        save_model(tmp_path, registry.build_net(config("timm:resnet10t", stem="small")), config("resnet18"))
+        weights = str(tmp_path / "model.safetensors")
+        settings = ModelSettings(name="timm:test_efficientnet", weights=weights, input=RGB, num_classes=5)
+        with pytest.raises(DataError, match=r"does not fit EfficientNet.*set stem: small"):
+            load_teacher(settings)
+
+    def test_names_that_fetch_are_refused(self):
+        with pytest.raises(UsageError, match="timm has no model"):
+            registry.build_net(config("timm:hf-hub:timm/resnet18.a1_in1k"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny ViT as transformers saves it."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = tmp_path_factory.mktemp("hf")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    vit = ViTConfig(image_size=8, patch_size=4, id2label=dict(enumerate("abcde")), **small)
+    ViTForImageClassification(vit).save_pretrained(folder)
+    processor = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+class TestTransformers:
+    def test_a_folder_knows_its_own(self, folder):
+        teacher = load_teacher(ModelSettings(name=f"hf:{folder}"))
+        assert teacher.input.settings == RGB
+        assert teacher.class_names == tuple("abcde")
+        assert not teacher.has_batchnorm and teacher.differentiable
+        x = IMAGES.clone().requires_grad_()
+        logits = teacher.logits(x)
+        logits.sum().backward()
+        assert x.grad.abs().sum() > 0
+        again = teacher.features(IMAGES) @ teacher.class_weights.T + teacher.net.classifier.bias
+        torch.testing.assert_close(again, logits.detach())
+
+    def test_students_come_back(self, folder, tmp_path):
+        named = config(f"hf:{folder}", classes=3)
+        net = registry.build_net(named, named=True).eval()
+        save_model(tmp_path, net, named)
+        again, _ = load_model(tmp_path)
+        assert torch.equal(again(IMAGES), net(IMAGES)) and again(IMAGES).shape == (3, 3)
+        save_model(tmp_path, net, config("hf:no/where", classes=3))
+        with pytest.raises(UsageError, match="never loaded because a file says so"):
+            load_model(tmp_path)
+
+    def test_keys_that_do_not_fit_are_named(self, folder, tmp_path):
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        del state["classifier.bias"]
+        safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(DataError, match=r"does not fit ViTForImageClassification: missing: classifier\.bias"):
+            load_teacher(ModelSettings(name=f"hf:{folder}", weights=str(tmp_path / "w.safetensors")))
+
+
+class TestSettingsFile:
+    def test_a_teacher_in_a_file(self, tmp_path):
+        save_model(tmp_path, registry.build("resnet8", 5), config("resnet8"))
+        content = {"name": "resnet8", "weights": str(tmp_path / "model.safetensors"), "num_classes": 5}
+        (tmp_path / "t.yaml").write_text(yaml.safe_dump(content | {"input": RGB.model_dump(mode="json")}))
+        given = ModelSettings(name=str(tmp_path / "t.yaml"))
+        assert teacher_identity(given)["sha256"] == teacher_identity(ModelSettings(name=str(tmp_path)))["sha256"]
+        assert load_teacher(given.model_copy(update={"class_names": tuple("vwxyz")})).class_names == tuple("vwxyz")
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("name: [", "is no YAML"),
+            ("nome: x", "describes no model: nome"),
+            ("name: other.yaml", "not another YAML file"),
+        ],
+    )
+    def test_files_that_describe_none(self, tmp_path, text, line):
+        (tmp_path / "t.yaml").write_text(text)
+        with pytest.raises((DataError, UsageError), match=line):
+            resolve(ModelSettings(name=str(tmp_path / "t.yaml")))
