@@ -69,7 +69,8 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         latency=facts["latency_ms"],
         device=facts["device"],
         threads=settings["threads"],
-        input=f"{wanted.channels}×{wanted.size}×{wanted.size}, mean {_plain(wanted.mean)}, std {_plain(wanted.std)}",
+        input=f"{wanted.channels}×{wanted.size}×{wanted.size}, mean {_plain(wanted.mean)}, std {_plain(wanted.std)}"
+        + ("; first layers changed to keep the resolution of small images" if config.stem == "small" else ""),
         classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
         teacher=f"{spec['teacher']['architecture']}, sha256 {spec['teacher']['sha256']}",
         images=facts["images"],

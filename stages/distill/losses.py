@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manifests.errors import UsageError
+
 
 def kd(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)), mean over the batch (Hinton et al. 2015). Logits ``[n, C]``."""
@@ -28,6 +30,11 @@ def class_activation_maps(features: Tensor, weights: Tensor) -> Tensor:
 
     No bias; the classifier is a constant, so that the term moves features only.
     """
+    if features.shape[1] != weights.shape[1]:
+        raise UsageError(
+            f"the last feature map has {features.shape[1]} channels, the last linear layer takes {weights.shape[1]}: "
+            "class activation maps need a head right after pooling; set loss.cam to 0"
+        )
     return torch.einsum("nkhw,ck->nchw", features.float(), weights.detach().float())
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manifests.errors import UsageError
 from stages.distill import losses
 
 LOG3 = math.log(3)
@@ -86,3 +87,8 @@ def test_map_mse_averages_to_the_smaller_size():
     large = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
     assert losses.map_mse(large, torch.tensor([[[2.0]]])).item() == 4.0  # mean 4 against 2
     assert torch.allclose(losses.map_mse(large, large + 1), F.mse_loss(large, large + 1))
+
+
+def test_class_activation_maps_need_a_head_right_after_pooling():
+    with pytest.raises(UsageError, match="has 3 channels, the last linear layer takes 4"):
+        losses.class_activation_maps(torch.zeros(1, 3, 2, 2), torch.zeros(5, 4))
