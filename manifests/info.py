@@ -54,7 +54,8 @@ class TarInfo:
 class DatasetInfo:
     """Everything about a dataset but its rows. ``tars`` is filled by the merge, in shard order.
 
-    ``prior`` and ``teacher`` are identities with checksums; ``image_size`` is the stored side in pixels.
+    ``prior`` and ``teacher`` are identities with checksums; ``image_size`` is the stored side in pixels. ``rescored``
+    tells what a manifest of ``factory rescore`` was made from; None where the columns are those of the tars.
     """
 
     fingerprint: str
@@ -65,6 +66,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     tars: tuple[TarInfo, ...] = ()
     format_version: int = FORMAT_VERSION
+    rescored: dict[str, Any] | None = None
 
     @property
     def rows(self) -> int:
@@ -77,6 +79,8 @@ class DatasetInfo:
         """Key-value metadata for Parquet; its own checksum is part of it, since Parquet does not protect its footer."""
         values = asdict(self)
         del values["format_version"]
+        if self.rescored is None:
+            del values["rescored"]
         values["tars"] = [[tar.shard, tar.sha256, tar.bytes, tar.rows] for tar in self.tars]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         if len(text) > MAX_INFO:
@@ -116,5 +120,8 @@ class DatasetInfo:
         tars = tuple(TarInfo(s, file_name(s, d, "tar"), d, b, n) for s, d, b, n in values["tars"])
         if [tar.shard for tar in tars] != sorted({tar.shard for tar in tars}):
             raise ValueError("shards are repeated or out of order")
+        rescored = values.get("rescored")
+        if not isinstance(rescored, dict | None):
+            raise ValueError("rescored is no dict")
         kept = {name: values[name] for name in ("fingerprint", "recipe", "prior", "teacher", "image_size")}
-        return cls(**kept, class_names=tuple(names), tars=tars)
+        return cls(**kept, class_names=tuple(names), tars=tars, rescored=rescored)

@@ -60,15 +60,18 @@ def tar_rows(storage: Storage, name: str, shard: int) -> tuple[list[dict[str, An
         return rows, stream.finish(), stream.bytes
 
 
-def tar_flaws(storage: Storage, tar: TarInfo, rows: list[dict[str, Any]] | None) -> Iterator[tuple[str, str]]:
-    """(where, what) for everything wrong with a tar. ``rows`` are the full rows describing it, or None if lost."""
+def tar_flaws(
+    storage: Storage, tar: TarInfo, rows: list[dict[str, Any]] | None, free: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, str]]:
+    """(where, what) for everything wrong with a tar. ``rows`` are the full rows describing it, or None if lost;
+    their columns ``free`` may differ from those in the tar."""
     where = f"shard {tar.shard}"
     walked, named = 0, False
     with storage.open(tar.name) as file:
         stream = HashingStream(file)
         try:
             for sample in walk(stream, where):
-                flaw = _sample_flaw(sample, tar.shard, walked, rows, where)
+                flaw = _sample_flaw(sample, tar.shard, walked, rows, where, free)
                 if flaw:
                     named = True
                     yield f"{where}, sample {sample.key}", flaw
@@ -89,7 +92,9 @@ def tar_flaws(storage: Storage, tar: TarInfo, rows: list[dict[str, Any]] | None)
         yield where, f"{tar.name} was altered: its sha256 differs{'' if named else ', though its samples are intact'}"
 
 
-def _sample_flaw(sample: Sample, shard: int, index: int, rows: list[dict[str, Any]] | None, where: str) -> str | None:
+def _sample_flaw(
+    sample: Sample, shard: int, index: int, rows: list[dict[str, Any]] | None, where: str, free: frozenset[str]
+) -> str | None:
     if rows is None:
         try:
             sample_row(sample, shard, index, where)
@@ -103,6 +108,12 @@ def _sample_flaw(sample: Sample, shard: int, index: int, rows: list[dict[str, An
         return f"its row says {row['key']} with {row['size']} bytes at {row['offset']}"
     if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
         return "the image was altered (checksum differs)"
+    if free:
+        try:
+            own = parse_row(sample.row)
+        except DataError as error:
+            return str(error)
+        row = row | {name: own[name] for name in free}
     return None if row_json(row) == sample.row else "its JSON in the tar differs from its row in the table"
 
 

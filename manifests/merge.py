@@ -36,19 +36,24 @@ def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = No
     """
     records = _chosen(storage, info.fingerprint, shards)
     full = info.with_tars(tuple(record.tar_info() for record in records))
+    write_manifest(storage, MANIFEST, full, _tables(storage, records))
+    return full
+
+
+def write_manifest(storage: Storage, name: str, info: DatasetInfo, tables: Iterable[pa.Table]) -> None:
+    """Write the rows of ``tables``, in that order, as the manifest ``name``: whole or not at all, in bounded memory."""
     path = storage.scratch() / f"merge-{uuid.uuid4().hex}.parquet"
-    schema = SCHEMA.with_metadata(full.to_metadata())
+    schema = SCHEMA.with_metadata(info.to_metadata())
     try:
         with pq.ParquetWriter(path, schema, **write_options()) as writer:
-            tables = (table for table in _tables(storage, records) if table.num_rows)
-            first = next(tables, None)
-            for group in _row_groups(chain([first], tables), _group_rows(first)) if first is not None else ():
+            filled = (table for table in tables if table.num_rows)
+            first = next(filled, None)
+            for group in _row_groups(chain([first], filled), _group_rows(first)) if first is not None else ():
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=group.num_rows)
-        storage.put_file(path, MANIFEST)
+        storage.put_file(path, name)
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-    return full
 
 
 def _chosen(storage: Storage, fingerprint: str, shards: Iterable[int] | None) -> list[DoneRecord]:

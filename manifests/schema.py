@@ -80,6 +80,12 @@ REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
 PLACEMENT = frozenset({"offset", "size"})
 """Columns that only the finished tar knows; they are no part of a row's JSON."""
 
+SCORED = frozenset(
+    {"cosine", "cosine_ref", "cosine_space", "teacher_label", "confidence", "entropy", "margin"}
+    | {"kept", "reject_reason", "logits"}
+)
+"""Columns that ``factory rescore`` computes again; in its manifests they differ from the rows in the tars."""
+
 
 def make_key(shard: int, index: int) -> str:
     """The key of the ``index``-th sample of ``shard``."""

@@ -13,9 +13,9 @@ import pyarrow as pa
 from manifests.errors import DataError
 from manifests.info import TarInfo
 from manifests.inspection import tar_flaws
-from manifests.merge import MANIFEST, load_shard_table
+from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
-from manifests.schema import SCHEMA, load_json
+from manifests.schema import SCHEMA, SCORED, load_json
 from manifests.shard import DoneRecord, done_name
 from manifests.storage import Storage, split
 
@@ -94,15 +94,16 @@ class _Check:
             if record and manifest and listed.get(shard) != tar:
                 yield Problem(self.name, f"shard {shard} is {'another tar' if shard in listed else 'not in it'}")
             table: pa.Table | None = None
+            free: frozenset[str] = frozenset()
             if record:
                 try:
                     table = self._table(record, sizes)
                 except DataError as error:
                     yield Problem(f"shard {shard}", str(error))
             if manifest is not None and table is None and self.deep:
-                table = _rows_of(manifest, shard)
-            yield from self._tar(tar, table, sizes)
-        if manifest is not None and self.deep and self.name == MANIFEST:
+                table, free = _rows_of(manifest, shard), _free(manifest)
+            yield from self._tar(tar, table, sizes, free)
+        if manifest is not None and self.deep:
             yield from self._same_rows(manifest)
 
     def _table(self, record: DoneRecord, sizes: dict[str, int]) -> pa.Table | None:
@@ -114,7 +115,9 @@ class _Check:
         self.tables[record.shard] = record
         return table
 
-    def _tar(self, tar: TarInfo, table: pa.Table | None, sizes: dict[str, int]) -> Iterator[Problem]:
+    def _tar(
+        self, tar: TarInfo, table: pa.Table | None, sizes: dict[str, int], free: frozenset[str]
+    ) -> Iterator[Problem]:
         if tar.name not in sizes:
             yield Problem(f"shard {tar.shard}", f"{tar.name} is missing")
             return
@@ -126,7 +129,7 @@ class _Check:
             except UnicodeDecodeError:
                 yield Problem(f"shard {tar.shard}", "its rows hold text that is not UTF-8")
                 rows = None
-            yield from (Problem(where, what) for where, what in tar_flaws(self.storage, tar, rows))
+            yield from (Problem(where, what) for where, what in tar_flaws(self.storage, tar, rows, free))
 
     def _same_rows(self, manifest: Manifest) -> Iterator[Problem]:
         """The manifest's rows against the tables of its shards, group by group, as far as all tables are sound."""
@@ -135,6 +138,7 @@ class _Check:
             return
         held = SCHEMA.empty_table()
         pending = iter(shards)
+        compared = [name for name in SCHEMA.names if name not in _free(manifest)]
         for group in range(manifest.num_groups):
             try:
                 theirs = manifest.group(group)
@@ -144,8 +148,14 @@ class _Check:
             while held.num_rows < theirs.num_rows:
                 held = pa.concat_tables([held, load_shard_table(self.storage, self.tables[next(pending)])])
             ours, held = held.slice(0, theirs.num_rows), held.slice(theirs.num_rows)
-            if not theirs.equals(ours.combine_chunks().cast(theirs.schema)):
+            ours, theirs = ours.select(compared).combine_chunks(), theirs.select(compared)
+            if not theirs.equals(ours.cast(theirs.schema)):
                 yield Problem(self.name, f"differs from the shards: {_first_difference(ours, theirs)}")
+
+
+def _free(manifest: Manifest) -> frozenset[str]:
+    """Columns of a manifest that need not be those of its tars."""
+    return SCORED if manifest.info.rescored is not None else frozenset()
 
 
 def _rows_of(manifest: Manifest, shard: int) -> pa.Table | None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands import demo, export, keep, look, run, score
+from pipeline.commands import demo, export, keep, look, rescore, run, score
 
 app = typer.Typer(
     name="factory",
@@ -28,6 +28,7 @@ app.command(rich_help_panel="Look")(look.inspect)
 app.command(rich_help_panel="Look")(look.verify)
 app.command(name="eval", rich_help_panel="Look")(score.evaluate)
 app.command(rich_help_panel="Keep")(export.export)
+app.command(rich_help_panel="Keep")(rescore.rescore)
 app.command(rich_help_panel="Keep")(keep.gc)
 app.command(rich_help_panel="Keep")(keep.rebuild)
 

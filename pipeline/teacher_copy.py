@@ -1,12 +1,12 @@
 """The dataset carries its built-in teacher, so that a manifest alone is enough to distil from.
 
-Used by ``factory run synth`` when a plan starts. Loading the weights once here also finds a damaged file before
-anything is written.
+Used by ``factory run synth`` when a plan starts, and by ``factory rescore`` for another teacher. Loading the weights
+once here also finds a damaged file before anything is written.
 """
 
 import hashlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,19 @@ FOLDER = "teacher"
 
 @dataclass(frozen=True)
 class TeacherCopy:
-    """The files to publish below ``FOLDER``, and the identity that the manifest's metadata stores."""
+    """The files to publish below ``folder``, and the identity that the manifest's metadata stores."""
 
     files: dict[str, bytes]
     identity: dict[str, Any]
+    folder: str = FOLDER
+
+    def apart(self) -> "TeacherCopy":
+        """The same in a folder named after its content, so that it never replaces another teacher's."""
+        if not self.files:
+            return self
+        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
+        folder = f"{FOLDER}-{digest[:12]}"
+        return replace(self, identity=self.identity | {"path": f"{folder}/{WEIGHTS}"}, folder=folder)
 
 
 def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
@@ -54,6 +63,6 @@ def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
 def publish(storage: Storage, copy: TeacherCopy) -> None:
     """Write the files that are not there with the same content (a plan that was never started may be replaced)."""
     for name, data in copy.files.items():
-        target = f"{FOLDER}/{name}"
+        target = f"{copy.folder}/{name}"
         if storage.size(target) != len(data) or storage.read(target) != data:
             storage.write(target, data)

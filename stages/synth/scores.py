@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+REJECTED = "teacher gives its class"
+"""How the reason of a rejection by the threshold begins."""
+
 
 def unit_range(pixels: Tensor) -> Tensor:
     """uint8 ``[n, h, w, 3]`` to ``[n, 3, h, w]`` in [−1, 1]."""
@@ -26,7 +29,7 @@ def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float
     rows = []
     for i in range(len(labels)):
         kept = target[i].item() >= min_confidence
-        reason = f"teacher gives its class {target[i].item():.3f} < {min_confidence:g}"
+        reason = f"{REJECTED} {target[i].item():.3f} < {min_confidence:g}"
         rows.append(
             {
                 "teacher_label": int(top.indices[i, 0]),

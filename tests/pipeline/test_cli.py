@@ -26,6 +26,7 @@ COMMANDS = (
     "verify",
     "eval",
     "export",
+    "rescore",
     "gc",
     "rebuild",
 )

@@ -1,0 +1,128 @@
+"""The teacher's columns for another teacher or threshold, without new images. Used by ``factory rescore``.
+
+The new manifest lies beside the old one and names the same tars; nothing that is there already is changed.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from manifests.errors import DataError, UsageError
+from manifests.info import DatasetInfo
+from manifests.merge import MANIFEST, write_manifest
+from manifests.reader import Manifest
+from manifests.selection import Selection
+from manifests.storage import split
+from pipeline.lease import Lease
+from pipeline.progress import progress, say
+from pipeline.teacher_copy import TeacherCopy, prepare, publish
+from pipeline.text import duration, plain
+from stages.models.identity import teacher_identity
+from stages.models.settings import ModelSettings
+
+DEFAULT = "rescored.parquet"
+
+
+def rescore(
+    url: str,
+    teacher: str | None = None,
+    threshold: float | None = None,
+    out: str | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write a manifest like ``url`` with the teacher columns of ``teacher`` (default: the one that the dataset
+    carries) and ``kept`` by ``threshold`` (default: the manifest's own). Returns a report.
+
+    Raises UsageError where neither is given or ``out`` lies elsewhere, DataError where the file exists already, the
+    teacher has other classes, or images are damaged.
+    """
+    if teacher is None and threshold is None:
+        raise UsageError("say what shall change: --teacher, --threshold or both")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold:g}: expected a probability, 0 to 1")
+    manifest = Manifest.open(url)
+    storage, name = manifest.storage, target(manifest, out)
+    started = time.monotonic()
+    settings = ModelSettings(name=teacher) if teacher else None
+    copy = prepare(settings, teacher_identity(settings)).apart() if settings else None
+    least = own_threshold(manifest.info) if threshold is None else threshold
+    from stages.models.carried import carried_teacher, check_classes
+    from stages.models.loading import load_teacher
+    from stages.synth.rescore import rescored
+
+    model = load_teacher(settings, device) if settings else carried_teacher(manifest, device)
+    check_classes(model, manifest)  # before anything is written
+    info = described(manifest, copy, least)
+    with Lease(storage, on_line=say), progress("rescore", quiet=quiet) as shown:
+        if copy:
+            publish(storage, copy)
+        tables = rescored(manifest, model, least, device, lambda rows: shown(rows, manifest.num_rows, ""))
+        write_manifest(storage, name, info, tables)
+    made = Manifest.open(storage.path(name))
+    return {
+        "manifest": made.url,
+        "from": manifest.url,
+        "teacher": info.teacher,
+        "threshold": least,
+        "rows": made.num_rows,
+        "kept_before": kept_rows(manifest),
+        "kept": kept_rows(made),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def target(manifest: Manifest, out: str | None) -> str:
+    """The name of the new manifest in the dataset's folder, free to be written."""
+    storage, name = manifest.storage, DEFAULT
+    if out is not None:
+        bare = "/" not in out and os.sep not in out
+        folder, name = (storage, out) if bare else split(out)
+        if folder.url != storage.url:
+            raise UsageError(f"--out {out}: a manifest lies beside its tars, in {storage.url}")
+        if not name.endswith(".parquet") or name == MANIFEST:
+            raise UsageError(f"--out {out}: expected a name that ends in .parquet and is not {MANIFEST}")
+    if storage.exists(name):
+        raise DataError(f"{storage.path(name)} exists already; name another file with --out, or delete it")
+    return name
+
+
+def own_threshold(info: DatasetInfo) -> float:
+    """The threshold by which the rows of a manifest were kept; 0 where it does not tell."""
+    source = info.rescored or info.recipe.get("synth")
+    value = source.get("threshold" if info.rescored else "min_confidence", 0.0) if isinstance(source, dict) else 0.0
+    fits = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+    return float(value) if fits else 0.0
+
+
+def described(manifest: Manifest, copy: TeacherCopy | None, threshold: float) -> DatasetInfo:
+    """What the new manifest says of the dataset: the same, but for teacher and threshold."""
+    return replace(
+        manifest.info,
+        teacher=copy.identity if copy else manifest.info.teacher,
+        rescored={
+            "threshold": threshold,
+            "from_manifest": manifest.digest,
+            "from_teacher": manifest.info.teacher.get("sha256"),
+        },
+    )
+
+
+def kept_rows(manifest: Manifest) -> int:
+    """How many rows are kept; 0 is no error here."""
+    return int(np.sum(Selection(manifest, np.arange(manifest.num_rows)).column("kept")))
+
+
+def report_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The report for people."""
+    yield (
+        f"{result['rows']} images, {result['kept']} kept (before: {result['kept_before']}) at threshold "
+        f"{result['threshold']:g}, teacher {plain(result['teacher'].get('architecture'))}, "
+        f"sha256 {plain(result['teacher'].get('sha256'))[:12]}, {duration(result['seconds'])}"
+    )
+    yield f"manifest: {plain(result['manifest'])}"

@@ -1,0 +1,45 @@
+"""The teacher that a dataset carries. Used by ``factory run distill``, ``rescore`` and ``inspect``."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from manifests.errors import DataError
+from manifests.reader import Manifest
+from stages.models.identity import ModelConfig
+from stages.models.loading import teacher_from
+from stages.models.teacher import Teacher
+
+ASK = "name the teacher with --teacher"
+
+
+def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask: str = ASK) -> Teacher:
+    """The frozen built-in teacher whose weights lie beside ``manifest``, loaded after a check of their sha256.
+
+    Raises DataError where the manifest carries none or its files were altered; ``ask`` says what would help.
+    """
+    identity: dict[str, Any] = manifest.info.teacher
+    sha256 = identity.get("sha256")
+    if identity.get("kind") != "builtin" or not isinstance(identity.get("path"), str):
+        known = f"its sha256 is {sha256}" if sha256 else "its checksum is not recorded"
+        raise DataError(f"{manifest.url} does not carry its teacher, {known}: {ask}")
+    where = manifest.storage.path(identity["path"])
+    try:
+        config = ModelConfig.model_validate(identity.get("config"))
+    except ValueError:
+        raise DataError(f"{manifest.url}: the teacher's config in its metadata is damaged: {ask}") from None
+    weights = manifest.storage.read(identity["path"])
+    found = hashlib.sha256(weights).hexdigest()
+    if found != sha256:  # before anything is built from them
+        raise DataError(f"{where} was altered: sha256 {found}, expected {sha256}; restore it, or {ask}")
+    return teacher_from(config, weights, where, device)
+
+
+def check_classes(teacher: Teacher, manifest: Manifest) -> None:
+    """Raises DataError where ``teacher`` does not know the classes of ``manifest``, in their order."""
+    names = manifest.info.class_names
+    if len(names) != teacher.num_classes:
+        raise DataError(f"{manifest.url} has {len(names)} classes, the teacher {teacher.num_classes}")
+    if names != teacher.class_names and set(names) == set(teacher.class_names):
+        raise DataError(f"{manifest.url} and the teacher have the same classes in another order")

@@ -1,0 +1,132 @@
+"""Teacher columns again from the stored images, for another teacher or threshold. Used by ``factory rescore``.
+
+Rows stream in pieces that hold whole trajectories, so memory does not grow with the dataset.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manifests.errors import DataError
+from manifests.reader import Manifest
+from manifests.schema import SCHEMA
+from manifests.selection import Selection
+from stages.models.carried import check_classes
+from stages.models.teacher import Teacher
+from stages.synth.scores import REJECTED, teacher_columns
+from stages.synth.stored import BATCH, stored_images
+
+PIECE = 4096
+COSINES = ("cosine", "cosine_ref", "cosine_space")
+NEEDED = ("key", "shard", "trajectory", "timestep", "label", "kept", "reject_reason")
+
+
+def rescored(
+    manifest: Manifest,
+    teacher: Teacher,
+    threshold: float,
+    device: str = "cpu",
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Iterator[pa.Table]:
+    """Every row of ``manifest`` in order, with the columns that ``teacher`` and ``threshold`` decide made again.
+
+    A row that was rejected for another reason than the threshold stays rejected. Logits are renewed where a row has
+    them, cosines where they were taken in the teacher's feature space. ``on_rows`` hears how many rows are done.
+    Raises DataError where classes or images do not fit.
+    """
+    check_classes(teacher, manifest)
+    for first, table in pieces(manifest):
+        selection = Selection(manifest, np.arange(first, first + table.num_rows, dtype=np.int64))
+        labels = table["label"].to_pylist()
+        if min(labels) < 0 or max(labels) >= teacher.num_classes:
+            raise DataError(f"{manifest.url}: a label lies outside the {teacher.num_classes} classes")
+        logits, features = [], []
+        for start in range(0, table.num_rows, BATCH):
+            some = range(start, min(start + BATCH, table.num_rows))
+            answer, feature = answers(teacher, stored_images(selection, some).to(device))
+            logits.append(answer)
+            features.append(feature)
+            on_rows(first + some.stop)
+        shown = [feature for feature in features if feature is not None]
+        yield renewed(table, torch.cat(logits), torch.cat(shown) if shown else None, teacher.class_weights, threshold)
+
+
+def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
+    """(number of its first row, table) of at most ``rows`` rows, cut between trajectories wherever that is possible."""
+    held, first = SCHEMA.empty_table(), 0
+    for group in range(manifest.num_groups):
+        held = pa.concat_tables([held, manifest.group(group)])
+        while held.num_rows > rows:
+            starts = trajectory_starts(held.slice(0, rows + 1))
+            cut = int(starts[-1]) if len(starts) else rows
+            yield first, held.slice(0, cut).combine_chunks()
+            held, first = held.slice(cut), first + cut
+    if held.num_rows:
+        yield first, held.combine_chunks()
+
+
+def trajectory_starts(table: pa.Table) -> np.ndarray:
+    """Numbers of the rows, but for the first, whose predecessor belongs to another trajectory or to none."""
+    shard = table["shard"].to_numpy()
+    trajectory = table["trajectory"].fill_null(-1).to_numpy()
+    return np.flatnonzero((np.diff(shard) != 0) | (np.diff(trajectory) != 0) | (trajectory[1:] < 0)) + 1
+
+
+@torch.no_grad()
+def answers(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits ``[n, C]`` and features ``[n, D]`` (None without) of ``images``, on the CPU."""
+    features = teacher.features(images)
+    return teacher.logits(images).cpu(), None if features is None else features.cpu()
+
+
+def renewed(
+    table: pa.Table, logits: Tensor, features: Tensor | None, weights: Tensor | None, threshold: float
+) -> pa.Table:
+    """``table`` with new teacher columns from ``logits`` ``[n, C]``, ``features`` ``[n, D]`` and the last layer's
+    ``weights`` ``[C, D]``."""
+    old = table.select([*NEEDED, *COSINES]).to_pylist()
+    new = teacher_columns(logits, [row["label"] for row in old], threshold)
+    cosines = renewed_cosines(old, features, weights)
+    has_logits = table["logits"].is_valid().to_pylist()
+    for i, (before, after) in enumerate(zip(old, new, strict=True)):
+        if not before["kept"] and not str(before["reject_reason"]).startswith(REJECTED):
+            after |= {"kept": False, "reject_reason": before["reject_reason"]}
+        after["logits"] = logits[i].half().numpy() if has_logits[i] else None
+        after |= {name: before[name] for name in COSINES}
+        if before["cosine_space"] == "teacher":
+            after |= {"cosine": cosines[i]} if cosines[i] is not None else dict.fromkeys(COSINES)
+    for name in new[0]:
+        table = replaced(table, name, [row[name] for row in new])
+    return table
+
+
+def renewed_cosines(rows: list[dict], features: Tensor | None, weights: Tensor | None) -> list[float | None]:
+    """Cosine of each sample's features with what its ``cosine_ref`` names: the class's weight row, the final image of
+    its trajectory, or another sample; None where that is not at hand."""
+    if features is None or weights is None:
+        return [None] * len(rows)
+    finals = {(row["shard"], row["trajectory"]): i for i, row in enumerate(rows) if row["timestep"] == 0}
+    keys = {row["key"]: i for i, row in enumerate(rows)}
+    reference, known = features.clone(), []
+    for i, row in enumerate(rows):
+        ref = str(row["cosine_ref"])
+        if ref.startswith("class:"):
+            reference[i] = weights[row["label"]]
+            known.append(True)
+            continue
+        other = finals.get((row["shard"], row["trajectory"])) if ref == "final" else keys.get(ref)
+        known.append(other is not None)
+        if other is not None:
+            reference[i] = features[other]
+    cosines = F.cosine_similarity(features, reference, dim=1).tolist()
+    return [cosine if there else None for cosine, there in zip(cosines, known, strict=True)]
+
+
+def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
+    """``table`` with other values in one column."""
+    index = SCHEMA.get_field_index(name)
+    return table.set_column(index, SCHEMA.field(index), pa.array(values, SCHEMA.field(index).type))
