@@ -290,11 +290,7 @@ class TestSettingsFile:
 
     @pytest.mark.parametrize(
         ("text", "line"),
-        [
-            ("name: [", "is no YAML"),
-            ("nome: x", "describes no model: nome"),
-            ("name: other.yaml", "not another YAML file"),
-        ],
+        [("name: [", "is no YAML"), ("nome: x", "describes no model: nome"), ("name: o.yaml", "not another YAML file")],
     )
     def test_files_that_describe_none(self, tmp_path, text, line):
         (tmp_path / "t.yaml").write_text(text)
