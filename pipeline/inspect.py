@@ -1,4 +1,4 @@
-"""What is in a manifest: counts, score quantiles, a contact sheet. Used by ``factory inspect``."""
+"""What is in a manifest: counts, score quantiles, metrics, a contact sheet. Used by ``factory inspect``."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -48,6 +48,18 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
     return {str(q): round(float(v), 4) for q, v in zip(QUANTILES, np.quantile(numbers, QUANTILES), strict=True)}
 
 
+def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Statistics gap, diversity and near-duplicates of the kept images, as the teacher that the dataset carries sees
+    them (:func:`stages.synth.metrics.measure`). Raises DataError where it carries none."""
+    from pipeline.progress import progress
+    from stages.models.carried import carried_teacher
+    from stages.synth.metrics import measure
+
+    teacher = carried_teacher(manifest, ask="give it one with factory rescore --teacher")
+    with progress("metrics", quiet=quiet) as shown:
+        return measure(manifest.select(where), teacher, on_images=lambda done, total: shown(done, total, ""))
+
+
 def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> bytes:
     """A contact sheet as PNG bytes: for each class up to ``columns`` kept images, evenly spread over the run."""
     return png(contact_sheet(samples(manifest, where, columns)))
@@ -82,6 +94,24 @@ def lines(summary: dict[str, Any]) -> list[str]:
         out.append(f"{name:<16}{values}")
     out.append(f"{'class':<24}{'rows':>8}{'kept':>8}")
     out += [f"{plain(name):<24}{c['rows']:>8}{c['kept']:>8}" for name, c in summary["classes"].items()]
+    return out + (metric_lines(summary["metrics"]) if summary.get("metrics") else [])
+
+
+def metric_lines(found: dict[str, Any]) -> list[str]:
+    """The metrics for people; ``vendi`` is the effective number of different images."""
+    gap = "none, the teacher has no BatchNorm" if found["bn_gap"] is None else f"{found['bn_gap']:.3f}"
+    out = [
+        f"{found['images']} kept images looked at: the teacher agrees with {found['teacher_accuracy']:.1%}, "
+        f"BatchNorm gap {gap}"
+    ]
+    if found["near_duplicates"] is None:
+        return [*out, "no diversity: the teacher shows no features"]
+    out.append(f"{found['near_duplicates']} near-duplicates (feature cosine > {found['near_duplicate_cosine']:g})")
+    out.append(f"{'class':<24}{'images':>8}{'cosine':>8}{'vendi':>8}{'alike':>8}")
+    for name, facts in found["classes"].items():
+        cosine = f"{facts['cosine']:>8.3f}" if facts["cosine"] is not None else f"{'–':>8}"
+        numbers = f"{facts['images']:>8}{cosine}{facts['vendi']:>8.2f}{facts['near_duplicates']:>8}"
+        out.append(f"{plain(name):<24}{numbers}")
     return out
 
 

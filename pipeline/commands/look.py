@@ -45,15 +45,20 @@ def inspect(
         typer.Option(help="Contact sheet to write (PNG) (default: beside the manifest).", show_default=False),
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Statistics gap, diversity, near-duplicates (runs the teacher).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Summary of a manifest, and a contact sheet of its kept images."""
+    """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
     from manifests.reader import Manifest
     from manifests.storage import Storage
     from pipeline import inspect as look
 
     opened = Manifest.open(manifest)
     summary = look.summarise(opened, where)
+    if metrics:
+        summary["metrics"] = look.metrics(opened, where) if summary["kept"] else None
     if summary["kept"]:
         picture = look.sheet(opened, where, columns)
         if sheet is None:

@@ -1,13 +1,18 @@
 """What ``factory inspect`` counts, and that nothing stored can steer the terminal."""
 
 import dataclasses
+import json
 
+import pytest
+
+from manifests.errors import DataError
 from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
 from manifests.storage import Storage
-from pipeline.inspect import lines, quantiles, samples, summarise
+from pipeline.inspect import lines, metric_lines, metrics, quantiles, samples, summarise
+from tests.distill.drawn import write_dataset
 from tests.pipeline.fake_worker import image, row
 
 INFO = DatasetInfo("f" * 64, {"name": "evil \x1b[31m"}, {}, {}, 8, ("zero\x1b]0;x\x07", *map(str, range(1, 10))))
@@ -50,6 +55,29 @@ def test_stored_text_is_defused(tmp_path):
     text = "".join(lines(found))
     assert text.isprintable()
     assert "zero\\x1b]0;x\\x07" in text
+
+
+def test_metrics_come_from_the_carried_teacher(tmp_path):
+    manifest = Manifest.open(write_dataset(tmp_path, 9))
+    found = summarise(manifest) | {"metrics": metrics(manifest, quiet=True)}
+    assert json.loads(json.dumps(found)) == found
+    text = list(lines(found))
+    assert "9 kept images looked at" in text[-6] and "BatchNorm gap" in text[-6]
+    assert "feature cosine > 0.999" in text[-5]
+    assert text[-1].split()[:2] == ["top", "3"]
+    assert metrics(manifest, "label == 1", quiet=True)["images"] == 3
+
+
+def test_metrics_without_a_carried_teacher_or_features(tmp_path):
+    with pytest.raises(DataError, match="does not carry its teacher.*factory rescore --teacher"):
+        metrics(dataset(tmp_path, [{}]), quiet=True)
+    facts = {"cosine": None, "vendi": None, "near_duplicates": None, "images": 1}
+    blind = {"images": 1, "bn_gap": None, "teacher_accuracy": 1.0, "near_duplicates": None, "classes": {"a": facts}}
+    assert [line.split(":")[0] for line in metric_lines(blind)] == ["1 kept images looked at", "no diversity"]
+    lone = facts | {"vendi": 1.0, "near_duplicates": 0}
+    seen = blind | {"near_duplicates": 0, "near_duplicate_cosine": 0.999, "classes": {"\x1b[2J": lone}}
+    assert "".join(metric_lines(seen)).isprintable()
+    assert "–" in metric_lines(seen)[-1]
 
 
 def test_samples_are_spread_over_the_run(tmp_path):

@@ -1,0 +1,143 @@
+"""How good a dataset is, told without real data: statistics gap, diversity, near-duplicates, as its teacher sees it.
+
+Used by ``factory inspect --metrics``. Classes are measured one after the other, so memory does not grow with them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manifests.selection import Selection
+from stages.models.carried import check_classes
+from stages.models.teacher import Teacher
+from stages.synth.stored import BATCH, stored_images
+
+PER_CLASS = 512
+"""Images of a class that are looked at, evenly spread over the dataset."""
+SAME = 0.999
+"""Images of a class whose features have a larger cosine are near-duplicates."""
+
+
+def mean_pairwise_cosine(features: Tensor) -> float | None:
+    """Mean cosine over all pairs of different rows of ``[n, D]``, (‖Σu‖² − n) / (n(n − 1)); None for one row.
+
+    1: all alike; 0: unrelated. Lower is more diverse.
+    """
+    n = len(features)
+    if n < 2:
+        return None
+    unit = F.normalize(features.double(), dim=1)
+    return float((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)))
+
+
+def vendi_score(features: Tensor) -> float:
+    """Effective number of different rows of ``[n, D]``, 1 to n: exp of the entropy of the eigenvalues of K/n with the
+    cosine kernel K (Friedman and Dieng 2023, equation 1)."""
+    unit = F.normalize(features.double(), dim=1)
+    gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same eigenvalues, but for zeros
+    values = torch.linalg.eigvalsh(gram / len(unit)).clamp_min(0)
+    return float(torch.special.entr(values).sum().exp())
+
+
+def near_duplicates(features: Tensor, threshold: float) -> int:
+    """How many rows of ``[n, D]`` have a cosine above ``threshold`` with an earlier row."""
+    unit = F.normalize(features.double(), dim=1)
+    return int(((unit @ unit.T).tril(-1) > threshold).any(1).sum())
+
+
+class Moments:
+    """Mean and biased variance per channel of what each BatchNorm layer sees, over all images added."""
+
+    def __init__(self) -> None:
+        self.count: list[int] = []
+        self.sums: list[Tensor] = []
+        self.squares: list[Tensor] = []
+
+    def add(self, inputs: Sequence[Tensor]) -> None:
+        """``inputs`` of a batch: ``[n, c, …]`` for each layer."""
+        for layer, x in enumerate(inputs):
+            flat = x.detach().transpose(0, 1).flatten(1).double()
+            if layer == len(self.count):
+                self.count.append(0)
+                self.sums.append(flat.new_zeros(len(flat)))
+                self.squares.append(flat.new_zeros(len(flat)))
+            self.count[layer] += flat.shape[1]
+            self.sums[layer] += flat.sum(1)
+            self.squares[layer] += flat.square().sum(1)
+
+    def gap(self, running: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+        """Distance to the ``running`` (mean, variance): mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²),
+        what guidance calls ``bn`` (DiffDFKD, equation 6), here over the dataset. None without BatchNorm layers."""
+        terms = []
+        for count, total, square, (mean, variance) in zip(self.count, self.sums, self.squares, running, strict=True):
+            own_mean = total / count
+            own_variance = square / count - own_mean.square()
+            scale = variance.double().clamp_min(1e-5)
+            shift, spread = (own_mean - mean) / scale.sqrt(), (own_variance - variance) / scale
+            terms.append(shift.square().mean().sqrt() + spread.square().mean().sqrt())
+        return float(torch.stack(terms).mean()) if terms else None
+
+
+@torch.no_grad()
+def measure(
+    selection: Selection,
+    teacher: Teacher,
+    per_class: int = PER_CLASS,
+    same: float = SAME,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Metrics of the images of ``selection``; JSON-able. A teacher without a last linear layer shows no features:
+    diversity is then None. Raises DataError where teacher and images do not fit."""
+    check_classes(teacher, selection.manifest)
+    labels = np.asarray(selection.column("label"))
+    chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
+    total, done = sum(map(len, chosen.values())), 0
+    moments, classes, right = Moments(), {}, 0
+    for label, rows in chosen.items():
+        found = []
+        for start in range(0, len(rows), BATCH):
+            images = stored_images(selection, rows[start : start + BATCH].tolist())
+            logits, inputs = teacher.with_batchnorm_inputs(images) if teacher.has_batchnorm else (None, [])
+            answer = teacher.logits(images) if logits is None else logits
+            right += int((answer.argmax(1) == label).sum())
+            moments.add(inputs)
+            features = teacher.features(images)
+            found += [] if features is None else [features]
+            done += len(images)
+            on_images(done, total)
+        classes[selection.manifest.info.class_names[label]] = diversity(torch.cat(found) if found else None, same) | {
+            "images": len(rows)
+        }
+    alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
+    return {
+        "images": total,
+        "bn_gap": moments.gap(teacher.batchnorms) if teacher.has_batchnorm else None,
+        "teacher_accuracy": right / total,
+        "near_duplicate_cosine": same,
+        "near_duplicates": sum(alike) if alike else None,
+        "classes": classes,
+    }
+
+
+def diversity(features: Tensor | None, same: float) -> dict[str, Any]:
+    """The numbers of one class."""
+    if features is None:
+        return {"cosine": None, "vendi": None, "near_duplicates": None}
+    return {
+        "cosine": mean_pairwise_cosine(features),
+        "vendi": vendi_score(features),
+        "near_duplicates": near_duplicates(features, same),
+    }
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` of ``rows``, evenly spread.
+
+    >>> spread(np.arange(10), 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]

@@ -1,0 +1,94 @@
+"""Dataset metrics against hand-computed values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manifests.errors import DataError
+from manifests.reader import Manifest
+from stages.models.carried import carried_teacher
+from stages.synth.guidance import feature_statistics
+from stages.synth.metrics import Moments, mean_pairwise_cosine, measure, near_duplicates, spread, vendi_score
+from tests.distill.drawn import write_dataset
+
+RIGHT_ANGLES = torch.tensor([[2.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 1.0]])
+TWO_AND_ONE = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+
+
+def test_pairwise_cosine_by_hand():
+    assert mean_pairwise_cosine(RIGHT_ANGLES) == pytest.approx(0)
+    assert mean_pairwise_cosine(TWO_AND_ONE) == pytest.approx(1 / 3)
+    assert mean_pairwise_cosine(torch.tensor([[1.0, 0.0], [3.0, 4.0]])) == pytest.approx(0.6)
+    assert mean_pairwise_cosine(TWO_AND_ONE[:1]) is None
+
+
+def test_vendi_score_by_hand():
+    assert vendi_score(RIGHT_ANGLES) == pytest.approx(3)
+    assert vendi_score(torch.ones(7, 3)) == pytest.approx(1)
+    thirds = math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3))
+    assert vendi_score(TWO_AND_ONE) == pytest.approx(thirds)  # more rows than columns: the smaller matrix is used
+    assert vendi_score(torch.cat([TWO_AND_ONE, torch.zeros(3, 2)], 1)) == pytest.approx(thirds)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_vendi_score_lies_between_one_and_the_number_of_rows(n, width, seed):
+    features = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    assert 1 - 1e-9 <= vendi_score(features) <= min(n, width) + 1e-9
+
+
+def test_near_duplicates_count_all_but_the_first_of_a_kind():
+    assert near_duplicates(RIGHT_ANGLES, 0.9) == 0
+    assert near_duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [9.0, 0.0]]), 0.9) == 2
+    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.59) == 1
+    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.61) == 0
+
+
+def test_gap_by_hand():
+    moments = Moments()
+    moments.add([torch.tensor([[[1.0, 3.0]]])])
+    moments.add([torch.tensor([[[5.0, 7.0]]])])  # mean 4, variance 5
+    assert moments.gap([(torch.tensor([2.0]), torch.tensor([4.0]))]) == pytest.approx(2 / 2 + 1 / 4)
+    assert moments.gap([(torch.tensor([4.0]), torch.tensor([5.0]))]) == pytest.approx(0)
+    assert Moments().gap([]) is None
+
+
+def test_gap_of_batches_is_that_of_guidance_for_all_at_once():
+    torch.manual_seed(0)
+    inputs = [torch.randn(6, 3, 4, 4), torch.randn(6, 5)]
+    running = [(torch.randn(3), torch.rand(3) + 0.5), (torch.randn(5), torch.rand(5) + 0.5)]
+    moments = Moments()
+    for part in (slice(0, 1), slice(1, 6)):
+        moments.add([x[part] for x in inputs])
+    assert moments.gap(running) == pytest.approx(float(feature_statistics(inputs, running)), rel=1e-5)
+
+
+def test_images_are_spread_over_the_dataset():
+    assert spread(torch.arange(9).numpy(), 3).tolist() == [0, 4, 8]
+    assert spread(torch.arange(2).numpy(), 3).tolist() == [0, 1]
+
+
+def test_measures_the_kept_images_of_each_class(tmp_path):
+    manifest = Manifest.open(write_dataset(tmp_path, 24, kept=lambda i: i != 0))
+    teacher = carried_teacher(manifest)
+    seen = []
+    found = measure(manifest.select(), teacher, on_images=lambda *done: seen.append(done))
+    assert found["images"] == 23 and seen[-1] == (23, 23)
+    assert {name: facts["images"] for name, facts in found["classes"].items()} == {"left": 7, "right": 8, "top": 8}
+    assert found["bn_gap"] > 0
+    assert 0 <= found["teacher_accuracy"] <= 1
+    facts = found["classes"]["left"]
+    assert -1 <= facts["cosine"] <= 1 <= facts["vendi"] <= 7
+    assert measure(manifest.select(), teacher, per_class=2)["images"] == 6
+    assert measure(manifest.select(), teacher, same=0.0)["near_duplicates"] == 23 - 3
+    assert measure(manifest.select(), teacher, same=1.1)["near_duplicates"] == 0
+
+
+def test_classes_must_fit(tmp_path):
+    manifest = Manifest.open(write_dataset(tmp_path, 6))
+    teacher = carried_teacher(manifest)
+    teacher.num_classes = 4
+    with pytest.raises(DataError, match="has 3 classes, the teacher 4"):
+        measure(manifest.select(), teacher)
