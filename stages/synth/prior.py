@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,12 @@ class State:
 
     z: Tensor
     step: int
+    before: Tensor | None = field(default=None, kw_only=True)  # a multistep solver's memory: ẑ0 of the step before
 
     def mixed(self, partner: Tensor, mask: Tensor) -> "State":
-        """Latents of ``partner [n]`` pasted where ``mask [n, 1, h, w]`` is set."""
-        return State(torch.where(mask, self.z[partner], self.z), self.step)
+        """Latents and the solver's memory of ``partner [n]`` pasted where ``mask [n, 1, h, w]`` is set."""
+        before = None if self.before is None else torch.where(mask, self.before[partner], self.before)
+        return State(torch.where(mask, self.z[partner], self.z), self.step, before=before)
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,17 @@ class Prediction(State):
 
     def detached(self) -> "Prediction":
         """The same numbers without a graph."""
-        return Prediction(self.z.detach(), self.step, self.output.detach(), self.z0.detach())
+        before = None if self.before is None else self.before.detach()
+        return Prediction(self.z.detach(), self.step, self.output.detach(), self.z0.detach(), before=before)
 
     def mixed(self, partner: Tensor, mask: Tensor) -> "Prediction":
-        """Latents, outputs and predictions of the partner pasted together (equation 11).
+        """Latents, outputs, predictions and memory of the partner pasted together (equation 11).
 
         Pasting z alone and stepping with the old eps would shift the box by (σ/α)(eps' − eps).
         """
-        z, output, z0 = (torch.where(mask, x[partner], x) for x in (self.z, self.output, self.z0))
-        return Prediction(z, self.step, output, z0)
+        cut = super().mixed(partner, mask)
+        output, z0 = (torch.where(mask, x[partner], x) for x in (self.output, self.z0))
+        return Prediction(cut.z, self.step, output, z0, before=cut.before)
 
 
 class Prior(Protocol):
@@ -51,8 +55,14 @@ class Prior(Protocol):
     conditioning: str  # "text" | "class" | "none"
     timesteps: list[int]  # the schedule, noisiest first
 
+    stochastic: bool  # whether ``step`` draws noise
+
     def encode(self, conditions: Sequence[str]) -> Any:
-        """Network conditioning for ``n`` prompts (negative prompt included where CFG needs it)."""
+        """Network conditioning for ``n`` conditions: prompts, or class names of the teacher where ``conditioning`` is
+        "class" (the unconditional half included where CFG needs it)."""
+
+    def start(self, noise: Tensor) -> State:
+        """Unit noise ``[n, *latent_shape]`` as the state before step 0."""
 
     def predict(self, state: State, condition: Any) -> Prediction:
         """One evaluation of the network. Differentiable in ``state.z`` where gradients are enabled."""
@@ -63,8 +73,9 @@ class Prior(Protocol):
     def move(self, state: Prediction, delta: Tensor) -> Prediction:
         """Shift ẑ0 by ``delta`` and keep eps."""
 
-    def step(self, state: Prediction) -> State:
-        """One step of the scheduler, from what ``predict`` (and ``move``) left."""
+    def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
+        """One step of the scheduler, from what ``predict`` (and ``move``) left; a stochastic one draws from ``rngs``,
+        one generator per trajectory."""
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents to images ``[n, 3, image_size, image_size]`` in [−1, 1] (unclamped). Differentiable."""

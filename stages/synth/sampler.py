@@ -10,7 +10,7 @@ from stages.models.teacher import Teacher
 from stages.synth import latent_cutmix as lca
 from stages.synth.groups import Group
 from stages.synth.guidance import Losses, guided, shifted, teacher_losses, update
-from stages.synth.prior import Prediction, Prior, State
+from stages.synth.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
 
@@ -109,7 +109,7 @@ def denoise(
     losses: Losses | None = None
     store = intermediate_steps(intermediates, steps)
     condition = prior.encode(group.prompts)
-    start = State(group.noise(seed, prior.latent_shape).to(device), 0)
+    start = prior.start(group.noise(seed, prior.latent_shape).to(device))
     for step, timestep in enumerate(prior.timesteps):
         active = guide if guide and guided(guide.settings, step, steps) else None
         with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
@@ -128,6 +128,7 @@ def denoise(
             state = state.mixed(lca.partners(drawn, n, device), lca.box_mask(drawn, n, prior.latent_shape, device))
             for position, cut in drawn.items():
                 cuts[position].append(cut)
-        start = prior.step(state.detached())
+        rngs = [torch_rng(seed, "step", t, step) for t in group.trajectories] if prior.stochastic else None
+        start = prior.step(state.detached(), rngs)
     work.decodes += 1
     yield Frame(steps, 0, prior.decode(start.z), [list(c) for c in cuts], losses)

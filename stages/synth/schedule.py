@@ -1,11 +1,36 @@
-"""ẑ0 and its shift for each prediction type of a variance-preserving schedule, z = α·z0 + σ·eps.
+"""The noise schedule of a prior: a diffusers scheduler made a pure function of the state, and ẑ0 for every prediction.
 
-Equation 4 of DiffDFKD for eps-prediction; Salimans & Ho 2022 (appendix D) for v = α·eps − σ·z0.
+z = α·z0 + σ·eps with (α, σ) = (√ᾱ, √(1−ᾱ)) where the variance is preserved (ddim, ddpm, dpmsolver++), (1, σ) where it
+explodes (euler), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps; Salimans & Ho 2022 (appendix D) for v.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from manifests.errors import DataError, UsageError
+from stages.synth.prior import Prediction, State
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+# Schedulers whose networks see plain (scaled) latents and any number of steps. Distilled (LCM, TCD), EDM-preconditioned
+# and discrete ones are absent: another scheduler over their weights would make noise.
+TRAINED_FOR = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+)
+FLOOR = 1e-5  # least α: pure noise has none, and guidance divides by it
 
 
 def predicted_z0(z: Tensor, output: Tensor, alpha: float, sigma: float, kind: str) -> Tensor:
@@ -13,14 +38,126 @@ def predicted_z0(z: Tensor, output: Tensor, alpha: float, sigma: float, kind: st
     if kind == "epsilon":
         return (z - sigma * output) / alpha
     if kind == "v_prediction":
-        return alpha * z - sigma * output
+        norm = math.hypot(alpha, sigma)  # 1 where the variance is preserved
+        return (alpha / norm**2) * z - (sigma / norm) * output
+    if kind == "flow_prediction":
+        return z - sigma * output
     return output
 
 
 def moved(z: Tensor, output: Tensor, delta: Tensor, alpha: float, sigma: float, kind: str) -> tuple[Tensor, Tensor]:
     """``(z, output)`` after ẑ0 moved by ``delta`` with eps kept: z' = z + α·Δ."""
-    if kind == "epsilon":
-        return z + alpha * delta, output
     if kind == "v_prediction":
-        return z + alpha * delta, output - sigma * delta
-    return z + alpha * delta, output + delta
+        output = output - (sigma / math.hypot(alpha, sigma)) * delta
+    elif kind == "flow_prediction":
+        output = output - delta
+    elif kind == "sample":
+        output = output + delta
+    return z + alpha * delta, output
+
+
+def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
+    """The diffusers scheduler ``name`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
+
+    Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
+    """
+    trained = config.get("_class_name")
+    if trained not in TRAINED_FOR:
+        raise DataError(f"prior {source} is made for {trained}, which cannot be guided safely, nor replaced")
+    flow = trained.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    kind = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise DataError(f"prior {source}: prediction type {kind!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
+    if flow and name in ("ddim", "ddpm"):
+        raise UsageError(f"prior {source} predicts a flow, which {name} cannot sample: set prior.scheduler=euler")
+    if name == "ddim":
+        return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    if name == "ddpm":  # learned variances are dropped with the network's extra channels
+        linear = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
+        return DDPMScheduler.from_config(config, **linear)
+    if name == "dpmsolver++":
+        second_order = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
+        linear = {"thresholding": False, "variance_type": None, "prediction_type": kind}
+        flows = {"use_flow_sigmas": True, "flow_shift": config.get("flow_shift", config.get("shift", 1.0))}
+        return DPMSolverMultistepScheduler.from_config(config, **second_order, **linear, **(flows if flow else {}))
+    if flow:
+        plain = {"stochastic_sampling": False, "use_dynamic_shifting": False, "invert_sigmas": False}
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift, **plain)
+    return EulerDiscreteScheduler.from_config(config, final_sigmas_type="zero")
+
+
+class Schedule:
+    """``steps`` denoising steps of scheduler ``name``; ``source`` names the prior in errors.
+
+    ``times`` are what the network is told, ``timesteps`` the same rounded for the manifest (noisiest first).
+    """
+
+    def __init__(self, config: dict[str, Any], name: str, steps: int, source: str) -> None:
+        self.name, self.scheduler = name, build_scheduler(config, name, source)
+        self.flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or bool(
+            getattr(self.scheduler.config, "use_flow_sigmas", False)
+        )
+        self.kind = "flow_prediction" if self.flow else self.scheduler.config.prediction_type
+        try:
+            self.scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {error}") from error
+        self.scheduler.is_scale_input_called = True  # ``network_input`` does it; silences a warning
+        self.times = [t.item() for t in self.scheduler.timesteps]
+        if len(self.times) != steps:
+            raise UsageError(f"{name} takes {len(self.times)} steps where {steps} are asked for: change prior.steps")
+        self.timesteps = [round(t) for t in self.times]
+        self.stochastic = name == "ddpm"
+        self.levels = [self._level(step) for step in range(steps)]
+
+    def _level(self, step: int) -> tuple[float, float]:
+        if self.name in ("ddim", "ddpm"):
+            bar = float(self.scheduler.alphas_cumprod[self.timesteps[step]])
+            alpha, sigma = bar**0.5, (1 - bar) ** 0.5
+        else:
+            sigma = float(self.scheduler.sigmas[step])
+            if self.flow:
+                alpha = 1 - sigma
+            elif self.name == "euler":
+                alpha = 1.0
+            else:
+                alpha = 1 / math.hypot(1, sigma)
+                sigma *= alpha
+        return max(alpha, FLOOR), sigma
+
+    def start(self, noise: Tensor) -> State:
+        """Unit noise ``[n, c, h, w]`` as the state before the first step."""
+        scale = float(self.scheduler.init_noise_sigma) if self.name == "euler" and not self.flow else 1.0
+        return State(noise if scale == 1 else noise * scale, 0)
+
+    def network_input(self, state: State) -> Tensor:
+        """Latents as the network wants them, of unit variance."""
+        if self.name != "euler" or self.flow:
+            return state.z
+        return state.z / math.hypot(*self.levels[state.step])
+
+    def prediction(self, state: State, output: Tensor) -> Prediction:
+        """What the network's ``output`` says of ``state``."""
+        z0 = predicted_z0(state.z, output, *self.levels[state.step], self.kind)
+        return Prediction(state.z, state.step, output, z0, before=state.before)
+
+    def move(self, state: Prediction, delta: Tensor) -> Prediction:
+        """ẑ0 by ``delta``, eps kept. The solver's memory moves along, or it would take the jump for a slope."""
+        z, output = moved(state.z, state.output, delta, *self.levels[state.step], self.kind)
+        before = None if state.before is None else state.before + delta
+        return Prediction(z, state.step, output, state.z0 + delta, before=before)
+
+    def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
+        """One step of the scheduler; ``rngs``, one per trajectory, are what a stochastic one draws its noise from."""
+        scheduler, time = self.scheduler, self.scheduler.timesteps[state.step]
+        scheduler._step_index = state.step  # never searched for: timesteps may repeat
+        if self.stochastic:
+            if rngs is None:
+                raise ValueError(f"{self.name} draws noise: it needs one generator per trajectory")
+            return State(scheduler.step(state.output, time, state.z, generator=list(rngs)).prev_sample, state.step + 1)
+        if self.name != "dpmsolver++":
+            return State(scheduler.step(state.output, time, state.z).prev_sample, state.step + 1)
+        scheduler.model_outputs = [None, state.before]
+        scheduler.lower_order_nums = 0 if state.before is None else 1
+        return State(scheduler.step(state.output, time, state.z).prev_sample, state.step + 1, before=state.z0)

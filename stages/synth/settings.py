@@ -2,9 +2,22 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.models.settings import ModelSettings, Settings
+
+_SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
+UNGUIDABLE = {
+    "pndm": "its first steps average several evaluations of one latent",
+    "heun": _SEVERAL,
+    "kdpm2": _SEVERAL,
+    "dpmsolver-singlestep": _SEVERAL,
+    "unipc": "its corrector re-does the step before, and with it undoes the guidance",
+    "lms": "it remembers slopes, which a moved prediction falsifies",
+    "deis": "it remembers slopes, which a moved prediction falsifies",
+    "lcm": "it needs a distilled network",
+    "tcd": "it needs a distilled network",
+}
 
 
 class PriorSettings(Settings):
@@ -12,13 +25,20 @@ class PriorSettings(Settings):
 
     path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
-    scheduler: Literal["ddim"] = "ddim"
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(50, gt=0, le=1000)
     cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 switches it off")
     negative_prompt: str = ""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     vae_slicing: bool = False
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _guidable(cls, name: object) -> object:
+        if isinstance(name, str) and (why := UNGUIDABLE.get(name.lower())):
+            raise ValueError(f"{name} cannot be guided safely: {why}; use ddim, ddpm, dpmsolver++ or euler")
+        return name
 
 
 class PromptSettings(Settings):

@@ -1,10 +1,11 @@
 """Text-conditional latent prior: Stable Diffusion's components, from a local diffusers folder or a hub id."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from manifests.errors import DataError
 from stages.synth.attention import use_attention
 from stages.synth.prior import Prediction, State
-from stages.synth.schedule import PREDICTION_TYPES, moved, predicted_z0
+from stages.synth.schedule import Schedule
 from stages.synth.settings import PriorSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,13 +51,9 @@ class TextPrior:
             self.vae.enable_slicing()
         self.attention = use_attention((self.unet, self.vae), settings.attention, device)
 
-        # One deterministic scheduler for now; SD 1.5 itself ships PNDM, whose first steps cannot be guided.
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        self.kind = self.scheduler.config.prediction_type
-        if self.kind not in PREDICTION_TYPES:
-            raise DataError(f"prior {source}: prediction type {self.kind!r} is unknown; known: {PREDICTION_TYPES}")
-        self.scheduler.set_timesteps(settings.steps)
-        self.timesteps = [int(t) for t in self.scheduler.timesteps]
+        config = json.loads((Path(source) / "scheduler" / "scheduler_config.json").read_text())
+        self.schedule = Schedule(config, settings.scheduler, settings.steps, str(source))
+        self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
         side = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -86,26 +83,26 @@ class TextPrior:
             return embedded
         return torch.cat([self._embed([self.settings.negative_prompt]).expand_as(embedded), embedded])
 
+    def start(self, noise: Tensor) -> State:
+        return self.schedule.start(noise)
+
     def levels(self, step: int) -> tuple[float, float]:
-        bar = float(self.scheduler.alphas_cumprod[self.timesteps[step]])
-        return bar**0.5, (1 - bar) ** 0.5
+        return self.schedule.levels[step]
 
     def predict(self, state: State, condition: Tensor) -> Prediction:
-        z, scale = state.z, self.settings.cfg
+        z, scale = self.schedule.network_input(state), self.settings.cfg
         batch = z if scale == 1 else torch.cat([z, z])
-        output = self.unet(batch.to(self.unet.dtype), self.timesteps[state.step], condition).sample.float()
+        output = self.unet(batch.to(self.unet.dtype), self.schedule.times[state.step], condition).sample.float()
         if scale != 1:  # equation 3, with the scale counted from the unconditional prediction
             negative, positive = output.chunk(2)
             output = negative + scale * (positive - negative)
-        return Prediction(z, state.step, output, predicted_z0(z, output, *self.levels(state.step), self.kind))
+        return self.schedule.prediction(state, output)
 
     def move(self, state: Prediction, delta: Tensor) -> Prediction:
-        z, output = moved(state.z, state.output, delta, *self.levels(state.step), self.kind)
-        return Prediction(z, state.step, output, state.z0 + delta)
+        return self.schedule.move(state, delta)
 
-    def step(self, state: Prediction) -> State:
-        z = self.scheduler.step(state.output, self.timesteps[state.step], state.z).prev_sample
-        return State(z, state.step + 1)
+    def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
+        return self.schedule.step(state, rngs)
 
     def decode(self, z0: Tensor) -> Tensor:
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0

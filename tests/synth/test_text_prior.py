@@ -21,7 +21,9 @@ def test_z0_is_the_schedulers_own(any_prior):
     for step in range(5):
         with torch.no_grad():
             state = predicted(any_prior, step)
-        theirs = any_prior.scheduler.step(state.output, any_prior.timesteps[step], state.z).pred_original_sample
+        theirs = any_prior.schedule.scheduler.step(
+            state.output, any_prior.timesteps[step], state.z
+        ).pred_original_sample
         torch.testing.assert_close(state.z0, theirs, rtol=1e-5, atol=1e-4)
 
 
@@ -33,7 +35,9 @@ def test_moving_z0_keeps_eps(any_prior):
     alpha, sigma = any_prior.levels(state.step)
     eps = lambda s: (s.z - alpha * s.z0) / sigma  # noqa: E731
     torch.testing.assert_close(eps(moved), eps(state), rtol=1e-4, atol=1e-4)
-    theirs = any_prior.scheduler.step(moved.output, any_prior.timesteps[state.step], moved.z).pred_original_sample
+    theirs = any_prior.schedule.scheduler.step(
+        moved.output, any_prior.timesteps[state.step], moved.z
+    ).pred_original_sample
     torch.testing.assert_close(theirs, state.z0 + delta, rtol=1e-4, atol=1e-4)
 
 

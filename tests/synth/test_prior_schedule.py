@@ -1,0 +1,163 @@
+"""Every scheduler over every prediction type: ẑ0 is the scheduler's own, moves keep eps, cuts cover the memory."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from manifests.errors import DataError, UsageError
+from stages.synth.prior import Prediction
+from stages.synth.schedule import Schedule
+from stages.synth.seeds import torch_rng
+from stages.synth.settings import PriorSettings
+
+STEPS = 6
+SHAPE = (3, 4, 8, 8)
+KINDS = ("epsilon", "v_prediction", "sample")
+CASES = [(name, kind) for name in ("ddim", "ddpm", "dpmsolver++", "euler") for kind in KINDS]
+CASES += [("dpmsolver++", "flow_prediction"), ("euler", "flow_prediction")]
+
+
+def config(kind):
+    if kind == "flow_prediction":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return {"_class_name": "PNDMScheduler", "prediction_type": kind, **betas}
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def schedule(request):
+    name, kind = request.param
+    made = Schedule(config(kind), name, STEPS, "x")
+    assert made.kind == kind and len(made.timesteps) == STEPS and made.timesteps == sorted(made.timesteps)[::-1]
+    return made
+
+
+def rngs(step):
+    return [torch_rng(0, "step", trajectory, step) for trajectory in range(SHAPE[0])]
+
+
+def run(schedule, steps):
+    """A walk with random network outputs: the prediction at every one of ``steps``."""
+    generator = torch.Generator().manual_seed(1)
+    state = schedule.start(torch.randn(SHAPE, generator=generator))
+    for step in range(steps):
+        state = schedule.prediction(state, torch.randn(SHAPE, generator=generator))
+        yield state
+        state = schedule.step(state, rngs(step))
+
+
+def test_z0_is_the_schedulers_own(schedule):
+    scheduler = schedule.scheduler
+    for state in run(schedule, STEPS):
+        time, scheduler._step_index = scheduler.timesteps[state.step], state.step
+        if schedule.name == "dpmsolver++":
+            theirs = scheduler.convert_model_output(state.output, sample=state.z)
+        elif schedule.kind == "flow_prediction":  # offers none: its step to noise level 0 says the same
+            theirs = state.z - scheduler.sigmas[state.step] * state.output
+        else:
+            theirs = scheduler.step(state.output, time, state.z).pred_original_sample
+        torch.testing.assert_close(state.z0, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_network_sees_what_scale_model_input_gives(schedule):
+    if schedule.kind == "flow_prediction":
+        pytest.skip("flow matching scales nothing")
+    for state in run(schedule, STEPS):
+        schedule.scheduler._step_index = state.step
+        theirs = schedule.scheduler.scale_model_input(state.z, schedule.scheduler.timesteps[state.step])
+        torch.testing.assert_close(schedule.network_input(state), theirs)
+
+
+def test_start_is_the_schedulers_own(schedule):
+    noise = torch.randn(SHAPE)
+    initial = getattr(schedule.scheduler, "init_noise_sigma", 1.0)
+    torch.testing.assert_close(schedule.start(noise).z, noise * initial)
+
+
+def test_a_move_keeps_eps(schedule):
+    delta = torch.randn(SHAPE)
+    for state in run(schedule, STEPS):
+        shifted = schedule.move(state, delta)
+        again = schedule.prediction(shifted, shifted.output)  # ẑ0 worked out anew from the moved (z, output)
+        torch.testing.assert_close(again.z0, state.z0 + delta, rtol=1e-4, atol=1e-3)
+        alpha, sigma = schedule.levels[state.step]
+        eps = [(s.z - alpha * s.z0) / sigma for s in (state, shifted)]
+        torch.testing.assert_close(eps[0], eps[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_move_by_delta_arrives_as_alpha_delta(schedule):
+    """Exactly α of the next level, for the multistep solver too: its memory moves along."""
+    delta = torch.randn(SHAPE)
+    for state in run(schedule, STEPS - 1):
+        alpha = schedule.levels[state.step + 1][0]
+        plain, guided = (schedule.step(s, rngs(state.step)).z for s in (state, schedule.move(state, delta)))
+        torch.testing.assert_close(guided - plain, alpha * delta, rtol=1e-3, atol=2e-3)
+
+
+def test_cutting_before_a_step_equals_cutting_after_it(schedule):
+    """Every scheduler is linear per cell, so latents, output and memory cut together give the cut latents, now and
+    one step later, where a multistep solver looks back."""
+    mask = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+    mask[0, :, 2:5, 1:6] = True
+    partner = torch.tensor([2, 1, 2])
+    same_noise = lambda step: [torch_rng(0, "step", 0, step) for _ in range(3)]  # noqa: E731
+    for state in list(run(schedule, STEPS - 1))[1:]:
+        before = schedule.step(state.mixed(partner, mask), same_noise(0))
+        after = schedule.step(state, same_noise(0)).mixed(partner, mask)
+        torch.testing.assert_close(before.z, after.z, rtol=1e-4, atol=1e-4)
+        output = torch.randn(SHAPE)
+        second = [schedule.step(schedule.prediction(s, output), same_noise(1)).z for s in (before, after)]
+        torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4)
+
+
+def test_a_walk_equals_the_schedulers_own(schedule):
+    """The memory that travels in the state gives the latents that a scheduler with its own memory gives."""
+    fresh = Schedule(config(schedule.kind), schedule.name, STEPS, "x").scheduler
+    z = None
+    for state in run(schedule, STEPS):
+        z = state.z if z is None else z
+        torch.testing.assert_close(state.z, z, rtol=1e-4, atol=1e-4)
+        extra = {"generator": rngs(state.step)} if schedule.stochastic else {}
+        z = fresh.step(state.output, fresh.timesteps[state.step], z, **extra).prev_sample
+
+
+def test_ddpm_noise_depends_on_seed_trajectory_and_step_alone():
+    schedule = Schedule(config("epsilon"), "ddpm", STEPS, "x")
+    z, output = torch.randn(SHAPE), torch.randn(SHAPE)
+    state = Prediction(z, 1, output, z)
+    torch.manual_seed(5)
+    whole = schedule.step(state, rngs(1)).z
+    torch.manual_seed(6)
+    alone = schedule.step(Prediction(z[2:], 1, output[2:], z[2:]), rngs(1)[2:]).z
+    assert torch.equal(whole[2:], alone)
+    assert not torch.equal(whole, schedule.step(state, rngs(2)).z)
+    with pytest.raises(ValueError, match="one generator per trajectory"):
+        schedule.step(state)
+
+
+@pytest.mark.parametrize("name", ["pndm", "heun", "unipc", "deis", "lcm"])
+def test_schedulers_that_cannot_be_guided_are_refused_by_name(name):
+    with pytest.raises(ValidationError, match=f"{name} cannot be guided safely: .*; use ddim, ddpm"):
+        PriorSettings(scheduler=name)
+
+
+def test_priors_made_for_another_kind_of_sampling_are_refused_by_name():
+    with pytest.raises(DataError, match="prior x is made for LCMScheduler"):
+        Schedule({"_class_name": "LCMScheduler"}, "ddim", 4, "x")
+    with pytest.raises(DataError, match="prediction type 'score' is unknown"):
+        Schedule({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "ddim", 4, "x")
+    with pytest.raises(UsageError, match="predicts a flow, which ddim cannot sample"):
+        Schedule(config("flow_prediction"), "ddim", 4, "x")
+    with pytest.raises(UsageError, match="cannot be sampled in 2000 steps"):
+        Schedule(config("epsilon"), "ddim", 2000, "x")
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
+def test_pure_noise_divides_by_nothing(kind):
+    """Zero terminal SNR and flow matching begin at α = 0."""
+    name = "euler" if kind == "flow_prediction" else "ddim"
+    given = config(kind) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    schedule = Schedule(given, name, 4, "x")
+    assert schedule.levels[0][0] == pytest.approx(1e-5) and schedule.levels[0][1] == pytest.approx(1.0)
+    for state in run(schedule, 4):
+        assert torch.isfinite(state.z0).all()
