@@ -15,6 +15,7 @@ from typing import Any
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "false",
+    "RAY_worker_niceness": "0",  # default 15: any other load on the machine would starve the workers
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # dead workers are reported by the driver, not on stdout
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the working directory, run folder included
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning; _Actor hides GPUs itself

@@ -28,7 +28,11 @@ class Faulty:
             mark.touch()
             self.misbehave(fault, shard, on_group)
         seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-        return self.inner.run(shard, on_group) | seen | {"pid": os.getpid(), "torch": "torch" in sys.modules}
+        return (
+            self.inner.run(shard, on_group)
+            | seen
+            | {"pid": os.getpid(), "nice": os.nice(0), "torch": "torch" in sys.modules}
+        )
 
     def misbehave(self, fault: str, shard: int, on_group: OnGroup | None) -> None:
         match fault:

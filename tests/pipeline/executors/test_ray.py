@@ -53,6 +53,7 @@ def test_actors_have_the_plans_threads_no_gpu_and_no_torch_before_they_need_it(r
     run.execute(2, workers=2, threads=2)
     for event in run.events("shard_done"):
         assert (event["OMP_NUM_THREADS"], event["CUDA_VISIBLE_DEVICES"], event["torch"]) == ("2", "", False)
+        assert event["nice"] == os.nice(0)  # Ray's default would starve them on a busy machine
 
 
 def test_everything_at_once(run, cluster, unbroken):
