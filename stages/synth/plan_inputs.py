@@ -52,5 +52,11 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
 
 
 def _network(identity: dict[str, Any]) -> dict[str, Any]:
-    """What of a classifier changes the images: its weights and how it sees them."""
-    return {"sha256": identity["sha256"], "input": identity["config"]["input"]}
+    """What of a classifier changes the images: its weights, the network around them, and how it sees."""
+    config = identity["config"]
+    return {
+        "sha256": identity["sha256"],
+        "architecture": identity["architecture"],
+        "stem": config.get("stem"),
+        "input": config.get("input"),
+    }
