@@ -57,22 +57,22 @@ def run_distill(
     sources: Sequence[tuple[str, float]],
     out: str,
     *,
-    teacher: str | None = None,
+    teacher: str | ModelSettings | None = None,
     test_data: str | None = None,
     title: str = "distill",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
 
-    ``teacher`` (a model folder or ``embedded:NAME``) replaces the one that the manifest names. Raises DataError where
-    data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C.
+    ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
+    Raises DataError where data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C.
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     from stages.distill.run import run_distill as train
 
     storage = Storage(out)
-    chosen = ModelSettings(name=teacher) if teacher else None
+    chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
         EventLog(storage) as events,
         StopSignals("at the next checkpoint") as signals,

@@ -1,7 +1,7 @@
 """The recipe: every setting of both stages, resolved from layers into one frozen object.
 
-Used by ``factory run synth``, ``run distill`` and ``demo``. Precedence, low to high: the settings classes' defaults,
-the recipe file (packaged by name, or a YAML path), ``FACTORY_SYNTH__…``/``FACTORY_DISTILL__…``, ``--set``, flags.
+Used by every ``factory run …`` and ``demo``. Precedence, low to high: the settings classes' defaults,
+the recipe file (packaged by name, or a YAML path), ``FACTORY_SYNTH__…`` and the like, ``--set``, flags.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from manifests.errors import UsageError
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
@@ -19,7 +20,14 @@ from stages.models.settings import Settings
 from stages.synth.settings import SynthSettings
 
 DEFAULT = "demo"
-SECTIONS = ("synth", "distill")
+SECTIONS = ("synth", "distill", "rounds")
+
+
+class RoundsSettings(Settings):
+    """How ``factory run rounds`` alternates the stages."""
+
+    count: int = Field(2, gt=0, le=999, description="rounds in total; growing it later only adds")
+    adversarial: float = Field(1.0, gt=0, description="guidance.adversarial of every round but the first")
 
 
 class Recipe(Settings):
@@ -29,6 +37,7 @@ class Recipe(Settings):
     description: str = ""
     synth: SynthSettings = SynthSettings()
     distill: DistillSettings = DistillSettings()
+    rounds: RoundsSettings = RoundsSettings()
 
 
 def packaged() -> list[str]:

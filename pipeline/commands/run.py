@@ -1,4 +1,4 @@
-"""``factory run synth`` and ``factory run distill``: the two stages."""
+"""``factory run synth`` and ``run distill``: the two stages; ``run rounds``: both in turn."""
 
 from functools import partial
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from manifests.errors import FactoryError
 from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, SetOption, answer
 
-app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it.")
+app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it; or both in turn.")
 
 
 _made = partial(typer.Option, show_default=False)  # changes what is made; the default is the recipe's
@@ -124,3 +124,39 @@ def distill(
         answer(result, as_json, stage.report_lines)
         if result["parked"]:
             raise typer.Exit(FactoryError.exit_code)
+
+
+@app.command()
+def rounds(
+    out: Annotated[str, _made("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
+    recipe: RecipeOption = None,
+    count: Annotated[int | None, _made("--rounds", help="Rounds in total; may grow later.")] = None,
+    test_data: Annotated[
+        str | None, _made(help="Labelled images to score each round's student: tar, folder or Parquet.")
+    ] = None,
+    set_: SetOption = None,
+    workers: Annotated[
+        int | None, _place(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
+    ] = None,
+    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Both stages in turn: later images avoid what the student already knows. The same command again resumes."""
+    from pipeline import rounds as stages
+    from pipeline.executors.settings import ExecutorSettings
+    from pipeline.layers import flag_layer, validate
+    from pipeline.recipe import DEFAULT, resolve
+
+    flags = {
+        "rounds.count": ("--rounds", count),
+        "synth.device": ("--device", device),
+        "distill.device": ("--device", device),
+    }
+    resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
+    places = {"workers": ("--workers", workers), "threads": ("synth.threads", resolved.synth.threads)}
+    place = validate(ExecutorSettings, flag_layer(places))
+    if dry_run:
+        answer(stages.dry_run(resolved, out, place), as_json, stages.dry_run_lines)
+    else:
+        answer(stages.run_rounds(resolved, out, place, test_data=test_data), as_json, stages.report_lines)

@@ -20,6 +20,7 @@ COMMANDS = (
     "run",
     "run synth",
     "run distill",
+    "run rounds",
     "demo",
     "status",
     "inspect",

@@ -1,0 +1,143 @@
+"""Rounds on a tiny random prior: who steers whom, what each student saw, and a second call that resumes."""
+
+import json
+
+import pytest
+
+from manifests.errors import DataError, FactoryError, UsageError
+from manifests.reader import Manifest
+from manifests.verify import verify
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.recipe import resolve
+from pipeline.rounds import SEED_STRIDE, report_lines, round_report, round_settings, run_rounds
+from stages.models.identity import teacher_identity
+from stages.models.settings import ModelSettings
+from tests.synth.tiny import save_stable_diffusion
+
+INLINE = ExecutorSettings(retry_delay=0)
+TINY = (
+    "synth.prior.steps=2",
+    "synth.shards=1",
+    "synth.groups_per_shard=1",
+    "synth.group_size=20",
+    "distill.epochs=1",
+    "distill.batch_size=16",
+    "rounds.adversarial=0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(folder, recipe of N rounds, result of two rounds)."""
+    folder = tmp_path_factory.mktemp("rounds")
+    prior = save_stable_diffusion(folder / "prior", "epsilon")
+
+    def recipe(count, *sets):
+        return resolve("demo", sets=[*TINY, f"synth.prior.path={prior}", f"rounds.count={count}", *sets], environ={})
+
+    return folder / "out", recipe, run_rounds(recipe(2), str(folder / "out"), INLINE, quiet=True)
+
+
+def plan(folder, number):
+    return json.loads((folder / f"round-{number:03d}/plan.json").read_bytes())
+
+
+def test_the_second_round_is_steered_by_the_first_student(done):
+    folder, _, result = done
+    student = folder / "round-001/distill/digits-cnn-small"
+    first, second = plan(folder, 1)["semantics"], plan(folder, 2)["semantics"]
+    assert "adversary" not in first
+    assert second["adversary"]["sha256"] == teacher_identity(ModelSettings(name=str(student)))["sha256"]
+    assert second["settings"]["guidance"]["adversarial"] == 0.5
+    assert [found["adversary"] for found in result["rounds"]] == [None, str(student)]
+    steered = Manifest.open(folder / "round-002").select(kept=False).column("loss_adv")
+    plain = Manifest.open(folder / "round-001").select(kept=False).column("loss_adv")
+    assert not plain.any() and len(steered) == 20
+
+
+def test_each_student_learns_from_all_rounds_so_far(done):
+    folder, _, result = done
+    for number in (1, 2):
+        seen = json.loads((folder / f"round-{number:03d}/distill/run.json").read_bytes())["manifests"]
+        assert [m["fingerprint"] for m in seen] == [plan(folder, n)["fingerprint"] for n in range(1, number + 1)]
+    assert result["student"] == str(folder / "round-002/distill/digits-cnn-small")
+    assert [verify(url) for url in result["manifests"]] == [[], []]
+
+
+def test_rounds_start_from_different_noise(done):
+    folder, _, _ = done
+    seeds = [plan(folder, number)["recipe"]["synth"]["seed"] for number in (1, 2)]
+    assert seeds == [0, SEED_STRIDE]
+    first, second = (Manifest.open(folder / f"round-00{n}").select(kept=False) for n in (1, 2))
+    assert first.read(0) != second.read(0)
+
+
+def test_again_it_keeps_what_is_there_and_finishes_what_is_not(done):
+    folder, recipe, before = done
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("round-*/shards/*")}
+    student = folder / "round-002/distill/digits-cnn-small/model.safetensors"
+    weights = student.read_bytes()
+    for path in sorted((folder / "round-002/distill").rglob("*"), reverse=True):  # as if it had not come to this
+        path.rmdir() if path.is_dir() else path.unlink()
+    after = run_rounds(recipe(2), str(folder), INLINE, quiet=True)
+    assert after["rounds"] == before["rounds"]
+    assert student.read_bytes() == weights
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("round-*/shards/*")} == kept
+    grown = run_rounds(recipe(3), str(folder), INLINE, quiet=True)
+    assert grown["rounds"][:2] == before["rounds"]
+    assert grown["rounds"][2]["adversary"] == before["student"]
+
+
+def test_other_settings_are_refused(done):
+    folder, recipe, _ = done
+    with pytest.raises(DataError, match="another plan"):
+        run_rounds(recipe(1, "synth.seed=5"), str(folder), INLINE, quiet=True)
+    with pytest.raises(DataError, match=r"(?s)another plan.*adversarial: 0.5 there, 2.0 here"):
+        run_rounds(recipe(2, "rounds.adversarial=2"), str(folder), INLINE, quiet=True)
+
+
+def test_the_table(done):
+    _, _, result = done
+    table = list(report_lines(result))
+    assert [line.split()[:4] for line in table[1:3]] == [["1", "20", "20", "no"], ["2", "20", "20", "yes"]]
+    assert table[1].split()[5] == "–"
+    assert all(line.isprintable() for line in report_lines(result | {"student": "\x1b[2J"}))
+
+
+def test_what_cannot_be_steered_is_refused_before_anything_is_written(done, tmp_path):
+    _, recipe, _ = done
+    for says, out, sets in (
+        ("dmkd follows no adversary", tmp_path / "x", ["synth.method=dmkd"]),
+        ("leave synth.adversary", tmp_path / "x", ["synth.adversary.name=a", "synth.guidance.adversarial=1"]),
+        ("need a local folder", "memory://x/y", []),
+    ):
+        with pytest.raises(UsageError, match=says):
+            run_rounds(recipe(2, *sets), str(out), INLINE, quiet=True)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UsageError, match="rounds.count: .*greater than 0"):
+        recipe(0)
+
+
+def test_a_diverged_student_ends_the_rounds():
+    learnt = {"parked": {"net": "loss is NaN"}, "students": {}}
+    with pytest.raises(FactoryError, match="round 3: net was parked: loss is NaN"):
+        round_report(3, {}, learnt, None, "net")
+
+
+def test_no_seed_is_shared_by_runs_with_neighbouring_seeds(done):
+    _, recipe, _ = done
+    seeds = [round_settings(recipe(1, f"synth.seed={s}"), n, None).seed for s in range(5) for n in range(1, 6)]
+    assert len(set(seeds)) == 25
+
+
+def test_the_command_shows_what_it_would_do(tmp_path, capsys, monkeypatch):
+    from pipeline import cli
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["factory", "run", "rounds", "--rounds", "3", "-o", str(out), "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    assert "rounds          3 like this one" in text and "round-001" in text
+    assert not out.exists()
