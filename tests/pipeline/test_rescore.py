@@ -146,3 +146,19 @@ def test_the_command(manifest, capsys, monkeypatch):
         cli.main()
     assert not ended.value.code
     assert json.loads(capsys.readouterr().out)["rows"] == 48
+
+
+def test_a_black_box_judges_a_remote_dataset_and_is_only_named(tmp_path, monkeypatch):
+    manifest = write_dataset(f"memory://{tmp_path.name}/d", trajectory=lambda i: i)
+    (tmp_path / "own_judge.py").write_text("def judge():\n    return lambda x: x.flatten(1)[:, :3]\n")
+    (tmp_path / "judge.yaml").write_text(
+        "{name: 'own_judge:judge', num_classes: 3, class_names: [left, right, top], "
+        "input: {size: 8, channels: 1, mean: [0.3], std: [0.4]}}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = rescore(manifest, str(tmp_path / "judge.yaml"), 0.4, quiet=True)
+    assert 0 < result["kept"] < 48
+    assert (result["teacher"]["kind"], "path" in result["teacher"]) == ("external", False)
+    assert verify(result["manifest"]) == []
+    with pytest.raises(DataError, match="does not carry its teacher"):
+        rescore(result["manifest"], threshold=0.5, out="b.parquet", quiet=True)
