@@ -5,6 +5,7 @@ A manifest alone is enough: its metadata holds the recipe, whose ``distill`` sec
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from manifests.errors import DataError, UsageError
@@ -13,6 +14,7 @@ from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.signals import StopSignals
 from pipeline.layers import mapping_layer
+from pipeline.lease import Lease
 from pipeline.plan import RESOLVED
 from pipeline.progress import progress, say
 from pipeline.recipe import Recipe, resolve, to_yaml
@@ -65,7 +67,8 @@ def run_distill(
     """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
-    Raises DataError where data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C.
+    Raises DataError where data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C,
+    FactoryError while another process trains in ``out``.
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
@@ -77,9 +80,13 @@ def run_distill(
         EventLog(storage) as events,
         StopSignals("at the next checkpoint") as signals,
         progress(title, quiet=quiet) as shown,
+        ExitStack() as stack,
     ):
+        lease = Lease(storage, on_event=events.write, on_line=say)
 
         def on_event(kind: str, **fields: Any) -> None:
+            if kind == "run_started":  # data and teacher fit; nothing was written yet
+                stack.enter_context(lease)
             if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder
                 storage.write(RESOLVED, to_yaml(recipe, ("name", "description", "distill")))
             events.write(kind, **fields)
@@ -87,6 +94,10 @@ def run_distill(
                 say(check_line(fields))
             if kind in ("note", "warning"):
                 say(fields["message"])
+
+        def should_stop() -> bool:
+            lease.check()
+            return signals.draining
 
         return train(
             recipe.distill,
@@ -96,7 +107,7 @@ def run_distill(
             test_data,
             on_event=on_event,
             progress=shown,
-            should_stop=lambda: signals.draining,
+            should_stop=should_stop,
         )
 
 

@@ -1,4 +1,4 @@
-"""One driver per run folder: a lease with a heartbeat, held by ``factory run synth`` and ``factory gc``.
+"""One driver per run folder: a lease with a heartbeat, held by ``factory run`` and ``factory gc``.
 
 It needs no more of the store than create-if-absent and replace. ``lease/000007.json`` is the seventh lease of the
 folder; the highest number counts. Taking over creates the next number, which only one of several rivals can, and a

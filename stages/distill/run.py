@@ -89,6 +89,7 @@ def _run(
         ],
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
+    on_event("run_started", students=[student.name for student in students], images=len(fit))
     checkpoint.open_run(storage, spec)
     for student in students:
         if adapted := adaptation_of(student.net):

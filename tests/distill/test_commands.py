@@ -5,8 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from manifests.errors import UsageError
+from manifests.errors import FactoryError, UsageError
+from manifests.storage import Storage
 from pipeline.cli import app
+from pipeline.lease import Lease
 from tests.distill.drawn import teacher_files, write_dataset
 
 SHORT = ("--epochs", "2", "--batch-size", "8", "--set", "held_out=0.2")
@@ -50,6 +52,15 @@ def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
     assert "24 images are left out" in done.stderr
     assert "of the labels, mean confidence" in done.stderr
     assert "images in each of 3 classes" in done.stderr
+
+
+def test_one_process_at_a_time_trains_in_a_folder(dataset, tmp_path):
+    out = tmp_path / "out"
+    with Lease(Storage(out)):
+        refused = factory("run", "distill", "-m", dataset, "-o", out, *SHORT)
+        assert type(refused.exception) is FactoryError
+        assert not (out / "run.json").exists()
+    assert factory("run", "distill", "-m", dataset, "-o", out, *SHORT).exit_code == 0
 
 
 def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_path, monkeypatch):
