@@ -18,6 +18,11 @@ class Group:
     trajectories: tuple[int, ...]
     labels: tuple[int, ...]
     prompts: tuple[str, ...]
+    class_names: tuple[str, ...] = ()  # of the labels, for class-conditional priors
+
+    def conditions(self, conditioning: str) -> tuple[str, ...]:
+        """What the prior is asked for: class names where it is class-conditional, else prompts."""
+        return self.class_names if conditioning == "class" else self.prompts
 
     def noise(self, seed: int, shape: Sequence[int]) -> torch.Tensor:
         """Initial latents ``[n, *shape]``, one generator per trajectory."""
@@ -45,4 +50,4 @@ def make_group(settings: SynthSettings, index: int, class_names: Sequence[str]) 
         prompt_for(settings.prompts, class_names[label], settings.seed, t)
         for label, t in zip(labels, trajectories, strict=True)
     )
-    return Group(index, trajectories, labels, prompts)
+    return Group(index, trajectories, labels, prompts, tuple(class_names[label] for label in labels))

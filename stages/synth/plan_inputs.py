@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.models.identity import teacher_identity
-from stages.synth.priors import prior_identity
+from stages.synth.priors import check_labels, prior_identity
 from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images, or a default changes
@@ -29,6 +29,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "noise":
         return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
     prior = prior_identity(settings.prior)
+    if prior["conditioning"] == "class":
+        check_labels(settings.prior, settings.prior.path, prior["classes"], names)
     return SynthInputs(prior, teacher, adversary, names, settings.images.size or prior["image_size"])
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,33 @@ if TYPE_CHECKING:
     from stages.synth.prior import Prior
 
 WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
-SUPPORTED = {"StableDiffusionPipeline": "text"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of diffusers pipeline: what it is conditioned on, and which of its folders hold the networks."""
+
+    conditioning: str
+    network: str
+    vae: str | None
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family("text", "unet", "vae"),
+    "DiTPipeline": Family("class", "transformer", "vae"),
+    "LDMPipeline": Family("none", "unet", "vqvae"),
+    "DDPMPipeline": Family("none", "unet", None),
+    "DDIMPipeline": Family("none", "unet", None),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Latents (or pixels) ``[c, h, w]``, image side, and how many classes the prior knows (0: not conditional)."""
+
+    latent: tuple[int, int, int]
+    image_size: int
+    classes: int
 
 
 def locate(path: str) -> Path:
@@ -55,39 +83,88 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"prior {folder}: model_index.json cannot be read: {error}") from error
     name = content.get("_class_name") if isinstance(content, dict) else None
-    if name not in SUPPORTED:
-        raise DataError(f"prior {folder}: pipeline {name!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    if name not in FAMILIES:
+        raise DataError(f"prior {folder}: pipeline {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     return content
 
 
-def prior_identity(settings: PriorSettings) -> dict[str, Any]:
-    """What the manifest records of a prior: name, pipeline class, sha256 over its files, conditioning, image size."""
+def geometry(folder: Path, family: Family) -> Geometry:
+    """Sizes from the configs alone; raises :class:`DataError` where the parts do not fit each other."""
+
+    def config(name: str) -> dict[str, Any]:
+        return json.loads((folder / name / "config.json").read_text())
+
+    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae) if name)
+    try:
+        network, vae = config(family.network), config(family.vae) if family.vae else {}
+        channels, side = int(network["in_channels"]), int(network["sample_size"])
+        pixels = side * 2 ** (len(vae["block_out_channels"]) - 1) if vae else side
+        classes = int(network["num_embeds_ada_norm"]) if family.conditioning == "class" else 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"prior {folder}: damaged or missing {names} ({error})") from error
+    what = f"prior {folder}: {family.network} takes {channels} channels"
+    if vae and channels != vae.get("latent_channels"):  # an inpainting model, or parts of two models
+        raise DataError(f"{what}, but {family.vae} makes {vae.get('latent_channels')}: they do not belong together")
+    if not vae and channels not in (1, 3):
+        raise DataError(f"{what}, but images have 1 or 3")
+    out = network.get("out_channels")
+    if out is not None and out not in (channels, 2 * channels):
+        raise DataError(f"{what} and returns {out}: expected {channels}, or {2 * channels} with a learned sigma")
+    return Geometry((channels, side, side), pixels, classes)
+
+
+def check_labels(settings: PriorSettings, source: str, classes: int, names: Iterable[str]) -> None:
+    """Every class of the teacher needs a label that the prior knows; raises :class:`UsageError` listing the rest."""
+    missing = [name for name in dict.fromkeys(names) if name not in settings.labels]
+    if missing:
+        raise UsageError(
+            f"prior {source} is class-conditional: prior.labels gives no label for {len(missing)} classes of the "
+            f"teacher: {', '.join(missing)}; map each to a label from 0 to {classes - 1}"
+        )
+    outside = [f"{name}: {label}" for name, label in settings.labels.items() if not 0 <= label < classes]
+    if outside:
+        raise UsageError(f"prior {source} has labels 0 to {classes - 1}; prior.labels maps {', '.join(outside)}")
+
+
+def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
+    """Folder, pipeline class and family of the prior that ``settings`` name."""
     folder = locate(settings.path)
-    index = read_index(folder)
+    name = read_index(folder)["_class_name"]
+    if FAMILIES[name].conditioning == "none" and settings.cfg != 1:
+        raise UsageError(f"prior {folder} is unconditional, so there is nothing to guide it by: set prior.cfg=1")
+    return folder, name, FAMILIES[name]
+
+
+def prior_identity(settings: PriorSettings) -> dict[str, Any]:
+    """What the manifest records of a prior: name, pipeline class, sha256 over its files, conditioning, image size (and
+    the number of its classes)."""
+    folder, name, family = find_prior(settings)
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS):
         digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text())
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"prior {folder}: damaged or missing unet/config.json or vae/config.json ({error})") from error
+    shape = geometry(folder, family)
     return {
         "name": settings.path,
-        "pipeline": index["_class_name"],
-        "conditioning": SUPPORTED[index["_class_name"]],
-        "image_size": size,
+        "pipeline": name,
+        "conditioning": family.conditioning,
+        "image_size": shape.image_size,
         "sha256": digest.hexdigest(),
-    }
+    } | ({"classes": shape.classes} if shape.classes else {})
 
 
 def load_prior(settings: PriorSettings, device: str) -> "Prior":
     """The prior on ``device``, frozen and in eval mode."""
-    folder = locate(settings.path)
-    read_index(folder)
-    from stages.synth.text_prior import TextPrior
+    folder, _, family = find_prior(settings)
+    if family.conditioning == "text":
+        from stages.synth.text_prior import TextPrior
 
-    return TextPrior(folder, settings, device)
+        return TextPrior(folder, settings, device)
+    if family.conditioning == "class":
+        from stages.synth.class_prior import ClassPrior
+
+        return ClassPrior(folder, settings, device)
+    from stages.synth.free_prior import FreePrior
+
+    return FreePrior(folder, settings, device)

@@ -108,7 +108,7 @@ def denoise(
     cuts: list[list[lca.Cut]] = [[] for _ in range(n)]
     losses: Losses | None = None
     store = intermediate_steps(intermediates, steps)
-    condition = prior.encode(group.prompts)
+    condition = prior.encode(group.conditions(prior.conditioning))
     start = prior.start(group.noise(seed, prior.latent_shape).to(device))
     for step, timestep in enumerate(prior.timesteps):
         active = guide if guide and guided(guide.settings, step, steps) else None

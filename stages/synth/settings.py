@@ -28,10 +28,13 @@ class PriorSettings(Settings):
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(50, gt=0, le=1000)
     cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 switches it off")
+    cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
+    labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    vae_slicing: bool = False
+    vae_slicing: bool = Field(False, description="decode image by image: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the denoising network: a slow start, faster steps")
 
     @field_validator("scheduler", mode="before")
     @classmethod
@@ -39,6 +42,13 @@ class PriorSettings(Settings):
         if isinstance(name, str) and (why := UNGUIDABLE.get(name.lower())):
             raise ValueError(f"{name} cannot be guided safely: {why}; use ddim, ddpm, dpmsolver++ or euler")
         return name
+
+    @model_validator(mode="after")
+    def _cfg_interval(self) -> "PriorSettings":
+        low, high = self.cfg_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"cfg_interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
+        return self
 
 
 class PromptSettings(Settings):

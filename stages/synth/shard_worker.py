@@ -123,11 +123,13 @@ class ShardWorker:
     def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
         """The columns that tell how a sample was made."""
         settings, label, losses = self.settings, group.labels[position], frame.losses
+        conditioning = self.models.prior.conditioning
         return {
             "label": label,
             "class_name": self.teacher.class_names[label],
-            "prompt": group.prompts[position],
-            "negative_prompt": settings.prior.negative_prompt,
+            "prompt": group.prompts[position] if conditioning == "text" else None,
+            "negative_prompt": settings.prior.negative_prompt if conditioning == "text" else None,
+            "prior_label": settings.prior.labels[self.teacher.class_names[label]] if conditioning == "class" else None,
             "method": settings.method,
             "seed": settings.seed,
             "group": group.index,

@@ -22,7 +22,7 @@ def test_unguided_equals_the_pipelines_own_loop(prior):
     condition = prior.encode(GROUP.prompts)
     with torch.no_grad():
         for t in prior.timesteps:
-            z = prior.scheduler.step(prior.unet(z, t, condition).sample, t, z).prev_sample
+            z = prior.schedule.scheduler.step(prior.network(z, t, condition).sample, t, z).prev_sample
         expected = prior.decode(z)
     torch.testing.assert_close(frames(prior)[-1].images, expected)
 
@@ -30,8 +30,8 @@ def test_unguided_equals_the_pipelines_own_loop(prior):
 @pytest.mark.parametrize("through", ["z0", "zt"])
 def test_one_prior_evaluation_per_step(prior, monkeypatch, through):
     calls = []
-    original = prior.unet.forward
-    monkeypatch.setattr(prior.unet, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = prior.network.forward
+    monkeypatch.setattr(prior.network, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
     guide = Guide(GuidanceSettings(through=through, every=2), TinyTeacher(), LABELS)
     work = Work()
     frames(prior, guide, intermediates=2, work=work)
@@ -42,7 +42,7 @@ def test_one_prior_evaluation_per_step(prior, monkeypatch, through):
 @pytest.mark.parametrize("through", ["z0", "zt"])
 def test_gradient_matches_finite_differences(prior, monkeypatch, through):
     """The update with raw gradients, against central differences of the total loss in random directions."""
-    for network in (prior.unet, prior.vae):
+    for network in (prior.network, prior.vae):
         network.double()
     try:
         settings = GuidanceSettings(through=through, normalise="none", scale=1.0, bn=0.3)
@@ -72,7 +72,7 @@ def test_gradient_matches_finite_differences(prior, monkeypatch, through):
                 numeric = (loss(base + 1e-5 * direction) - loss(base - 1e-5 * direction)) / 2e-5
             assert -(step * direction).sum().item() == pytest.approx(numeric, rel=1e-4)
     finally:
-        for network in (prior.unet, prior.vae):
+        for network in (prior.network, prior.vae):
             network.float()
 
 
@@ -80,7 +80,7 @@ def double_predict(prior):
     """``predict`` without the cast to float32 that production wants for half-precision priors."""
 
     def predict(state, condition):
-        output = prior.unet(state.z, prior.timesteps[state.step], condition).sample
+        output = prior.network(state.z, prior.timesteps[state.step], condition).sample
         alpha, sigma = prior.levels(state.step)
         return Prediction(state.z, state.step, output, (state.z - sigma * output) / alpha)
 

@@ -1,10 +1,22 @@
-"""Tiny random models for tests: a Stable Diffusion folder and a BatchNorm teacher."""
+"""Tiny random models for tests: a folder of each family of priors, and a BatchNorm teacher."""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    LDMPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -31,15 +43,7 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
         pad_token_id=tokenizer.pad_token_id,
     )
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=16,
-            scaling_factor=0.7,
-        ),
+        vae=tiny_vae(),
         unet=UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
@@ -66,6 +70,74 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_vae() -> AutoencoderKL:
+    """16 × 16 pixels to latents 4 × 8 × 8."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.7,
+    )
+
+
+def save_dit(folder: Path, classes: int = 5) -> Path:
+    """A random ``DiTPipeline`` of 16 pixels with a learned sigma (8 channels out) that knows ``classes`` classes."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=classes,
+    )
+    for parameter in transformer.parameters():  # its gates start at zero, which would hide class and time
+        torch.nn.init.normal_(parameter, std=0.1)
+    DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+def tiny_unet(channels: int, side: int) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def save_ldm(folder: Path) -> Path:
+    """A random ``LDMPipeline`` (latents 3 × 8 × 8, VQ decoder) of 16 pixels."""
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    LDMPipeline(vqvae, tiny_unet(3, 8), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder
+
+
+def save_ddpm(folder: Path, channels: int = 3) -> Path:
+    """A random ``DDPMPipeline`` of 16 pixels."""
+    torch.manual_seed(0)
+    DDPMPipeline(tiny_unet(channels, 16), DDPMScheduler()).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,118 @@
+"""What the families of priors share: a denoising network, an optional VAE, a schedule, classifier-free guidance."""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from manifests.errors import DataError
+from stages.synth.attention import use_attention
+from stages.synth.prior import Prediction, State
+from stages.synth.priors import FAMILIES, geometry, read_index
+from stages.synth.schedule import Schedule
+from stages.synth.settings import PriorSettings
+
+log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DiffusionPrior(ABC):
+    """:class:`~stages.synth.prior.Prior` over a diffusers folder, all but loading and conditioning.
+
+    Raises :class:`DataError` where a component is missing, damaged or of a kind that cannot be guided.
+    """
+
+    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()  # progress is shown in images
+        self.folder, self.settings, self.device = Path(folder), settings, device
+        self.index = read_index(self.folder)
+        family = FAMILIES[self.index["_class_name"]]
+        self.conditioning = family.conditioning
+        shape = geometry(self.folder, family)
+        self.latent_shape, self.image_size, self.classes = shape.latent, shape.image_size, shape.classes
+        try:
+            config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"prior {folder}: scheduler/scheduler_config.json cannot be read: {error}") from error
+        self.schedule = Schedule(config, settings.scheduler, settings.steps, str(folder))
+        self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
+        try:
+            self.network, self.vae = self.load()
+        except DataError:
+            raise
+        except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
+            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"prior {folder} cannot be loaded: {detail}") from error
+        networks = [frozen(network, device) for network in (self.network, self.vae) if network is not None]
+        self.attention = use_attention(networks, settings.attention, device)
+        if settings.compile:
+            self.network.compile()
+
+    @abstractmethod
+    def load(self) -> tuple[Any, Any]:
+        """The denoising network and the VAE (None: the network sees pixels)."""
+
+    @abstractmethod
+    def encode(self, conditions: Sequence[str]) -> Any:
+        """See :class:`~stages.synth.prior.Prior`; where CFG is on, the unconditional half comes first."""
+
+    @abstractmethod
+    def evaluate(self, latents: Tensor, time: float, condition: Any) -> Tensor:
+        """The network's raw output for latents in its own dtype."""
+
+    def start(self, noise: Tensor) -> State:
+        return self.schedule.start(noise)
+
+    def levels(self, step: int) -> tuple[float, float]:
+        return self.schedule.levels[step]
+
+    def predict(self, state: State, condition: Any) -> Prediction:
+        z, scale = self.schedule.network_input(state), self.settings.cfg
+        low, high = self.settings.cfg_interval
+        if scale != 1 and not low <= state.step / len(self.timesteps) < high:
+            scale, condition = 1, condition[len(z) :]
+        batch = z if scale == 1 else torch.cat([z, z])
+        output = self.evaluate(batch.to(self.network.dtype), self.schedule.times[state.step], condition).float()
+        output = output[:, : z.shape[1]]  # the other half of a learned-sigma network is a variance
+        if scale != 1:  # equation 3, with the scale counted from the unconditional prediction
+            negative, positive = output.chunk(2)
+            output = negative + scale * (positive - negative)
+        return self.schedule.prediction(state, output)
+
+    def move(self, state: Prediction, delta: Tensor) -> Prediction:
+        return self.schedule.move(state, delta)
+
+    def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
+        return self.schedule.step(state, rngs)
+
+    def decode(self, z0: Tensor) -> Tensor:
+        if self.vae is None:
+            return z0.expand(-1, 3, -1, -1)  # grey becomes RGB
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = (z0 / self.vae.config.scaling_factor + shift).to(self.vae.dtype)
+        slices = latents.split(1) if self.settings.vae_slicing else (latents,)
+        return torch.cat([self.vae.decode(part).sample for part in slices]).float()
+
+
+def frozen(network: Any, device: str) -> Any:
+    """``network`` on ``device``, in eval mode and without gradients of its own."""
+    return network.to(device).eval().requires_grad_(False)
+
+
+def load_part(prior: DiffusionPrior, name: str, classes: dict[str, Any]) -> Any:
+    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
+    _, kind = prior.index.get(name) or (None, None)
+    if kind not in classes:
+        raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
+    dtype, variant = DTYPES[prior.settings.dtype], prior.settings.variant
+    return classes[kind].from_pretrained(
+        str(prior.folder), subfolder=name, torch_dtype=dtype, variant=variant, use_safetensors=True
+    )

@@ -1,0 +1,30 @@
+"""Unconditional priors: latent (``LDMPipeline``) or in pixels (``DDPMPipeline``, ``DDIMPipeline``)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
+from torch import Tensor
+
+from manifests.errors import DataError
+from stages.synth.diffusion import DiffusionPrior, load_part
+from stages.synth.priors import FAMILIES
+
+
+class FreePrior(DiffusionPrior):
+    """No conditions at all: the teacher alone decides what becomes of the noise."""
+
+    def load(self) -> tuple[Any, Any]:
+        vae = FAMILIES[self.index["_class_name"]].vae
+        unet = load_part(self, "unet", {"UNet2DModel": UNet2DModel})
+        if unet.config.num_class_embeds or unet.config.class_embed_type:
+            raise DataError(
+                f"prior {self.folder}: its unet needs class labels, which {self.index['_class_name']} does not give it"
+            )
+        return unet, vae and load_part(self, vae, {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL})
+
+    def encode(self, conditions: Sequence[str]) -> None:
+        return None
+
+    def evaluate(self, latents: Tensor, time: float, condition: None) -> Tensor:
+        return self.network(latents, time).sample
