@@ -28,6 +28,7 @@ class Family:
 
 FAMILIES = {
     "StableDiffusionPipeline": Family("text", "unet", "vae"),
+    "StableDiffusionXLPipeline": Family("text", "unet", "vae"),
     "DiTPipeline": Family("class", "transformer", "vae"),
     "LDMPipeline": Family("none", "unet", "vqvae"),
     "DDPMPipeline": Family("none", "unet", None),
@@ -156,7 +157,11 @@ def prior_identity(settings: PriorSettings) -> dict[str, Any]:
 
 def load_prior(settings: PriorSettings, device: str) -> "Prior":
     """The prior on ``device``, frozen and in eval mode."""
-    folder, _, family = find_prior(settings)
+    folder, name, family = find_prior(settings)
+    if name == "StableDiffusionXLPipeline":
+        from stages.synth.text_prior_xl import TextPriorXL
+
+        return TextPriorXL(folder, settings, device)
     if family.conditioning == "text":
         from stages.synth.text_prior import TextPrior
 

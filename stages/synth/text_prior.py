@@ -1,6 +1,7 @@
 """Text-conditional latent prior: Stable Diffusion's components, from a local diffusers folder or a hub id."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +9,15 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen
+from stages.synth.settings import PriorSettings
 
 
 class TextPrior(DiffusionPrior):
     """A ``StableDiffusionPipeline`` (VAE, UNet, text encoder, tokenizer); conditions are prompts."""
+
+    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+        self.rows: dict[str, Tensor] = {}  # a run has few distinct prompts: each is encoded once
+        super().__init__(folder, settings, device)
 
     def load(self) -> tuple[Any, Any]:
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -23,32 +29,31 @@ class TextPrior(DiffusionPrior):
             requires_safety_checker=False,
         )
         self.text_encoder, self.tokenizer = frozen(pipeline.text_encoder, self.device), pipeline.tokenizer
-        self._embeddings: dict[str, Tensor] = {}
         return pipeline.unet, pipeline.vae
 
-    def _embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings ``[n, tokens, d]``; each distinct prompt is encoded once."""
-        new = list(dict.fromkeys(p for p in prompts if p not in self._embeddings))
-        if new:
-            tokens = self.tokenizer(
-                new,
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            # One at a time: a prompt's embedding must not depend on which others it was batched with.
-            for prompt, ids in zip(new, tokens, strict=True):
-                self._embeddings[prompt] = self.text_encoder(ids[None].to(self.device))[0]
-        return torch.cat([self._embeddings[p] for p in prompts])
+    def embed(self, prompt: str) -> Tensor:
+        """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
+        return self.text_encoder(token_ids(self.tokenizer, prompt).to(self.device))[0]
+
+    def negative(self) -> Tensor:
+        """The condition of the unconditional half, one row."""
+        return self.embed(self.settings.negative_prompt)
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[str]) -> Tensor:
-        """``[n, tokens, d]``, or ``[2n, tokens, d]`` with the negative prompt's half first where CFG is on."""
-        embedded = self._embed(conditions)
-        if self.settings.cfg == 1:
-            return embedded
-        return torch.cat([self._embed([self.settings.negative_prompt]).expand_as(embedded), embedded])
+        """``[n, …]``, or ``[2n, …]`` with the negative prompt's half first where CFG is on."""
+        for prompt in dict.fromkeys(conditions):
+            if prompt not in self.rows:
+                self.rows[prompt] = self.embed(prompt)
+        embedded = torch.cat([self.rows[prompt] for prompt in conditions])
+        return embedded if self.settings.cfg == 1 else torch.cat([self.negative().expand_as(embedded), embedded])
 
     def evaluate(self, latents: Tensor, time: float, condition: Tensor) -> Tensor:
         return self.network(latents, time, condition).sample
+
+
+def token_ids(tokenizer: Any, prompt: str) -> Tensor:
+    """``[1, tokens]``, padded to what the text encoder takes; longer prompts are cut."""
+    length = tokenizer.model_max_length
+    padded = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return padded.input_ids

@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
@@ -18,9 +19,15 @@ from stages.synth.priors import load_prior, prior_identity
 from stages.synth.sampler import Guide, denoise
 from stages.synth.settings import GuidanceSettings, LatentCutMixSettings, PriorSettings, SynthSettings
 from stages.synth.worker import build_worker
-from tests.synth.tiny import TinyTeacher, save_ddpm, save_dit, save_ldm, save_stable_diffusion
+from tests.synth.tiny import TinyTeacher, save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
 
-SAVE = {"sd": save_stable_diffusion, "dit": save_dit, "ldm": save_ldm, "ddpm": save_ddpm}
+SAVE = {
+    "sd": save_stable_diffusion,
+    "sdxl": save_stable_diffusion_xl,
+    "dit": save_dit,
+    "ldm": save_ldm,
+    "ddpm": save_ddpm,
+}
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"), ("cat", "dog", "cat", "dog"))
 LABELS = {"cat": 3, "dog": 0}
 
@@ -57,8 +64,26 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 def test_identities(folders):
     of = {name: prior_identity(PriorSettings(path=str(folder), cfg=1.0)) for name, folder in folders.items()}
-    assert [of[name]["conditioning"] for name in SAVE] == ["text", "class", "none", "none"]
+    assert [of[name]["conditioning"] for name in SAVE] == ["text", "text", "class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
+
+
+@pytest.mark.parametrize("negative", ["", "b"])
+def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
+    """Both encoders, the pooled embedding, the size and an empty negative prompt as zeros: the whole loop agrees."""
+    prior = load(folders["sdxl"], cfg=2.0, negative_prompt=negative)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folders["sdxl"], add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    *_, frame = denoise(prior, GROUP, 0, "cpu")
+    theirs = pipeline(
+        list(GROUP.prompts),
+        negative_prompt=[negative] * 4 if negative else None,
+        latents=GROUP.noise(0, prior.latent_shape),
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close((frame.images / 2 + 0.5).clamp(0, 1), theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_class_guidance_counts_from_the_null_class_of_the_config(folders):

@@ -57,7 +57,8 @@ def test_cfg_mixes_the_two_predictions(any_prior):
     z = torch.randn(2, *any_prior.latent_shape)
     with torch.no_grad():
         guided = any_prior.predict(State(z, 0), any_prior.encode(["a", "b"])).output
-        one = lambda text: any_prior.network(z, any_prior.timesteps[0], any_prior._embed(text)).sample  # noqa: E731
+        embedded = lambda texts: torch.cat([any_prior.embed(text) for text in texts])  # noqa: E731
+        one = lambda texts: any_prior.network(z, any_prior.timesteps[0], embedded(texts)).sample  # noqa: E731
         expected = one(["", ""]) + 2.0 * (one(["a", "b"]) - one(["", ""]))
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
 

@@ -13,35 +13,56 @@ from diffusers import (
     DiTTransformer2DModel,
     LDMPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A random 16-pixel ``StableDiffusionPipeline`` (latents 4 × 8 × 8) saved to ``folder``."""
-    torch.manual_seed(0)
-    words = folder.parent / f"{folder.name}-words"
+def tiny_tokenizer(words: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer over single letters; its files are written to ``words``."""
     words.mkdir(parents=True)
     letters = [chr(c) for c in range(97, 123)] + [","]
     vocabulary = letters + [x + "</w>" for x in letters] + ["<|startoftext|>", "<|endoftext|>"]
     (words / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=16)
-    text = CLIPTextConfig(
+    return CLIPTokenizer.from_pretrained(words, model_max_length=16)
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, layers: int = 1) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=1,
+        projection_dim=16,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=16,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A random 16-pixel ``StableDiffusionPipeline`` (latents 4 × 8 × 8) saved to ``folder``."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
     pipeline = StableDiffusionPipeline(
         vae=tiny_vae(),
         unet=UNet2DConditionModel(
@@ -54,22 +75,46 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
             attention_head_dim=2,
             norm_num_groups=4,
         ),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        ),
+        scheduler=tiny_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_stable_diffusion_xl(folder: Path) -> Path:
+    """A random 16-pixel ``StableDiffusionXLPipeline``: two text encoders of width 16, pooled embedding of 16."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
+    text = tiny_text_config(tokenizer, layers=2)
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        ),
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=tiny_scheduler(),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,52 @@
+"""Text-conditional latent prior with SDXL's components: two text encoders, a pooled embedding and the image size."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from stages.synth.diffusion import DTYPES, frozen
+from stages.synth.text_prior import TextPrior, token_ids
+
+
+class TextPriorXL(TextPrior):
+    """A ``StableDiffusionXLPipeline``. A condition is one row: all token embeddings, then the pooled embedding."""
+
+    def load(self) -> tuple[Any, Any]:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            str(self.folder),
+            dtype=DTYPES[self.settings.dtype],
+            variant=self.settings.variant,
+            use_safetensors=True,
+            add_watermarker=False,
+        )
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+        self.encoders = [frozen(encoder, self.device) for encoder in encoders]
+        self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+        self.zeros_for_empty = pipeline.config.force_zeros_for_empty_prompt
+        self.pooled = pipeline.text_encoder_2.config.projection_dim
+        if self.settings.dtype == "fp16" and pipeline.vae.config.force_upcast:
+            pipeline.vae.float()  # SDXL's own VAE overflows in half precision
+        return pipeline.unet, pipeline.vae
+
+    def embed(self, prompt: str) -> Tensor:
+        """``[1, tokens·d + pooled]``: both encoders' last but one layer, and what the second makes of the whole."""
+        outputs = [
+            encoder(token_ids(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return torch.cat([tokens.flatten(1), outputs[1].text_embeds], dim=1)
+
+    def negative(self) -> Tensor:
+        embedded = super().negative()
+        return torch.zeros_like(embedded) if self.zeros_for_empty and not self.settings.negative_prompt else embedded
+
+    def evaluate(self, latents: Tensor, time: float, condition: Tensor) -> Tensor:
+        n, side = len(latents), self.image_size
+        tokens, pooled = condition[:, : -self.pooled], condition[:, -self.pooled :]
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=latents.dtype, device=latents.device)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(n, -1)}
+        tokens = tokens.reshape(n, -1, self.network.config.cross_attention_dim)
+        return self.network(latents, time, tokens, added_cond_kwargs=added).sample
