@@ -13,10 +13,11 @@ from manifests.storage import Storage
 RUN, STATE = "run.json", "checkpoint.pt"
 
 
-def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
+def open_run(storage: Storage, spec: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Claim the folder for ``spec`` (what decides the result), or check that it is this very run's.
 
-    A run that never reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
+    What the stored run does not name counts as ``defaults``: it was begun before that setting existed. A run that never
+    reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
     """
     data = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     if storage.create(RUN, data):
@@ -25,7 +26,7 @@ def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
         found = json.loads(storage.read(RUN))
     except ValueError:
         raise DataError(f"{storage.path(RUN)} is not JSON: no run of this factory") from None
-    changed = differences(found, json.loads(data))
+    changed = differences(_filled(found, defaults), json.loads(data))
     if changed and not storage.exists(STATE):
         storage.write(RUN, data)
     elif changed:
@@ -51,6 +52,19 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
                 found.append(f"{name}: {_short(old, key)} -> {_short(new, key)}")
         return found
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _filled(found: Any, defaults: Mapping[str, Any]) -> Any:
+    """``found`` with the keys that only ``defaults`` has."""
+    if not isinstance(found, Mapping):
+        return found
+    filled = dict(found)
+    for key, value in defaults.items():
+        if key not in filled:
+            filled[key] = value
+        elif isinstance(value, Mapping):
+            filled[key] = _filled(filled[key], value)
+    return filled
 
 
 def _short(values: Mapping[str, Any], key: str) -> str:

@@ -80,8 +80,9 @@ def _run(
     order = EpochOrder(rows, fit, settings)
     students = [Student(_config(name, settings, teacher), settings, device) for name in settings.students]
 
+    compared: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
     spec = {
-        "settings": settings.model_dump(mode="json", exclude={**dict.fromkeys(PLACE, True), "cache": {"folder"}}),
+        "settings": settings.model_dump(mode="json", exclude=compared),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
             | ({"rows": rows_digest(selection.rows)} if settings.skip_bad else {})
@@ -90,7 +91,8 @@ def _run(
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
     on_event("run_started", students=[student.name for student in students], images=len(fit))
-    checkpoint.open_run(storage, spec)
+    defaults = DistillSettings().model_dump(mode="json", exclude=compared)
+    checkpoint.open_run(storage, spec, {"settings": defaults})
     for student in students:
         if adapted := adaptation_of(student.net):
             on_event("note", message=f"{student.name}: stem fit to {student.config.input.size} px images: {adapted}")

@@ -41,7 +41,7 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     Settings at their defaults are left out, so that a later version's new setting does not orphan a half-made dataset;
     a changed default must raise ``ALGORITHM_VERSION``.
     """
-    elsewhere = {"shards": True, "device": True, "teacher": True, "adversary": True, "prior": {"path"}}
+    elsewhere: Any = {"shards": True, "device": True, "teacher": True, "adversary": True, "prior": {"path"}}
     chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     covered = {
         "algorithm": ALGORITHM_VERSION,

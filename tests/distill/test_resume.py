@@ -93,6 +93,16 @@ def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
     run_distill(settings(memory_gb=0.0, checkpoint_seconds=5.0), [(dataset, 1.0)], str(tmp_path))  # these may change
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(dataset, tmp_path):
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    spec = json.loads((tmp_path / checkpoint.RUN).read_text())
+    del spec["settings"]["cache"], spec["settings"]["loss"]["tau"]
+    (tmp_path / checkpoint.RUN).write_text(json.dumps(spec))
+    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    with pytest.raises(DataError, match=r"settings\.loss\.tau: 4\.0 -> 2\.0"):
+        run_distill(settings(loss={"tau": 2.0}), [(dataset, 1.0)], str(tmp_path))
+
+
 def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
     path = tmp_path / checkpoint.STATE
