@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 data that is missing, damaged or 
 same command resumes).
 """
 
+import atexit
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -54,7 +56,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the ``factory`` script."""
+    """Run the command and raise SystemExit with its exit code."""
     try:
         app()
     except FactoryError as error:
@@ -67,5 +69,23 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
+def script() -> None:
+    """The ``factory`` script: :func:`main`, then leave without tearing down native thread pools.
+
+    Their end inside a dying interpreter now and then aborts ("terminate called without an active exception"), and a
+    run whose work is done must exit 0.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads a closed pipe
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    script()
