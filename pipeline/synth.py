@@ -173,8 +173,10 @@ def teacher_of(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
 
 
 def _calls(recipe: Recipe) -> int:
-    """Denoiser evaluations per trajectory: one per step, two with classifier-free guidance."""
-    synth = recipe.synth
-    if synth.method == "noise":
+    """Denoiser evaluations per trajectory: one per step, two where classifier-free guidance is on."""
+    if recipe.synth.method == "noise":
         return 0
-    return synth.prior.steps * (1 if synth.prior.cfg == 1 else 2)
+    prior = recipe.synth.prior
+    low, high = prior.cfg_interval
+    twice = sum(low <= step / prior.steps < high for step in range(prior.steps)) if prior.cfg != 1 else 0
+    return prior.steps + twice

@@ -117,3 +117,18 @@ def test_dry_run_counts_and_writes_nothing(tmp_path):
     assert found["disk_bytes_at_most"] > 60 * 8 * 8 * 3 * 0.8
     assert any("fingerprint" in line for line in dry_run_lines(found))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "calls"),
+    [
+        (["prior.cfg=1.0"], 20),
+        (["prior.cfg=3.0"], 40),
+        (["prior.cfg=3.0", "prior.cfg_interval=[0.25,0.5]"], 25),
+        (["method=noise"], 0),
+    ],
+)
+def test_the_dry_run_counts_denoiser_calls(tmp_path, sets, calls):
+    recipe = resolve("demo", section="synth", sets=["shards=1", "groups_per_shard=1", "group_size=2", *sets])
+    found = dry_run(recipe, str(tmp_path / "run"), INLINE)
+    assert found["denoiser_calls"] == 2 * calls
