@@ -11,8 +11,9 @@ from manifests.errors import DataError, UsageError
 from manifests.order import combined_digest, mixed_order
 from manifests.reader import Manifest
 from manifests.selection import Selection
-from stages.distill.seeds import derive, mixed, uniform
+from stages.distill.seeds import mixed, uniform
 from stages.distill.settings import DistillSettings
+from stages.seeds import derive
 
 Ints = npt.NDArray[np.int64]
 

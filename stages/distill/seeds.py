@@ -1,17 +1,11 @@
 """Randomness as a pure function of what is drawn: nothing to save, nothing that depends on who drew before."""
 
-import hashlib
-
 import numpy as np
 import numpy.typing as npt
 
+from stages.seeds import derive
+
 Ids = npt.NDArray[np.uint64]
-
-
-def derive(seed: int, *purpose: int | str) -> int:
-    """A 63-bit seed for ``purpose``, e.g. ``derive(run_seed, "init", student)``."""
-    text = "/".join(map(str, (seed, *purpose)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def mixed(words: Ids) -> Ids:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
 from stages.distill.schedule import lr_factor
-from stages.distill.seeds import derive
 from stages.distill.settings import DistillSettings, OptimiserSettings
 from stages.distill.targets import Targets, student_terms, weighted
 from stages.models import registry
 from stages.models.identity import ModelConfig
+from stages.seeds import derive
 
 
 class Diverged(FactoryError):

@@ -51,6 +51,10 @@ class BlackBox(Teacher):
         """Unknown."""
         return None
 
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits; features are unknown."""
+        return self.logits(x), None
+
     def check(self) -> "BlackBox":
         """Let it answer two images. Raises DataError where it fails or returns something else than logits."""
         settings = self.input.settings

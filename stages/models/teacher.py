@@ -58,11 +58,15 @@ class Teacher:
 
     def features(self, x: Tensor) -> Tensor | None:
         """Penultimate features ``[n, D]``: what the last linear layer sees; None where there is no such layer."""
+        return self.with_features(x)[1]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and :meth:`features` in one pass. Raises DataError for NaN logits, except under guidance."""
         if self._head is None:
-            return None
+            return self.logits(x), None
         with inputs_of([self._head]) as seen:
-            self.net(self.input(x))
-        return seen[0][-1].flatten(1).float()
+            logits = self.logits(x)
+        return logits, seen[0][-1].flatten(1).float()
 
     def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and the inputs of every BatchNorm layer, in the order of :attr:`batchnorms`.

@@ -23,11 +23,3 @@ def encode_image(pixels: Tensor, kind: str) -> bytes:
     else:
         image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[kind], quality=95)
     return buffer.getvalue()
-
-
-def decode_image(data: bytes) -> Tensor:
-    """The inverse of :func:`encode_image`: uint8 ``[h, w, 3]``."""
-    import numpy as np
-
-    with Image.open(io.BytesIO(data)) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy())

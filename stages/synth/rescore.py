@@ -79,8 +79,8 @@ def trajectory_starts(table: pa.Table) -> np.ndarray:
 @torch.no_grad()
 def answers(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits ``[n, C]`` and features ``[n, D]`` (None without) of ``images``, on the CPU."""
-    features = teacher.features(images)
-    return teacher.logits(images).cpu(), None if features is None else features.cpu()
+    logits, features = teacher.with_features(images)
+    return logits.cpu(), None if features is None else features.cpu()
 
 
 def renewed(

@@ -10,11 +10,6 @@ REJECTED = "teacher gives its class"
 """How the reason of a rejection by the threshold begins."""
 
 
-def unit_range(pixels: Tensor) -> Tensor:
-    """uint8 ``[n, h, w, 3]`` to ``[n, 3, h, w]`` in [−1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float) -> list[dict[str, Any]]:
     """One dict a sample from teacher logits ``[n, C]`` and target classes.

@@ -1,15 +1,10 @@
-"""Randomness as a pure function of what is drawn, never of who draws it."""
+"""Stage 1's generators, each seeded by what it draws (:func:`stages.seeds.derive`)."""
 
-import hashlib
 import random
 
 import torch
 
-
-def derive(seed: int, *purpose: int | str) -> int:
-    """A 63-bit seed for ``purpose``, e.g. ``derive(run_seed, "noise", trajectory)``."""
-    text = "/".join(map(str, (seed, *purpose)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+from stages.seeds import derive
 
 
 def python_rng(seed: int, *purpose: int | str) -> random.Random:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from manifests.errors import DataError, UsageError
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
+from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
 from stages.synth.images import encode_image, to_pixels
 from stages.synth.latent_cutmix import Cut
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Frame, Models, Work
-from stages.synth.scores import teacher_columns, unit_range
+from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
 
@@ -111,9 +112,9 @@ class ShardWorker:
             )
         pixels = to_pixels(frame.images, self.settings.images.size)
         encoded = [encode_image(image, self.settings.images.format) for image in pixels]
-        images = unit_range(pixels).to(self.device)
+        images = to_unit(pixels).to(self.device)
         with torch.no_grad():
-            logits, features = self.teacher.logits(images), self.teacher.features(images)
+            logits, features = self.teacher.with_features(images)
         columns = teacher_columns(logits, group.labels, self.settings.min_confidence)
         if self.settings.store_logits:
             for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manifests.errors import DataError
 from manifests.selection import Selection
-from stages.synth.scores import unit_range
+from stages.models.inputs import to_unit
 
 BATCH = 64
 
@@ -30,4 +30,4 @@ def stored_images(selection: Selection, indices: Sequence[int]) -> Tensor:
                 images.append(np.asarray(image.convert("RGB")))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{selection.manifest.url}: sample {selection.row(index)['key']}: {error}") from None
-    return unit_range(torch.from_numpy(np.stack(images)))
+    return to_unit(torch.from_numpy(np.stack(images)))

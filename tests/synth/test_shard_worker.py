@@ -14,9 +14,10 @@ from PIL import Image
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.models.identity import resolve
+from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
 from stages.synth.plan_inputs import inspect_inputs, semantics
-from stages.synth.scores import teacher_columns, unit_range
+from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
 
@@ -78,7 +79,7 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
     images, teacher = stored_images(storage, 3), load_teacher(SynthSettings().teacher, "cpu")
     pixels = torch.from_numpy(np.stack([images[row["key"]] for row in rows]))
     with torch.no_grad():
-        logits, features = teacher.logits(unit_range(pixels)), teacher.features(unit_range(pixels))
+        logits, features = teacher.logits(to_unit(pixels)), teacher.features(to_unit(pixels))
     for i, row in enumerate(rows):
         probability = logits[i].softmax(0)
         assert row["teacher_label"] == probability.argmax().item()
