@@ -1,64 +1,122 @@
-"""Student accuracy on the embedded digits, paired over seeds: guided, unguided and variants of the demo recipe.
+"""Student accuracy on the embedded digits, paired over seeds: every method and variant of the demo recipe.
 
-    python benchmarks/digits.py --rows guided unguided --seeds 5 --split validation --out runs/digits
+    python benchmarks/digits.py --rows guided unguided --images 400 --seeds 5 --split validation --out runs/digits
+    python benchmarks/digits.py --rows guided unguided --cpu-seconds 20 --seeds 5 --out runs/digits
 
-Every cell is one ``run synth`` and one ``run distill`` in its own folder, so a second call resumes and adds. Use the
-validation split to choose settings; the test split is for a frozen table. Prints a Markdown table (mean ± 95 %
+Every cell is one ``run synth`` and one ``run distill`` in its own folder, so a second call resumes and adds. Equal
+images counts stored, kept images. Equal time counts stage 1 from loading the models to the merged manifest in CPU
+seconds (other work on the machine then does not matter); how many shards fit follows from the first shard's cost.
+Use the validation split to choose settings; the test split is for a frozen table. Prints a Markdown table (mean ± 95 %
 interval over seeds, Student's t) and writes the cells to ``cells.json``.
 """
 
 import argparse
 import json
 import sys
-from math import sqrt
+import time
+from math import ceil, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from manifests.reader import Manifest
 from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.recipe import resolve
+from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
 from stages.models.digits_data import write_split
+from stages.synth.shard_worker import load_models
 
+LCA = ["synth.lca.every=4", "synth.lca.interval=[0.0,0.5]"]
 ROWS: dict[str, list[str]] = {
     "guided": [],
     "unguided": ["synth.method=dmkd"],
+    "unguided, selected": ["synth.method=dmkd", "synth.min_confidence=0.5"],
     "guided, class prior only": ["synth.guidance.bn=0"],
     "guided, every second step": ["synth.guidance.every=2"],
     "guided, late 70 %": ["synth.guidance.interval=[0.3,1.0]"],
     "guided, all steps": ["synth.guidance.interval=[0.0,1.0]"],
     "guided, scale 0.1": ["synth.guidance.scale=0.1"],
     "guided through z_t": ["synth.guidance.through=zt"],
-    "guided + LCA": ["synth.lca.every=4", "synth.lca.interval=[0.0,0.5]"],
+    "guided + LCA": LCA,
 }
+BASE = "unguided"
 
 
-def cell(row: str, seed: int, images: int, test: str, out: Path) -> dict:
-    """One dataset and one student; accuracy, images and stage-1 seconds of the run that made it."""
-    folder = out / f"{row}-{images}-{seed}".replace(" ", "_").replace(",", "").replace("%", "")
-    kept = folder / "cell.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    recipe = resolve("demo", sets=[*ROWS[row], f"synth.seed={seed}", f"distill.seed={seed}"])
-    synth = recipe.synth
-    shards = images // (synth.groups_per_shard * synth.group_size)
-    recipe = recipe.model_copy(
-        update={
-            "synth": synth.model_copy(update={"shards": shards}),
-            "distill": recipe.distill.model_copy(update={"min_agreement": 0.0}),
-        }
-    )
-    made = run_synth(recipe, str(folder), ExecutorSettings(threads=synth.threads), quiet=True)
-    learnt = run_distill(recipe, [(made["manifest"], 1.0)], str(folder / "distill"), test_data=test, quiet=True)
+def recipe_of(row: str, seed: int) -> Recipe:
+    """The demo recipe with the row's settings, one group a shard so that sizes are fine-grained."""
+    sets = ["synth.groups_per_shard=1", "distill.min_agreement=0", *ROWS[row]]
+    return resolve("demo", sets=[*sets, f"synth.seed={seed}", f"distill.seed={seed}"])
+
+
+def synthesise(recipe: Recipe, shards: int, folder: Path) -> tuple[str, float]:
+    """Grow the dataset in ``folder`` to ``shards``: its manifest, and the CPU seconds of all of it.
+
+    The seconds are noted after each call, so those of a killed one are lost: delete the cell then.
+    """
+    noted = folder.with_suffix(".seconds.json")
+    spent = json.loads(noted.read_text()) if noted.exists() else {"shards": 0, "seconds": 0.0}
+    grown = recipe.synth.model_copy(update={"shards": max(shards, spent["shards"])})
+    started = time.process_time()
+    place = ExecutorSettings(threads=grown.threads)
+    made = run_synth(recipe.model_copy(update={"synth": grown}), str(folder), place, quiet=True)
+    if grown.shards > spent["shards"]:
+        spent = {"shards": grown.shards, "seconds": spent["seconds"] + time.process_time() - started}
+        noted.write_text(json.dumps(spent))
+    return made["manifest"], spent["seconds"]
+
+
+def first_kept(manifest: str, images: int) -> str | None:
+    """An expression for the fewest trajectories that hold ``images`` kept images; None where there are not so many."""
+    found = np.sort(Manifest.open(manifest).select().column("trajectory"))
+    return f"trajectory <= {found[images - 1]}" if len(found) >= images else None
+
+
+def of_images(recipe: Recipe, images: int, folder: Path) -> tuple[str, float, str]:
+    """Shards until ``images`` are kept: manifest, CPU seconds, and the expression that selects them."""
+    shards = ceil(images / recipe.synth.group_size)
+    while True:
+        manifest, seconds = synthesise(recipe, shards, folder)
+        if where := first_kept(manifest, images):
+            return manifest, seconds, where
+        shards *= 2
+
+
+def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float, str]:
+    """As many shards as ``budget`` CPU seconds make (at least one), all of their kept images."""
+    shards = 1
+    while True:
+        manifest, seconds = synthesise(recipe, shards, folder)
+        fitting = int(shards * budget / seconds)
+        if fitting <= shards:
+            return manifest, seconds, "kept"
+        shards = min(fitting, 4 * shards)
+
+
+def cell(row: str, seed: int, images: int | None, budget: float | None, test: str, out: Path) -> dict:
+    """One dataset and one student: accuracy, kept images, stage-1 CPU seconds, the teacher's agreement."""
+    folder = out / "".join(c if c.isalnum() else "_" for c in f"{row} {images or f'{budget:g}s'} {seed}")
+    done = folder / "cell.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    recipe = recipe_of(row, seed)
+    manifest, seconds, where = of_images(recipe, images, folder) if images else of_seconds(recipe, budget, folder)
+    recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"where": where})})
+    learnt = run_distill(recipe, [(manifest, 1.0)], str(folder / "distill"), test_data=test, quiet=True)
     (student,) = learnt["students"].values()
-    result = {"row": row, "seed": seed, "images": made["kept"], "seconds": made["seconds"]}
-    result["accuracy"] = student["test"]["accuracy"]
-    result["agreement"] = learnt["teacher_check"]["agreement"]
-    kept.write_text(json.dumps(result))
+    result = {
+        "row": row,
+        "seed": seed,
+        "images": len(Manifest.open(manifest).select(where)),
+        "seconds": seconds,
+        "accuracy": student["test"]["accuracy"],
+        "agreement": learnt["teacher_check"]["agreement"],
+    }
+    done.write_text(json.dumps(result))
     return result
 
 
@@ -68,29 +126,38 @@ def interval(values: list[float]) -> float:
     return float(student_t.ppf(0.975, n - 1)) * stdev(values) / sqrt(n) if n > 1 else float("nan")
 
 
+def table_row(row: str, made: list[dict], base: dict[int, dict]) -> str:
+    """A Markdown row: means over seeds, and the gain over ``base`` (its cells by seed) paired by seed."""
+    accuracy = [100 * c["accuracy"] for c in made]
+    text = f"| {row} | {mean(c['images'] for c in made):.0f} | {mean(accuracy):.1f} ± {interval(accuracy):.1f} "
+    paired = [100 * (c["accuracy"] - base[c["seed"]]["accuracy"]) for c in made if c["seed"] in base]
+    text += f"| {mean(paired):+.1f} ± {interval(paired):.1f} " if paired and row != BASE else "| "
+    return text + f"| {100 * mean(c['agreement'] for c in made):.1f} | {mean(c['seconds'] for c in made):.0f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["guided", "unguided"])
-    parser.add_argument("--images", type=int, nargs="+", default=[400])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["unguided", "guided"])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--images", type=int, nargs="+", default=[400], help="equal kept images")
+    size.add_argument("--cpu-seconds", type=float, nargs="+", help="equal stage-1 time instead")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     test = str(write_split(args.split, args.out / f"{args.split}.parquet"))
     out, cells = args.out / args.split, []
-    print(f"| row | images | student, {args.split} % | minus unguided | teacher agreement % | synthesis s |")
+    load_models(resolve("demo").synth)  # imports are no part of a dataset's time
+    print(f"| row | images | student, {args.split} % | minus unguided | teacher agreement % | synthesis CPU s |")
     print("|---|---|---|---|---|---|")
-    for images in args.images:
+    sizes = [(None, s) for s in args.cpu_seconds] if args.cpu_seconds else [(n, None) for n in args.images]
+    for images, budget in sizes:
+        base: dict[int, dict] = {}
         for row in args.rows:
-            made = [cell(row, seed, images, test, out) for seed in range(args.seeds)]
+            made = [cell(row, seed, images, budget, test, out) for seed in range(args.seeds)]
+            base = {c["seed"]: c for c in made} if row == BASE else base
             cells += made
-            accuracy = [100 * c["accuracy"] for c in made]
-            text = f"| {row} | {images} | {mean(accuracy):.1f} ± {interval(accuracy):.1f} "
-            base = {c["seed"]: c for c in cells if c["row"] == "unguided" and c["images"] == made[0]["images"]}
-            paired = [100 * (c["accuracy"] - base[c["seed"]]["accuracy"]) for c in made if c["seed"] in base]
-            text += f"| {mean(paired):+.1f} ± {interval(paired):.1f} " if paired and row != "unguided" else "| "
-            text += f"| {100 * mean(c['agreement'] for c in made):.1f} | {mean(c['seconds'] for c in made):.0f} |"
-            print(text, flush=True)
+            print(table_row(row, made, base), flush=True)
     (out / "cells.json").write_text(json.dumps(cells, indent=1))
 
 
