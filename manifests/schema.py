@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
         _column("source_key", pa.string()),  # the image it was derived from
         _column("step", pa.int16()),
         _column("timestep", pa.int32()),  # 0 = final image
-        _column("lca", pa.list_(_CUT)),  # box in latent cells, lam after clipping, partner in the same group
+        _column("lca", pa.list_(_CUT)),  # by lca.kind: stages/synth/latent_mix.py
         _column("cosine", pa.float32()),
         _column("cosine_ref", pa.string()),
         _column("cosine_space", pa.string()),  # teacher | contrastive

@@ -3,7 +3,7 @@
 ``State`` and ``Prediction`` are the group at one denoising step; each family of priors implements ``Prior``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,10 +19,9 @@ class State:
     step: int
     before: Tensor | None = field(default=None, kw_only=True)  # a multistep solver's memory: ẑ0 of the step before
 
-    def mixed(self, partner: Tensor, mask: Tensor) -> "State":
-        """Latents and the solver's memory of ``partner [n]`` pasted where ``mask [n, 1, h, w]`` is set."""
-        before = None if self.before is None else torch.where(mask, self.before[partner], self.before)
-        return State(torch.where(mask, self.z[partner], self.z), self.step, before=before)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "State":
+        """Every tensor of the state, the solver's memory too, through the same linear ``change`` of latents."""
+        return State(change(self.z), self.step, before=None if self.before is None else change(self.before))
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,13 @@ class Prediction(State):
         before = None if self.before is None else self.before.detach()
         return Prediction(self.z.detach(), self.step, self.output.detach(), self.z0.detach(), before=before)
 
-    def mixed(self, partner: Tensor, mask: Tensor) -> "Prediction":
-        """Latents, outputs, predictions and memory of the partner pasted together (equation 11).
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Prediction":
+        """Latents, output, prediction and memory together.
 
-        Pasting z alone and stepping with the old eps would shift the box by (σ/α)(eps' − eps).
+        Changing z alone and stepping with the old eps would shift what came from elsewhere by (σ/α)(eps' − eps).
         """
-        cut = super().mixed(partner, mask)
-        output, z0 = (torch.where(mask, x[partner], x) for x in (self.output, self.z0))
-        return Prediction(cut.z, self.step, output, z0, before=cut.before)
+        new = super().mapped(change)
+        return Prediction(new.z, self.step, change(self.output), change(self.z0), before=new.before)
 
 
 class Prior(Protocol):

@@ -1,4 +1,4 @@
-"""The denoising loop of one group: predict, decode what is due, guide, cut, step. Reads like DiffDFKD's algorithm."""
+"""The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from stages.models.teacher import Teacher
-from stages.synth import latent_cutmix as lca
 from stages.synth.groups import Group
 from stages.synth.guidance import Losses, guided, shifted, teacher_losses, update
+from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
 from stages.synth.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
-from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
+from stages.synth.settings import GuidanceSettings, LatentMixSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Frame:
     step: int
     timestep: int
     images: Tensor
-    cuts: list[list[lca.Cut]]  # per trajectory, every cut it went through so far
+    mixes: list[list[Mix]]  # per trajectory, every one it went through so far
     losses: Losses | None = None  # at the last guided step
 
 
@@ -95,17 +95,17 @@ def denoise(
     seed: int,
     device: str,
     guide: Guide | None = None,
-    cutmix: LatentCutMixSettings | None = None,
+    lca: LatentMixSettings | None = None,
     intermediates: int = 0,
     work: Work | None = None,
 ) -> Iterator[Frame]:
     """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
 
-    One evaluation of the prior per step. An intermediate is decoded before its step's update and cut.
+    One evaluation of the prior per step. An intermediate is decoded before its step's update and mix.
     """
     n, steps = len(group.trajectories), len(prior.timesteps)
     work = work or Work()
-    cuts: list[list[lca.Cut]] = [[] for _ in range(n)]
+    mixes: list[list[Mix]] = [[] for _ in range(n)]
     losses: Losses | None = None
     store = intermediate_steps(intermediates, steps)
     condition = prior.encode(group.conditions(prior.conditioning))
@@ -117,18 +117,18 @@ def denoise(
             state = prior.predict(start, condition)
         work.evaluations += 1
         if step in store:
-            yield Frame(step, timestep, prior.decode(state.z0), [list(c) for c in cuts], losses)
+            yield Frame(step, timestep, prior.decode(state.z0), [list(m) for m in mixes], losses)
             work.decodes += 1
         if active:
             state, losses = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
             work.decodes += active.settings.inner
             work.guided_steps += 1
-        if cutmix and lca.due(cutmix, step, steps):
-            drawn = lca.draw_cuts(cutmix, group, seed, step, timestep, prior.latent_shape)
-            state = state.mixed(lca.partners(drawn, n, device), lca.box_mask(drawn, n, prior.latent_shape, device))
-            for position, cut in drawn.items():
-                cuts[position].append(cut)
+        if lca and due(lca, step, steps):
+            drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
+            state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))
+            for position, mix in drawn.items():
+                mixes[position].append(mix)
         rngs = [torch_rng(seed, "step", t, step) for t in group.trajectories] if prior.stochastic else None
         start = prior.step(state.detached(), rngs)
     work.decodes += 1
-    yield Frame(steps, 0, prior.decode(start.z), [list(c) for c in cuts], losses)
+    yield Frame(steps, 0, prior.decode(start.z), [list(m) for m in mixes], losses)

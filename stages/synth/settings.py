@@ -94,13 +94,16 @@ class GuidanceSettings(Settings):
         return self
 
 
-class LatentCutMixSettings(Settings):
-    """Latent CutMix augmentation (LCA, DiffDFKD equation 11), between trajectories of one class and group."""
+class LatentMixSettings(Settings):
+    """Augmentation of latents during denoising: LCA (DiffDFKD, equation 11) and what its table IV compares it with."""
 
-    every: int = Field(0, ge=0, description="cut at every k-th step; 0 switches LCA off")
-    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which cuts may happen")
-    probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that receive a box")
-    alpha: float = Field(1.0, gt=0, description="area 1 - lambda, lambda ~ Beta(alpha, alpha), drawn per pair")
+    kind: Literal["cutmix", "mixup", "traditional"] = Field(
+        "cutmix", description="a box or a blend of another latent of the class; or flip, shift, crop-and-resize"
+    )
+    every: int = Field(0, ge=0, description="at every k-th step; 0 switches it off")
+    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which it may happen")
+    probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
+    alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
 
 
 class ImageSettings(Settings):
@@ -120,7 +123,7 @@ class SynthSettings(Settings):
     adversary: ModelSettings | None = Field(None, description="frozen student of an earlier round, for the ADV term")
     prompts: PromptSettings = PromptSettings()
     guidance: GuidanceSettings = GuidanceSettings()
-    lca: LatentCutMixSettings = LatentCutMixSettings()
+    lca: LatentMixSettings = LatentMixSettings()
     images: ImageSettings = ImageSettings()
     shards: int = Field(4, gt=0, description="shards in total; growing it later only adds")
     groups_per_shard: int = Field(4, gt=0)

@@ -17,7 +17,7 @@ from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
 from stages.synth.images import encode_image, to_pixels
-from stages.synth.latent_cutmix import Cut
+from stages.synth.latent_mix import Mix
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Frame, Models, Work
 from stages.synth.scores import teacher_columns
@@ -137,13 +137,13 @@ class ShardWorker:
             "trajectory": group.trajectories[position],
             "step": frame.step,
             "timestep": frame.timestep,
-            "lca": [cut_row(cut, group.trajectories) for cut in frame.cuts[position]],
+            "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[position]],
             "loss_ce": losses.ce[position].item() if losses else None,
             "loss_adv": losses.adversarial[position].item() if losses else None,
             "loss_bn": losses.bn.item() if losses else None,
         }
 
 
-def cut_row(cut: Cut, trajectories: Sequence[int]) -> dict[str, Any]:
-    """A cut as the manifest stores it: the partner by its trajectory number, not its position."""
-    return asdict(cut) | {"partner": trajectories[cut.partner]}
+def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:
+    """A mix as the manifest stores it: the partner by its trajectory number, not its position."""
+    return asdict(mix) | {"partner": trajectories[mix.partner]}

@@ -17,7 +17,7 @@ from stages.synth.plan_inputs import inspect_inputs
 from stages.synth.prior import State
 from stages.synth.priors import load_prior, prior_identity
 from stages.synth.sampler import Guide, denoise
-from stages.synth.settings import GuidanceSettings, LatentCutMixSettings, PriorSettings, SynthSettings
+from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.worker import build_worker
 from tests.synth.tiny import TinyTeacher, save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
 
@@ -46,11 +46,11 @@ def load(folder, **kw):
 @pytest.mark.parametrize("name", SAVE)
 def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, scheduler):
     prior, teacher = load(folders[name], scheduler=scheduler), TinyTeacher()
-    cut = LatentCutMixSettings(every=2, interval=(0, 1))
+    cut = LatentMixSettings(every=2, interval=(0, 1))
 
     def final(guide):
         *_, frame = denoise(prior, GROUP, 0, "cpu", guide, cut)
-        assert frame.images.shape == (4, 3, 16, 16) and prior.image_size == 16 and any(frame.cuts)
+        assert frame.images.shape == (4, 3, 16, 16) and prior.image_size == 16 and any(frame.mixes)
         with torch.no_grad():
             return frame.images, torch.nn.functional.cross_entropy(teacher.logits(frame.images), labels).item()
 

@@ -6,7 +6,7 @@ import torch
 from stages.synth.groups import Group
 from stages.synth.prior import Prediction, State
 from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
-from stages.synth.settings import GuidanceSettings, LatentCutMixSettings
+from stages.synth.settings import GuidanceSettings, LatentMixSettings
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -99,13 +99,13 @@ def test_guidance_lowers_the_guided_loss(prior, through):
 
 
 def test_intermediates_are_decoded_before_the_update_and_cut_of_their_step(prior):
-    cut_at_3 = LatentCutMixSettings(every=3, interval=(0, 1))
+    cut_at_3 = LatentMixSettings(every=3, interval=(0, 1))
     guide = Guide(GuidanceSettings(interval=(0.5, 1.0), scale=0.5), TinyTeacher(), LABELS)  # first guided step: 3
     assert intermediate_steps(1, 6) == {3}
     plain = frames(prior, intermediates=1)
-    steered = frames(prior, guide, cutmix=cut_at_3, intermediates=1)
+    steered = frames(prior, guide, lca=cut_at_3, intermediates=1)
     assert torch.equal(plain[0].images, steered[0].images)
-    assert not any(steered[0].cuts) and all(steered[1].cuts)
+    assert not any(steered[0].mixes) and all(steered[1].mixes)
     assert not torch.equal(plain[1].images, steered[1].images)
     assert [f.timestep for f in steered] == [prior.timesteps[3], 0]
 

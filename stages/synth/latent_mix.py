@@ -1,0 +1,109 @@
+"""Latent augmentation between two denoising steps (DiffDFKD, section III-D and the kinds of its table IV).
+
+``cutmix`` is the method's own (LCA): a box of another trajectory of the class. ``mixup`` (Zhang et al. 2018) blends
+with one, ``traditional`` flips, shifts, or crops and resizes. z, the network's output, ẑ0 and the solver's memory all
+go through the same, or eps would no longer be that of z. The steps that remain let the prior repair the seams.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.synth.groups import Group
+from stages.synth.latent_cutmix import draw_box
+from stages.synth.latent_window import cells, draw_window
+from stages.synth.seeds import python_rng
+from stages.synth.settings import LatentMixSettings
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One change of one latent; with the kind, the latents before it and this record give the latent after it exactly.
+
+    ``partner``: a position in the group. ``y, x, h, w`` in latent cells and ``lam`` by kind:
+
+    - cutmix: the box that comes from the partner, and the share of cells kept;
+    - mixup: the whole latent, and λ of λ·own + (1 − λ)·partner (a float32);
+    - traditional: the window of the own latent (``partner`` is itself, ``lam`` 1) that is stretched to the whole, see
+      :mod:`stages.synth.latent_window`.
+    """
+
+    step: int
+    timestep: int
+    partner: int
+    y: int
+    x: int
+    h: int
+    w: int
+    lam: float
+
+
+def due(settings: LatentMixSettings, step: int, steps: int) -> bool:
+    """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
+    low, high = settings.interval
+    return settings.every > 0 and step > 0 and step % settings.every == 0 and low <= step / steps < high
+
+
+def draw_mixes(
+    settings: LatentMixSettings, group: Group, seed: int, step: int, timestep: int, shape: Sequence[int]
+) -> dict[int, Mix]:
+    """The mixes of one step by receiving position: a pure function of ``(settings, group, seed, step)``.
+
+    Partners are of the same class; a trajectory without one goes unmixed (but for the traditional kinds).
+    """
+    height, width = shape[-2:]
+    mixes = {}
+    for position, (trajectory, label) in enumerate(zip(group.trajectories, group.labels, strict=True)):
+        rng = python_rng(seed, "lca", trajectory, step)
+        partners = [p for p, other in enumerate(group.labels) if other == label and p != position]
+        if settings.kind == "traditional":
+            partners = [position]
+        if not partners or rng.random() >= settings.probability:
+            continue
+        drawn = _draw(settings, rng, rng.choice(partners), height, width)
+        if drawn[3] and drawn[4]:
+            mixes[position] = Mix(step, timestep, *drawn)
+    return mixes
+
+
+def _draw(
+    settings: LatentMixSettings, rng: Random, partner: int, height: int, width: int
+) -> tuple[int, int, int, int, int, float]:
+    """``(partner, y, x, h, w, lam)``."""
+    if settings.kind == "traditional":
+        return partner, *draw_window(rng, height, width), 1.0
+    lam = rng.betavariate(settings.alpha, settings.alpha)
+    if settings.kind == "mixup":
+        return partner, 0, 0, height, width, float(np.float32(lam))  # as the manifest stores it
+    y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
+    return partner, y, x, h, w, 1 - h * w / (height * width)
+
+
+def mixing(
+    mixes: dict[int, Mix], n: int, shape: Sequence[int], kind: str, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """What ``mixes`` do to any tensor of latents ``[n, c, h, w]`` (equation 11); others stay bit for bit.
+
+    Sources are the latents before any change, also where a partner is mixed itself.
+    """
+    height, width = shape[-2:]
+    if kind == "traditional":
+        whole = (0, 0, height, width)
+        windows = [(m.y, m.x, m.h, m.w) if (m := mixes.get(p)) else whole for p in range(n)]
+        index = cells(windows, height, width).to(device)
+        return lambda x: x.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view_as(x)
+    partner = torch.tensor([mixes[p].partner if p in mixes else p for p in range(n)], device=device)
+    share = shares(mixes, n, height, width, kind).to(device)
+    return lambda x: torch.lerp(x, x[partner], share.to(x.dtype))
+
+
+def shares(mixes: dict[int, Mix], n: int, height: int, width: int, kind: str) -> Tensor:
+    """The partner's share of each cell ``[n, 1, h, w]``: 1 inside a box of cutmix, 1 − λ all over for mixup."""
+    share = torch.zeros(n, 1, height, width)
+    for position, m in mixes.items():
+        share[position, :, m.y : m.y + m.h, m.x : m.x + m.w] = 1 - m.lam if kind == "mixup" else 1.0
+    return share
