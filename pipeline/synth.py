@@ -136,7 +136,7 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
         "images": images * synth.shards,
         "image_size": inputs.image_size,
         "classes": len(inputs.class_names),
-        "denoiser_calls": _calls(recipe) * trajectories * max(0, synth.shards - done),
+        "denoiser_calls": _calls(recipe, inputs) * trajectories * max(0, synth.shards - done),
         "disk_bytes_at_most": round(images * synth.shards * (per_image + 2048)),
         "prior": inputs.prior,
         "teacher": inputs.teacher,
@@ -172,11 +172,12 @@ def teacher_of(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
     return prepare(recipe.synth.teacher, inputs.teacher)
 
 
-def _calls(recipe: Recipe) -> int:
+def _calls(recipe: Recipe, inputs: SynthInputs) -> int:
     """Denoiser evaluations per trajectory: one per step, two where classifier-free guidance is on."""
     if recipe.synth.method == "noise":
         return 0
     prior = recipe.synth.prior
     low, high = prior.cfg_interval
-    twice = sum(low <= step / prior.steps < high for step in range(prior.steps)) if prior.cfg != 1 else 0
+    cfg = prior.cfg != 1 and inputs.prior["conditioning"] != "none"
+    twice = sum(low <= step / prior.steps < high for step in range(prior.steps)) if cfg else 0
     return prior.steps + twice

@@ -1,6 +1,7 @@
 """Unconditional priors: latent (``LDMPipeline``) or in pixels (``DDPMPipeline``, ``DDIMPipeline``)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DModel, VQModel
@@ -9,10 +10,14 @@ from torch import Tensor
 from manifests.errors import DataError
 from stages.synth.diffusion import DiffusionPrior, load_part
 from stages.synth.priors import FAMILIES
+from stages.synth.settings import PriorSettings
 
 
 class FreePrior(DiffusionPrior):
-    """No conditions at all: the teacher alone decides what becomes of the noise."""
+    """No conditions at all, hence no CFG: the teacher alone decides what becomes of the noise."""
+
+    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+        super().__init__(folder, settings.model_copy(update={"cfg": 1.0}), device)
 
     def load(self) -> tuple[Any, Any]:
         vae = FAMILIES[self.index["_class_name"]].vae

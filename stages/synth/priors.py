@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +15,7 @@ from stages.synth.settings import PriorSettings
 if TYPE_CHECKING:
     from stages.synth.prior import Prior
 
+log = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
 
 
@@ -128,11 +130,16 @@ def check_labels(settings: PriorSettings, source: str, classes: int, names: Iter
 
 
 def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
-    """Folder, pipeline class and family of the prior that ``settings`` name."""
+    """Folder, pipeline class and family of the prior that ``settings`` name.
+
+    Raises UsageError where CFG is asked of an unconditional prior; the default scale just does not apply to it.
+    """
     folder = locate(settings.path)
     name = read_index(folder)["_class_name"]
-    if FAMILIES[name].conditioning == "none" and settings.cfg != 1:
-        raise UsageError(f"prior {folder} is unconditional, so there is nothing to guide it by: set prior.cfg=1")
+    if FAMILIES[name].conditioning == "none" and settings.cfg not in (1, PriorSettings().cfg):
+        raise UsageError(
+            f"prior {folder} is unconditional, so prior.cfg={settings.cfg:g} has nothing to guide it by: leave it out"
+        )
     return folder, name, FAMILIES[name]
 
 
@@ -172,4 +179,6 @@ def load_prior(settings: PriorSettings, device: str) -> "Prior":
         return ClassPrior(folder, settings, device)
     from stages.synth.free_prior import FreePrior
 
+    if settings.cfg != 1:
+        log.warning("prior %s is unconditional: prior.cfg does not apply", settings.path)
     return FreePrior(folder, settings, device)

@@ -27,7 +27,7 @@ class PriorSettings(Settings):
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(50, gt=0, le=1000)
-    cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 switches it off")
+    cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
     cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
     labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")

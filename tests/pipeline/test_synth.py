@@ -14,6 +14,7 @@ from pipeline.recipe import resolve
 from pipeline.synth import dry_run, dry_run_lines, run_synth
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
+from tests.synth.tiny import save_ddpm
 
 
 def run(folder, *sets, worker=FACTORY, place=INLINE):
@@ -132,3 +133,16 @@ def test_the_dry_run_counts_denoiser_calls(tmp_path, sets, calls):
     recipe = resolve("demo", section="synth", sets=["shards=1", "groups_per_shard=1", "group_size=2", *sets])
     found = dry_run(recipe, str(tmp_path / "run"), INLINE)
     assert found["denoiser_calls"] == 2 * calls
+
+
+def test_the_dry_run_counts_no_cfg_for_an_unconditional_prior(tmp_path):
+    sets = [
+        "shards=1",
+        "groups_per_shard=1",
+        "group_size=2",
+        "prior.cfg=3.0",
+        f"prior.path={save_ddpm(tmp_path / 'p')}",
+    ]
+    assert (
+        dry_run(resolve("demo", section="synth", sets=sets), str(tmp_path / "run"), INLINE)["denoiser_calls"] == 2 * 20
+    )

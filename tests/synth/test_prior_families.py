@@ -129,9 +129,18 @@ def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):
     assert all(row["prompt"] is None and row["negative_prompt"] is None for row in rows)
 
 
-def test_an_unconditional_prior_has_no_cfg(folders):
-    with pytest.raises(UsageError, match=r"unconditional.*set prior\.cfg=1"):
-        prior_identity(PriorSettings(path=str(folders["ddpm"])))
+def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
+    with pytest.raises(UsageError, match=r"unconditional, so prior\.cfg=2 .* leave it out"):
+        prior_identity(PriorSettings(path=str(folders["ddpm"]), cfg=2.0))
+    assert PriorSettings().cfg != 1
+    by_default = load_prior(PriorSettings(path=str(folders["ddpm"]), steps=4), "cpu")
+    assert [r.message for r in caplog.records] == [
+        f"prior {folders['ddpm']} is unconditional: prior.cfg does not apply"
+    ]
+    z = GROUP.noise(0, by_default.latent_shape)
+    with torch.no_grad():
+        outputs = [p.predict(p.start(z), p.encode(GROUP.prompts)).output for p in (by_default, load(folders["ddpm"]))]
+    assert torch.equal(*outputs)
 
 
 def test_grey_pixels_become_rgb(tmp_path):
