@@ -126,7 +126,8 @@ def _described(plan: Plan) -> dict[str, Any]:
     settings = dict(plan.recipe.get("synth", {}))
     for place in ("shards", "device", "teacher", "adversary"):
         settings.pop(place, None)
-    settings["prior"] = {key: value for key, value in settings.get("prior", {}).items() if key != "path"}
+    for section, place in (("prior", "path"), ("guidance", "tiny_decoder")):
+        settings[section] = {key: value for key, value in settings.get(section, {}).items() if key != place}
     return {**plan.semantics, "settings": settings}
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.models.identity import teacher_identity
-from stages.synth.priors import check_labels, prior_identity
+from stages.synth.priors import check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images, or a default changes
@@ -19,6 +19,7 @@ class SynthInputs:
     adversary: dict[str, Any] | None
     class_names: tuple[str, ...]
     image_size: int
+    tiny_decoder: str | None = None  # sha256
 
 
 def inspect_inputs(settings: SynthSettings) -> SynthInputs:
@@ -31,7 +32,10 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     prior = prior_identity(settings.prior)
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
-    return SynthInputs(prior, teacher, adversary, names, settings.images.size or prior["image_size"])
+    tiny = None
+    if settings.method == "diffdfkd" and settings.guidance.decoder == "tiny":
+        tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or prior["image_size"], tiny)
 
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
@@ -41,7 +45,8 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     Settings at their defaults are left out, so that a later version's new setting does not orphan a half-made dataset;
     a changed default must raise ``ALGORITHM_VERSION``.
     """
-    elsewhere: Any = {"shards": True, "device": True, "teacher": True, "adversary": True, "prior": {"path"}}
+    elsewhere: Any = dict.fromkeys(("shards", "device", "teacher", "adversary"), True)
+    elsewhere |= {"prior": {"path"}, "guidance": {"tiny_decoder"}}
     chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     covered = {
         "algorithm": ALGORITHM_VERSION,
@@ -50,7 +55,11 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         "teacher": _network(inputs.teacher),
         "class_names": list(inputs.class_names),
     }
-    return covered | ({"adversary": _network(inputs.adversary)} if inputs.adversary else {})
+    if inputs.adversary:
+        covered["adversary"] = _network(inputs.adversary)
+    if inputs.tiny_decoder:
+        covered["tiny_decoder"] = inputs.tiny_decoder
+    return covered
 
 
 def _network(identity: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from manifests.errors import DataError, UsageError
 from stages.synth.settings import PriorSettings
 
 if TYPE_CHECKING:
-    from stages.synth.prior import Prior
+    from stages.synth.diffusion import DiffusionPrior
 
 log = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
@@ -26,12 +26,13 @@ class Family:
     conditioning: str
     network: str
     vae: str | None
+    tiny: str | None = None  # hub id of the AutoencoderTiny that was distilled from this VAE
 
 
 FAMILIES = {
-    "StableDiffusionPipeline": Family("text", "unet", "vae"),
-    "StableDiffusionXLPipeline": Family("text", "unet", "vae"),
-    "DiTPipeline": Family("class", "transformer", "vae"),
+    "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
+    "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
+    "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
     "LDMPipeline": Family("none", "unet", "vqvae"),
     "DDPMPipeline": Family("none", "unet", None),
     "DDIMPipeline": Family("none", "unet", None),
@@ -47,8 +48,9 @@ class Geometry:
     classes: int
 
 
-def locate(path: str) -> Path:
+def locate(path: str, what: str = "prior") -> Path:
     """The local folder of a prior; a hub id is downloaded (safetensors and configs only) or found in the cache.
+    ``what`` names the thing in errors.
 
     Raises:
         UsageError: unknown ``embedded:`` name.
@@ -64,7 +66,7 @@ def locate(path: str) -> Path:
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise DataError(
-            f"prior {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
+            f"{what} {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -73,7 +75,7 @@ def locate(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in WEIGHTS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"prior {path}: neither a local folder nor a hub id that can be fetched ({reason})") from error
+        raise DataError(f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})") from error
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -147,22 +149,39 @@ def prior_identity(settings: PriorSettings) -> dict[str, Any]:
     """What the manifest records of a prior: name, pipeline class, sha256 over its files, conditioning, image size (and
     the number of its classes)."""
     folder, name, family = find_prior(settings)
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     shape = geometry(folder, family)
     return {
         "name": settings.path,
         "pipeline": name,
         "conditioning": family.conditioning,
         "image_size": shape.image_size,
-        "sha256": digest.hexdigest(),
+        "sha256": folder_sha256(folder),
     } | ({"classes": shape.classes} if shape.classes else {})
 
 
-def load_prior(settings: PriorSettings, device: str) -> "Prior":
+def folder_sha256(folder: Path) -> str:
+    """sha256 over names and contents of the files in a model folder that decide what it computes."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tiny_decoder(settings: PriorSettings, name: str | None) -> Path:
+    """Folder of the AutoencoderTiny called ``name``, by default the one made for the prior's kind of VAE.
+
+    Raises UsageError where there is none to default to, DataError where it cannot be found.
+    """
+    _, kind, family = find_prior(settings)
+    name = name or family.tiny
+    if name is None:
+        raise UsageError(f"no AutoencoderTiny is known for {kind}: name one with guidance.tiny_decoder, or use full")
+    return locate(name, "tiny decoder")
+
+
+def load_prior(settings: PriorSettings, device: str) -> "DiffusionPrior":
     """The prior on ``device``, frozen and in eval mode."""
     folder, name, family = find_prior(settings)
     if name == "StableDiffusionXLPipeline":

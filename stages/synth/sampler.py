@@ -1,6 +1,6 @@
 """The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +14,36 @@ from stages.synth.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentMixSettings
 
+Decode = Callable[[Tensor], Tensor]
+"""Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
+
 
 @dataclass(frozen=True)
 class Models:
-    """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None."""
+    """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None.
+
+    ``decode`` is what guidance looks through (None: the prior's own decoder).
+    """
 
     prior: Prior
     teacher: Teacher
     adversary: Teacher | None
     device: str
+    decode: Decode | None = None
 
 
 @dataclass(frozen=True)
 class Guide:
-    """A teacher that steers; ``settings`` weigh its terms, ``adversary`` is a frozen student or None."""
+    """A teacher that steers; ``settings`` weigh its terms, ``adversary`` is a frozen student or None.
+
+    ``decode`` stands in for the prior's own decoder, for guidance alone.
+    """
 
     settings: GuidanceSettings
     teacher: Teacher
     labels: Tensor  # [n] target classes
     adversary: Teacher | None = None
+    decode: Decode | None = None
 
     def losses(self, images: Tensor, rng: torch.Generator) -> Losses:
         bn = self.settings.bn > 0 and self.teacher.has_batchnorm
@@ -56,8 +67,9 @@ class Work:
     """What a group cost so far, in calls on the whole group."""
 
     evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
-    decodes: int = 0
+    decodes: int = 0  # of frames that are stored
     guided_steps: int = 0
+    updates: int = 0  # of ẑ0: each decodes once, in guidance's own way, and asks the teacher once
 
 
 def intermediate_steps(count: int, steps: int) -> set[int]:
@@ -75,11 +87,11 @@ def guide_step(prior: Prior, state: Prediction, guide: Guide, rng: torch.Generat
     ``through: z0`` differentiates decoder and teacher only; ``through: zt`` the denoiser too, so ``state`` must then
     carry the graph from ``state.z`` to ``state.z0``. Losses are those before the last update, detached.
     """
-    settings, levels = guide.settings, prior.levels(state.step)
+    settings, levels, decode = guide.settings, prior.levels(state.step), guide.decode or prior.decode
     for _ in range(settings.inner):
         with torch.enable_grad():
             source = state.z if settings.through == "zt" else state.z0.detach().requires_grad_()
-            losses = guide.losses(prior.decode(state.z0 if settings.through == "zt" else source), rng)
+            losses = guide.losses(decode(state.z0 if settings.through == "zt" else source), rng)
             (gradient,) = torch.autograd.grad(losses.total(settings), source)
         delta = update(gradient, *levels, settings)
         if settings.through == "zt" and settings.normalise == "none":
@@ -121,8 +133,8 @@ def denoise(
             work.decodes += 1
         if active:
             state, losses = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
-            work.decodes += active.settings.inner
             work.guided_steps += 1
+            work.updates += active.settings.inner
         if lca and due(lca, step, steps):
             drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
             state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))

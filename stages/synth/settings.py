@@ -83,6 +83,8 @@ class GuidanceSettings(Settings):
     every: int = Field(1, gt=0, description="guide every k-th step of the interval")
     inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
     shift: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, as a share of the image side")
+    decoder: Literal["full", "tiny"] = Field("full", description="what guidance decodes with; images use the full VAE")
+    tiny_decoder: str | None = Field(None, description="AutoencoderTiny: folder or hub id; default: the prior's own")
 
     @model_validator(mode="after")
     def _consistent(self) -> "GuidanceSettings":
@@ -91,6 +93,8 @@ class GuidanceSettings(Settings):
             raise ValueError(f"interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
         if self.through == "zt" and self.inner > 1:
             raise ValueError("inner > 1 needs through: z0 (each z_t update costs a pass through the denoiser)")
+        if self.tiny_decoder and self.decoder != "tiny":
+            raise ValueError("tiny_decoder does nothing unless decoder is tiny")
         return self
 
 

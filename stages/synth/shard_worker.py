@@ -16,6 +16,7 @@ from manifests.storage import Storage
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
+from stages.synth.guidance_decoder import load_decoder
 from stages.synth.images import encode_image, to_pixels
 from stages.synth.latent_mix import Mix
 from stages.synth.priors import load_prior
@@ -41,7 +42,9 @@ def load_models(settings: SynthSettings) -> Models:
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
     if adversary and adversary.num_classes != teacher.num_classes:
         raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
-    return Models(load_prior(settings.prior, device), teacher, adversary, device)
+    prior = load_prior(settings.prior, device)
+    guides = settings.method == "diffdfkd"
+    return Models(prior, teacher, adversary, device, load_decoder(prior, settings.guidance) if guides else None)
 
 
 class ShardWorker:
