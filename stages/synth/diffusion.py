@@ -26,8 +26,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class DiffusionPrior(ABC):
     """:class:`~stages.synth.prior.Prior` over a diffusers folder, all but loading and conditioning.
 
-    Raises :class:`DataError` where a component is missing, damaged or of a kind that cannot be guided.
+    On the device ``meta`` it has shapes and no weights: for counting. Raises :class:`DataError` where a component is
+    missing, damaged or of a kind that cannot be guided.
     """
+
+    encoders: Sequence[Any] = ()  # of prompts
 
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
         for library in (diffusers_logging, transformers_logging):
@@ -75,10 +78,9 @@ class DiffusionPrior(ABC):
         return self.schedule.levels[step]
 
     def predict(self, state: State, condition: Any) -> Prediction:
-        z, scale = self.schedule.network_input(state), self.settings.cfg
-        low, high = self.settings.cfg_interval
-        if scale != 1 and not low <= state.step / len(self.timesteps) < high:
-            scale, condition = 1, condition[len(z) :]
+        z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step)
+        if scale == 1 and self.settings.cfg != 1:
+            condition = condition[len(z) :]  # outside the interval: the conditional half alone
         batch = z if scale == 1 else torch.cat([z, z])
         output = self.evaluate(batch.to(self.network.dtype), self.schedule.times[state.step], condition).float()
         output = output[:, : z.shape[1]]  # the other half of a learned-sigma network is a variance
@@ -108,11 +110,35 @@ def frozen(network: Any, device: str) -> Any:
 
 
 def load_part(prior: DiffusionPrior, name: str, classes: dict[str, Any]) -> Any:
-    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
+    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``.
+
+    On the device ``meta`` shapes alone, from its config: for counting.
+    """
     _, kind = prior.index.get(name) or (None, None)
     if kind not in classes:
         raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
-    dtype, variant = DTYPES[prior.settings.dtype], prior.settings.variant
+    dtype, folder = DTYPES[prior.settings.dtype], str(prior.folder)
+    if prior.device == "meta":
+        config = classes[kind].load_config(folder, subfolder=name)
+        with torch.device("meta"):
+            return torch.nn.Module.to(classes[kind].from_config(config), dtype)
     return classes[kind].from_pretrained(
-        str(prior.folder), subfolder=name, torch_dtype=dtype, variant=variant, use_safetensors=True
+        folder, subfolder=name, torch_dtype=dtype, variant=prior.settings.variant, use_safetensors=True
     )
+
+
+def load_text_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
+    """Text encoder ``name`` of a prior's folder, as :func:`load_part`."""
+    dtype, where = DTYPES[prior.settings.dtype], {"subfolder": name, "local_files_only": True}
+    if prior.device == "meta":
+        config = kind.config_class.from_pretrained(str(prior.folder), **where)
+        with torch.device("meta"):
+            return kind(config).to(dtype)
+    return kind.from_pretrained(
+        str(prior.folder), dtype=dtype, variant=prior.settings.variant, use_safetensors=True, **where
+    )
+
+
+def load_tokenizer(prior: DiffusionPrior, name: str, kind: Any) -> Any:
+    """Tokenizer ``name`` of a prior's folder."""
+    return kind.from_pretrained(str(prior.folder), subfolder=name, local_files_only=True)

@@ -50,6 +50,11 @@ class PriorSettings(Settings):
             raise ValueError(f"cfg_interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
         return self
 
+    def cfg_at(self, step: int) -> float:
+        """The guidance scale of denoising step ``step``: ``cfg`` inside its interval, else 1."""
+        low, high = self.cfg_interval
+        return self.cfg if low <= step / self.steps < high else 1.0
+
 
 class PromptSettings(Settings):
     """The prompt bank: ``template`` filled with a random subject and style (DiffDFKD, section IV-A)."""

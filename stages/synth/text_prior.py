@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen
+from stages.synth.diffusion import DiffusionPrior, frozen, load_part, load_text_encoder, load_tokenizer
 from stages.synth.settings import PriorSettings
 
 
@@ -20,20 +21,16 @@ class TextPrior(DiffusionPrior):
         super().__init__(folder, settings, device)
 
     def load(self) -> tuple[Any, Any]:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(self.folder),
-            dtype=DTYPES[self.settings.dtype],
-            variant=self.settings.variant,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-        self.text_encoder, self.tokenizer = frozen(pipeline.text_encoder, self.device), pipeline.tokenizer
-        return pipeline.unet, pipeline.vae
+        self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
+        self.encoders = [frozen(load_text_encoder(self, "text_encoder", CLIPTextModel), self.device)]
+        return self.load_unet(), load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+
+    def load_unet(self) -> Any:
+        return load_part(self, "unet", {"UNet2DConditionModel": UNet2DConditionModel})
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
-        return self.text_encoder(token_ids(self.tokenizer, prompt).to(self.device))[0]
+        return self.encoders[0](token_ids(self.tokenizer, prompt).to(self.device))[0]
 
     def negative(self) -> Tensor:
         """The condition of the unconditional half, one row."""

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stages.synth.diffusion import DTYPES, frozen
+from stages.synth.diffusion import frozen, load_part, load_text_encoder, load_tokenizer
 from stages.synth.text_prior import TextPrior, token_ids
 
 
@@ -14,21 +15,18 @@ class TextPriorXL(TextPrior):
     """A ``StableDiffusionXLPipeline``. A condition is one row: all token embeddings, then the pooled embedding."""
 
     def load(self) -> tuple[Any, Any]:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(self.folder),
-            dtype=DTYPES[self.settings.dtype],
-            variant=self.settings.variant,
-            use_safetensors=True,
-            add_watermarker=False,
+        encoders = (
+            load_text_encoder(self, "text_encoder", CLIPTextModel),
+            load_text_encoder(self, "text_encoder_2", CLIPTextModelWithProjection),
         )
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
         self.encoders = [frozen(encoder, self.device) for encoder in encoders]
-        self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        self.zeros_for_empty = pipeline.config.force_zeros_for_empty_prompt
-        self.pooled = pipeline.text_encoder_2.config.projection_dim
-        if self.settings.dtype == "fp16" and pipeline.vae.config.force_upcast:
-            pipeline.vae.float()  # SDXL's own VAE overflows in half precision
-        return pipeline.unet, pipeline.vae
+        self.tokenizers = [load_tokenizer(self, f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]
+        self.zeros_for_empty = bool(self.index.get("force_zeros_for_empty_prompt", True))
+        self.pooled = encoders[1].config.projection_dim
+        vae = load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+        if self.settings.dtype == "fp16" and vae.config.force_upcast:
+            vae.float()  # SDXL's own VAE overflows in half precision
+        return self.load_unet(), vae
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens·d + pooled]``: both encoders' last but one layer, and what the second makes of the whole."""

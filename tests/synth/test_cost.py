@@ -1,0 +1,109 @@
+"""Counted cost: the meta run of single steps equals FLOPs counted while really sampling, for every kind of step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.counting import Flops, FusedAttention, flops, saved_bytes, weight_bytes
+from stages.models.identity import ModelConfig
+from stages.models.loading import load_teacher, save_model
+from stages.models.registry import build_net
+from stages.models.settings import InputSettings
+from stages.synth.cost import step_kinds, synth_cost
+from stages.synth.groups import make_group
+from stages.synth.methods import diffdfkd, dmkd
+from stages.synth.priors import load_prior
+from stages.synth.sampler import Models, Work
+from stages.synth.settings import SynthSettings
+from tests.synth.tiny import save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
+
+NAMES = ("a", "b")
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    values = InputSettings(size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config = ModelConfig(architecture="resnet8", num_classes=2, channels=3, input=values, class_names=NAMES)
+    torch.manual_seed(0)
+    save_model(folder, build_net(config), config)
+    return folder
+
+
+def counted(settings: SynthSettings) -> int:
+    """FLOPs of really sampling one group, a trajectory; prompts and scores are left out."""
+    models = Models(load_prior(settings.prior, "cpu"), load_teacher(settings.teacher), None, "cpu")
+    group = make_group(settings, 0, NAMES)
+    conditions = group.conditions(models.prior.conditioning)
+    models.prior.encode(conditions)  # prompts are cached, the negative one is not
+    with Flops() as text:
+        models.prior.encode(conditions)
+    method = {"diffdfkd": diffdfkd, "dmkd": dmkd}[settings.method]
+    with Flops() as total:
+        list(method.synthesise(models, group, settings, Work()))
+    return (total.total - text.total) // settings.group_size
+
+
+@pytest.mark.parametrize(
+    ("save", "prior", "other"),
+    [
+        (save_stable_diffusion, {"cfg": 3.0, "cfg_interval": (0.25, 0.75)}, {"guidance": {"every": 2, "inner": 2}}),
+        (save_stable_diffusion, {"cfg": 3.0}, {"guidance": {"through": "zt", "interval": (0.5, 1.0)}}),
+        (save_stable_diffusion, {"cfg": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
+        (save_stable_diffusion_xl, {"cfg": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
+        (save_dit, {"cfg": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
+        (save_ldm, {"cfg": 1.0}, {"guidance": {"bn": 0.0}}),
+        (save_ddpm, {"cfg": 1.0, "scheduler": "ddpm"}, {"guidance": {"through": "zt"}}),
+    ],
+)
+def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, prior, other):
+    folder = str(save(tmp_path / "prior"))
+    common = {"teacher": {"name": str(teacher_folder)}, "group_size": 2}
+    settings = SynthSettings.model_validate({"prior": {"path": folder, "steps": 4} | prior} | common | other)
+    cost = synth_cost(settings)
+    assert cost.flops - cost.score == counted(settings)
+    assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save is not save_ddpm)
+
+
+def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
+    settings = SynthSettings.model_validate(
+        {"prior": {"path": str(prior_folder), "steps": 4}, "teacher": {"name": str(teacher_folder)}}
+    )
+    cost, free = synth_cost(settings), synth_cost(settings.model_copy(update={"method": "dmkd"}))
+    half = settings.model_copy(update={"prior": settings.prior.model_copy(update={"dtype": "bf16"})})
+    teacher = load_teacher(settings.teacher)
+    for one in (settings, half):
+        prior = load_prior(one.prior, "cpu")
+        assert synth_cost(one).weights == weight_bytes(prior.network, prior.vae, *prior.encoders, teacher.net)
+    assert synth_cost(half).saved < cost.saved
+    through = settings.guidance.model_copy(update={"through": "zt"})
+    assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
+
+
+def test_kinds_of_steps_cover_the_schedule():
+    settings = SynthSettings.model_validate(
+        {"prior": {"steps": 10, "cfg_interval": (0.0, 0.5)}, "guidance": {"interval": (0.2, 0.8), "every": 3}}
+    )
+    assert sorted(step_kinds(settings)) == [(0, 4, False), (2, 1, True), (5, 1, True), (6, 4, False)]
+
+
+def test_saved_bytes_by_hand():
+    layer = nn.Linear(8, 4).requires_grad_(False).to("meta")
+    x = torch.empty(3, 8, device="meta", requires_grad=True)
+
+    def twice():
+        y = layer(x).relu()  # relu keeps its result: 3 × 4 floats; the layer only its weight
+        return (y * y).sum()  # the product keeps y, the same storage
+
+    assert saved_bytes(twice, [layer]) == 3 * 4 * 4
+    assert flops(lambda: torch.autograd.grad(twice(), x)) == 2 * (2 * 3 * 8 * 4)
+
+
+def test_attention_is_counted_without_its_maps():
+    q = torch.empty(1, 2, 64, 8, device="meta", requires_grad=True)
+    forward = 2 * 2 * (2 * 64 * 64 * 8)  # two products a head
+    assert flops(lambda: F.scaled_dot_product_attention(q, q, q)) == forward
+    with FusedAttention():
+        assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
+    assert saved_bytes(lambda: F.scaled_dot_product_attention(q, q, q), []) < 64 * 64 * 4
