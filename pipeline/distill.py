@@ -18,8 +18,8 @@ from pipeline.lease import Lease
 from pipeline.plan import RESOLVED
 from pipeline.progress import progress, say
 from pipeline.recipe import Recipe, resolve, to_yaml
-from pipeline.synth import plain_block
-from pipeline.text import duration, plain
+from pipeline.text import duration, flop, plain, plain_block, size
+from stages.distill.settings import DistillSettings
 from stages.models.schemes import split_name
 from stages.models.settings import ModelSettings
 
@@ -138,7 +138,7 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None) -> dict[str, Any]:
-    """What ``run_distill`` would train on and for how long; writes nothing."""
+    """What ``run_distill`` would train on, for how long and at what cost; writes nothing."""
     settings = recipe.distill
     rows, batches, described = 0, 0, []
     for url, weight in sources:
@@ -147,17 +147,43 @@ def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teac
         used = max(1, round(count * min(weight, 1.0))) if weight != 1 else count
         rows += used
         described.append({"manifest": url, "weight": weight, "rows": manifest.num_rows, "selected": count})
-        named = manifest.info.teacher
     batches = -(-rows // settings.batch_size)
     return {
         "out": Storage(out).url,
         "settings": settings.model_dump(mode="json"),
         "sources": described,
-        "teacher": teacher or named.get("architecture"),
+        "teacher": teacher or manifest.info.teacher.get("architecture"),
         "images_per_epoch": rows,
         "steps_per_epoch": batches,
         "steps": batches * settings.epochs,
         "students": list(settings.students),
+        "cost": cost(settings, manifest, teacher, rows),
+    }
+
+
+def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int) -> dict[str, Any] | None:
+    """Counted FLOPs of the whole training, and bytes; None where the teacher is not at hand or a black box."""
+    from stages.distill.cost import distill_cost
+    from stages.models.blank import blank, blank_teacher
+    from stages.models.carried import carried_config
+
+    if teacher:
+        shape = blank_teacher(ModelSettings(name=teacher))
+    elif manifest.info.teacher.get("kind") == "builtin":
+        shape = blank(carried_config(manifest))
+    else:
+        return None
+    if shape is None:
+        return None
+    found = distill_cost(settings, shape, manifest.info.image_size)
+    seen = images * settings.epochs
+    asked = images * min(settings.views.fixed, settings.epochs) if settings.cache.use else seen
+    return {
+        "teacher": found.teacher * asked,
+        "students": {name: value * seen for name, value in found.students.items()},
+        "flop": found.teacher * asked + sum(found.students.values()) * seen,
+        "weights_bytes": found.weights,
+        "saved_bytes_per_batch": found.saved * settings.batch_size,
     }
 
 
@@ -172,4 +198,12 @@ def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"teacher   {plain(result['teacher'])}"
     yield f"students  {plain(', '.join(result['students']))}"
     yield f"length    about {result['steps']} steps ({result['steps_per_epoch']} an epoch)"
+    if result["cost"]:
+        found = result["cost"]
+        parts = ", ".join(f"{plain(name)} {flop(value)}" for name, value in found["students"].items())
+        yield f"compute   {flop(found['flop'])}: teacher {flop(found['teacher'])}, {parts} (counted)"
+        saved = size(found["saved_bytes_per_batch"])
+        yield f"memory    {size(found['weights_bytes'])} of weights, {saved} saved for the backward pass of a batch"
+    else:
+        yield "compute   not known: the teacher is named by --teacher, or a black box"
     yield f"out       {plain(result['out'])}"

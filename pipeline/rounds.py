@@ -14,6 +14,7 @@ from typing import Any
 from manifests.errors import FactoryError, UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from pipeline import estimate
 from pipeline import synth as stage
 from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
@@ -126,13 +127,13 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
 def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
     """What the first round would do, and how many there are; writes nothing."""
     check(recipe, out)
-    first = stage.dry_run(recipe, Storage(out).path(round_name(1)), place)
+    first = estimate.dry_run(recipe, Storage(out).path(round_name(1)), place)
     return first | {"rounds": recipe.rounds.model_dump(mode="json")}
 
 
 def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
     """The dry run for people."""
-    yield from stage.dry_run_lines(result)
+    yield from estimate.dry_run_lines(result)
     rounds = result["rounds"]
     yield (
         f"rounds          {rounds['count']} like this one, a student after each; from the second on steered by the "

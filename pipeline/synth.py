@@ -112,72 +112,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"manifest: {plain(result['manifest'])}"
 
 
-def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
-    """What ``run_synth`` would do; writes nothing, but finds the same unusable inputs."""
-    from pipeline.executors.driver import committed
-
-    inputs = inspect_inputs(recipe.synth)
-    plan = make_plan(recipe, inputs)
-    storage = Storage(out)
-    done = len(committed(storage))
-    synth = recipe.synth
-    trajectories = synth.groups_per_shard * synth.group_size
-    per_image = 3 * inputs.image_size**2 * (0.83 if synth.images.format == "png" else 0.2)
-    images = trajectories * (1 + synth.images.intermediates)
-    return {
-        "out": storage.url,
-        "fingerprint": plan.fingerprint,
-        "recipe": plan.recipe | {"distill": None},
-        "workers": place.workers,
-        "shards": synth.shards,
-        "shards_done": done,
-        "groups_per_shard": synth.groups_per_shard,
-        "trajectories": trajectories * synth.shards,
-        "images": images * synth.shards,
-        "image_size": inputs.image_size,
-        "classes": len(inputs.class_names),
-        "denoiser_calls": _calls(recipe, inputs) * trajectories * max(0, synth.shards - done),
-        "disk_bytes_at_most": round(images * synth.shards * (per_image + 2048)),
-        "prior": inputs.prior,
-        "teacher": inputs.teacher,
-        "versions": plan.versions,
-    }
-
-
-def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The dry run for people: settings first, then what they amount to."""
-    import yaml
-
-    settings = {key: value for key, value in result["recipe"].items() if key in ("name", "description", "synth")}
-    yield plain_block(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
-    yield f"out             {plain(result['out'])} ({result['shards_done']} of {result['shards']} shards done)"
-    yield f"prior           {plain(result['prior'].get('name'))}, sha256 {str(result['prior'].get('sha256'))[:12]}"
-    yield f"teacher         {plain(result['teacher'].get('architecture'))}, sha256 {result['teacher']['sha256'][:12]}"
-    yield f"classes         {result['classes']}"
-    yield f"images          {result['images']} of {result['image_size']} px, from {result['trajectories']} trajectories"
-    yield f"denoiser calls  {result['denoiser_calls']} still to make (a batch of one each; CFG included)"
-    yield f"disk            at most about {size(result['disk_bytes_at_most'])}"
-    yield f"fingerprint     {result['fingerprint']}"
-
-
-def plain_block(text: str) -> str:
-    """Several lines, each made safe to print."""
-    return "\n".join(plain(line) for line in text.splitlines())
-
-
 def teacher_of(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
     """The copy of the teacher that the dataset carries. Raises DataError where its weights are damaged."""
     if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
         return TeacherCopy({}, inputs.teacher)
     return prepare(recipe.synth.teacher, inputs.teacher)
-
-
-def _calls(recipe: Recipe, inputs: SynthInputs) -> int:
-    """Denoiser evaluations per trajectory: one per step, two where classifier-free guidance is on."""
-    if recipe.synth.method == "noise":
-        return 0
-    prior = recipe.synth.prior
-    low, high = prior.cfg_interval
-    cfg = prior.cfg != 1 and inputs.prior["conditioning"] != "none"
-    twice = sum(low <= step / prior.steps < high for step in range(prior.steps)) if cfg else 0
-    return prior.steps + twice

@@ -11,6 +11,11 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
+def plain_block(text: str) -> str:
+    """Several lines, each made safe to print."""
+    return "\n".join(plain(line) for line in text.splitlines())
+
+
 def duration(seconds: float) -> str:
     """``42 s``, ``3 min 05 s``, ``2 h 07 min``; ``?`` where unknown.
 
@@ -38,3 +43,16 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def flop(count: float) -> str:
+    """Floating point operations: ``812 FLOP``, ``98.2 TFLOP``.
+
+    >>> flop(812), flop(98.2e12), flop(3.1e21)
+    ('812 FLOP', '98.2 TFLOP', '3100.0 EFLOP')
+    """
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:.0f} FLOP" if not unit else f"{count:.1f} {unit}FLOP"
+        count /= 1000
+    return f"{count:.1f} EFLOP"

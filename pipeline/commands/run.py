@@ -43,6 +43,7 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesise a dataset. The same command again resumes; a larger --shards adds."""
+    from pipeline import estimate
     from pipeline import synth as stage
     from pipeline.executors.settings import ExecutorSettings
     from pipeline.layers import flag_layer, validate
@@ -70,7 +71,7 @@ def synth(
     place = validate(ExecutorSettings, flag_layer(places))
     folder = out or f"runs/{resolved.name}"
     if dry_run:
-        answer(stage.dry_run(resolved, folder, place), as_json, stage.dry_run_lines)
+        answer(estimate.dry_run(resolved, folder, place), as_json, estimate.dry_run_lines)
     else:
         answer(stage.run_synth(resolved, folder, place), as_json, stage.report_lines)
 

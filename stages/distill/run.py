@@ -78,7 +78,7 @@ def _run(
     rows = select_rows(manifests, settings)
     fit, held = split_held_out(rows, settings.held_out, settings.seed)
     order = EpochOrder(rows, fit, settings)
-    students = [Student(_config(name, settings, teacher), settings, device) for name in settings.students]
+    students = [Student(student_config(name, settings, teacher), settings, device) for name in settings.students]
 
     compared: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
     spec = {
@@ -162,7 +162,8 @@ def _finish(
     return facts
 
 
-def _config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConfig:
+def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConfig:
+    """The student ``name`` with the teacher's classes, and its input unless the settings give another."""
     wanted = settings.input or teacher.input.settings
     return ModelConfig(
         architecture=name,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from stages.models import foreign, registry
-from stages.models.identity import resolve
+from stages.models.identity import ModelConfig, resolve
 from stages.models.schemes import split_name
 from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
@@ -16,15 +16,20 @@ def blank_teacher(settings: ModelSettings) -> Teacher | None:
     Reads its configuration, never its weights. Raises UsageError where it cannot be built.
     """
     source = resolve(settings)
-    config, (scheme, _) = source.config, split_name(source.config.architecture)
-    if scheme == "onnx":
+    return blank(source.config, source.named)
+
+
+def blank(config: ModelConfig, named: bool = False) -> Teacher | None:
+    """As :func:`blank_teacher`, from a config; ``named`` tells that the user wrote the name, so that it may be code."""
+    scheme, _ = split_name(config.architecture)
+    if scheme == "onnx" and named:
         return None
-    if scheme == "code":  # may build its network from files, which a default device would break
+    if scheme == "code" and named:  # may build its network from files, which a default device would break
         made = foreign.call_code(config)
         if not isinstance(made, nn.Module):
             return None
         net = foreign.finish(made, config).to("meta")
     else:
         with torch.device("meta"):
-            net = registry.build_net(config, source.named)
+            net = registry.build_net(config, named)
     return Teacher(net, config.input, config.class_names, {"architecture": config.architecture})

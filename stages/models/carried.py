@@ -24,16 +24,20 @@ def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
     if identity.get("kind") != "builtin" or not isinstance(identity.get("path"), str):
         known = f"its sha256 is {sha256}" if sha256 else "its checksum is not recorded"
         raise DataError(f"{manifest.url} does not carry its teacher, {known}: {ask}")
-    where = manifest.storage.path(identity["path"])
-    try:
-        config = ModelConfig.model_validate(identity.get("config"))
-    except ValueError:
-        raise DataError(f"{manifest.url}: the teacher's config in its metadata is damaged: {ask}") from None
+    where, config = manifest.storage.path(identity["path"]), carried_config(manifest, ask)
     weights = manifest.storage.read(identity["path"])
     found = hashlib.sha256(weights).hexdigest()
     if found != sha256:  # before anything is built from them
         raise DataError(f"{where} was altered: sha256 {found}, expected {sha256}; restore it, or {ask}")
     return teacher_from(config, weights, where, device)
+
+
+def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
+    """The config of the teacher that ``manifest`` names. Raises DataError where it is damaged."""
+    try:
+        return ModelConfig.model_validate(manifest.info.teacher.get("config"))
+    except ValueError:
+        raise DataError(f"{manifest.url}: the teacher's config in its metadata is damaged: {ask}") from None
 
 
 def check_classes(teacher: Teacher, manifest: Manifest) -> None:

@@ -45,7 +45,7 @@ def _describe(part: Any) -> str:
 
 
 def require_finite(logits: Tensor, what: str) -> Tensor:
-    """``logits`` again; raises DataError where they hold NaN or infinities."""
-    if not bool(logits.isfinite().all()):
+    """``logits`` again; raises DataError where they hold NaN or infinities (meta tensors hold nothing)."""
+    if not logits.is_meta and not bool(logits.isfinite().all()):
         raise DataError(f"{what} returns NaN or infinite logits: check its weights, dtype and input settings")
     return logits

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from manifests.errors import UsageError
 from stages.counting import META, flops, saved_bytes, weight_bytes
 from stages.models.blank import blank_teacher
 from stages.models.identity import resolve
@@ -21,7 +22,7 @@ from stages.synth.guidance import guided
 from stages.synth.prior import Prediction, State
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Guide, guide_step
-from stages.synth.settings import SynthSettings
+from stages.synth.settings import GuidanceSettings, SynthSettings
 
 COUNTED = ("diffdfkd", "dmkd")
 Through = Literal["z0", "zt"]
@@ -72,20 +73,20 @@ class Meter:
     def guide(self, step: int, through: Through) -> None:
         """A guided step with one update, its prediction included."""
         settings = self.settings.guidance.model_copy(update={"through": through, "inner": 1})
-        assert self.teacher is not None, "a black box guides nothing"
-        guide_step(
-            self.prior,
-            self.predict(step, through),
-            Guide(settings, self.teacher, self.labels, self.adversary),
-            self.rng,
-        )
+        guide_step(self.prior, self.predict(step, through), self.guidance(settings), self.rng)
 
     def teach(self) -> None:
         """The teacher's part of a guided step, forward and back to its input."""
-        assert self.teacher is not None
         images = self.images(self.prior.image_size).requires_grad_()
-        losses = Guide(self.settings.guidance, self.teacher, self.labels, self.adversary).losses(images, self.rng)
+        losses = self.guidance(self.settings.guidance).losses(images, self.rng)
         torch.autograd.grad(losses.total(self.settings.guidance), images)
+
+    def guidance(self, settings: GuidanceSettings) -> Guide:
+        if self.teacher is None:
+            raise UsageError(
+                f"teacher '{self.settings.teacher.name}' is a black box and cannot guide: use --method dmkd"
+            )
+        return Guide(settings, self.teacher, self.labels, self.adversary)
 
     @torch.no_grad()
     def decode(self) -> None:
@@ -94,7 +95,7 @@ class Meter:
     @torch.no_grad()
     def score(self) -> None:
         if self.teacher:
-            self.teacher.net(self.teacher.input(self.images(self.settings.images.size or self.prior.image_size)))
+            self.teacher.logits(self.images(self.settings.images.size or self.prior.image_size))
 
     def images(self, size: int) -> torch.Tensor:
         return torch.empty(1, 3, size, size, device=META)

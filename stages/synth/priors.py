@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
 
 
+class NotFetched(DataError):
+    """A prior on the hub that is not in the cache and cannot be downloaded now."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of diffusers pipeline: what it is conditioned on, and which of its folders hold the networks."""
@@ -54,7 +58,8 @@ def locate(path: str, what: str = "prior") -> Path:
 
     Raises:
         UsageError: unknown ``embedded:`` name.
-        DataError: no such folder or hub id, or a folder that is no diffusers pipeline.
+        NotFetched: a hub id that neither the cache nor the hub gives.
+        DataError: no such folder, or a folder that is no diffusers pipeline.
     """
     if path.startswith("embedded:"):
         folder = Path(str(files("stages"))) / "assets" / path.removeprefix("embedded:")
@@ -75,7 +80,9 @@ def locate(path: str, what: str = "prior") -> Path:
         return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in WEIGHTS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})") from error
+        raise NotFetched(
+            f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})"
+        ) from error
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pipeline.events import read_events
 from pipeline.failures import quarantined
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
-from pipeline.synth import dry_run, dry_run_lines, run_synth
+from pipeline.synth import run_synth
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
-from tests.synth.tiny import save_ddpm
 
 
 def run(folder, *sets, worker=FACTORY, place=INLINE):
@@ -110,39 +109,3 @@ def test_unusable_teacher_leaves_nothing_behind(tmp_path):
         with pytest.raises(DataError, match=part):
             run_synth(recipe, str(tmp_path / "run"), INLINE, worker=FACTORY, quiet=True)
         assert not (tmp_path / "run").exists()
-
-
-def test_dry_run_counts_and_writes_nothing(tmp_path):
-    found = dry_run(small_recipe("shards=3"), str(tmp_path / "run"), INLINE)
-    assert (found["images"], found["trajectories"], found["denoiser_calls"]) == (60, 60, 0)
-    assert found["disk_bytes_at_most"] > 60 * 8 * 8 * 3 * 0.8
-    assert any("fingerprint" in line for line in dry_run_lines(found))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("sets", "calls"),
-    [
-        (["prior.cfg=1.0"], 20),
-        (["prior.cfg=3.0"], 40),
-        (["prior.cfg=3.0", "prior.cfg_interval=[0.25,0.5]"], 25),
-        (["method=noise"], 0),
-    ],
-)
-def test_the_dry_run_counts_denoiser_calls(tmp_path, sets, calls):
-    recipe = resolve("demo", section="synth", sets=["shards=1", "groups_per_shard=1", "group_size=2", *sets])
-    found = dry_run(recipe, str(tmp_path / "run"), INLINE)
-    assert found["denoiser_calls"] == 2 * calls
-
-
-def test_the_dry_run_counts_no_cfg_for_an_unconditional_prior(tmp_path):
-    sets = [
-        "shards=1",
-        "groups_per_shard=1",
-        "group_size=2",
-        "prior.cfg=3.0",
-        f"prior.path={save_ddpm(tmp_path / 'p')}",
-    ]
-    assert (
-        dry_run(resolve("demo", section="synth", sets=sets), str(tmp_path / "run"), INLINE)["denoiser_calls"] == 2 * 20
-    )

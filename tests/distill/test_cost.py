@@ -1,0 +1,34 @@
+"""Counted cost of stage 2: linear in networks, and equal to what a real step counts."""
+
+import torch
+
+from stages.counting import Flops
+from stages.distill.cost import distill_cost
+from stages.distill.settings import DistillSettings
+from stages.models.blank import blank_teacher
+from stages.models.registry import build
+from stages.models.settings import ModelSettings
+
+
+def test_a_step_costs_what_a_real_one_does():
+    teacher = blank_teacher(ModelSettings(name="embedded:digits"))
+    settings = DistillSettings(students=("resnet8", "digits-cnn-small"))
+    cost = distill_cost(settings, teacher, 32)
+    channels, side = teacher.input.channels, teacher.input.size
+    for name, counted in cost.students.items():
+        net = build(name, 10, channels).train()
+        with Flops() as real:
+            net(torch.rand(2, channels, side, side)).sum().backward()
+        assert counted == real.total // 2
+    with torch.no_grad(), Flops() as real:
+        build("digits-cnn", 10, channels).eval()(torch.rand(1, channels, side, side))
+    assert cost.teacher == real.total
+
+
+def test_region_losses_cost_more():
+    teacher = blank_teacher(ModelSettings(name="embedded:digits"))
+    plain = distill_cost(DistillSettings(students=("resnet8",)), teacher, 16)
+    regions = DistillSettings.model_validate({"students": ("resnet8",), "loss": {"cam": 1.0, "gradcam": 1.0}})
+    cost = distill_cost(regions, teacher, 16)
+    assert cost.students["resnet8"] > plain.students["resnet8"] and cost.teacher > plain.teacher
+    assert cost.saved > 0 and cost.weights == plain.weights
