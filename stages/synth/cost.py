@@ -19,6 +19,7 @@ from stages.models.identity import resolve
 from stages.synth.diffusion import DiffusionPrior
 from stages.synth.groups import make_group
 from stages.synth.guidance import guided
+from stages.synth.guidance_decoder import load_decoder
 from stages.synth.prior import Prediction, State
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Guide, guide_step
@@ -54,6 +55,7 @@ class Meter:
         prior = load_prior(settings.prior.model_copy(update={"attention": "sdpa", "compile": False}), "meta")
         assert isinstance(prior, DiffusionPrior)
         self.prior, self.teacher = prior, blank_teacher(settings.teacher)
+        self.decoder = load_decoder(prior, settings.guidance) if settings.method == "diffdfkd" else None
         self.adversary = blank_teacher(settings.adversary) if settings.adversary else None
         group = make_group(settings, 0, resolve(settings.teacher).config.class_names)
         self.condition = prior.encode(group.conditions(prior.conditioning)[:1])
@@ -63,7 +65,9 @@ class Meter:
     @property
     def networks(self) -> list[torch.nn.Module]:
         classifiers = [teacher.net for teacher in (self.teacher, self.adversary) if teacher]
-        return [part for part in (self.prior.network, self.prior.vae, *self.prior.encoders) if part] + classifiers
+        decoder = getattr(self.decoder, "network", None)
+        parts = (self.prior.network, self.prior.vae, decoder, *self.prior.encoders)
+        return [part for part in parts if part is not None] + classifiers
 
     def predict(self, step: int, through: Through = "z0") -> Prediction:
         start = torch.empty(1, *self.prior.latent_shape, device=META, requires_grad=through == "zt")
@@ -86,7 +90,7 @@ class Meter:
             raise UsageError(
                 f"teacher '{self.settings.teacher.name}' is a black box and cannot guide: use --method dmkd"
             )
-        return Guide(settings, self.teacher, self.labels, self.adversary)
+        return Guide(settings, self.teacher, self.labels, self.adversary, self.decoder)
 
     @torch.no_grad()
     def decode(self) -> None:

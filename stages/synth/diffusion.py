@@ -110,25 +110,25 @@ def frozen(network: Any, device: str) -> Any:
 
 
 def load_part(prior: DiffusionPrior, name: str, classes: dict[str, Any]) -> Any:
-    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``.
-
-    On the device ``meta`` shapes alone, from its config: for counting.
-    """
+    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
     _, kind = prior.index.get(name) or (None, None)
     if kind not in classes:
         raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
-    dtype, folder = DTYPES[prior.settings.dtype], str(prior.folder)
-    if prior.device == "meta":
-        config = classes[kind].load_config(folder, subfolder=name)
+    where = {"subfolder": name, "variant": prior.settings.variant}
+    return load_network(classes[kind], prior.folder, DTYPES[prior.settings.dtype], prior.device, **where)
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **where: Any) -> Any:
+    """A diffusers network of class ``kind`` from its folder; on the device ``meta`` shapes alone, from the config."""
+    if device == "meta":
+        config = kind.load_config(str(folder), **where)
         with torch.device("meta"):
-            return torch.nn.Module.to(classes[kind].from_config(config), dtype)
-    return classes[kind].from_pretrained(
-        folder, subfolder=name, torch_dtype=dtype, variant=prior.settings.variant, use_safetensors=True
-    )
+            return torch.nn.Module.to(kind.from_config(config), dtype)
+    return kind.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, **where)
 
 
 def load_text_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
-    """Text encoder ``name`` of a prior's folder, as :func:`load_part`."""
+    """Text encoder ``name`` of a prior's folder, as :func:`load_network`."""
     dtype, where = DTYPES[prior.settings.dtype], {"subfolder": name, "local_files_only": True}
     if prior.device == "meta":
         config = kind.config_class.from_pretrained(str(prior.folder), **where)

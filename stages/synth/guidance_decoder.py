@@ -7,7 +7,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from manifests.errors import DataError
-from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen
+from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen, load_network
 from stages.synth.priors import tiny_decoder
 from stages.synth.sampler import Decode
 from stages.synth.settings import GuidanceSettings
@@ -28,7 +28,7 @@ class TinyDecoder:
         folder = tiny_decoder(prior.settings, settings.tiny_decoder)
         self.dtype = DTYPES[prior.settings.dtype]
         try:
-            loaded: Any = AutoencoderTiny.from_pretrained(str(folder), torch_dtype=self.dtype, use_safetensors=True)
+            loaded: Any = load_network(AutoencoderTiny, folder, self.dtype, prior.device)
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
             detail = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"tiny decoder {folder} cannot be loaded: {detail}") from error

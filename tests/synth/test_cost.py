@@ -12,10 +12,12 @@ from stages.models.registry import build_net
 from stages.models.settings import InputSettings
 from stages.synth.cost import step_kinds, synth_cost
 from stages.synth.groups import make_group
+from stages.synth.guidance_decoder import load_decoder
 from stages.synth.methods import diffdfkd, dmkd
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
+from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
 
 NAMES = ("a", "b")
@@ -33,7 +35,9 @@ def teacher_folder(tmp_path_factory):
 
 def counted(settings: SynthSettings) -> int:
     """FLOPs of really sampling one group, a trajectory; prompts and scores are left out."""
-    models = Models(load_prior(settings.prior, "cpu"), load_teacher(settings.teacher), None, "cpu")
+    prior, guides = load_prior(settings.prior, "cpu"), settings.method == "diffdfkd"
+    decode = load_decoder(prior, settings.guidance) if guides else None
+    models = Models(prior, load_teacher(settings.teacher), None, "cpu", decode)
     group = make_group(settings, 0, NAMES)
     conditions = group.conditions(models.prior.conditioning)
     models.prior.encode(conditions)  # prompts are cached, the negative one is not
@@ -64,6 +68,24 @@ def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, pr
     cost = synth_cost(settings)
     assert cost.flops - cost.score == counted(settings)
     assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save is not save_ddpm)
+
+
+def test_a_tiny_decoder_is_what_guidance_costs_and_saves(tmp_path, teacher_folder, prior_folder):
+    tiny = save_tiny(tmp_path / "tiny")
+    settings = SynthSettings.model_validate(
+        {
+            "prior": {"path": str(prior_folder), "steps": 4, "dtype": "bf16"},
+            "teacher": {"name": str(teacher_folder)},
+            "guidance": {"decoder": "tiny", "tiny_decoder": str(tiny), "every": 2},
+            "group_size": 2,
+        }
+    )
+    cost = synth_cost(settings)
+    assert cost.flops - cost.score == counted(settings)
+    full = settings.model_copy(update={"guidance": settings.guidance.model_copy(update={"decoder": "full"})})
+    ours = synth_cost(full)
+    assert cost.weights > ours.weights and cost.stored == ours.stored
+    assert cost.guidance_teacher == ours.guidance_teacher and cost.guidance_decoder != ours.guidance_decoder
 
 
 def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
