@@ -8,6 +8,7 @@ class FactoryError(Exception):
     """A run failed for a reason that its message explains."""
 
     exit_code = 1
+    stops_run = False
 
 
 class UsageError(FactoryError):
@@ -20,6 +21,12 @@ class DataError(FactoryError):
     """A file, dataset or model that is missing, damaged or does not fit."""
 
     exit_code = 3
+
+
+class NumericsError(DataError):
+    """Numbers that leave the range of their type: other shards of the plan would meet the same, so the run stops."""
+
+    stops_run = True
 
 
 class Interrupted(FactoryError):

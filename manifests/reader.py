@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from manifests.errors import DataError, UsageError
 from manifests.info import DatasetInfo, TarInfo
 from manifests.merge import MANIFEST
-from manifests.schema import SCHEMA
+from manifests.schema import SCHEMA, filled
 from manifests.select import columns_of, compile_where
 from manifests.selection import Selection
 from manifests.storage import Storage, split
@@ -138,7 +138,7 @@ class Manifest:
 
     def _matching(self, group: int, columns: list[str], where: str | None, kept: bool) -> npt.NDArray[np.int64]:
         with parquet_errors(self.url):
-            table = self._file.read_row_group(group, columns=columns)
+            table = filled(self._file.read_row_group(group, columns=columns))
             start, stop = self._starts[group], self._starts[group + 1]
             table = table.append_column(_ROW, pa.array(np.arange(start, stop)))
             if kept:
@@ -163,7 +163,7 @@ class Manifest:
             for group in range(self.num_groups):
                 wanted = ascending[bounds[group] : bounds[group + 1]] - self._starts[group]
                 if len(wanted):
-                    part = self._file.read_row_group(group, columns=names)
+                    part = filled(self._file.read_row_group(group, columns=names))
                     parts.append(part if len(wanted) == part.num_rows and _all(wanted) else part.take(wanted))
             schema = pa.schema([SCHEMA.field(name).with_nullable(True) for name in names])
             if not parts:
@@ -183,7 +183,7 @@ class Manifest:
         """One row group with every column; the last one is kept for the next call."""
         if self._held is None or self._held[0] != group:
             with parquet_errors(self.url):
-                table = self._file.read_row_group(group).replace_schema_metadata(None)
+                table = filled(self._file.read_row_group(group).replace_schema_metadata(None))
                 self._held = (group, table.cast(SCHEMA))
         return self._held[1]
 

@@ -74,8 +74,11 @@ SCHEMA = pa.schema(
         _column("kept", pa.bool_(), required=True),
         _column("reject_reason", pa.string()),
         _column("logits", pa.list_(pa.float16())),
+        _column("skipped_updates", pa.int16()),  # of the guidance, for a gradient that was not finite; null: none
     ]
 )
+ADDED = frozenset({"skipped_updates"})
+"""Columns that files of earlier versions lack; they read as null."""
 REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
 PLACEMENT = frozenset({"offset", "size"})
 """Columns that only the finished tar knows; they are no part of a row's JSON."""
@@ -238,9 +241,18 @@ def to_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+def filled(table: pa.Table) -> pa.Table:
+    """``table`` with the columns of :data:`ADDED` that it lacks, as nulls."""
+    for name in sorted(ADDED - set(table.column_names)):
+        table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
+    return table
+
+
 def same_columns(schema: pa.Schema) -> str | None:
-    """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
+    """None where names, order and types are those of :data:`SCHEMA` (:data:`ADDED` may lack); else what differs."""
     for index, field in enumerate(SCHEMA):
+        if field.name in ADDED and index >= len(schema):
+            continue
         if index >= len(schema) or schema.field(index).name != field.name:
             found = repr(schema.field(index).name[:80]) if index < len(schema) else "missing"
             return f"column {index + 1} is {found}, expected {field.name!r}"

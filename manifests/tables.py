@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import DataError
-from manifests.schema import SCHEMA, same_columns
+from manifests.schema import SCHEMA, filled, same_columns
 
 _REPEATED = ("class_name", "prompt", "negative_prompt", "method", "source_key", "cosine_ref", "cosine_space")
 DICTIONARY = (*_REPEATED, "reject_reason")
@@ -80,4 +80,4 @@ def read_table(data: bytes, where: str) -> pa.Table:
     file = open_table(pa.BufferReader(data), where)
     with parquet_errors(where):
         table = file.read(use_threads=False).replace_schema_metadata(None)
-        return table.cast(SCHEMA)
+        return filled(table).cast(SCHEMA)

@@ -189,6 +189,8 @@ class _Driver:
             run.done.add(shard)
             run.failed_in_a_row = 0
             run.images += report.get("rows") or 0
+            for message in report.pop("warnings", ()):
+                self.events.write("warning", shard=shard, message=f"shard {shard:06d}: {message}")
             self.events.write("shard_done", **{"seconds": seconds, **report, "shard": shard, "worker": end.worker})
             return
         self._fail(end)

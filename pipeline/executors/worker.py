@@ -80,7 +80,8 @@ def failure(error: Exception) -> dict[str, Any]:
         "error": line[:2000] if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}"[:2000],
         "trace": "".join(traceback.format_exception(error))[-4000:],
         "exit_code": error.exit_code if isinstance(error, FactoryError) else None,
-        "stops_run": any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
+        "stops_run": getattr(error, "stops_run", False)
+        or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
         # after such an error every later CUDA call of the process fails too
         "poisoned": type(error).__name__ == "AcceleratorError" or "CUDA error" in line,
     }

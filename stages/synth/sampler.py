@@ -60,6 +60,7 @@ class Frame:
     images: Tensor
     mixes: list[list[Mix]]  # per trajectory, every one it went through so far
     losses: Losses | None = None  # at the last guided step
+    skipped: list[int] | None = None  # per trajectory, the guided updates left out so far
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Work:
     decodes: int = 0  # of frames that are stored
     guided_steps: int = 0
     updates: int = 0  # of ẑ0: each decodes once, in guidance's own way, and asks the teacher once
+    skipped_updates: int = 0  # single trajectories left out of these: their gradient was not finite
 
 
 def intermediate_steps(count: int, steps: int) -> set[int]:
@@ -81,23 +83,29 @@ def intermediate_steps(count: int, steps: int) -> set[int]:
     return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
 
 
-def guide_step(prior: Prior, state: Prediction, guide: Guide, rng: torch.Generator) -> tuple[Prediction, Losses]:
+def guide_step(
+    prior: Prior, state: Prediction, guide: Guide, rng: torch.Generator
+) -> tuple[Prediction, Losses, Tensor]:
     """Move ẑ0 (and z_t with it, eps kept) against the gradient of the guidance loss (equation 10).
 
     ``through: z0`` differentiates decoder and teacher only; ``through: zt`` the denoiser too, so ``state`` must then
-    carry the graph from ``state.z`` to ``state.z0``. Losses are those before the last update, detached.
+    carry the graph from ``state.z`` to ``state.z0``. Losses are those before the last update, detached. Where a
+    sample's gradient is not finite (half precision overflows) it is not moved; ``[n]`` counts these updates.
     """
     settings, levels, decode = guide.settings, prior.levels(state.step), guide.decode or prior.decode
+    skipped = torch.zeros(len(state.z), dtype=torch.int16, device=state.z.device)
     for _ in range(settings.inner):
         with torch.enable_grad():
             source = state.z if settings.through == "zt" else state.z0.detach().requires_grad_()
             losses = guide.losses(decode(state.z0 if settings.through == "zt" else source), rng)
             (gradient,) = torch.autograd.grad(losses.total(settings), source)
-        delta = update(gradient, *levels, settings)
+        finite = gradient.isfinite().flatten(1).all(1)
+        delta = update(gradient, *levels, settings).where(finite.view(-1, 1, 1, 1), 0)
+        skipped += ~finite
         if settings.through == "zt" and settings.normalise == "none":
             delta = delta / levels[0]  # equation 10 moves z_t itself, while ``move`` counts in ẑ0
         state = prior.move(state.detached(), delta)
-    return state, losses.detached()
+    return state, losses.detached(), skipped
 
 
 @torch.no_grad()
@@ -119,7 +127,13 @@ def denoise(
     work = work or Work()
     mixes: list[list[Mix]] = [[] for _ in range(n)]
     losses: Losses | None = None
+    skipped = torch.zeros(n, dtype=torch.int16, device=device)
     store = intermediate_steps(intermediates, steps)
+
+    def frame(step: int, timestep: int, z0: Tensor) -> Frame:
+        work.decodes += 1
+        return Frame(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
+
     condition = prior.encode(group.conditions(prior.conditioning))
     start = prior.start(group.noise(seed, prior.latent_shape).to(device))
     for step, timestep in enumerate(prior.timesteps):
@@ -129,10 +143,10 @@ def denoise(
             state = prior.predict(start, condition)
         work.evaluations += 1
         if step in store:
-            yield Frame(step, timestep, prior.decode(state.z0), [list(m) for m in mixes], losses)
-            work.decodes += 1
+            yield frame(step, timestep, state.z0)
         if active:
-            state, losses = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
+            state, losses, left_out = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
+            skipped += left_out
             work.guided_steps += 1
             work.updates += active.settings.inner
         if lca and due(lca, step, steps):
@@ -142,5 +156,5 @@ def denoise(
                 mixes[position].append(mix)
         rngs = [torch_rng(seed, "step", t, step) for t in group.trajectories] if prior.stochastic else None
         start = prior.step(state.detached(), rngs)
-    work.decodes += 1
-    yield Frame(steps, 0, prior.decode(start.z), [list(m) for m in mixes], losses)
+    work.skipped_updates += int(skipped.sum())
+    yield frame(steps, 0, start.z)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, NumericsError, UsageError
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.models.inputs import to_unit
@@ -26,6 +26,8 @@ from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
 
 log = logging.getLogger(__name__)
+MAX_SKIPPED = 0.05
+"""Share of a shard's guided updates that may be left out."""
 
 
 def load_models(settings: SynthSettings) -> Models:
@@ -68,6 +70,7 @@ class ShardWorker:
                     index = shard * settings.groups_per_shard + position
                     for row, image in self.group_rows(make_group(settings, index, self.teacher.class_names), work):
                         writer.add(row, image, settings.images.format)
+                    check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
                     if on_group:
                         on_group(position + 1, settings.groups_per_shard)
                 record = writer.commit()
@@ -78,6 +81,7 @@ class ShardWorker:
             "bytes": record.tar_bytes,
             "seconds": round(time.monotonic() - started, 3),
             **asdict(work),
+            **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
         }
 
     def group_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
@@ -144,7 +148,24 @@ class ShardWorker:
             "loss_ce": losses.ce[position].item() if losses else None,
             "loss_adv": losses.adversarial[position].item() if losses else None,
             "loss_bn": losses.bn.item() if losses else None,
+            "skipped_updates": (frame.skipped[position] or None) if frame.skipped else None,
         }
+
+
+def skipped_line(work: Work, settings: SynthSettings) -> str:
+    """What the guidance left out, for people."""
+    return (
+        f"{work.skipped_updates} of {work.updates * settings.group_size} guided updates were left out: their gradient "
+        f"is not finite (prior.dtype={settings.prior.dtype})"
+    )
+
+
+def check_skipped(work: Work, settings: SynthSettings, share: float) -> None:
+    """Raises NumericsError once more updates are left out than a whole shard may; ``share`` of it is done."""
+    if work.skipped_updates > MAX_SKIPPED * work.updates * settings.group_size / share:
+        half = settings.prior.dtype == "fp16"
+        remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
+        raise NumericsError(f"{skipped_line(work, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
 
 
 def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_gradient_matches_finite_differences(prior, monkeypatch, through):
         with torch.set_grad_enabled(through == "zt"):
             state = prior.predict(State(source, 2), condition)
         base = z if through == "zt" else state.z0.detach()
-        moved, _ = guide_step(prior, state, guide, rng)
+        moved, *_ = guide_step(prior, state, guide, rng)
         alpha = prior.levels(2)[0]
         step = (moved.z0 - state.z0.detach()) * (alpha if through == "zt" else 1.0)  # zt: the move of z_t itself
         generator = torch.Generator().manual_seed(3)
@@ -118,7 +118,7 @@ def test_inner_updates_move_further(prior):
 
     def loss_after(inner):
         guide = Guide(GuidanceSettings(inner=inner, scale=0.05, bn=0.0), teacher, LABELS)
-        moved, _ = guide_step(prior, state, guide, torch.Generator())
+        moved, *_ = guide_step(prior, state, guide, torch.Generator())
         return guide.losses(prior.decode(moved.z0), torch.Generator()).ce.sum().item()
 
     assert loss_after(4) < loss_after(1)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import DataError
+from manifests.errors import DataError, NumericsError
 from stages.synth.worker import OnGroup, Worker, build_worker
 
 SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
@@ -28,9 +28,11 @@ class Faulty:
             mark.touch()
             self.misbehave(fault, shard, on_group)
         seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+        warned = {"warnings": ["1 of 10 guided updates was left out"]} if fault == "warn" else {}
         return (
             self.inner.run(shard, on_group)
             | seen
+            | warned
             | {"pid": os.getpid(), "nice": os.nice(0), "torch": "torch" in sys.modules}
         )
 
@@ -50,6 +52,8 @@ class Faulty:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "full":
                 raise OSError(28, "No space left on device")
+            case "overflow":
+                raise NumericsError("9 of 10 guided updates were left out")
             case "cuda":
                 raise RuntimeError("CUDA error: device-side assert triggered")
 

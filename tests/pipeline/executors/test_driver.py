@@ -85,6 +85,15 @@ def test_a_full_disk_stops_the_run_and_blames_no_shard(run):
     assert run.execute(4).done == {0, 1, 2, 3}
 
 
+def test_overflow_stops_the_run_at_once_and_warnings_become_events(run):
+    with pytest.raises(FactoryError, match="shard 000002: 9 of 10 guided updates"):
+        run.execute(4, {"1": "warn", "2": "overflow"})
+    assert len(run.events("shard_failed")) == 1 and failures(run.storage) == {}
+    (warning,) = run.events("warning")
+    assert (warning["shard"], warning["message"]) == (1, "shard 000001: 1 of 10 guided updates was left out")
+    assert all("warnings" not in event for event in run.events("shard_done"))
+
+
 def test_shards_that_all_fail_stop_the_run_instead_of_filling_the_quarantine(run):
     with pytest.raises(FactoryError, match="2 shards in a row failed 3 times each"):
         run.execute(50, {str(shard): "raise" for shard in range(50)}, stop_after=2)
