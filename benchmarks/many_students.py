@@ -60,7 +60,7 @@ def digits_dataset(folder: Path) -> str:
 
 def heavy_teacher(folder: Path) -> str:
     home = EMBEDDED["embedded:digits"]
-    config = parse_config((home / "config.json").read_bytes(), str(home))
+    config, _ = parse_config((home / "config.json").read_bytes(), str(home))
     config = config.model_copy(update={"architecture": HEAVY})
     torch.manual_seed(0)
     save_model(folder, registry.build(HEAVY, config.num_classes, config.channels).eval(), config)

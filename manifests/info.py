@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from manifests.errors import DataError
-from manifests.schema import FORMAT_VERSION, load_json
+from manifests.schema import FORMAT_VERSION, load_tree
 
 _VERSION, _INFO, _DIGEST = b"factory.format_version", b"factory.info", b"factory.info_sha256"
 _SHA256 = re.compile("^[0-9a-f]{64}$")
 MAX_SHARD = 1 << 24
 MAX_INFO = 90 << 20
 """Bytes of the metadata; 500,000 tars need 60 MB, and Parquet readers stop at 100 MB."""
+MAX_SIDE = 4096
+"""Pixels of a stored image's side: what a reader may have to decode is bounded before it decodes anything."""
+MIN_SAMPLE = 2048
+"""Bytes that a sample takes in its tar at least: two headers, one block of image, one of JSON."""
 
 
 def file_name(shard: int, sha256: str, suffix: str) -> str:
@@ -46,6 +50,8 @@ class TarInfo:
             raise ValueError(f"a tar needs a shard number and a sha256, got {self.shard!r}, {self.sha256!r}")
         if not (is_count(self.bytes) and is_count(self.rows)):
             raise ValueError(f"shard {self.shard}: bytes and rows must be counts")
+        if self.rows * MIN_SAMPLE > self.bytes:
+            raise ValueError(f"shard {self.shard}: {self.rows} rows do not fit {self.bytes} bytes")
         if self.name != file_name(self.shard, self.sha256, "tar"):
             raise ValueError(f"shard {self.shard}: {self.name!r} is not the name of a tar with this content")
 
@@ -103,7 +109,7 @@ class DatasetInfo:
         if hashlib.sha256(found[_INFO]).hexdigest().encode() != found.get(_DIGEST):
             raise DataError(f"{where}: its description was altered (checksum differs)")
         try:
-            return cls._from_values(load_json(found[_INFO]))
+            return cls._from_values(load_tree(found[_INFO]))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: damaged description: {error}") from None
 
@@ -115,8 +121,8 @@ class DatasetInfo:
         names = values["class_names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("class_names is no list of text")
-        if not is_count(values["image_size"], 1 << 16):
-            raise ValueError("image_size is no count of pixels")
+        if not is_count(values["image_size"], MAX_SIDE + 1):
+            raise ValueError(f"image_size is no count of pixels up to {MAX_SIDE}")
         tars = tuple(TarInfo(s, file_name(s, d, "tar"), d, b, n) for s, d, b, n in values["tars"])
         if [tar.shard for tar in tars] != sorted({tar.shard for tar in tars}):
             raise ValueError("shards are repeated or out of order")

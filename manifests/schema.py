@@ -22,6 +22,8 @@ MAX_ROW_JSON = 1 << 20
 """Bytes of one ``KEY.json``; a row with 1,000 logits and 50 cuts needs 12 kB."""
 MAX_IMAGE = 64 << 20
 """Bytes of one stored image."""
+DEEPEST = 32
+"""Levels of the JSON that describes a dataset, a run or a model; our own has 7."""
 
 _CUT = pa.struct(
     [
@@ -234,6 +236,29 @@ def load_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def load_tree(data: bytes) -> Any:
+    """:func:`load_json` for files that are walked, stored and printed later: at most ``DEEPEST`` levels, every number
+    finite (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""
+    values = load_json(data)
+    level = [values]
+    for _ in range(DEEPEST):
+        if not level:
+            return values
+        for value in level:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is not finite")
+            if isinstance(value, str):
+                value.encode()
+        level = [child for value in level for child in _children(value)]
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
 
 
 def to_table(rows: list[dict[str, Any]]) -> pa.Table:

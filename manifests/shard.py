@@ -5,7 +5,6 @@ content's hash, so two attempts at one shard never overwrite each other with som
 """
 
 import hashlib
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,18 +18,18 @@ import xxhash
 
 from manifests.errors import DataError
 from manifests.faults import fault
-from manifests.info import MAX_SHARD, TarInfo, file_name, is_count, is_sha256
+from manifests.info import TarInfo, file_name, is_count, is_sha256
 from manifests.schema import (
     EXTENSIONS,
     FORMAT_VERSION,
     MAX_IMAGE,
     MAX_ROW_JSON,
-    load_json,
     make_key,
     normalise,
     normalised_json,
     to_table,
 )
+from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from manifests.tables import read_table, write_options
 from manifests.tars import TarStream, walk
@@ -53,19 +52,18 @@ class DoneRecord:
     fingerprint: str
 
     def __post_init__(self) -> None:
-        if not is_count(self.shard, MAX_SHARD) or not is_sha256(self.tar_sha256) or not is_sha256(self.table_sha256):
-            raise ValueError("shard or checksum malformed")
-        if self.tar != file_name(self.shard, self.tar_sha256, "tar"):
-            raise ValueError(f"{self.tar!r} is not the name of a tar with this checksum")
+        self.tar_info()
+        if not is_sha256(self.table_sha256):
+            raise ValueError("the table's checksum is malformed")
         if self.table != file_name(self.shard, self.table_sha256, "parquet"):
             raise ValueError(f"{self.table!r} is not the name of a table with this checksum")
-        if not all(map(is_count, (self.tar_bytes, self.rows, self.kept))) or self.kept > self.rows:
-            raise ValueError("bytes, rows and kept must be counts")
+        if not is_count(self.kept) or self.kept > self.rows:
+            raise ValueError("kept must be a count of rows")
         if not isinstance(self.fingerprint, str):
             raise ValueError("fingerprint must be text")
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DoneRecord":
@@ -73,7 +71,7 @@ class DoneRecord:
         try:
             if len(data) > _MAX_RECORD:
                 raise ValueError(f"{len(data)} bytes")
-            return cls(**load_json(data))
+            return cls(**unseal(data))
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: damaged done record: {error}") from None
 

@@ -15,7 +15,8 @@ from manifests.info import TarInfo
 from manifests.inspection import tar_flaws
 from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
-from manifests.schema import SCHEMA, SCORED, load_json
+from manifests.schema import SCHEMA, SCORED
+from manifests.sealed import unseal
 from manifests.shard import DoneRecord, done_name
 from manifests.storage import Storage, split
 
@@ -65,7 +66,7 @@ class _Check:
         if not self.storage.exists("plan.json"):
             return
         try:
-            plan = load_json(self.storage.read("plan.json"))
+            plan = unseal(self.storage.read("plan.json"))
             self.fingerprint, shards = plan["fingerprint"], int(plan["shards"])
         except (ValueError, KeyError, TypeError) as error:
             yield Problem("plan.json", f"damaged: {error}")

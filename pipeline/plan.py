@@ -12,6 +12,8 @@ from importlib import metadata
 from typing import Any
 
 from manifests.errors import DataError, UsageError
+from manifests.info import MAX_SHARD, is_count, is_sha256
+from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from pipeline.failures import quarantined, release
 from pipeline.lease import live
@@ -33,15 +35,22 @@ class Plan:
     semantics: dict[str, Any]
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if not is_sha256(self.fingerprint) or not is_count(self.shards, MAX_SHARD + 1) or not self.shards:
+            raise ValueError("fingerprint or number of shards malformed")
+        for name in ("recipe", "semantics", "versions"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is no object")
+
     def to_json(self) -> bytes:
-        """Readable, with sorted keys."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        """Readable, with its own checksum."""
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Plan":
         """Raises DataError where ``data`` is no plan; ``where`` names it in the message."""
         try:
-            return cls(**json.loads(data))
+            return cls(**unseal(data))
         except (ValueError, TypeError) as error:
             raise DataError(f"{where} is not a plan of this program ({error})") from None
 

@@ -5,13 +5,11 @@ once here also finds a damaged file before anything is written.
 """
 
 import hashlib
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from manifests.storage import Storage
-from stages.models.identity import CONFIG, WEIGHTS, resolve
+from stages.models.identity import CONFIG, WEIGHTS, config_json, resolve
 from stages.models.settings import ModelSettings
 
 FOLDER = "teacher"
@@ -44,16 +42,14 @@ def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
     """
     if identity["kind"] != "builtin":
         return TeacherCopy({}, identity)
-    from stages.models.loading import build_from, save_model
+    from stages.models.loading import build_from, model_files
 
     source = resolve(settings)
     weights = source.read()
     net = build_from(source.config, weights, str(source.weights))
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(scratch, net, source.config)
-        files = {name: (Path(scratch) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    files = model_files(net, source.config)
     if source.weights.suffix == ".safetensors":
-        files[WEIGHTS] = weights
+        files = {WEIGHTS: weights, CONFIG: config_json(source.config, weights)}
     stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
     if stored["sha256"] != identity["sha256"]:
         stored["source_sha256"] = identity["sha256"]

@@ -1,5 +1,6 @@
 """The state of a run on disk: written at once or not at all, and only ever resumed by the run that wrote it."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 
 from manifests.errors import DataError
+from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"
+TRAILER = b"\nsha256:"
+"""Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
 
 
 def open_run(storage: Storage, spec: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -19,14 +23,14 @@ def open_run(storage: Storage, spec: Mapping[str, Any], defaults: Mapping[str, A
     What the stored run does not name counts as ``defaults``: it was begun before that setting existed. A run that never
     reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
     """
-    data = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    data = seal(spec)
     if storage.create(RUN, data):
         return
     try:
-        found = json.loads(storage.read(RUN))
-    except ValueError:
-        raise DataError(f"{storage.path(RUN)} is not JSON: no run of this factory") from None
-    changed = differences(_filled(found, defaults), json.loads(data))
+        found = unseal(storage.read(RUN))
+    except ValueError as error:
+        raise DataError(f"{storage.path(RUN)} describes no run of this factory ({error}); use another folder") from None
+    changed = differences(_filled(found, defaults), unseal(data))
     if changed and not storage.exists(STATE):
         storage.write(RUN, data)
     elif changed:
@@ -75,21 +79,40 @@ def save(storage: Storage, state: Mapping[str, Any]) -> None:
     """Replace the checkpoint: a kill leaves the old one or the new one."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    storage.write(STATE, buffer.getvalue())
+    storage.write(STATE, with_digest(buffer.getvalue()))
+
+
+def with_digest(data: bytes) -> bytes:
+    """``data`` and its sha256; ``torch.load`` passes over the end."""
+    return data + TRAILER + hashlib.sha256(data).hexdigest().encode()
+
+
+def without_digest(data: bytes) -> bytes:
+    """The inverse of :func:`with_digest`. Raises ValueError where ``data`` is torn or altered."""
+    content, trailer, digest = data.rpartition(TRAILER)
+    if not trailer:
+        raise ValueError("it is torn: its checksum is missing")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise ValueError("it was altered: its checksum differs")
+    return content
 
 
 def load(storage: Storage, device: torch.device) -> dict[str, Any] | None:
-    """The last checkpoint, None where there is none yet. Raises DataError where it is damaged."""
+    """The last checkpoint, None where there is none yet; there is never an older one. Raises DataError where it is
+    damaged, before anything of it is used."""
     if not storage.exists(STATE):
         return None
+    data = storage.read(STATE)
     try:
-        state = torch.load(io.BytesIO(storage.read(STATE)), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
         if not isinstance(state, dict) or "step" not in state:
             raise ValueError("it holds no step")
-    except DataError:
-        raise
     except Exception as error:  # zip, pickle, runtime and value errors alike
-        raise DataError(
-            f"{storage.path(STATE)} is damaged ({str(error).splitlines()[0]}): delete it to start over"
-        ) from None
+        raise damaged(storage, error) from None
     return state
+
+
+def damaged(storage: Storage, error: Exception) -> DataError:
+    """What to say of a checkpoint that cannot be used."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{storage.path(STATE)} is damaged ({reason[:200]}): delete it to start over")

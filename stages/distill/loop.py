@@ -1,5 +1,6 @@
 """The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from manifests.errors import FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError, Interrupted
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.answers import Answers
@@ -176,7 +177,9 @@ def _end_epoch(run: Training, epoch: int) -> None:
         student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
         if len(run.held) and line["held_out"]["agreement"] >= student.best:
             student.best = line["held_out"]["agreement"]
-            run.storage.write(f"{student.name}/{BEST}", safetensors.torch.save(_weights(student)))
+            best = safetensors.torch.save(_weights(student))
+            student.best_sha256 = hashlib.sha256(best).hexdigest()
+            run.storage.write(f"{student.name}/{BEST}", best)
         text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
         run.storage.write(f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
@@ -209,12 +212,21 @@ def _resume(run: Training) -> None:
     state = checkpoint.load(run.storage, run.device)
     if state is None:
         return
-    run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
-    for student in run.students:
-        student.load(state["students"][student.name])
+    try:
+        run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
+        for student in run.students:
+            student.load(state["students"][student.name])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise checkpoint.damaged(run.storage, error) from None
     run.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
 
 
 def best_weights(run: Training, student: Student) -> dict[str, Tensor]:
-    """The weights with the highest held-out agreement."""
-    return safetensors.torch.load(run.storage.read(f"{student.name}/{BEST}"))
+    """The weights with the highest held-out agreement. Raises DataError where their file was altered."""
+    name = f"{student.name}/{BEST}"
+    data = run.storage.read(name)
+    if hashlib.sha256(data).hexdigest() != student.best_sha256:
+        raise DataError(
+            f"{run.storage.path(name)} was altered: delete {run.storage.path(checkpoint.STATE)} to train again"
+        )
+    return safetensors.torch.load(data)

@@ -40,6 +40,7 @@ class Student:
         self.sums: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.best = -1.0  # highest held-out agreement so far
+        self.best_sha256 = ""  # of the weights kept from then
         self.parked: str | None = None  # why it takes no further part
 
     @property
@@ -108,6 +109,7 @@ class Student:
             "sums": dict(self.sums),
             "metrics": list(self.metrics),
             "best": self.best,
+            "best_sha256": self.best_sha256,
             "parked": self.parked,
         }
 
@@ -118,7 +120,7 @@ class Student:
             self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
-        self.best, self.parked = state["best"], state["parked"]
+        self.best, self.best_sha256, self.parked = state["best"], state["best_sha256"], state["parked"]
 
 
 def build_optimiser(net: nn.Module, settings: OptimiserSettings) -> torch.optim.Optimizer:

@@ -7,8 +7,9 @@ import torch
 
 from manifests.errors import DataError
 from manifests.reader import Manifest
-from stages.models.identity import ModelConfig
+from stages.models.identity import ModelConfig, stored_config
 from stages.models.loading import teacher_from
+from stages.models.schemes import split_name
 from stages.models.teacher import Teacher
 
 ASK = "name the teacher with --teacher"
@@ -33,11 +34,14 @@ def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
 
 
 def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
-    """The config of the teacher that ``manifest`` names. Raises DataError where it is damaged."""
+    """The config of the built-in teacher that ``manifest`` names. Raises DataError where it is damaged or no such one."""
     try:
-        return ModelConfig.model_validate(manifest.info.teacher.get("config"))
-    except ValueError:
-        raise DataError(f"{manifest.url}: the teacher's config in its metadata is damaged: {ask}") from None
+        config = stored_config(manifest.info.teacher.get("config"), f"{manifest.url}: its teacher's config")
+    except DataError as error:
+        raise DataError(f"{error}; {ask}") from None
+    if split_name(config.architecture)[0] != "builtin":
+        raise DataError(f"{manifest.url} calls '{config.architecture}' a built-in teacher, which it is not: {ask}")
+    return config
 
 
 def check_classes(teacher: Teacher, manifest: Manifest) -> None:

@@ -1,7 +1,6 @@
 """Which classifier is meant, and which weights exactly. Imports no torch: plans are made without it."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from manifests.errors import DataError, UsageError
+from manifests.sealed import seal, unseal
 from stages.models.own_configs import Facts, fetch, hf_facts, timm_facts
 from stages.models.schemes import default_stem, source_file, split_name
 from stages.models.settings import InputSettings, ModelSettings, Settings, Stem
@@ -17,6 +17,8 @@ from stages.models.settings import InputSettings, ModelSettings, Settings, Stem
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = {"embedded:digits": ASSETS / "digits-teacher"}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS_SHA256 = "weights_sha256"
+MAX_CLASSES = 100_000
 
 
 class ModelConfig(Settings):
@@ -35,20 +37,24 @@ class Source:
     """A classifier at hand: its configuration, and the files that belong to it.
 
     ``code`` is the user's own Python file (also ``weights``, where it brings its own); ``named`` tells that the user
-    wrote the architecture's name, not a file.
+    wrote the architecture's name, not a file; ``recorded`` is the sha256 that a model folder tells of its weights.
     """
 
     config: ModelConfig
     weights: Path
     code: Path | None = None
     named: bool = False
+    recorded: str | None = None
 
     def read(self) -> bytes:
-        """The weights file; empty where code brings its own. Raises DataError if it cannot be read."""
+        """The weights file; empty where code brings its own. Raises DataError if it cannot be read or was altered."""
         try:
-            return self.weights.read_bytes() if self.weights != self.code else b""
+            data = self.weights.read_bytes() if self.weights != self.code else b""
         except OSError as error:
             raise DataError(f"cannot read teacher weights {self.weights}: {error.strerror}") from None
+        if self.recorded is not None and hashlib.sha256(data).hexdigest() != self.recorded:
+            raise DataError(f"{self.weights} is truncated or was altered: {CONFIG} beside it records another sha256")
+        return data
 
     def identity(self, weights: bytes) -> dict[str, Any]:
         """JSON-able identity with these ``weights``: their sha256, or that of code and weights together."""
@@ -62,17 +68,32 @@ class Source:
         return found
 
 
-def parse_config(data: bytes, where: str) -> ModelConfig:
-    """A ``config.json``. Raises DataError saying what is wrong with it."""
+def config_json(config: ModelConfig, weights: bytes) -> bytes:
+    """The ``config.json`` beside ``weights``: sealed, and with their sha256."""
+    return seal(config.model_dump(mode="json") | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()})
+
+
+def parse_config(data: bytes, where: str) -> tuple[ModelConfig, str | None]:
+    """A ``config.json`` and the sha256 it records of the weights. Raises DataError saying what is wrong with it."""
     try:
-        config = ModelConfig.model_validate(json.loads(data))
+        values = unseal(data)
+    except ValueError as error:
+        raise DataError(f"{where} is no model config: {error}") from None
+    recorded = values.pop(WEIGHTS_SHA256, None)
+    return stored_config(values, where), None if recorded is None else str(recorded)
+
+
+def stored_config(values: Any, where: str) -> ModelConfig:
+    """The configuration that a file holds. Raises DataError where it is none, or larger than any of ours."""
+    try:
+        config = ModelConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{where} is no model config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
     if len(config.class_names) != config.num_classes:
         raise DataError(f"{where}: {len(config.class_names)} class names for {config.num_classes} classes")
+    if not 0 < config.num_classes <= MAX_CLASSES:
+        raise DataError(f"{where}: {config.num_classes} classes; expected 1 to {MAX_CLASSES}")
     return config
 
 
@@ -86,10 +107,12 @@ def resolve(settings: ModelSettings) -> Source:
     folder = EMBEDDED.get(settings.name, Path(settings.name))
     if folder.is_dir():
         try:
-            config = parse_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+            config, recorded = parse_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
         except OSError:
             raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
-        return Source(_overridden(config, settings), Path(settings.weights) if settings.weights else folder / WEIGHTS)
+        if settings.weights:
+            return Source(_overridden(config, settings), Path(settings.weights))
+        return Source(_overridden(config, settings), folder / WEIGHTS, recorded=recorded)
     scheme, rest = split_name(settings.name)
     if settings.name.startswith("embedded:"):
         raise UsageError(f"unknown model '{settings.name}': embedded are {', '.join(EMBEDDED)}")

@@ -1,7 +1,6 @@
 """Load and save classifiers: model folders, safetensors, ``weights_only`` checkpoints. Nothing is ever unpickled."""
 
 import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from manifests.errors import DataError, UsageError
 from stages.models import foreign, registry
 from stages.models.black_box import BlackBox, onnx_answer
-from stages.models.identity import CONFIG, WEIGHTS, ModelConfig, identity_of, resolve
+from stages.models.identity import CONFIG, WEIGHTS, ModelConfig, config_json, identity_of, resolve
 from stages.models.imagenet_nets import torchvision_names
 from stages.models.schemes import IMAGENET_NETS, check_stored, split_name
 from stages.models.settings import ModelSettings
@@ -152,8 +151,8 @@ def teacher_from(config: ModelConfig, weights: bytes, where: str, device: str | 
 def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:
     """What a model folder holds, by file name, in the order to write it."""
     state = {name: value.detach().cpu().contiguous() for name, value in unwrapped(net.state_dict()).items()}
-    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-    return {WEIGHTS: safetensors.torch.save(state), CONFIG: text.encode()}
+    weights = safetensors.torch.save(state)
+    return {WEIGHTS: weights, CONFIG: config_json(config, weights)}
 
 
 def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:

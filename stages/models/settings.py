@@ -9,15 +9,15 @@ SMALL = 64  # pixels; up to this size the stem of an ImageNet network would thro
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, unknown keys refused."""
+    """Base of every settings class: frozen, unknown keys and infinite numbers refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InputSettings(Settings):
     """What a classifier expects: ``channels × size × size``, values in [0, 1] normalised by ``mean`` and ``std``."""
 
-    size: int = Field(gt=0)
+    size: int = Field(gt=0, le=4096)
     channels: Literal[1, 3] = Field(3, description="1 means luminance")
     mean: tuple[float, ...]
     std: tuple[float, ...]

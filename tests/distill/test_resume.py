@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from manifests.errors import DataError, Interrupted
 from stages.distill import checkpoint
@@ -96,7 +97,7 @@ def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
 def test_a_run_from_before_a_setting_existed_goes_on(dataset, tmp_path):
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
     spec = json.loads((tmp_path / checkpoint.RUN).read_text())
-    del spec["settings"]["cache"], spec["settings"]["loss"]["tau"]
+    del spec["settings"]["cache"], spec["settings"]["loss"]["tau"], spec["checksum"]
     (tmp_path / checkpoint.RUN).write_text(json.dumps(spec))
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
     with pytest.raises(DataError, match=r"settings\.loss\.tau: 4\.0 -> 2\.0"):
@@ -106,8 +107,18 @@ def test_a_run_from_before_a_setting_existed_goes_on(dataset, tmp_path):
 def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
     path = tmp_path / checkpoint.STATE
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* delete it"):
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for data, reason in ((whole[:1000], "torn"), (whole[:-1], "altered"), (flipped, "altered"), (b"", "torn")):
+        path.write_bytes(data)
+        with pytest.raises(
+            DataError, match=rf"checkpoint\.pt is damaged \(it (is|was) {reason}.*\): delete it to start"
+        ):
+            run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
+    torch.save({"step": 1, "students": {}}, path)  # whole, but of another program
+    path.write_bytes(checkpoint.with_digest(path.read_bytes()))
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged \('seconds'\): delete it"):
         run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
 
 

@@ -10,9 +10,10 @@ from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 from stages.distill import checkpoint, student
 from stages.distill.run import run_distill
+from stages.models.identity import config_json
 from stages.models.loading import load_model
 from stages.models.settings import ModelSettings
-from tests.distill.drawn import teacher_files, write_dataset
+from tests.distill.drawn import TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
 
@@ -179,6 +180,7 @@ class TestTeacher:
         state = safetensors.torch.load(files["model.safetensors"])
         state["classifier.bias"] += 1
         files["model.safetensors"] = safetensors.torch.save(state)
+        files["config.json"] = config_json(TEACHER, files["model.safetensors"])
         for name, data in files.items():
             (named / name).write_bytes(data)
         mine = ModelSettings(name=str(named))

@@ -9,7 +9,7 @@ from manifests.info import DatasetInfo, TarInfo, file_name
 from tests.manifests.samples import INFO
 
 SHA = "0123456789ab" + "c" * 52
-TARS = (TarInfo(0, f"shards/000000-{SHA[:12]}.tar", SHA, 10240, 6), TarInfo(3, file_name(3, SHA, "tar"), SHA, 512, 0))
+TARS = (TarInfo(0, f"shards/000000-{SHA[:12]}.tar", SHA, 20480, 6), TarInfo(3, file_name(3, SHA, "tar"), SHA, 512, 0))
 
 
 def test_it_survives_the_trip_through_metadata() -> None:

@@ -136,7 +136,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(victim: Storage, data: st.DataO
     names = [name for folder in ("", "shards", "done") for name in victim.list(folder)]
     name = data.draw(st.sampled_from(names))
     original = victim.read(name)
-    before = Manifest.open(victim.url)
+    before, records = Manifest.open(victim.url), done_records(victim)
     position = data.draw(st.integers(0, len(original) - 1))
     changed = bytearray(original)
     changed[position] ^= data.draw(st.integers(1, 255))
@@ -145,7 +145,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(victim: Storage, data: st.DataO
         if verify(victim.url):
             return
         if name.startswith("done/"):
-            assert [*done_records(victim)] == [0, 1]
+            assert done_records(victim) == records  # white space
             return
         assert name == "m.parquet"
         after = Manifest.open(victim.url)

@@ -9,7 +9,7 @@ import torch
 
 from manifests.errors import DataError, UsageError
 from stages.models import registry
-from stages.models.identity import EMBEDDED, ModelConfig, teacher_identity
+from stages.models.identity import EMBEDDED, ModelConfig, config_json, teacher_identity
 from stages.models.loading import load_model, load_teacher, save_model
 from stages.models.settings import InputSettings, ModelSettings
 
@@ -76,7 +76,9 @@ def test_pickled_code_is_refused(tmp_path):
 def test_keys_that_do_not_fit_are_named(folder):
     state = safetensors.torch.load_file(folder / "model.safetensors")
     state["extra.weight"] = state.pop("stage1.0.0.weight")
-    safetensors.torch.save_file(state, folder / "model.safetensors")
+    weights = safetensors.torch.save(state)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_bytes(config_json(CONFIG, weights))
     with pytest.raises(DataError, match=r"missing: stage1\.0\.0\.weight"):
         load_model(folder)
 
@@ -88,6 +90,7 @@ def test_class_counts_must_agree(folder):
     with pytest.raises(DataError, match="has 3 classes, but 10 were asked for"):
         load_teacher(ModelSettings(name="digits-cnn-small", weights=weights, input=INPUT, num_classes=10))
     config = json.loads((folder / "config.json").read_text())
+    del config["checksum"]  # as a user who writes one by hand
     (folder / "config.json").write_text(json.dumps({**config, "class_names": ["a"]}))
     with pytest.raises(DataError, match="1 class names for 3 classes"):
         load_model(folder)

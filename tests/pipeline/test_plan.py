@@ -1,10 +1,14 @@
 """Plans: the fingerprint's reach, create or resume, refusal with a diff."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from manifests.errors import DataError, UsageError
+from manifests.sealed import seal
 from manifests.storage import Storage
 from pipeline.failures import Failure, quarantine, quarantined
 from pipeline.lease import Lease
@@ -17,6 +21,9 @@ from tests.pipeline.conftest import small_recipe
 def plan_of(*sets: str) -> Plan:
     recipe = small_recipe(*sets)
     return make_plan(recipe, inspect_inputs(recipe.synth))
+
+
+PLAN = plan_of()
 
 
 def test_fingerprint_is_canonical():
@@ -96,6 +103,34 @@ def test_a_damaged_plan_is_named(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"shards": 2}))
     with pytest.raises(DataError, match="plan.json is not a plan"):
         read_plan(Storage(tmp_path))
+
+
+@given(data=st.data())
+def test_a_flipped_byte_is_noticed_or_harmless(data):
+    whole = PLAN.to_json()
+    at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 255))
+    try:
+        found = Plan.from_json(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :], "x")
+    except DataError:
+        return
+    assert found == PLAN  # white space
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": "4"},
+        {"shards": 0},
+        {"shards": 10**18},
+        {"fingerprint": "../x"},
+        {"recipe": []},
+        {"semantics": None},
+        {"evil": 1},
+    ],
+)
+def test_a_plan_that_was_never_ours_is_refused(change):
+    with pytest.raises(DataError, match="x is not a plan of this program"):
+        Plan.from_json(seal(asdict(PLAN) | change), "x")
 
 
 def test_differences_are_flat_sorted_and_short():
