@@ -1,7 +1,9 @@
 """events.jsonl: what happened in a run, one JSON line each, written by the one driver and read by ``factory status``.
 
-Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, warning, run_finished,
-run_interrupted, run_failed. Events inform; correctness rests on done records alone, so a lost tail harms nothing.
+Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, group_split (done in
+micro-batches for want of memory), warning, run_finished, run_interrupted, run_failed.
+
+Events inform; correctness rests on done records alone, so a lost tail harms nothing.
 """
 
 import json
@@ -62,12 +64,16 @@ class Loud:
 
     def __init__(self, log: EventLog) -> None:
         self.log = log
+        self._split = False
 
     def write(self, kind: str, **fields: Any) -> None:
         """Record one event; failures and warnings go to stderr too."""
         self.log.write(kind, **fields)
         if kind == "warning":
             say(str(fields.get("message")))
+        elif kind == "group_split" and not self._split:  # once: usually every group is as large
+            self._split = True
+            say(f"out of memory: group {fields.get('group')} was done in micro-batches of {fields.get('micro_batch')}")
         elif kind in ("shard_failed", "worker_lost", "shard_quarantined"):
             say(f"{kind.replace('_', ' ')}: shard {fields.get('shard')}: {fields.get('error')}")
 

@@ -191,6 +191,8 @@ class _Driver:
             run.images += report.get("rows") or 0
             for message in report.pop("warnings", ()):
                 self.events.write("warning", shard=shard, message=f"shard {shard:06d}: {message}")
+            for group, size in report.pop("splits", {}).items():
+                self.events.write("group_split", shard=shard, group=int(group), micro_batch=size, worker=end.worker)
             self.events.write("shard_done", **{"seconds": seconds, **report, "shard": shard, "worker": end.worker})
             return
         self._fail(end)

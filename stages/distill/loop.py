@@ -22,6 +22,7 @@ from stages.distill.settings import DistillSettings
 from stages.distill.student import Diverged, Student
 from stages.distill.targets import paired_layers, teacher_targets
 from stages.distill.track import Tracker, flat, open_trackers
+from stages.micro_batches import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 
@@ -145,10 +146,8 @@ def _timed(run: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
 def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: Any) -> None:
     try:
         student.learn(x, batch, targets, run.step, run.total)
-    except (Diverged, torch.OutOfMemoryError) as error:
-        _park(run, student, str(error))
-    except RuntimeError as error:  # how the CPU's allocator says it
-        if "not enough memory" not in str(error):
+    except (Diverged, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, Diverged) or out_of_memory(error)):
             raise
         _park(run, student, str(error))
 

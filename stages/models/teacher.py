@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from manifests.errors import DataError
+from stages.micro_batches import in_micro_batches, moment_sums, moments
 from stages.models.inputs import InputSpec
 from stages.models.outputs import require_finite
 from stages.models.settings import InputSettings
@@ -18,6 +19,7 @@ class Teacher:
     """Images in [−1, 1] in, float32 logits out. Always in eval mode; parameters never receive gradients."""
 
     differentiable = True
+    batch_limit: int | None = None  # most images at once, where all of a group do not fit the memory
 
     def __init__(self, net: nn.Module, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]):
         self.net = net.eval().requires_grad_(False)
@@ -53,6 +55,10 @@ class Teacher:
 
     def logits(self, x: Tensor) -> Tensor:
         """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]``. Raises DataError for NaN, except under guidance."""
+        out: Tensor = in_micro_batches(self._logits, self.batch_limit, x)
+        return out
+
+    def _logits(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(self.input(x)).float()
         return out if out.requires_grad else require_finite(out, self.what)
 
@@ -64,8 +70,12 @@ class Teacher:
         """Logits and :meth:`features` in one pass. Raises DataError for NaN logits, except under guidance."""
         if self._head is None:
             return self.logits(x), None
-        with inputs_of([self._head]) as seen:
-            logits = self.logits(x)
+        logits, features = in_micro_batches(self._with_features, self.batch_limit, x)
+        return logits, features
+
+    def _with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with inputs_of([self._head]) as seen:  # type: ignore[list-item]
+            logits = self._logits(x)
         return logits, seen[0][-1].flatten(1).float()
 
     def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -74,10 +84,24 @@ class Teacher:
         A layer used twice shows its inputs as one, flattened to ``[n, c, …]``; one never used is left out of both.
         """
         with inputs_of(self._norms) as seen:
-            logits = self.logits(x)
+            logits = self._logits(x)
         if not all(seen):
             self._norms = [norm for norm, found in zip(self._norms, seen, strict=True) if found]
         return logits, [_joined(found) for found in seen if found]
+
+    def with_moments(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Logits, and mean and biased variance ``[c]`` over the batch of the inputs of every BatchNorm layer, in the
+        order of :attr:`batchnorms`; exact and differentiable where the batch is seen in parts, too."""
+        if self.batch_limit is None or len(x) <= self.batch_limit:
+            logits, inputs = self.with_batchnorm_inputs(x)
+            return logits, [mean_and_variance(y.to(m.dtype)) for y, (m, _) in zip(inputs, self.batchnorms, strict=True)]
+
+        def part(x: Tensor) -> tuple[Tensor, ...]:
+            logits, inputs = self.with_batchnorm_inputs(x)
+            return logits, *(moment_sums(y, mean) for y, (mean, _) in zip(inputs, self.batchnorms, strict=True))
+
+        logits, *sums = in_micro_batches(part, self.batch_limit, x)
+        return logits, [moments(total, mean, len(x)) for total, (mean, _) in zip(sums, self.batchnorms, strict=True)]
 
     @torch.no_grad()
     def check(self) -> "Teacher":
@@ -109,13 +133,19 @@ class Teacher:
         """
         paths = stage_paths(self.net) if paths is None else list(paths)
         with outputs_of(self.net, paths) as seen:
-            logits = self.logits(x)
+            logits = self._logits(x)
         return logits, [seen[path] for path in paths]
 
     def to(self, device: str | torch.device) -> "Teacher":
         """Move the network; returns self."""
         self.net.to(device)
         return self
+
+
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[c]`` of ``[n, c, …]``."""
+    variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+    return mean, variance
 
 
 def _joined(inputs: list[Tensor]) -> Tensor:

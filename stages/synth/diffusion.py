@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
+from stages.micro_batches import in_micro_batches
 from stages.synth.attention import use_attention
 from stages.synth.prior import Prediction, State
 from stages.synth.priors import FAMILIES, geometry, read_index
@@ -31,6 +32,7 @@ class DiffusionPrior(ABC):
     """
 
     encoders: Sequence[Any] = ()  # of prompts
+    batch_limit: int | None = None
 
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
         for library in (diffusers_logging, transformers_logging):
@@ -82,7 +84,12 @@ class DiffusionPrior(ABC):
         if scale == 1 and self.settings.cfg != 1:
             condition = condition[len(z) :]  # outside the interval: the conditional half alone
         batch = z if scale == 1 else torch.cat([z, z])
-        output = self.evaluate(batch.to(self.network.dtype), self.schedule.times[state.step], condition).float()
+        limit = self.batch_limit and self.batch_limit * (len(batch) // len(z))
+
+        def evaluate(latents: Tensor, condition: Any) -> Tensor:
+            return self.evaluate(latents, self.schedule.times[state.step], condition)
+
+        output: Tensor = in_micro_batches(evaluate, limit, batch.to(self.network.dtype), condition).float()
         output = output[:, : z.shape[1]]  # the other half of a learned-sigma network is a variance
         if scale != 1:  # equation 3, with the scale counted from the unconditional prediction
             negative, positive = output.chunk(2)
@@ -100,8 +107,12 @@ class DiffusionPrior(ABC):
             return z0.expand(-1, 3, -1, -1)  # grey becomes RGB
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = (z0 / self.vae.config.scaling_factor + shift).to(self.vae.dtype)
+        images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
+        return images
+
+    def _decode(self, latents: Tensor) -> Tensor:
         slices = latents.split(1) if self.settings.vae_slicing else (latents,)
-        return torch.cat([self.vae.decode(part).sample for part in slices]).float()
+        return torch.cat([self.vae.decode(part).sample for part in slices])
 
 
 def frozen(network: Any, device: str) -> Any:

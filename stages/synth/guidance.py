@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.models.teacher import Teacher
+from stages.models.teacher import Teacher, mean_and_variance
 from stages.synth.settings import GuidanceSettings
 
 EPS = 1e-12
@@ -24,10 +24,13 @@ def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor,
     mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), with biased batch variance. Dividing by the running
     std s per channel and averaging over layers makes one weight fit every teacher. ``inputs``: ``[n, c, ...]`` each.
     """
+    return moments_gap([mean_and_variance(x.to(m.dtype)) for x, (m, _) in zip(inputs, running, strict=True)], running)
+
+
+def moments_gap(batch: Sequence[tuple[Tensor, Tensor]], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """:func:`feature_statistics` from each layer's (mean, biased variance), ``[c]`` each."""
     terms = []
-    for x, (mean, variance) in zip(inputs, running, strict=True):
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        batch_variance, batch_mean = torch.var_mean(x.to(mean.dtype), axes, correction=0)
+    for (batch_mean, batch_variance), (mean, variance) in zip(batch, running, strict=True):
         scale = variance.clamp_min(1e-5)
         shift = (batch_mean - mean) / scale.sqrt()
         spread = (batch_variance - variance) / scale
@@ -62,8 +65,8 @@ class Losses:
 def teacher_losses(images: Tensor, labels: Tensor, teacher: Teacher, adversary: Teacher | None, bn: bool) -> Losses:
     """All terms for images ``[n, 3, h, w]`` in [−1, 1]; ``bn`` needs a teacher with BatchNorm."""
     if bn:
-        logits, inputs = teacher.with_batchnorm_inputs(images)
-        statistics = feature_statistics(inputs, teacher.batchnorms)
+        logits, moments = teacher.with_moments(images)
+        statistics = moments_gap(moments, teacher.batchnorms)
     else:
         logits = teacher.logits(images)
         statistics = logits.new_zeros(())

@@ -7,6 +7,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from manifests.errors import DataError
+from stages.micro_batches import in_micro_batches
 from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen, load_network
 from stages.synth.priors import tiny_decoder
 from stages.synth.sampler import Decode
@@ -26,7 +27,7 @@ class TinyDecoder:
 
     def __init__(self, prior: DiffusionPrior, settings: GuidanceSettings) -> None:
         folder = tiny_decoder(prior.settings, settings.tiny_decoder)
-        self.dtype = DTYPES[prior.settings.dtype]
+        self.prior, self.dtype = prior, DTYPES[prior.settings.dtype]
         try:
             loaded: Any = load_network(AutoencoderTiny, folder, self.dtype, prior.device)
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
@@ -44,4 +45,9 @@ class TinyDecoder:
             )
 
     def __call__(self, z0: Tensor) -> Tensor:
-        return self.network.decode(z0.to(self.dtype)).sample.float()
+        images: Tensor = in_micro_batches(self._decode, self.prior.batch_limit, z0.to(self.dtype)).float()
+        return images
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.network.decode(latents).sample
+        return images

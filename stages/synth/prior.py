@@ -54,6 +54,7 @@ class Prior(Protocol):
     timesteps: list[int]  # the schedule, noisiest first
 
     stochastic: bool  # whether ``step`` draws noise
+    batch_limit: int | None  # most trajectories that ``predict`` and ``decode`` show their networks at once
 
     def encode(self, conditions: Sequence[str]) -> Any:
         """Network conditioning for ``n`` conditions: prompts, or class names of the teacher where ``conditioning`` is

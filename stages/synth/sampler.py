@@ -31,6 +31,12 @@ class Models:
     device: str
     decode: Decode | None = None
 
+    def limit_batches(self, limit: int | None) -> None:
+        """Let no network see more than ``limit`` trajectories at once (None: any number), to save memory."""
+        for model in (self.prior, self.teacher, self.adversary):
+            if model is not None:
+                model.batch_limit = limit
+
 
 @dataclass(frozen=True)
 class Guide:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from manifests.errors import DataError, NumericsError, UsageError
+from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
+from stages.micro_batches import free_memory, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
@@ -63,14 +64,19 @@ class ShardWorker:
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         """Make and commit shard ``shard``; see :class:`stages.synth.worker.Worker`."""
         started, settings, work = time.monotonic(), self.settings, Work()
+        splits: dict[int, int] = {}
+        self.models.limit_batches(None)
         record = done_record(self.storage, shard)
         if record is None:
             with ShardWriter(self.storage, shard, self.fingerprint) as writer:
                 for position in range(settings.groups_per_shard):
                     index = shard * settings.groups_per_shard + position
-                    for row, image in self.group_rows(make_group(settings, index, self.teacher.class_names), work):
+                    group = make_group(settings, index, self.teacher.class_names)
+                    for row, image in self.fitting_rows(group, work):
                         writer.add(row, image, settings.images.format)
                     check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
+                    if limit := self.models.prior.batch_limit:
+                        splits[index] = limit
                     if on_group:
                         on_group(position + 1, settings.groups_per_shard)
                 record = writer.commit()
@@ -82,7 +88,30 @@ class ShardWorker:
             "seconds": round(time.monotonic() - started, 3),
             **asdict(work),
             **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
+            **({"splits": splits} if splits else {}),
         }
+
+    def fitting_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
+        """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
+
+        Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
+        """
+        size, before = self.models.prior.batch_limit or len(group.trajectories), asdict(work)
+        while True:
+            try:
+                return self.group_rows(group, work)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise FactoryError(
+                        f"group {group.index} does not fit the memory, not even one trajectory at a time "
+                        f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
+                    ) from error
+            vars(work).update(before)
+            size = -(-size // 2)
+            self.models.limit_batches(size)
+            free_memory()  # after the except block, which held the failed attempt's tensors
 
     def group_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
         """Synthesise a group: (manifest row, encoded image) per stored sample, trajectory by trajectory."""

@@ -3,7 +3,7 @@
 import json
 
 from manifests.storage import Storage
-from pipeline.events import LOCAL, EventLog, read_events
+from pipeline.events import LOCAL, EventLog, Loud, read_events
 
 
 def test_local_events_append_across_drivers(tmp_path):
@@ -55,3 +55,12 @@ def test_a_line_is_json_with_time_and_kind(tmp_path):
     lines = (tmp_path / LOCAL).read_text().splitlines()
     assert len(lines) == 1
     assert json.loads(lines[0]) == {"time": 1.235, "kind": "warning", "message": "schöne\nZeile"}
+
+
+def test_a_split_group_is_told_once_and_logged_each_time(tmp_path, capsys):
+    with EventLog(Storage(tmp_path)) as log:
+        loud = Loud(log)
+        for group in (6, 7):
+            loud.write("group_split", group=group, micro_batch=25)
+    assert capsys.readouterr().err.splitlines() == ["out of memory: group 6 was done in micro-batches of 25"]
+    assert [event["group"] for event in read_events(Storage(tmp_path))] == [6, 7]

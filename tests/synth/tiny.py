@@ -21,6 +21,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from stages.models.teacher import Teacher
+
 
 def tiny_tokenizer(words: Path) -> CLIPTokenizer:
     """CLIP's tokenizer over single letters; its files are written to ``words``."""
@@ -188,6 +190,9 @@ def save_ddpm(folder: Path, channels: int = 3) -> Path:
 
 class TinyTeacher:
     """Stands in for :class:`stages.models.teacher.Teacher`: smooth, one BatchNorm, float64-capable."""
+
+    batch_limit: int | None = None
+    with_moments = Teacher.with_moments
 
     def __init__(self, classes: int = 2, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(1)

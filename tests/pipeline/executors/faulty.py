@@ -34,6 +34,7 @@ class Faulty:
             | seen
             | warned
             | {"pid": os.getpid(), "nice": os.nice(0), "torch": "torch" in sys.modules}
+            | ({"splits": {2 * shard: 2}} if fault == "split" else {})
         )
 
     def misbehave(self, fault: str, shard: int, on_group: OnGroup | None) -> None:

@@ -94,6 +94,14 @@ def test_overflow_stops_the_run_at_once_and_warnings_become_events(run):
     assert all("warnings" not in event for event in run.events("shard_done"))
 
 
+def test_a_group_done_in_micro_batches_is_an_event(run):
+    """What a worker says of groups that did not fit its memory reaches the log, apart from the shard's own line."""
+    assert run.execute(3, {"1": "split"}).done == {0, 1, 2}
+    (event,) = run.events("group_split")
+    assert (event["shard"], event["group"], event["micro_batch"]) == (1, 2, 2)
+    assert not any("splits" in event for event in run.events("shard_done"))
+
+
 def test_shards_that_all_fail_stop_the_run_instead_of_filling_the_quarantine(run):
     with pytest.raises(FactoryError, match="2 shards in a row failed 3 times each"):
         run.execute(50, {str(shard): "raise" for shard in range(50)}, stop_after=2)

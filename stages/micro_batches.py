@@ -1,0 +1,63 @@
+"""A network on a few rows at a time: how a group that does not fit the memory is computed all the same.
+
+Rows do not see each other in an eval-mode network, so parts give what the whole gives, up to the rounding of other
+kernels. What does need the whole group, the mean and variance of BatchNorm's inputs, is additive over parts.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def in_micro_batches(call: Callable[..., Any], limit: int | None, *inputs: Tensor | None) -> Any:
+    """``call(*inputs)`` on at most ``limit`` rows at a time (None: all), its outputs joined along the first axis.
+
+    ``inputs`` are ``[n, …]`` or None; ``call`` returns a tensor or a tuple of tensors. With gradients every part is
+    evaluated again on the way back (Chen et al. 2016, arXiv 1604.06174), so that no two parts' activations are held
+    at once; the gradient is exact, also through what is summed over the parts.
+    """
+    n = max(len(x) for x in inputs if x is not None)
+    if limit is None or n <= limit:
+        return call(*inputs)
+    outputs = []
+    for start in range(0, n, limit):
+        part = [None if x is None else x[start : start + limit] for x in inputs]
+        if torch.is_grad_enabled():
+            outputs.append(checkpoint(call, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(call(*part))
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    return tuple(torch.cat(joined) for joined in zip(*outputs, strict=True))
+
+
+def moment_sums(x: Tensor, origin: Tensor) -> Tensor:
+    """``[1, 2, c]``: Σ over rows and channel-wise mean over places of (x − o) and (x − o)², for ``x [n, c, …]``.
+
+    Counted from ``origin [c]`` (the running mean), so that the variance does not cancel.
+    """
+    centred = x.unsqueeze(-1).flatten(2).to(origin.dtype) - origin.view(1, -1, 1)
+    return torch.stack([centred.mean(2).sum(0), centred.square().mean(2).sum(0)]).unsqueeze(0)
+
+
+def moments(sums: Tensor, origin: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[c]`` of ``n`` rows from the :func:`moment_sums` ``[parts, 2, c]`` of their parts."""
+    first, second = sums.sum(0) / n
+    return origin + first, (second - first.square()).clamp_min(0)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed; on the CPU that is an ordinary RuntimeError."""
+    on_cpu = ("DefaultCPUAllocator", "could not create a primitive")  # PyTorch's own, oneDNN's
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in on_cpu)
+
+
+def free_memory() -> None:
+    """Give back what a failed attempt left cached. Call it where the error, with its frames' tensors, is forgotten."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
