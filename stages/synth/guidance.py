@@ -1,5 +1,6 @@
 """Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalised update of ẑ0 (equation 10)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from stages.models.teacher import Teacher, mean_and_variance
 from stages.synth.settings import GuidanceSettings
 
 EPS = 1e-12
+DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on
+CROP = 0.75  # least side of a second view
 
 
 def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
@@ -45,25 +48,61 @@ def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return -kl * (teacher_logits.argmax(1) == student_logits.argmax(1))
 
 
+def inconsistency(first: Tensor, second: Tensor) -> Tensor:
+    """Jensen-Shannon divergence per sample ``[n]`` of the answers ``[n, C]`` to two views, 0 to ln 2.
+
+    ½KL(p‖m) + ½KL(q‖m) with m = (p + q)/2: the consistency loss of AugMix (Hendrycks et al. 2020, equation 1).
+    """
+    p, q = first.log_softmax(1), second.log_softmax(1)
+    mean = torch.logaddexp(p, q) - math.log(2)
+    to_p, to_q = (F.kl_div(mean, x, reduction="none", log_target=True).sum(1) for x in (p, q))
+    return (to_p + to_q) / 2
+
+
 @dataclass(frozen=True)
 class Losses:
-    """Terms of one guided step: per sample ``[n]`` (``adversarial`` zero without a student) and ``bn`` per group."""
+    """Terms of one guided step: per sample ``[n]`` (``adversarial`` zero without a student) and ``bn`` per group.
+
+    ``inconsistency`` is None where it is off.
+    """
 
     ce: Tensor
     adversarial: Tensor
     bn: Tensor
+    inconsistency: Tensor | None = None
 
     def detached(self) -> "Losses":
-        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach())
+        apart = None if self.inconsistency is None else self.inconsistency.detach()
+        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach(), apart)
 
     def total(self, settings: GuidanceSettings) -> Tensor:
-        """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i: sums, so that a sample's gradient does not shrink with n."""
+        """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i + Σ_i w_con·JS_i: sums, so that a sample's gradient does not
+        shrink with n."""
         n = len(self.ce)
-        return settings.ce * self.ce.sum() + n * settings.bn * self.bn + settings.adversarial * self.adversarial.sum()
+        loss = settings.ce * self.ce.sum() + n * settings.bn * self.bn + settings.adversarial * self.adversarial.sum()
+        if self.inconsistency is None:
+            return loss
+        weight = DEFAULT_CONSISTENCY if settings.consistency is None else settings.consistency
+        return loss + weight * self.inconsistency.sum()
 
 
-def teacher_losses(images: Tensor, labels: Tensor, teacher: Teacher, adversary: Teacher | None, bn: bool) -> Losses:
-    """All terms for images ``[n, 3, h, w]`` in [−1, 1]; ``bn`` needs a teacher with BatchNorm."""
+def two_views(settings: GuidanceSettings, teacher: Teacher) -> bool:
+    """Whether the teacher is asked about a second view: as set, else where it has no BatchNorm statistics to match."""
+    return not teacher.has_batchnorm if settings.consistency is None else settings.consistency > 0
+
+
+def teacher_losses(
+    images: Tensor,
+    labels: Tensor,
+    teacher: Teacher,
+    adversary: Teacher | None,
+    bn: bool,
+    other: Tensor | None = None,
+) -> Losses:
+    """All terms for images ``[n, 3, h, w]`` in [−1, 1]; ``bn`` needs a teacher with BatchNorm.
+
+    With a second view ``other`` of the same images the class prior is the mean over both.
+    """
     if bn:
         logits, moments = teacher.with_moments(images)
         statistics = moments_gap(moments, teacher.batchnorms)
@@ -71,7 +110,11 @@ def teacher_losses(images: Tensor, labels: Tensor, teacher: Teacher, adversary: 
         logits = teacher.logits(images)
         statistics = logits.new_zeros(())
     against = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
-    return Losses(class_prior(logits, labels), against, statistics)
+    ce = class_prior(logits, labels)
+    if other is None:
+        return Losses(ce, against, statistics)
+    again = teacher.logits(other)
+    return Losses((ce + class_prior(again, labels)) / 2, against, statistics, inconsistency(logits, again))
 
 
 def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSettings) -> Tensor:
@@ -101,3 +144,12 @@ def shifted(images: Tensor, limit: float, rng: torch.Generator) -> Tensor:
     padded = F.pad(images, (reach,) * 4, mode="replicate")
     side = images.shape[-1]
     return padded[..., reach + dy : reach + dy + side, reach + dx : reach + dx + side]
+
+
+def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
+    """A second view: a random square of at least ``CROP`` of the side, enlarged to it. One square for the batch."""
+    side = images.shape[-1]
+    size = int(torch.randint(math.ceil(CROP * side), side, (1,), generator=rng))
+    y, x = torch.randint(side - size + 1, (2,), generator=rng).tolist()
+    square = images[..., y : y + size, x : x + size]
+    return F.interpolate(square, size=(side, side), mode="bilinear", align_corners=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stages.models.teacher import Teacher
 from stages.synth.groups import Group
-from stages.synth.guidance import Losses, guided, shifted, teacher_losses, update
+from stages.synth.guidance import Losses, cropped, guided, shifted, teacher_losses, two_views, update
 from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
 from stages.synth.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
@@ -54,7 +54,8 @@ class Guide:
     def losses(self, images: Tensor, rng: torch.Generator) -> Losses:
         bn = self.settings.bn > 0 and self.teacher.has_batchnorm
         moved = shifted(images, self.settings.shift, rng)
-        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn)
+        other = cropped(moved, rng) if two_views(self.settings, self.teacher) else None
+        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other)
 
 
 @dataclass

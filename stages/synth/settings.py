@@ -84,6 +84,9 @@ class GuidanceSettings(Settings):
     ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
     bn: float = Field(0.1, ge=0, description="feature-statistics weight (equation 6)")
     adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
+    consistency: float | None = Field(
+        None, ge=0, description="equal answers to two views; default: 1 for a teacher without BatchNorm, else 0"
+    )
     interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
     every: int = Field(1, gt=0, description="guide every k-th step of the interval")
     inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")

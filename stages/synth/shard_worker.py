@@ -17,6 +17,7 @@ from stages.micro_batches import free_memory, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
+from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.images import encode_image, to_pixels
 from stages.synth.latent_mix import Mix
@@ -41,7 +42,8 @@ def load_models(settings: SynthSettings) -> Models:
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} is a black box and cannot guide: use --method dmkd")
         if settings.guidance.bn and not teacher.has_batchnorm:
-            log.warning("%s has no BatchNorm: the feature-statistics term is off", teacher.what)
+            instead = ", view consistency is on instead" if two_views(settings.guidance, teacher) else ""
+            log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
     if adversary and adversary.num_classes != teacher.num_classes:
         raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")

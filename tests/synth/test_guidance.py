@@ -5,8 +5,21 @@ import math
 import pytest
 import torch
 
-from stages.synth.guidance import Losses, class_prior, disagreement, feature_statistics, guided, shifted, update
+from stages.synth.guidance import (
+    Losses,
+    class_prior,
+    cropped,
+    disagreement,
+    feature_statistics,
+    guided,
+    inconsistency,
+    shifted,
+    teacher_losses,
+    two_views,
+    update,
+)
 from stages.synth.settings import GuidanceSettings
+from tests.synth.tiny import TinyTeacher
 
 
 def test_class_prior_is_cross_entropy_per_sample():
@@ -38,6 +51,53 @@ def test_disagreement_counts_only_where_teacher_and_student_agree():
     q = torch.tensor([1.0, 0.0]).softmax(0)
     kl = (p * (p.log() - q.log())).sum().item()
     assert disagreement(teacher, student).tolist() == pytest.approx([-kl, 0.0])
+
+
+def test_inconsistency_hand_computed():
+    """Rows: the same answer; certain of different classes (ln 2, the most there is); (3/4, 1/4) against (1/4, 3/4)."""
+    three = math.log(3)
+    first = torch.tensor([[1.0, 2.0], [90.0, 0.0], [three, 0.0]])
+    second = torch.tensor([[3.0, 4.0], [0.0, 90.0], [0.0, three]])
+    last = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # KL of either to their mean (1/2, 1/2)
+    assert inconsistency(first, second).tolist() == pytest.approx([0.0, math.log(2), last], abs=1e-6)
+    assert torch.equal(inconsistency(first, second), inconsistency(second, first))
+
+
+def test_two_views_share_the_class_prior_and_weigh_in_with_their_disagreement():
+    teacher, labels = TinyTeacher(), torch.tensor([0, 1, 1])
+    images, other = torch.randn(2, 3, 3, 8, 8)
+    losses = teacher_losses(images, labels, teacher, None, True, other)
+    both = [class_prior(teacher.logits(view), labels) for view in (images, other)]
+    torch.testing.assert_close(losses.ce, (both[0] + both[1]) / 2)
+    apart = inconsistency(teacher.logits(images), teacher.logits(other))
+    torch.testing.assert_close(losses.inconsistency, apart)
+    alone = Losses(losses.ce, losses.adversarial, losses.bn)
+    for given, weight in ((None, 1.0), (0.5, 0.5), (0.0, 0.0)):
+        settings = GuidanceSettings(consistency=given)
+        expected = alone.total(settings) + weight * apart.sum()
+        torch.testing.assert_close(losses.total(settings), expected)
+    assert losses.detached().inconsistency.requires_grad is False
+    assert teacher_losses(images, labels, teacher, None, True).inconsistency is None
+
+
+def test_a_second_view_is_asked_for_only_without_batchnorm_unless_set():
+    with_norms, without = TinyTeacher(), TinyTeacher()
+    without.has_batchnorm = False
+    seen = [two_views(GuidanceSettings(consistency=w), t) for w in (None, 0.0, 2.0) for t in (with_norms, without)]
+    assert seen == [False, True, False, False, True, True]
+
+
+def test_a_crop_is_a_square_of_the_image_enlarged():
+    image = torch.arange(16.0).repeat(16, 1)[None, None]  # every column has its own value
+    widths, lefts = set(), set()
+    for seed in range(60):
+        out = cropped(image, torch.Generator().manual_seed(seed))
+        assert out.shape == image.shape and torch.equal(out[0, 0, 0], out[0, 0, 7])
+        left, right = out[0, 0, 0, 0].item(), out[0, 0, 0, -1].item()
+        widths.add(right - left + 1)
+        lefts.add(left)
+        assert left >= 0 and right <= 15
+    assert widths == {12.0, 13.0, 14.0, 15.0} and lefts == {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
 def test_a_samples_gradient_does_not_shrink_with_the_group():
