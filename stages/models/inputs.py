@@ -30,14 +30,16 @@ class InputSpec:
         x = (x.float() + 1) / 2
         if self.channels == 1:
             x = (x * x.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        if x.shape[-2:] != (self.size, self.size):
-            x = _resize(x, self.size, self.settings.resize)
+        x = resized(x, self.size, self.settings.resize)
         if self._mean.device != x.device:
             self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
         return (x - self._mean) / self._std
 
 
-def _resize(x: Tensor, size: int, rule: str) -> Tensor:
+def resized(x: Tensor, size: int, rule: str) -> Tensor:
+    """``[n, c, h, w]`` at ``size × size`` by a ``rule`` of ``InputSettings.resize``; as it is where it fits."""
+    if x.shape[-2:] == (size, size):
+        return x
     if rule == "area":
         return F.interpolate(x, size=(size, size), mode="area")
     return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)

@@ -55,7 +55,8 @@ class Meter:
         prior = load_prior(settings.prior.model_copy(update={"attention": "sdpa", "compile": False}), "meta")
         assert isinstance(prior, DiffusionPrior)
         self.prior, self.teacher = prior, blank_teacher(settings.teacher)
-        self.decoder = load_decoder(prior, settings.guidance) if settings.method == "diffdfkd" else None
+        guides = settings.method == "diffdfkd"
+        self.decoder = load_decoder(prior, settings, self.teacher) if guides and self.teacher else None
         self.adversary = blank_teacher(settings.adversary) if settings.adversary else None
         group = make_group(settings, 0, resolve(settings.teacher).config.class_names)
         self.condition = prior.encode(group.conditions(prior.conditioning)[:1])
@@ -65,7 +66,7 @@ class Meter:
     @property
     def networks(self) -> list[torch.nn.Module]:
         classifiers = [teacher.net for teacher in (self.teacher, self.adversary) if teacher]
-        decoder = getattr(self.decoder, "network", None)
+        decoder = getattr(self.decoder, "network", self.decoder)
         parts = (self.prior.network, self.prior.vae, decoder, *self.prior.encoders)
         return [part for part in parts if part is not None] + classifiers
 

@@ -1,22 +1,76 @@
-"""Through what guidance sees ẑ0: the prior's own VAE or a tiny autoencoder. Images that are stored never pass here."""
+"""Through what guidance sees ẑ0: the prior's own decoder, a tiny autoencoder, or a map that the factory fits itself.
 
+Images that are stored never pass here.
+"""
+
+import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from manifests.errors import DataError
+from manifests.errors import DataError, UsageError
+from manifests.storage import Storage
 from stages.micro_batches import in_micro_batches
+from stages.models.inputs import resized
+from stages.models.teacher import Teacher
 from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen, load_network
+from stages.synth.fitted_decoder import conditions, draw_latents, fitted_decoder, pull_back
+from stages.synth.prior import Prior
 from stages.synth.priors import tiny_decoder
-from stages.synth.sampler import Decode
-from stages.synth.settings import GuidanceSettings
+from stages.synth.sampler import Decode, Guide
+from stages.synth.settings import GuidanceSettings, SynthSettings
+
+log = logging.getLogger(__name__)
+POOR = 0.5
+"""Below this cosine a decoder's gradient is hardly the full decoder's: worth a warning."""
 
 
-def load_decoder(prior: DiffusionPrior, settings: GuidanceSettings) -> Decode | None:
-    """The decoder that ``settings`` ask for; None is the prior's own."""
-    return TinyDecoder(prior, settings) if settings.decoder == "tiny" else None
+def load_decoder(
+    prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None = None
+) -> Decode | None:
+    """The decoder that ``settings`` ask for, None for the prior's own. A fitted one is shared by way of ``run``."""
+    kind = settings.guidance.decoder
+    if kind == "full":
+        return None
+    if kind == "tiny":
+        return TinyDecoder(prior, settings.guidance)
+    if prior.vae is None:
+        raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace: use full")
+    size = min(teacher.input.size, prior.image_size)
+    return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
+
+
+def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
+    """How well ``decode`` stands in for the prior's own decoder, on latents that neither was fitted to.
+
+    ``pixel_error``: share of the pixels' variance at the teacher's size that is lost; ``gradient_cosine``: of the
+    guidance gradients of both, through this teacher, mean over latents.
+    """
+    wanted = conditions(prior, settings, teacher.class_names, 8)
+    latents = draw_latents(prior, wanted, 4, seed=1)
+    labels = torch.arange(len(latents), device=prior.device) % teacher.num_classes
+    guide = Guide(settings.guidance, teacher, labels)
+    size, rule = min(teacher.input.size, prior.image_size), teacher.input.settings.resize
+    (made, slope), (wished, slope_wished) = (guidance_gradient(d, latents, guide) for d in (decode, prior.decode))
+    error = (resized(made, size, rule) - (full := resized(wished, size, rule))).square().mean() / full.var()
+    cosine = F.cosine_similarity(slope.flatten(1), slope_wished.flatten(1)).mean()
+    if cosine < POOR:
+        kind = settings.guidance.decoder
+        log.warning("guidance.decoder=%s: its gradients have a cosine of %.2f with the full decoder's", kind, cosine)
+    return {"pixel_error": round(error.item(), 4), "gradient_cosine": round(cosine.item(), 4)}
+
+
+def guidance_gradient(decode: Decode, latents: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
+    """Images of ``latents`` and the gradient of the guidance loss in them, decoded a few at a time."""
+    with torch.no_grad():
+        images = torch.cat([decode(latent) for latent in latents.split(1)])
+    with torch.enable_grad():
+        losses = guide.losses(images.requires_grad_(), torch.Generator())
+        (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
+    return pull_back(decode, latents, cotangents)
 
 
 class TinyDecoder:

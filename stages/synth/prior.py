@@ -52,6 +52,7 @@ class Prior(Protocol):
     latent_shape: tuple[int, int, int]
     conditioning: str  # "text" | "class" | "none"
     timesteps: list[int]  # the schedule, noisiest first
+    device: str
 
     stochastic: bool  # whether ``step`` draws noise
     batch_limit: int | None  # most trajectories that ``predict`` and ``decode`` show their networks at once

@@ -91,7 +91,9 @@ class GuidanceSettings(Settings):
     every: int = Field(1, gt=0, description="guide every k-th step of the interval")
     inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
     shift: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, as a share of the image side")
-    decoder: Literal["full", "tiny"] = Field("full", description="what guidance decodes with; images use the full VAE")
+    decoder: Literal["full", "tiny", "fitted"] = Field(
+        "full", description="what guidance decodes with (stored images always use the prior's own)"
+    )
     tiny_decoder: str | None = Field(None, description="AutoencoderTiny: folder or hub id; default: the prior's own")
 
     @model_validator(mode="after")

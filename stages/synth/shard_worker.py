@@ -18,7 +18,7 @@ from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
 from stages.synth.guidance import two_views
-from stages.synth.guidance_decoder import load_decoder
+from stages.synth.guidance_decoder import fidelity, load_decoder
 from stages.synth.images import encode_image, to_pixels
 from stages.synth.latent_mix import Mix
 from stages.synth.priors import load_prior
@@ -32,8 +32,11 @@ MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
 
-def load_models(settings: SynthSettings) -> Models:
-    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method."""
+def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
+    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method.
+
+    ``run`` is the run's folder, through which its workers share what they fit.
+    """
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,8 +51,16 @@ def load_models(settings: SynthSettings) -> Models:
     if adversary and adversary.num_classes != teacher.num_classes:
         raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
     prior = load_prior(settings.prior, device)
-    guides = settings.method == "diffdfkd"
-    return Models(prior, teacher, adversary, device, load_decoder(prior, settings.guidance) if guides else None)
+    decode = load_decoder(prior, settings, teacher, run) if settings.method == "diffdfkd" else None
+    return Models(prior, teacher, adversary, device, decode)
+
+
+def news(models: Models, settings: SynthSettings) -> dict[str, Any]:
+    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one."""
+    if models.decode is None:
+        return {}
+    facts = fidelity(models.decode, models.prior, settings, models.teacher)
+    return {"decoder": {"kind": settings.guidance.decoder, "sha256": getattr(models.decode, "sha256", None)} | facts}
 
 
 class ShardWorker:
@@ -59,8 +70,9 @@ class ShardWorker:
         self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(settings)
+        self.models = load_models(settings, self.storage)
         self.teacher, self.device = self.models.teacher, self.models.device
+        self.news = news(self.models, settings)
         self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
@@ -82,6 +94,7 @@ class ShardWorker:
                     if on_group:
                         on_group(position + 1, settings.groups_per_shard)
                 record = writer.commit()
+        news, self.news = self.news, {}
         return {
             "shard": shard,
             "rows": record.rows,
@@ -91,6 +104,7 @@ class ShardWorker:
             **asdict(work),
             **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
             **({"splits": splits} if splits else {}),
+            **news,
         }
 
     def fitting_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stages.synth import fitted_decoder
 from stages.synth.settings import PriorSettings
 from stages.synth.text_prior import TextPrior
 from tests.synth.tiny import save_stable_diffusion
@@ -12,6 +13,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quick_fit(monkeypatch, tmp_path):
+    """Decoders are fitted badly but soon, in a cache of the test's own."""
+    monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
+    for name, value in {"STEPS": 20, "VISITS": 2, "BATCH": 16, "ROWS": 1}.items():
+        monkeypatch.setattr(fitted_decoder, name, value)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction", "sample"])

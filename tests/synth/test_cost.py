@@ -35,9 +35,9 @@ def teacher_folder(tmp_path_factory):
 
 def counted(settings: SynthSettings) -> int:
     """FLOPs of really sampling one group, a trajectory; prompts and scores are left out."""
-    prior, guides = load_prior(settings.prior, "cpu"), settings.method == "diffdfkd"
-    decode = load_decoder(prior, settings.guidance) if guides else None
-    models = Models(prior, load_teacher(settings.teacher), None, "cpu", decode)
+    prior, teacher = load_prior(settings.prior, "cpu"), load_teacher(settings.teacher)
+    decode = load_decoder(prior, settings, teacher) if settings.method == "diffdfkd" else None
+    models = Models(prior, teacher, None, "cpu", decode)
     group = make_group(settings, 0, NAMES)
     conditions = group.conditions(models.prior.conditioning)
     models.prior.encode(conditions)  # prompts are cached, the negative one is not
@@ -70,13 +70,14 @@ def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, pr
     assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save is not save_ddpm)
 
 
-def test_a_tiny_decoder_is_what_guidance_costs_and_saves(tmp_path, teacher_folder, prior_folder):
-    tiny = save_tiny(tmp_path / "tiny")
+@pytest.mark.parametrize("kind", ["tiny", "fitted"])
+def test_another_decoder_is_what_guidance_costs_and_saves(tmp_path, teacher_folder, prior_folder, quick_fit, kind):
+    chosen = {"tiny_decoder": str(save_tiny(tmp_path / "tiny"))} if kind == "tiny" else {}
     settings = SynthSettings.model_validate(
         {
             "prior": {"path": str(prior_folder), "steps": 4, "dtype": "bf16"},
             "teacher": {"name": str(teacher_folder)},
-            "guidance": {"decoder": "tiny", "tiny_decoder": str(tiny), "every": 2},
+            "guidance": {"decoder": kind, "every": 2} | chosen,
             "group_size": 2,
         }
     )

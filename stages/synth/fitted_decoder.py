@@ -1,0 +1,196 @@
+"""A small map from latents straight to the teacher's input size, fitted to the prior's own decoder. Needs no data.
+
+The prior draws the latents itself; the map learns what they decode to and, since guidance needs nothing else, how a
+change of the image is pulled back to the latent (Sobolev training: Czarnecki et al. 2017, equation 1).
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manifests.errors import DataError, FactoryError
+from manifests.storage import Storage
+from stages.models.inputs import resized
+from stages.models.loading import fill, parse_weights
+from stages.synth.diffusion import DiffusionPrior
+from stages.synth.prior import Prior, State
+from stages.synth.priors import prior_identity
+from stages.synth.prompts import prompt_for
+from stages.synth.sampler import Decode
+from stages.synth.seeds import torch_rng
+from stages.synth.settings import SynthSettings
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise when the same prior would give another map
+WIDTH, DEPTH = 32, 3
+ROWS = 1024  # of latent cells: 128 trajectories of 8 × 8 latents, never fewer than 16
+VISITS = 6  # noise levels of each trajectory at which latents are drawn
+NOISY = 2  # noisy copies of each latent: guidance moves latents off the prior's own paths
+STEPS, BATCH, RATE = 700, 32, 5e-3
+AT_ONCE = 4096  # latent cells decoded with gradients at once: one latent of Stable Diffusion
+
+
+class FittedDecoder(nn.Module):
+    """Clean latents ``[n, c, h, h]`` to images ``[n, 3, size, size]``: convolutions at the latents' resolution.
+
+    No normalisation layers: an image does not depend on which others it is decoded with. ``sha256`` is of its weights.
+    """
+
+    def __init__(self, channels: int, side: int, size: int, rule: str) -> None:
+        super().__init__()
+        self.factor, self.size, self.rule, self.sha256 = -(-size // side), size, rule, ""
+        self.first = nn.Conv2d(channels, WIDTH, 3, padding=1)
+        self.middle = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(DEPTH))
+        self.last = nn.Conv2d(WIDTH, 3 * self.factor**2, 3, padding=1)
+
+    def forward(self, z0: Tensor) -> Tensor:
+        x = self.first(z0)
+        for convolution in self.middle:
+            x = x + convolution(F.silu(x))
+        return resized(F.pixel_shuffle(self.last(F.silu(x)), self.factor), self.size, self.rule)
+
+
+def conditions(prior: Prior, settings: SynthSettings, class_names: Sequence[str], count: int) -> list[str]:
+    """``count`` conditions as the run will use them, its classes evenly spread; the run's seed plays no part."""
+    names = [class_names[i * len(class_names) // count] for i in range(count)]
+    prompts = [prompt_for(settings.prompts, name, 0, i) for i, name in enumerate(names)]
+    return names if prior.conditioning == "class" else prompts
+
+
+@torch.no_grad()
+def draw_latents(prior: Prior, wanted: Sequence[str], visits: int, seed: int) -> Tensor:
+    """Clean latents ``[visits · n, c, h, w]`` that the prior predicts for ``n`` conditions, without guidance.
+
+    From pure noise to almost none in ``visits`` steps with fresh noise between them (DDIM with η = 1), whatever the
+    prior's scheduler: each visited noise level yields latents as guidance meets them there.
+    """
+    condition, last = prior.encode(wanted), len(prior.timesteps) - 1
+    found: list[Tensor] = []
+    for visit in range(visits):
+        step = visit * last // max(1, visits - 1)
+        noise = torch.randn(len(wanted), *prior.latent_shape, generator=torch_rng(seed, "decoder", visit))
+        noise = noise.to(prior.device)
+        alpha, sigma = prior.levels(step)
+        state = State(alpha * found[-1] + sigma * noise, step) if found else prior.start(noise)
+        found.append(prior.predict(state, condition).z0)
+    return torch.cat(found)
+
+
+def pull_back(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of ``latents [n, c, h, w]``, and ``cotangents`` (shaped as the images) times the decoder's Jacobian."""
+    images, gradients = [], []
+    count = max(1, AT_ONCE // latents[0, 0].numel())
+    for part, cotangent in zip(latents.split(count), cotangents.split(count), strict=True):
+        with torch.enable_grad():
+            source = part.detach().requires_grad_()
+            image = decode(source)
+            (gradient,) = torch.autograd.grad(image, source, cotangent)
+        images.append(image.detach())
+        gradients.append(gradient)
+    return torch.cat(images), torch.cat(gradients)
+
+
+def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
+    """A map to ``size`` pixels (shrunk by ``rule``), a pure function of the arguments up to hardware and threads.
+
+    Raises DataError where the prior's own decoder gives NaN.
+    """
+    channels, side, _ = prior.latent_shape
+    latents = draw_latents(prior, wanted, VISITS, seed=0)
+    rng = torch_rng(0, "decoder", "fit")
+    copies = latents.repeat(NOISY, 1, 1, 1)
+    noise = torch.rand(len(copies), 1, 1, 1, generator=rng) * torch.randn(copies.shape, generator=rng)
+    latents = torch.cat([latents, copies + noise.to(prior.device)])
+    cotangents = torch.randn(len(latents), 3, size, size, generator=rng).to(prior.device)
+    images, gradients = pull_back(lambda z0: resized(prior.decode(z0), size, rule), latents, cotangents)
+    if not (images.isfinite().all() and gradients.isfinite().all()):
+        raise DataError(f"prior {prior.folder} decodes to NaN, so no decoder can be fitted to it; try prior.dtype=fp32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = FittedDecoder(channels, side, size, rule)
+    net.to(prior.device)
+    optimiser = torch.optim.Adam(net.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, STEPS)
+    scale, slope = images.var(), gradients.square().mean()
+    for _ in range(STEPS):
+        chosen = torch.randint(len(latents), (BATCH,), generator=rng).to(prior.device)
+        with torch.enable_grad():
+            source = latents[chosen].requires_grad_()
+            made = net(source)
+            (gradient,) = torch.autograd.grad(made, source, cotangents[chosen], create_graph=True)
+            loss = F.mse_loss(made, images[chosen]) / scale + F.mse_loss(gradient, gradients[chosen]) / slope
+            optimiser.zero_grad()
+            loss.backward()
+        optimiser.step()
+        schedule.step()
+    return net
+
+
+def fitted_decoder(
+    prior: DiffusionPrior,
+    settings: SynthSettings,
+    class_names: Sequence[str],
+    size: int,
+    rule: str,
+    run: Storage | None = None,
+) -> FittedDecoder:
+    """The map for this prior and size: from the folder of the ``run``, else from this machine's cache, else fitted now.
+
+    The first worker to finish leaves its weights in the run's folder; every worker, on any machine, takes those.
+    On the device ``meta`` it has shapes and no weights. Raises DataError for damaged weights.
+    """
+    channels, side, _ = prior.latent_shape
+    with torch.device(prior.device):
+        net = FittedDecoder(channels, side, size, rule).requires_grad_(False)
+    if prior.device == "meta":
+        return net
+    wanted = conditions(prior, settings, class_names, max(16, ROWS // side))
+    meant = {
+        "version": VERSION,
+        "prior": [prior_identity(settings.prior)["sha256"], settings.prior.model_dump(mode="json", exclude={"path"})],
+        "conditions": wanted,
+        "images": [size, rule],
+        "machine": [torch.get_num_threads(), prior.device.split(":")[0]],
+    }
+    name = f"decoder/{hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    places = [run, Storage(cache_folder())] if run else [Storage(cache_folder())]
+
+    def make() -> bytes:
+        log.info("fitting a decoder of %d pixels to %s", size, prior.folder)
+        return safetensors.torch.save({k: v.cpu() for k, v in fit(prior, wanted, size, rule).state_dict().items()})
+
+    data = shared(places, name, make)
+    where = places[0].path(name)
+    fill(net, parse_weights(data, where), where)
+    net.sha256 = hashlib.sha256(data).hexdigest()
+    return net
+
+
+def shared(places: Sequence[Storage], name: str, make: Callable[[], bytes]) -> bytes:
+    """The file ``name`` of the first of ``places`` that has it, else what ``make`` returns; left in all of them.
+
+    Who comes first decides: its bytes are what everybody gets, also those who made their own meanwhile.
+    """
+    data = next((place.read(name) for place in places if place.exists(name)), None) or make()
+    for place in places:
+        try:
+            place.create(name, data)
+        except FactoryError as error:
+            if place is not places[-1]:
+                raise
+            log.warning("the fitted decoder is not kept for the next run: %s", error)
+    return places[0].read(name) if places[0].exists(name) else data
+
+
+def cache_folder() -> str:
+    """``FACTORY_CACHE``, else ``dfkd-factory`` in the user's cache folder (``XDG_CACHE_HOME``, ``~/.cache``)."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("FACTORY_CACHE") or os.path.join(home, "dfkd-factory")

@@ -1,0 +1,159 @@
+"""The fitted decoder: what it learns from a prior, that everybody gets the same weights, how its fidelity is told."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from manifests.errors import DataError, UsageError
+from manifests.shard import done_records
+from manifests.storage import Storage
+from stages.models.loading import load_teacher
+from stages.synth import fitted_decoder as fd
+from stages.synth.guidance_decoder import fidelity, load_decoder
+from stages.synth.priors import load_prior
+from stages.synth.settings import PriorSettings, SynthSettings
+from stages.synth.worker import build_worker
+from tests.synth.tiny import save_ddpm
+
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
+
+def settings(folder, **kw):
+    return SynthSettings.model_validate(
+        {
+            "prior": {"path": str(folder), "steps": 3, "cfg": 1.0},
+            "guidance": {"decoder": "fitted"},
+            "groups_per_shard": 1,
+            "group_size": 4,
+            "device": "cpu",
+        }
+        | kw
+    )
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize(("size", "rule"), [(4, "area"), (8, "bilinear"), (12, "bicubic"), (16, "bilinear")])
+def test_images_have_the_teachers_size_and_do_not_depend_on_the_batch(size, rule):
+    net, z0 = fd.FittedDecoder(4, 8, size, rule), torch.randn(3, 4, 8, 8)
+    assert net(z0).shape == (3, 3, size, size)
+    torch.testing.assert_close(net(z0)[:1], net(z0[:1]))
+
+
+def test_pull_back_is_the_jacobian_transposed_whatever_the_chunks(monkeypatch):
+    matrix, latents, cotangents = torch.randn(12, 8), torch.randn(5, 2, 2, 2), torch.randn(5, 3, 2, 2)
+
+    def decode(z0):
+        return (z0.flatten(1) @ matrix.T).view(-1, 3, 2, 2)
+
+    for cells in (1, 8, 4096):  # one, two, all latents at once
+        monkeypatch.setattr(fd, "AT_ONCE", cells)
+        images, gradients = fd.pull_back(decode, latents, cotangents)
+        torch.testing.assert_close(images, decode(latents))
+        torch.testing.assert_close(gradients.flatten(1), cotangents.flatten(1) @ matrix)
+
+
+def test_latents_are_the_priors_predictions_at_each_noise_level(prior):
+    drawn = fd.draw_latents(prior, ["a", "b"], visits=3, seed=0)
+    assert drawn.shape == (3 * 2, *prior.latent_shape)
+    assert torch.equal(drawn, fd.draw_latents(prior, ["a", "b"], visits=3, seed=0))
+    assert not torch.equal(drawn, fd.draw_latents(prior, ["a", "b"], visits=3, seed=1))
+    first = prior.start(torch.randn(2, *prior.latent_shape, generator=fd.torch_rng(0, "decoder", 0)))
+    with torch.no_grad():
+        torch.testing.assert_close(drawn[:2], prior.predict(first, prior.encode(["a", "b"])).z0)
+
+
+def test_equal_fits_are_equal_bit_by_bit(prior):
+    nets = [fd.fit(prior, ["a", "b"] * 8, 8, "bilinear") for _ in range(2)]
+    assert torch.equal(*(weights(net) for net in nets))
+
+
+def test_a_fit_learns_images_and_gradients(monkeypatch):
+    monkeypatch.setattr(fd, "STEPS", 80)
+    prior = load_prior(PriorSettings(steps=10, cfg=1.0), "cpu")  # the embedded one: a trained decoder is learnable
+    wanted = ["two thin connected strokes, a loop", "one thick stroke, an arc"] * 8
+    net = fd.fit(prior, wanted, 8, "bilinear")
+    latents = fd.draw_latents(prior, wanted, 2, seed=9)
+    cotangents = torch.randn(len(latents), 3, 8, 8)
+
+    def full(z0):
+        return F.interpolate(prior.decode(z0), size=(8, 8), mode="bilinear", antialias=True)
+
+    images, gradients = fd.pull_back(full, latents, cotangents)
+    made, slopes = fd.pull_back(net, latents, cotangents)
+    assert (made - images).square().mean() < 0.15 * images.var()
+    assert F.cosine_similarity(slopes.flatten(1), gradients.flatten(1)).mean() > 0.7
+
+
+def test_the_full_decoder_is_its_own_equal_and_an_untrained_map_draws_a_warning(prior_folder, caplog):
+    asked = settings(prior_folder)
+    prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
+    told = fidelity(prior.decode, prior, asked, teacher)
+    assert told == {"pixel_error": 0.0, "gradient_cosine": pytest.approx(1.0, abs=1e-3)}
+    with caplog.at_level(logging.WARNING):
+        fidelity(fd.FittedDecoder(4, 8, 8, "bilinear"), prior, asked, teacher)
+    assert "cosine" in caplog.text
+
+
+def test_the_first_writer_decides_for_everybody(tmp_path):
+    run, cache = Storage(str(tmp_path / "run")), Storage(str(tmp_path / "cache"))
+
+    def late():  # another worker finishes while this one still fits
+        run.create("d", b"theirs")
+        return b"mine"
+
+    assert fd.shared([run, cache], "d", late) == b"theirs"
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    assert fd.shared([Storage(str(tmp_path / "next")), cache], "d", lambda: b"again") == b"mine"  # from the cache
+    assert Storage(str(tmp_path / "next")).read("d") == b"mine"
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line_a_run_folder_the_run(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    run = Storage(str(tmp_path / "run"))
+    assert fd.shared([run, Storage(str(blocked))], "d", lambda: b"made") == b"made"
+    assert "not kept for the next run" in caplog.text and run.read("d") == b"made"
+
+
+def test_workers_of_a_run_share_weights_even_if_their_machines_would_fit_others(prior_folder, tmp_path, monkeypatch):
+    asked, url = settings(prior_folder, shards=2).model_dump(mode="json"), str(tmp_path / "run")
+    report = build_worker(asked, url, "f" * 64).run(0)
+    assert report["decoder"]["kind"] == "fitted" and report["decoder"]["pixel_error"] > 0
+    assert (report["updates"], report["decodes"]) == (3, 1)
+    monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "another machine"))
+    monkeypatch.setattr(fd, "fit", lambda *a: pytest.fail("the run's folder has one"))
+    worker = build_worker(asked, url, "f" * 64)
+    second = worker.run(1)
+    assert second["decoder"] == report["decoder"]
+    assert "decoder" not in worker.run(1)  # told once
+
+
+def test_damaged_weights_are_one_line(prior_folder, tmp_path):
+    asked, run = settings(prior_folder), Storage(str(tmp_path / "run"))
+    prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
+    load_decoder(prior, asked, teacher, run)
+    (name,) = run.list("decoder")
+    run.write(name, run.read(name)[:-8])
+    with pytest.raises(DataError, match=f"{name} is truncated"):
+        load_decoder(prior, asked, teacher, run)
+
+
+def test_a_prior_of_pixels_has_nothing_to_replace(tmp_path):
+    asked = settings(save_ddpm(tmp_path / "ddpm"))
+    with pytest.raises(UsageError, match="works on pixels"):
+        load_decoder(load_prior(asked.prior, "cpu"), asked, load_teacher(asked.teacher))
+
+
+def test_the_decoder_is_part_of_the_plan_and_of_the_bytes(prior_folder, tmp_path):
+    tars = []
+    for kind in ("full", "fitted"):
+        storage = Storage(str(tmp_path / kind))
+        asked = settings(prior_folder, guidance={"decoder": kind})
+        build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        tars.append(done_records(storage)[0].tar_sha256)
+    assert tars[0] != tars[1]
