@@ -80,8 +80,10 @@ def open_answers(
     top = asked.top or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
     top = top if top < teacher.num_classes else 0
     key = json.loads(json.dumps(_key(teacher, batches, top)))
-    if not storage.exists(KEY):
+    if not batches.ranks.any([storage.exists(KEY)])[0]:
         tensors = _computed(teacher, batches, top, on_progress, should_stop)
+        if not batches.ranks.first:
+            return Answers(tensors, teacher.num_classes)
         data = safetensors.torch.save(tensors)
         storage.write(ANSWERS, data)
         recorded = {"sha256": hashlib.sha256(data).hexdigest(), "key": key}
@@ -134,22 +136,26 @@ def _computed(
     on_progress: Callable[[float, float, str], object],
     should_stop: Callable[[], bool],
 ) -> dict[str, Tensor]:
-    views, rows = batches.settings.views.fixed, len(batches.rows)
+    views, rows, ranks = batches.settings.views.fixed, len(batches.rows), batches.ranks
     width = top + 1 if top else teacher.num_classes
-    values = torch.empty(views, rows, width, dtype=torch.float16)
+    values = torch.zeros(views, rows, width, dtype=torch.float16)
     small = torch.int16 if teacher.num_classes <= torch.iinfo(torch.int16).max else torch.int32
-    classes = torch.empty(views, rows, top, dtype=small)
+    classes = torch.zeros(views, rows, top, dtype=small)
     total = batches.settings.epochs * batches.steps
     for turn in range(views):
-        for start in range(0, rows, CHUNK):
+        for together in range(0, rows, CHUNK * ranks.size):  # a chunk for each process
+            start = together + CHUNK * ranks.rank
             some = np.arange(start, min(start + CHUNK, rows))
-            logits = teacher.logits(batches.fixed(some, turn)).clamp(-HALF_MAX, HALF_MAX)
-            here = slice(start, start + len(some))
-            if top:
-                logits, best = to_top(logits, top)
-                classes[turn, here] = best.to(small).cpu()
-            values[turn, here] = logits.half().cpu()
-            if should_stop():
+            if len(some):
+                logits = teacher.logits(batches.fixed(some, turn)).clamp(-HALF_MAX, HALF_MAX)
+                here = slice(start, start + len(some))
+                if top:
+                    logits, best = to_top(logits, top)
+                    classes[turn, here] = best.to(small).cpu()
+                values[turn, here] = logits.half().cpu()
+            if ranks.any([should_stop()])[0]:
                 raise Interrupted("interrupted before training; the same command starts the teacher's answers again")
+        for kept in (values[turn], classes[turn]):
+            ranks.add(kept.view(torch.uint8))  # exact: every byte is 0 in all processes but one
         on_progress(0, total, f"teacher's answers to view {turn + 1} of {views}")
     return {"values": values, "classes": classes} if top else {"logits": values}

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manifests.errors import UsageError
 from stages.distill.pixels import Pixels
+from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.settings import DistillSettings
 from stages.distill.views import Views, apply_views, draw_views, mix, turns
@@ -21,7 +23,10 @@ AHEAD = 2
 @dataclass(frozen=True)
 class Batch:
     """``x [n, 3, h, w]`` in [−1, 1]; ``lam [n]`` is the share of the own label where a view mixes two images;
-    ``derived [n]`` is 1 for images made from another one; ``rows [n]`` and ``turns [n]``: which view of which row."""
+    ``derived [n]`` is 1 for images made from another one; ``rows [n]`` and ``turns [n]``: which view of which row.
+    Where several processes share a batch, these are the part of one; the whole batch has ``count`` images,
+    ``derived_count`` of them derived.
+    """
 
     x: Tensor
     labels: Tensor
@@ -30,6 +35,13 @@ class Batch:
     derived: Tensor
     rows: Ints
     turns: Ints
+    count: int
+    derived_count: int
+
+    @property
+    def share(self) -> float:
+        """This part of the whole batch, 0 … 1."""
+        return len(self.rows) / self.count
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,43 @@ class _Epoch:
     mixes: bool
 
 
-class Batches:
-    """All batches of a run. Those of an epoch differ in size by at most one and use every row of its order."""
+def batch_bounds(length: int, batch_size: int) -> Ints:
+    """Where the batches of an epoch begin and end: they differ in size by at most one and use every image.
 
-    def __init__(self, rows: Rows, order: EpochOrder, pixels: Pixels, settings: DistillSettings, device: torch.device):
+    >>> batch_bounds(10, 4).tolist()
+    [0, 5, 10]
+    """
+    steps = max(1, min(round(length / batch_size), length // 2))
+    return np.linspace(0, length, steps + 1).round().astype(np.int64)
+
+
+def check_parts(length: int, batch_size: int, workers: int) -> None:
+    """Raises UsageError where a batch of an epoch of ``length`` images is too small to be shared by ``workers``."""
+    least = int(np.diff(batch_bounds(length, batch_size)).min())
+    if workers > 1 and least < 2 * workers:
+        raise UsageError(
+            f"batches of {least} images (of {length} in all) cannot be shared by {workers} workers: each needs 2 or "
+            "more; lower --workers or raise --batch-size"
+        )
+
+
+class Batches:
+    """All batches of a run, or the parts of one process among ``ranks``: the same images in the same order."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        order: EpochOrder,
+        pixels: Pixels,
+        settings: DistillSettings,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ):
         self.rows, self.order, self.pixels, self.settings, self.device = rows, order, pixels, settings, device
+        self.ranks = ranks
         self.side = rows.selections[0].manifest.info.image_size
-        self.steps = max(1, min(round(order.length / settings.batch_size), order.length // 2))
-        self.bounds = np.linspace(0, order.length, self.steps + 1).round().astype(np.int64)
+        self.bounds = batch_bounds(order.length, settings.batch_size)
+        self.steps = len(self.bounds) - 1
         self._labels = torch.from_numpy(rows.label).to(device)
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
         self._epoch: _Epoch | None = None
@@ -71,7 +112,8 @@ class Batches:
         if self._epoch is None or self._epoch.number != number:
             self._epoch = self._drawn(number)
         epoch = self._epoch
-        here = np.arange(self.bounds[place], self.bounds[place + 1])
+        whole = np.arange(self.bounds[place], self.bounds[place + 1])
+        here = whole[self.ranks.part(len(whole))]
         if epoch.mixes:  # the last one's partner is seen as well
             here = np.append(here, (here[-1] + 1) % len(epoch.order))
         views = epoch.views.at(here).to(self.device)
@@ -83,7 +125,8 @@ class Batches:
         own = epoch.order[here]
         index, other = (torch.from_numpy(rows).to(self.device) for rows in (own, following))
         labels, partners = self._labels[index], self._labels[other]
-        return Batch(x, labels, partners, views.lam, self._derived[index], own, epoch.turns[here])
+        derived = int(self.rows.derived[epoch.order[whole]].sum())
+        return Batch(x, labels, partners, views.lam, self._derived[index], own, epoch.turns[here], len(whole), derived)
 
     def _drawn(self, number: int) -> _Epoch:
         settings, order = self.settings, self.order(number)

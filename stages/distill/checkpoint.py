@@ -97,12 +97,14 @@ def without_digest(data: bytes) -> bytes:
     return content
 
 
-def load(storage: Storage, device: torch.device) -> dict[str, Any] | None:
-    """The last checkpoint, None where there is none yet; there is never an older one. Raises DataError where it is
-    damaged, before anything of it is used."""
-    if not storage.exists(STATE):
-        return None
-    data = storage.read(STATE)
+def read(storage: Storage) -> bytes | None:
+    """The last checkpoint's bytes, None where there is none yet; there is never an older one."""
+    return storage.read(STATE) if storage.exists(STATE) else None
+
+
+def parse(data: bytes, storage: Storage, device: torch.device) -> dict[str, Any]:
+    """What :func:`save` was given, from what :func:`read` found. Raises DataError where that is damaged, before
+    anything of it is used."""
     try:
         state = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
         if not isinstance(state, dict) or "step" not in state:

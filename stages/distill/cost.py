@@ -36,7 +36,7 @@ def distill_cost(settings: DistillSettings, teacher: Teacher, image_size: int) -
     """The cost of ``settings`` with the blank ``teacher`` on images of ``image_size`` pixels."""
     loss, x = settings.loss, torch.empty(TWO, 3, image_size, image_size, device=META)
     whole, share = torch.zeros(TWO, dtype=torch.long, device=META), torch.ones(TWO, device=META)
-    batch = Batch(x, whole, whole, share, share, np.zeros(TWO, np.int64), np.zeros(TWO, np.int64))
+    batch = Batch(x, whole, whole, share, share, np.zeros(TWO, np.int64), np.zeros(TWO, np.int64), TWO, TWO)
     costs, nets, answer, saved = {}, [], 0, 0
     for name in settings.students:
         config = student_config(name, settings, teacher)

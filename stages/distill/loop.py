@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.answers import Answers
 from stages.distill.batches import Batch, Batches
+from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import Ints
 from stages.distill.schedule import lr_factor
 from stages.distill.settings import DistillSettings
@@ -41,7 +42,10 @@ OnProgress = Callable[[float, float, str], object]
 
 @dataclass
 class Training:
-    """One run: everything that :func:`train` needs, and the clocks that survive a resume."""
+    """One run: everything that :func:`train` needs, and the clocks that survive a resume.
+
+    Of several ``ranks`` the first one writes, tells and is asked to stop; all do the same steps.
+    """
 
     settings: DistillSettings
     teacher: Teacher
@@ -55,11 +59,12 @@ class Training:
     should_stop: Callable[[], bool]
     look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
     answers: Answers | None = None  # the teacher's, where they were computed before
+    ranks: Ranks = ALONE
     trackers: list[Tracker] = field(default_factory=list)
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    _held_logits: Tensor | None = field(default=None, repr=False)
+    _held_answers: Tensor | None = field(default=None, repr=False)
 
     @property
     def total(self) -> int:
@@ -79,7 +84,8 @@ def train(run: Training) -> None:
     """
     layers = _pair_layers(run)
     _resume(run)
-    run.trackers = open_trackers(run.settings.track, run.storage, run.settings.model_dump(mode="json"), run.step)
+    if run.ranks.first:
+        run.trackers = open_trackers(run.settings.track, run.storage, run.settings.model_dump(mode="json"), run.step)
     try:
         _train(run, layers)
     finally:
@@ -96,13 +102,13 @@ def _train(run: Training, layers: list[str]) -> None:
         started = time.monotonic()
         targets = run.answers.targets(batch) if run.answers else teacher_targets(run.teacher, batch.x, loss, layers)
         x = spec(batch.x)
-        for student in run.learning:
-            _learn(run, student, x, batch, targets)
+        students = run.learning
+        reasons = [_learn(run, student, x, batch, targets) for student in students]
+        stop = _agree(run, students, reasons, run.should_stop())
         run.step += 1
         if run.step % run.batches.steps == 0:
             _end_epoch(run, epoch)
         run.seconds += time.monotonic() - started
-        stop = run.should_stop()
         due = time.monotonic() - saved >= run.settings.checkpoint_seconds
         if due or stop or run.step == run.total:
             _checkpoint(run)
@@ -143,27 +149,40 @@ def _timed(run: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: Any) -> None:
+def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: Any) -> str | None:
+    """Why the student cannot go on; None where it learned."""
     try:
         student.learn(x, batch, targets, run.step, run.total)
+        return None
     except (Diverged, RuntimeError, MemoryError) as error:
         if not (isinstance(error, Diverged) or out_of_memory(error)):
             raise
-        _park(run, student, str(error))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    student.optimiser.zero_grad(set_to_none=True)  # memory for the others
+    return reason
+
+
+def _agree(run: Training, students: Sequence[Student], reasons: Sequence[str | None], stop: bool = False) -> bool:
+    """Park in every process the students that cannot go on in one; whether any process is to stop."""
+    flags = run.ranks.any([stop, *(reason is not None for reason in reasons)])
+    for student, reason, failed in zip(students, reasons, flags[1:], strict=True):
+        if failed:
+            told = run.ranks.share(None if reason is None else reason.encode())
+            assert told is not None
+            _park(run, student, told.decode())
+    return flags[0]
 
 
 def _park(run: Training, student: Student, reason: str) -> None:
-    student.parked = reason.splitlines()[0]
-    student.optimiser.zero_grad(set_to_none=True)
-    run.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
-    run.on_event("warning", message=f"{student.name} is parked, the others go on: {student.parked}")
+    student.parked = reason
+    run.on_event("student_parked", student=student.name, step=run.step, reason=reason)
+    run.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
 
 
 def _end_epoch(run: Training, epoch: int) -> None:
     """Means of the epoch, held-out agreement, best weights so far."""
-    for student in run.learning:
-        if not student.finite:  # the last step's update is seen by no loss
-            _park(run, student, f"weights are not finite at the end of epoch {epoch + 1}")
+    spoilt = f"weights are not finite at the end of epoch {epoch + 1}"  # the last step's update is seen by no loss
+    _agree(run, run.learning, [None if student.finite else spoilt for student in run.learning])
     share = run.waited / run.seconds if run.seconds else 0.0
     for student in run.learning:
         line: dict[str, Any] = {"epoch": epoch + 1, "step": run.step}
@@ -171,16 +190,16 @@ def _end_epoch(run: Training, epoch: int) -> None:
         line |= student.take_means()
         if len(run.held):
             line["held_out"] = held_out(run, student)
-        if run.look and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
+        if run.look and run.ranks.first and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
             line["test_accuracy"] = run.look(student)["accuracy"]
         student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
         if len(run.held) and line["held_out"]["agreement"] >= student.best:
             student.best = line["held_out"]["agreement"]
             best = safetensors.torch.save(_weights(student))
             student.best_sha256 = hashlib.sha256(best).hexdigest()
-            run.storage.write(f"{student.name}/{BEST}", best)
+            _write(run, f"{student.name}/{BEST}", best)
         text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
-        run.storage.write(f"{student.name}/{METRICS}", text.encode())
+        _write(run, f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
             tracker.log(student.name, run.step, flat(student.metrics[-1]))
     run.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
@@ -189,12 +208,24 @@ def _end_epoch(run: Training, epoch: int) -> None:
 @torch.no_grad()
 def held_out(run: Training, student: Student) -> dict[str, float]:
     """How far the student's classes match the teacher's and the manifest's on the held-out rows, unaugmented."""
-    spec, labels = InputSpec(student.config.input), torch.from_numpy(run.batches.rows.label[run.held])
-    if run._held_logits is None:
-        run._held_logits = torch.cat([run.teacher.logits(x).cpu() for _, x in run.batches.plain(run.held)])
-    found = torch.cat([student.result(spec(x)).argmax(1).cpu() for _, x in run.batches.plain(run.held)])
-    agreement = (found == run._held_logits.argmax(1)).double().mean().item()
-    return {"agreement": agreement, "accuracy": (found == labels).double().mean().item()}
+    spec, rows = InputSpec(student.config.input), run.held[run.ranks.part(len(run.held))]
+    if run._held_answers is None:
+        run._held_answers = _classes(run.teacher.logits(x) for _, x in run.batches.plain(rows))
+    found = _classes(student.result(spec(x)) for _, x in run.batches.plain(rows))
+    labels = torch.from_numpy(run.batches.rows.label[rows])
+    right = torch.stack([(found == run._held_answers).sum(), (found == labels).sum()])
+    agreement, accuracy = (run.ranks.add(right).double() / len(run.held)).tolist()
+    return {"agreement": agreement, "accuracy": accuracy}
+
+
+def _classes(logits: Iterable[Tensor]) -> Tensor:
+    """The largest logit's class of every row."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(some.argmax(1).cpu() for some in logits)])
+
+
+def _write(run: Training, name: str, data: bytes) -> None:
+    if run.ranks.first:
+        run.storage.write(name, data)
 
 
 def _weights(student: Student) -> dict[str, Tensor]:
@@ -202,15 +233,18 @@ def _weights(student: Student) -> dict[str, Tensor]:
 
 
 def _checkpoint(run: Training) -> None:
+    if not run.ranks.first:
+        return
     students = {student.name: student.state() for student in run.students}
     clocks = {"seconds": run.seconds, "waited": run.waited}
     checkpoint.save(run.storage, {"step": run.step, **clocks, "students": students})
 
 
 def _resume(run: Training) -> None:
-    state = checkpoint.load(run.storage, run.device)
-    if state is None:
+    data = run.ranks.share(checkpoint.read(run.storage) if run.ranks.first else None)
+    if data is None:
         return
+    state = checkpoint.parse(data, run.storage, run.device)
     try:
         run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
         for student in run.students:

@@ -20,9 +20,9 @@ def mixed_ce(student: Tensor, labels: Tensor, partners: Tensor, lam: Tensor) -> 
     return lam * own + (1 - lam) * other
 
 
-def derived_mean(per_sample: Tensor, derived: Tensor) -> Tensor:
-    """Mean over the samples made from another image (DDA, equation 7); 0 where the batch holds none."""
-    return (per_sample * derived).sum() / derived.sum().clamp_min(1)
+def derived_mean(per_sample: Tensor, derived: Tensor, count: int) -> Tensor:
+    """Mean over the ``count`` samples of a batch made from another image (DDA, equation 7); 0 where it holds none."""
+    return (per_sample * derived).sum() / max(count, 1)
 
 
 def class_activation_maps(features: Tensor, weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
-from stages.distill.batches import Batches
+from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import evaluate_net
-from stages.distill.loop import OnEvent, OnProgress, Training, best_weights, held_out, train
+from stages.distill.loop import OnEvent, OnProgress, Training, best_weights, train
 from stages.distill.pixels import open_pixels
-from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_held_out
+from stages.distill.ranks import ALONE, Ranks
+from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
 from stages.distill.settings import PLACE, DistillSettings
 from stages.distill.student import Student
 from stages.distill.teacher_check import check_teacher, complaints
@@ -35,6 +37,24 @@ from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
 RESULTS = "results.json"
+COMPARED: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
+"""Settings left out of what a resumed run must share with its beginning."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains, on what, and what decides its result (``spec``): read and checked, nothing written yet."""
+
+    settings: DistillSettings
+    teacher: Teacher
+    rows: Rows
+    fit: Ints
+    held: Ints
+    order: EpochOrder
+    students: list[Student]
+    spec: dict[str, Any]
+    device: torch.device
+    ranks: Ranks
 
 
 def run_distill(
@@ -47,42 +67,33 @@ def run_distill(
     progress: OnProgress = lambda done, total, note: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Train every student of ``settings`` on ``manifests`` (URL, weight) and write them below ``out``.
+    """Train every student of ``settings`` on ``manifests`` (URL, weight) and write them below ``out``, in this process.
 
     The same call resumes, or returns the finished run's results again. Returns JSON-able results; ``parked`` names the
     students that diverged, by reason. Raises DataError where data, teacher and run folder do not fit, UsageError for
     settings that cannot work, Interrupted after a checkpoint once ``should_stop()`` is true.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        return _run(settings, manifests, out, teacher, test_data, on_event, progress, should_stop)
-    finally:
-        torch.set_num_threads(before)
+    storage = out if isinstance(out, Storage) else Storage(out)
+    prepared = prepare(settings, manifests, teacher)
+    begin(prepared, storage, on_event)
+    return train_students(prepared, storage, test_data, on_event, progress, should_stop)
 
 
-def _run(
+def prepare(
     settings: DistillSettings,
     sources: Sequence[tuple[str, float]],
-    out: Storage | str,
     named_teacher: ModelSettings | None,
-    test_data: str | None,
-    on_event: OnEvent,
-    progress: OnProgress,
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    storage = out if isinstance(out, Storage) else Storage(out)
-    device = _device(settings.device)
+    ranks: Ranks = ALONE,
+) -> Prepared:
+    """Open and check everything; the same in every process of ``ranks``."""
+    device = ranks.device or _device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.other_teacher, device)
     rows = select_rows(manifests, settings)
     fit, held = split_held_out(rows, settings.held_out, settings.seed)
-    order = EpochOrder(rows, fit, settings)
-    students = [Student(student_config(name, settings, teacher), settings, device) for name in settings.students]
-
-    compared: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
+    configs = [student_config(name, settings, teacher) for name in settings.students]
     spec = {
-        "settings": settings.model_dump(mode="json", exclude=compared),
+        "settings": settings.model_dump(mode="json", exclude=COMPARED),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
             | ({"rows": rows_digest(selection.rows)} if settings.skip_bad else {})
@@ -90,20 +101,60 @@ def _run(
         ],
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
-    on_event("run_started", students=[student.name for student in students], images=len(fit))
-    defaults = DistillSettings().model_dump(mode="json", exclude=compared)
-    checkpoint.open_run(storage, spec, {"settings": defaults})
+    return Prepared(
+        settings=settings, teacher=teacher, rows=rows, fit=fit, held=held, order=EpochOrder(rows, fit, settings),
+        students=[Student(config, settings, device, ranks) for config in configs],
+        spec=spec, device=device, ranks=ranks,
+    )  # fmt: skip
+
+
+def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int = 1) -> None:
+    """Announce the run and claim its folder, once for all ``workers``. Raises as :func:`run_distill` does."""
+    check_parts(prepared.order.length, prepared.settings.batch_size, workers)
+    names = [student.name for student in prepared.students]
+    on_event("run_started", students=names, images=len(prepared.fit), workers=workers)
+    defaults = DistillSettings().model_dump(mode="json", exclude=COMPARED)
+    checkpoint.open_run(storage, prepared.spec, {"settings": defaults})
+
+
+def train_students(
+    prepared: Prepared,
+    storage: Storage,
+    test_data: str | None,
+    on_event: OnEvent,
+    progress: OnProgress,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(prepared.settings.threads)
+    try:
+        return _train(prepared, storage, test_data, on_event, progress, should_stop)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(
+    prepared: Prepared,
+    storage: Storage,
+    test_data: str | None,
+    on_event: OnEvent,
+    progress: OnProgress,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    settings, teacher, students, ranks = prepared.settings, prepared.teacher, prepared.students, prepared.ranks
+    rows, fit, device = prepared.rows, prepared.fit, prepared.device
     for student in students:
         if adapted := adaptation_of(student.net):
             on_event("note", message=f"{student.name}: stem fit to {student.config.input.size} px images: {adapted}")
     for wrong in filter(None, rows.bad):
         on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
-    pixels = open_pixels(rows, settings.memory_gb, device)
-    batches = Batches(rows, order, pixels, settings, device)
-    check = check_teacher(teacher, batches, fit)
-    on_event("teacher_checked", **check)
-    for line in complaints(check, settings.min_agreement):
-        on_event("warning", message=line)
+    batches = Batches(rows, prepared.order, open_pixels(rows, settings.memory_gb, device), settings, device, ranks)
+    check = check_teacher(teacher, batches, fit) if ranks.first else {}
+    if ranks.first:
+        on_event("teacher_checked", **check)
+        for line in complaints(check, settings.min_agreement):
+            on_event("warning", message=line)
 
     def look(student: Student) -> dict[str, Any]:
         assert test_data is not None
@@ -113,22 +164,26 @@ def _run(
     if settings.cache.use:
         cached = open_answers(teacher, batches, storage, on_event, progress, should_stop)
     run = Training(
-        settings=settings, teacher=teacher, students=students, batches=batches, held=held, storage=storage,
+        settings=settings, teacher=teacher, students=students, batches=batches, held=prepared.held, storage=storage,
         device=device, on_event=on_event, on_progress=progress, should_stop=should_stop,
         look=look if test_data else None,
         answers=cached,
+        ranks=ranks,
     )  # fmt: skip
     train(run)
+    if not ranks.first:
+        return {}
 
     results: dict[str, Any] = {
         "out": storage.url,
-        "teacher": spec["teacher"],
+        "teacher": prepared.spec["teacher"],
         "teacher_check": check,
         "images": len(fit),
-        "images_held_out": len(held),
+        "images_held_out": len(prepared.held),
+        "workers": ranks.size,
         "seconds": run.seconds,
         "data_wait": run.waited / run.seconds if run.seconds else 0.0,
-        "students": {s.name: _finish(run, s, spec, test_data, storage, len(fit)) for s in run.learning},
+        "students": {s.name: _finish(run, s, prepared.spec, test_data, storage, len(fit)) for s in run.learning},
         "parked": {s.name: s.parked for s in run.students if s.parked is not None},
     }
     if test_data:
@@ -141,16 +196,17 @@ def _finish(
     run: Training, student: Student, spec: dict[str, Any], test_data: str | None, storage: Storage, images: int
 ) -> dict[str, Any]:
     """Write one student's folder; its results."""
-    net = student.result
+    net, scores = student.result, student.metrics[-1].get("held_out")
     if run.settings.keep == "best":
         net.load_state_dict(best_weights(run, student))
+        scores = max(student.metrics, key=lambda line: (line["held_out"]["agreement"], line["epoch"]))["held_out"]
     facts: dict[str, Any] = {
         "folder": storage.path(student.name),
         "images": images,
         "images_held_out": len(run.held),
         "device": str(run.device),
         "last_epoch": student.metrics[-1],
-        "held_out": held_out(run, student) if len(run.held) else None,
+        "held_out": scores,
         "test": evaluate_net(net, student.config, test_data, run.teacher) if test_data else None,
         **card.measure(net, student.config),
     }

@@ -19,9 +19,14 @@ class LossSettings(Settings):
     teacher_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
     student_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
 
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the terms that are on, in the order in which they are computed."""
+        return tuple(name for name in ("kd", "ce", "derived", "cam", "gradcam") if getattr(self, name))
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossSettings":
-        if not (self.kd or self.ce or self.derived or self.cam or self.gradcam):
+        if not self.active:
             raise ValueError("every loss weight is 0: nothing to learn from")
         return self
 
@@ -81,7 +86,7 @@ class DistillSettings(Settings):
     skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
     balance: bool = Field(False, description="every class equally often, over all manifests together")
     epochs: int = Field(80, gt=0)
-    batch_size: int = Field(64, gt=1)
+    batch_size: int = Field(64, gt=1, description="images per step, over all workers together")
     seed: int = Field(0, ge=0)
     held_out: float = Field(0.05, ge=0, lt=1, description="share held out, by trajectory and LCA partner")
     keep: Literal["last", "best"] = Field("last", description="which weights become the student; best is by held_out")

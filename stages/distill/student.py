@@ -10,23 +10,25 @@ from torch import Tensor, nn
 
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
+from stages.distill.ranks import ALONE, Ranks
 from stages.distill.schedule import lr_factor
 from stages.distill.settings import DistillSettings, OptimiserSettings
 from stages.distill.targets import Targets, student_terms, weighted
+from stages.micro_batches import out_of_memory
 from stages.models import registry
 from stages.models.identity import ModelConfig
 from stages.seeds import derive
 
 
 class Diverged(FactoryError):
-    """A student whose loss is no number any more."""
+    """A student that cannot go on: its loss is no number any more, or memory ran out."""
 
 
 class Student:
-    """A network that learns. Everything random about it follows from (seed, its name, the step)."""
+    """A network that learns. Everything random about it follows from (seed, its name, the step, the rank)."""
 
-    def __init__(self, config: ModelConfig, settings: DistillSettings, device: torch.device):
-        self.config, self.settings = config, settings
+    def __init__(self, config: ModelConfig, settings: DistillSettings, device: torch.device, ranks: Ranks = ALONE):
+        self.config, self.settings, self.ranks = config, settings, ranks
         self.name = re.sub(r"[^\w.-]+", "-", config.architecture)  # also its folder: timm:x is kept in timm-x
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
@@ -55,20 +57,29 @@ class Student:
         return all(bool(value.isfinite().all()) for value in values)
 
     def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
-        """One optimiser step on ``x``, the batch as this student's input. Raises Diverged if the loss is not finite."""
-        torch.manual_seed(derive(self.settings.seed, "step", self.name, step))  # for dropout and the like
+        """One optimiser step on ``x``, this process's part of the batch as the student's input.
+
+        Raises Diverged if the loss of the whole batch is not finite or memory runs out.
+        """
+        salt = [self.ranks.rank] if self.ranks.rank else []
+        torch.manual_seed(derive(self.settings.seed, "step", self.name, step, *salt))  # for dropout and the like
         self.net.train()
-        if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        mixed = self.settings.dtype == "bf16" and x.device.type == "cuda"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
-            terms = student_terms(self.forward, x, batch, targets, self.settings.loss, self.layers)
-            loss = weighted(terms, self.settings.loss)
-        values = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()
-        if not math.isfinite(values[0]):
-            raise Diverged(f"loss is {values[0]} at step {step}; a smaller learning rate or optimiser.clip may help")
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        terms, failure = ("loss", *self.settings.loss.active), None
+        try:
+            part = self._gradients(x, batch, targets)
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # the other processes wait for a number: none it is
+            if not out_of_memory(error):
+                raise
+            part = torch.full((len(terms),), math.nan, device=x.device)
+            failure = (str(error) or type(error).__name__).encode()
+        values = self.ranks.add_up(self.net, part, batch.share).tolist()
+        if not math.isfinite(values[0]):
+            why = f"loss is {values[0]} at step {step}; a smaller learning rate or optimiser.clip may help"
+            raise Diverged((self.ranks.share(failure) or why.encode()).decode())
         if self.settings.optimiser.clip:
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimiser.clip)
             if not math.isfinite(norm.item()):
@@ -77,9 +88,20 @@ class Student:
             group["lr"] = self.settings.optimiser.lr * lr_factor(self.settings.optimiser, step, total)
         self.optimiser.step()
         self._follow(step)
-        for name, value in zip(("loss", *terms), values, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value * len(x)
-        self.sums["images"] = self.sums.get("images", 0.0) + len(x)
+        for name, value in zip(terms, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value * batch.count
+        self.sums["images"] = self.sums.get("images", 0.0) + batch.count
+
+    def _gradients(self, x: Tensor, batch: Batch, targets: Targets) -> Tensor:
+        """Forward and backward; the loss and its terms ``[1 + terms]``."""
+        if self.settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        mixed = self.settings.dtype == "bf16" and x.device.type == "cuda"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            terms = student_terms(self.forward, x, batch, targets, self.settings.loss, self.layers)
+            loss = weighted(terms, self.settings.loss)
+        loss.backward()
+        return torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
 
     @torch.no_grad()
     def _follow(self, step: int) -> None:

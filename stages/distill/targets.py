@@ -66,28 +66,31 @@ def class_weights(teacher: Teacher) -> Tensor:
 def student_terms(
     net: nn.Module, x: Tensor, batch: Batch, targets: Targets, settings: LossSettings, layers: list[str]
 ) -> dict[str, Tensor]:
-    """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM."""
+    """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM.
+
+    Of a part of a batch: what it adds to each term of the whole one.
+    """
     last = stage_paths(net)[-1] if settings.cam else ""  # not every network has feature maps
     with outputs_of(net, [*layers, *([last] if settings.cam else [])]) as maps:
         logits = net(x).float()
     terms = {}
     if settings.kd:
-        terms["kd"] = losses.kd(logits, targets.logits, settings.tau)
+        terms["kd"] = batch.share * losses.kd(logits, targets.logits, settings.tau)
     if settings.ce or settings.derived:
         per_sample = losses.mixed_ce(logits, batch.labels, batch.partner_labels, batch.lam)
         if settings.ce:
-            terms["ce"] = per_sample.mean()
+            terms["ce"] = batch.share * per_sample.mean()
         if settings.derived:
-            terms["derived"] = losses.derived_mean(per_sample, batch.derived)
+            terms["derived"] = losses.derived_mean(per_sample, batch.derived, batch.derived_count)
     if settings.cam:
         assert targets.cam is not None
         weight = head_of(net).weight
         assert isinstance(weight, Tensor)
-        terms["cam"] = losses.map_mse(losses.class_activation_maps(maps[last], weight), targets.cam)
+        terms["cam"] = batch.share * losses.map_mse(losses.class_activation_maps(maps[last], weight), targets.cam)
     if settings.gradcam:
         own = losses.gradcam(logits, targets.logits.argmax(1), [maps[path] for path in layers])
         pairs = zip(own, targets.gradcams[-len(own) :], strict=True)
-        terms["gradcam"] = torch.stack([losses.map_mse(s, t) for s, t in pairs]).sum()
+        terms["gradcam"] = batch.share * torch.stack([losses.map_mse(s, t) for s, t in pairs]).sum()
     return terms
 
 

@@ -42,7 +42,7 @@ def test_a_flipped_checkpoint_is_never_resumed_from(run, data):
     whole = flipped(run / checkpoint.STATE, data)
     try:
         with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .*: delete it to start over"):
-            checkpoint.load(Storage(run), torch.device("cpu"))
+            checkpoint.parse((run / checkpoint.STATE).read_bytes(), Storage(run), torch.device("cpu"))
     finally:
         (run / checkpoint.STATE).write_bytes(whole)
 

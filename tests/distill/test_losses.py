@@ -46,8 +46,8 @@ def test_mixed_ce_by_hand():
 
 def test_derived_mean_counts_derived_samples_only():
     per_sample = torch.tensor([1.0, 2.0, 6.0])
-    assert losses.derived_mean(per_sample, torch.tensor([0.0, 1.0, 1.0])).item() == 4
-    assert losses.derived_mean(per_sample, torch.zeros(3)).item() == 0
+    assert losses.derived_mean(per_sample, torch.tensor([0.0, 1.0, 1.0]), 2).item() == 4
+    assert losses.derived_mean(per_sample, torch.zeros(3), 0).item() == 0
 
 
 def test_class_activation_map_by_hand():

@@ -27,7 +27,7 @@ def batch():
     x = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
     labels = torch.tensor([0, 1, 2, 3])
     here = np.arange(4)
-    return Batch(x, labels, labels, torch.ones(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), here, np.zeros_like(here))
+    return Batch(x, labels, labels, torch.ones(4), torch.tensor([0.0, 1.0, 0.0, 0.0]), here, np.zeros_like(here), 4, 1)
 
 
 def test_stages_are_paired_from_the_last_one_back(teacher):
