@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from stages.synth.diffusion import DiffusionPrior, load_part
+from stages.synth.diffusion import VAES, DiffusionPrior, load_part
 from stages.synth.priors import check_labels
 
 
@@ -19,7 +19,7 @@ class ClassPrior(DiffusionPrior):
 
     def load(self) -> tuple[Any, Any]:
         transformer = load_part(self, "transformer", {"DiTTransformer2DModel": DiTTransformer2DModel})
-        return transformer, load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+        return transformer, load_part(self, "vae", VAES)
 
     def encode(self, conditions: Sequence[str]) -> Tensor:
         """Labels ``[n]``, or ``[2n]`` with the null classes first where CFG is on."""

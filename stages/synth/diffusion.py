@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -21,6 +22,7 @@ from stages.synth.schedule import Schedule
 from stages.synth.settings import PriorSettings
 
 log = logging.getLogger(__name__)
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

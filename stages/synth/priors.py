@@ -110,7 +110,8 @@ def geometry(folder: Path, family: Family) -> Geometry:
     try:
         network, vae = config(family.network), config(family.vae) if family.vae else {}
         channels, side = int(network["in_channels"]), int(network["sample_size"])
-        pixels = side * 2 ** (len(vae["block_out_channels"]) - 1) if vae else side
+        widths = "decoder_block_out_channels" if "decoder_block_out_channels" in vae else "block_out_channels"
+        pixels = side * 2 ** (len(vae[widths]) - 1) if vae else side
         classes = int(network["num_embeds_ada_norm"]) if family.conditioning == "class" else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"prior {folder}: damaged or missing {names} ({error})") from error

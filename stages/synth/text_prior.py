@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stages.synth.diffusion import DiffusionPrior, frozen, load_part, load_text_encoder, load_tokenizer
+from stages.synth.diffusion import VAES, DiffusionPrior, frozen, load_part, load_text_encoder, load_tokenizer
 from stages.synth.settings import PriorSettings
 
 
@@ -23,7 +23,7 @@ class TextPrior(DiffusionPrior):
     def load(self) -> tuple[Any, Any]:
         self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
         self.encoders = [frozen(load_text_encoder(self, "text_encoder", CLIPTextModel), self.device)]
-        return self.load_unet(), load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+        return self.load_unet(), load_part(self, "vae", VAES)
 
     def load_unet(self) -> Any:
         return load_part(self, "unet", {"UNet2DConditionModel": UNet2DConditionModel})

@@ -19,10 +19,19 @@ from stages.synth.priors import load_prior, prior_identity
 from stages.synth.sampler import Guide, denoise
 from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.worker import build_worker
-from tests.synth.tiny import TinyTeacher, save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
+from tests.synth.tiny import (
+    TinyTeacher,
+    save_ddpm,
+    save_dit,
+    save_ldm,
+    save_stable_diffusion,
+    save_stable_diffusion_dc,
+    save_stable_diffusion_xl,
+)
 
 SAVE = {
     "sd": save_stable_diffusion,
+    "sd-dc": save_stable_diffusion_dc,
     "sdxl": save_stable_diffusion_xl,
     "dit": save_dit,
     "ldm": save_ldm,
@@ -64,7 +73,7 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 def test_identities(folders):
     of = {name: prior_identity(PriorSettings(path=str(folder), cfg=1.0)) for name, folder in folders.items()}
-    assert [of[name]["conditioning"] for name in SAVE] == ["text", "text", "class", "none", "none"]
+    assert [of[name]["conditioning"] for name in SAVE] == ["text", "text", "text", "class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
@@ -61,12 +62,14 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
-def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+def save_stable_diffusion(
+    folder: Path, prediction_type: str = "epsilon", vae: AutoencoderKL | AutoencoderDC | None = None
+) -> Path:
     """A random 16-pixel ``StableDiffusionPipeline`` (latents 4 × 8 × 8) saved to ``folder``."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
     pipeline = StableDiffusionPipeline(
-        vae=tiny_vae(),
+        vae=vae or tiny_vae(),
         unet=UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
@@ -86,6 +89,22 @@ def save_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Pat
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_stable_diffusion_dc(folder: Path) -> Path:
+    """The same around a deep-compression autoencoder, which names its widths as Stable Diffusion's pipeline asks."""
+    torch.manual_seed(0)
+    vae = AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 32),
+        decoder_block_out_channels=(8, 32),
+        encoder_layers_per_block=(0, 1),
+        decoder_layers_per_block=(0, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    )
+    vae.register_to_config(block_out_channels=[8, 32])
+    return save_stable_diffusion(folder, vae=vae)
 
 
 def save_stable_diffusion_xl(folder: Path) -> Path:
