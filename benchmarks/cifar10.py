@@ -1,0 +1,196 @@
+"""The paper's experiment on real data: CIFAR-10 students of a third-party teacher, with a prior of other photographs.
+
+    python benchmarks/cifar10.py --rows real-kd unguided guided "guided + LCA" --seeds 5 --out runs/cifar10
+    python benchmarks/cifar10.py --rows unguided guided --cpu-seconds 900 --seeds 5 --out runs/cifar10-900
+
+The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet``, ``cifar10-test-a.tar`` and
+``cifar10-resnet20.safetensors``. 5,000 training rows are the validation split, for every choice; ``--split test`` reads
+the test tar once a cell, for a frozen table. Every student takes the same number of steps. Rows are kept cell by cell,
+so a second call resumes and adds. Real images are read by the reference rows alone (``real``: labels, ``real-kd``: the
+teacher's answers), never by synthesis.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import pyarrow.parquet as pq
+from cifar_data import CLASS_NAMES, split_table, third_party
+from digits import interval, of_images, of_seconds
+
+from manifests.info import DatasetInfo
+from manifests.merge import merge
+from manifests.reader import Manifest
+from manifests.shard import ShardWriter, done_records
+from manifests.storage import Storage
+from pipeline.distill import run_distill
+from pipeline.recipe import Recipe, resolve
+from stages.models.identity import teacher_identity
+from stages.models.settings import ModelSettings
+
+HERE = Path(__file__).resolve().parent
+NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar", "cifar10-resnet20.safetensors")
+MAPPED = {  # everyday words of the prior's captions that mean the class
+    "automobile": "car",
+    "bird": "bird",
+    "cat": "cat",
+    "dog": "dog",
+    "frog": "frog",
+    "ship": "boat",
+    "truck": "truck",
+}
+UNMAPPED = {"airplane": "projectile", "deer": "gazelle", "horse": "ox"}  # unknown to the prior: the nearest it knows
+UNGUIDED, NAMED = ["synth.method=dmkd"], ["synth.prompts.class_names=true"]
+LCA, SELECT = ["synth.lca.every=4"], ["synth.min_confidence=0.5"]
+PAPER = ["synth.images.intermediates=3"]
+ROWS: dict[str, list[str]] = {
+    "unguided": UNGUIDED,
+    "unguided, named": [*UNGUIDED, *NAMED],
+    "unguided, named, selected": [*UNGUIDED, *NAMED, *SELECT],
+    "guided": [],
+    "guided + LCA": LCA,
+    "guided, named": NAMED,
+    "guided, named + LCA": [*NAMED, *LCA],
+    "guided, named, selected": [*NAMED, *SELECT],
+    "guided through z_t": ["synth.guidance.through=zt"],
+    "guided + mixup": [*LCA, "synth.lca.kind=mixup"],
+    "guided + traditional": [*LCA, "synth.lca.kind=traditional"],
+    "unguided, 4 images": [*UNGUIDED, *PAPER],
+    "guided + LCA, 4 images": [*LCA, *PAPER],
+}
+REAL = {"real": ["distill.loss.kd=0", "distill.loss.ce=1"], "real-kd": []}
+BASE, CEILING = "unguided", "real-kd"
+
+
+def recipe_of(row: str, seed: int, args: argparse.Namespace) -> Recipe:
+    """The base recipe with the row's settings; the named track calls the teacher's classes by the prior's words."""
+    sets = [*(ROWS | REAL)[row], *args.set, f"synth.seed={seed}", f"distill.seed={seed}"]
+    sets += [f"synth.prior.path={args.prior}", f"distill.students=[{','.join(args.students)}]"]
+    recipe = resolve(str(HERE / "cifar10.yaml"), sets=sets)
+    words = tuple((MAPPED | UNMAPPED)[name] for name in CLASS_NAMES)
+    names = words if recipe.synth.prompts.class_names else CLASS_NAMES
+    teacher = args.teacher.model_copy(update={"class_names": names})
+    return recipe.model_copy(update={"synth": recipe.synth.model_copy(update={"teacher": teacher})})
+
+
+def real_dataset(source: Path, folder: Path, images: int | None, teacher: ModelSettings) -> str:
+    """Training rows (the first ``images``, in the split's random order) in the factory's own format: the manifest."""
+    storage, table = Storage(folder), split_table(source, "train").slice(0, images)
+    if not done_records(storage):
+        with ShardWriter(storage, 0, "real") as writer:
+            for number, (jpg, label) in enumerate(zip(table["jpg"], table["label"].to_pylist(), strict=True)):
+                row = {"label": label, "class_name": CLASS_NAMES[label], "method": "real", "trajectory": number}
+                writer.add(row | {"kept": True}, jpg.as_py(), "jpg")
+            writer.commit()
+    merge(storage, DatasetInfo("real", {}, {}, teacher_identity(teacher), 32, CLASS_NAMES))
+    return storage.path("m.parquet")
+
+
+def cell(row: str, seed: int, images: int | None, budget: float | None, test: str, args: argparse.Namespace) -> dict:
+    """One dataset and its students: accuracy of each, images, stage-1 CPU seconds, the teacher's agreement."""
+    size = f"{budget:g}s" if budget else images or "all"
+    folder = args.out / args.split / "".join(c if c.isalnum() else "_" for c in f"{row} {size} {seed}")
+    done = folder / "cell.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    recipe = recipe_of(row, seed, args)
+    if row in REAL:
+        data = args.out / f"real-{images or 'all'}"
+        manifest, seconds, where = real_dataset(args.bench / NEEDED[0], data, images, args.teacher), 0.0, "kept"
+    elif budget:
+        manifest, seconds, where = of_seconds(recipe, budget, folder)
+    else:
+        manifest, seconds, where = of_images(recipe, images, folder)
+    count = len(Manifest.open(manifest).select(where))
+    epochs = max(1, round(args.steps / -(-count // recipe.distill.batch_size)))
+    learning = {"where": where, "epochs": epochs, "min_agreement": 0.0}
+    recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update=learning)})
+    learnt = run_distill(
+        recipe, [(manifest, 1.0)], str(folder / "distill"), teacher=recipe.synth.teacher, test_data=test, quiet=True
+    )
+    result = {
+        "row": row,
+        "seed": seed,
+        "images": count,
+        "seconds": seconds,
+        "accuracy": {name: student["test"]["accuracy"] for name, student in learnt["students"].items()},
+        "agreement": learnt["teacher_check"]["agreement"],
+        "teacher": learnt["teacher_accuracy"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(result))
+    return result
+
+
+def table_rows(row: str, made: list[dict], known: dict[str, list[dict]]) -> Sequence[str]:
+    """A Markdown row a student: accuracy, and differences to unguided and to KD on real images, paired by seed."""
+    for name in made[0]["accuracy"]:
+        accuracy = [100 * c["accuracy"][name] for c in made]
+        text = f"| {row} | {name} | {mean(c['images'] for c in made):.0f} "
+        text += f"| {mean(accuracy):.1f} ± {interval(accuracy):.1f} "
+        for other in (BASE, CEILING):
+            base = {c["seed"]: c["accuracy"][name] for c in known.get(other, [])}
+            paired = [100 * (c["accuracy"][name] - base[c["seed"]]) for c in made if c["seed"] in base]
+            text += f"| {mean(paired):+.1f} ± {interval(paired):.1f} " if paired and row != other else "| "
+        yield text + f"| {100 * mean(c['agreement'] for c in made):.0f} | {mean(c['seconds'] for c in made):.0f} |"
+
+
+def absent(args: argparse.Namespace) -> str:
+    """Why nothing can be measured here; empty where it can."""
+    if args.bench is None:
+        return "FACTORY_BENCH_DIR names no folder"
+    missing = [name for name in NEEDED if not (args.bench / name).exists()]
+    if missing:
+        return f"{args.bench} lacks {', '.join(missing)}"
+    if not (args.prior / "model_index.json").exists() and any(row not in REAL for row in args.rows):
+        return f"no prior at {args.prior}: train one with tools/train_natural_prior.py"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=[*REAL, *ROWS], default=["real-kd", "unguided", "guided"])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--images", type=int, default=1500, help="equal kept images; real rows: this many real ones")
+    size.add_argument("--cpu-seconds", type=float, help="equal stage-1 time instead; real rows: every training image")
+    parser.add_argument("--steps", type=int, default=3000, help="of every student")
+    parser.add_argument("--students", nargs="+", default=["resnet8"])
+    parser.add_argument("--teacher", help="model folder; default: the third-party ResNet-20 as it is")
+    parser.add_argument("--prior", type=Path, default=HERE.parent / "priors" / "natural32")
+    parser.add_argument("--set", action="append", default=[], help="changes the base recipe; use another --out")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.bench = Path(os.environ["FACTORY_BENCH_DIR"]) if "FACTORY_BENCH_DIR" in os.environ else None
+    if why := absent(args):
+        print(f"skipped: {why}")
+        return
+    args.teacher = ModelSettings(name=args.teacher) if args.teacher else third_party("resnet20", args.bench / NEEDED[2])
+    args.out.mkdir(parents=True, exist_ok=True)
+    test = args.bench / NEEDED[1]
+    if args.split == "validation":
+        test = args.out / "validation.parquet"
+        pq.write_table(split_table(args.bench / NEEDED[0], "validation"), test)
+    print(f"named track: {MAPPED}; unknown to the prior: {UNMAPPED}")
+    print(f"| row | student | images | {args.split} % | minus unguided | minus real-kd | agreement % | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
+    known: dict[str, list[dict]] = {}
+    images = None if args.cpu_seconds else args.images
+    for row in args.rows:
+        known[row] = [cell(row, seed, images, args.cpu_seconds, str(test), args) for seed in range(args.seeds)]
+        for line in table_rows(row, known[row], known):
+            print(line, flush=True)
+    print(f"teacher: {100 * mean(c['teacher'] for cells in known.values() for c in cells):.1f} %")
+    (args.out / args.split / "cells.json").write_text(json.dumps(known, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The real-data experiment: the split of CIFAR-10, the teacher's augmentation, and a reason where it cannot run."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import cifar_data
+from train_cifar_teacher import augmented
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cifar10.py"
+
+
+def test_training_and_validation_rows_are_apart_and_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar_data, "VALIDATION", 3)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(buffer, "PNG")
+    rows = {"key": [str(i) for i in range(10)], "jpg": [buffer.getvalue()] * 10, "label": list(range(10))}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    train, held = (cifar_data.split_table(tmp_path / "t.parquet", split) for split in ("train", "validation"))
+    keys = train["key"].to_pylist(), held["key"].to_pylist()
+    assert len(keys[0]) == 7 and sorted(keys[0] + keys[1]) == rows["key"]
+    assert cifar_data.split_table(tmp_path / "t.parquet", "validation").equals(held)
+    images, labels = cifar_data.tensors(held)
+    assert images.shape == (3, 3, 32, 32) and images.unique().tolist() == [200]
+    assert [str(label) for label in labels.tolist()] == keys[1]
+
+
+def test_augmented_images_are_shifted_and_mirrored_never_else():
+    columns = torch.arange(32.0).expand(1, 1, 32, 32)
+    x = torch.cat([columns, columns.transpose(2, 3), columns], 1).expand(64, 3, 32, 32)
+    middle = augmented(x, torch.Generator().manual_seed(0))[:, :, 12:20, 12:20]
+    across, down = middle[:, 0].diff(dim=2), middle[:, 1].diff(dim=1)
+    assert set(across.flatten().tolist()) == {1.0, -1.0} and (across == across[:, :1, :1]).all()  # mirrored or not
+    assert (down == 1).all() and (middle[:, 0] == middle[:, 2]).all()
+    assert {int(v) - 12 for v in middle[:, 1, 0, 0]} == set(range(-4, 5))
+
+
+@pytest.mark.parametrize("bench", [None, "empty"])
+def test_without_data_the_benchmark_says_why(tmp_path, bench):
+    environ = {name: value for name, value in os.environ.items() if name != "FACTORY_BENCH_DIR"}
+    if bench:
+        environ["FACTORY_BENCH_DIR"] = str(tmp_path)
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=120)
+    wanted = (
+        f"skipped: {tmp_path} lacks cifar10-train.parquet" if bench else "skipped: FACTORY_BENCH_DIR names no folder"
+    )
+    assert done.stdout.startswith(wanted) and not (tmp_path / "out").exists()
