@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from manifests.errors import DataError
+from manifests.errors import DataError, FactoryError
 from stages.micro_batches import in_micro_batches, moment_sums, moments
 from stages.models.inputs import InputSpec
 from stages.models.outputs import require_finite
@@ -105,18 +105,28 @@ class Teacher:
 
     @torch.no_grad()
     def check(self) -> "Teacher":
-        """Let it answer two images. Raises DataError where it fails, returns something else than logits, or NaN."""
+        """Let it answer two images; a network that cuts gradients off becomes not ``differentiable``.
+
+        Raises DataError where it fails, returns something else than logits of each image, or NaN.
+        """
         for name, value in self.net.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise DataError(f"{self.what}: {name} holds NaN or infinite values")
         settings = self.input.settings
         x = torch.linspace(-1, 1, 6 * settings.size**2).view(2, 3, settings.size, settings.size)
+        x = x.to(next(self.net.parameters(), x).device).requires_grad_()
         try:
-            with inputs_of([self._head] if self._head is not None else []) as seen:
-                self.logits(x.to(next(self.net.parameters(), x).device))
-        except RuntimeError as error:
+            with torch.enable_grad(), inputs_of([self._head] if self._head is not None else []) as seen:
+                logits = self.logits(x)
+        except FactoryError:
+            raise
+        except Exception as error:  # whatever a foreign network does
             shape = f"{settings.channels}×{settings.size}×{settings.size}"
-            raise DataError(f"{self.what} cannot take images of {shape}: {str(error).splitlines()[0]}") from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{self.what} cannot take images of {shape}: {reason}") from error
+        if len(require_finite(logits, self.what)) != len(x):
+            raise DataError(f"{self.what} answers {len(x)} images with {len(logits)} rows of logits")
+        self.differentiable = logits.requires_grad
         if any(len(found) != 1 or found[0].flatten(1).shape != (2, self._head_width) for found in seen):
             self._head = None  # it looked like the last layer, but does not turn features into logits
         return self

@@ -43,7 +43,7 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     teacher = load_teacher(settings.teacher, device)
     if settings.method == "diffdfkd":
         if not teacher.differentiable:
-            raise UsageError(f"{teacher.what} is a black box and cannot guide: use --method dmkd")
+            raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
         if settings.guidance.bn and not teacher.has_batchnorm:
             instead = ", view consistency is on instead" if two_views(settings.guidance, teacher) else ""
             log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)

@@ -1,5 +1,6 @@
 """A user's own file, as ``module.path:function`` teachers find it: networks and functions of many kinds."""
 
+import torch
 from torch import nn
 
 
@@ -59,9 +60,53 @@ def wrong_width():
     return tiny(4, 3)
 
 
+class Answering(nn.Module):
+    """Logits, changed at the last moment."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = tiny(5, 3), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+def nan_in_a_tuple():
+    return Answering(lambda logits: (logits * float("nan"), logits.argmax(1)))
+
+
+def without_logits():
+    return Answering(lambda logits: {"scores": logits, "labels": logits.argmax(1)})
+
+
+def nothing_at_all():
+    return Answering(lambda logits: None)
+
+
+def of_one_image():
+    return Answering(lambda logits: logits[:1])
+
+
+def cut_off():
+    return Answering(lambda logits: logits.detach())
+
+
+def other_size():
+    def refuse(logits):
+        raise ValueError("Input image size (8) doesn't match model (224).")
+
+    return Answering(refuse)
+
+
 def scores():
     """A black box: numbers about images, from outside torch."""
     return lambda x: x.mean((2, 3)).numpy().repeat(2, 1)[:, :5]
+
+
+def opinions():
+    """A black box that never is in two minds."""
+    weight = torch.randn(3 * 8 * 8, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    return lambda x: 0.1 * x.flatten(1).numpy() @ weight
 
 
 def not_callable():

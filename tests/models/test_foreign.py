@@ -91,6 +91,11 @@ class TestOwnCode:
             ("wrong_width", r"returns \[2, 4\], expected logits \[n, 5\]"),
             ("nan", "0.weight holds NaN or infinite"),
             ("overflow", "returns NaN or infinite logits"),
+            ("nan_in_a_tuple", "returns NaN or infinite logits"),
+            ("without_logits", r"returns dict, expected logits \[n, 5\]"),
+            ("nothing_at_all", r"returns NoneType, expected logits \[n, 5\]"),
+            ("of_one_image", "answers 2 images with 1 rows of logits"),
+            ("other_size", r"cannot take images of 3×8×8: Input image size \(8\) doesn't match"),
         ],
     )
     def test_what_is_no_table_of_logits_is_refused(self, function, line):
@@ -113,6 +118,10 @@ class TestOwnCode:
         wrong = own("with_features").model_copy(update={"input": RGB.model_copy(update={"size": 9})})
         with pytest.raises(DataError, match="cannot take images of 3×9×9"):
             load_teacher(wrong)
+
+    def test_a_network_that_cuts_gradients_off_is_found_out(self):
+        assert load_teacher(own("with_features")).differentiable
+        assert not load_teacher(own("cut_off")).differentiable
 
     def test_code_is_never_run_because_a_file_says_so(self, tmp_path):
         save_model(tmp_path, registry.build_net(config("tests.models.nets:tiny"), named=True), config("os:getcwd"))
