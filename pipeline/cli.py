@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands import demo, export, keep, look, rescore, run, score
+from pipeline.commands import demo, export, keep, look, recipes, rescore, run, score
 
 app = typer.Typer(
     name="factory",
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(run.app, name="run")
 app.command()(demo.demo)
+app.command()(recipes.recipes)
 app.command(rich_help_panel="Look")(look.status)
 app.command(rich_help_panel="Look")(look.inspect)
 app.command(rich_help_panel="Look")(look.verify)

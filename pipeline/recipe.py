@@ -42,15 +42,19 @@ class Recipe(Settings):
 
 def packaged() -> list[str]:
     """Names of the recipes that come with the package."""
-    folder = resources.files("pipeline") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    entries = (resources.files("pipeline") / "recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def packaged_text(name: str) -> str:
+    """The YAML of a packaged recipe, comments and all."""
+    return (resources.files("pipeline") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read(source: str) -> Layer:
-    """The layer of a packaged recipe's name or of a YAML file's path."""
+    """The layer of a packaged recipe's name or of a YAML file's path, over what it ``extends``."""
     if source in packaged():
-        text = (resources.files("pipeline") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
-        return yaml_layer(text, f"recipe {source}")
+        return _extended(yaml_layer(packaged_text(source), f"recipe {source}"), Path())
     path = Path(source)
     if not path.suffix and not path.exists() and path.name == source:
         raise UsageError(
@@ -60,8 +64,22 @@ def read(source: str) -> Layer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from None
-    layer = yaml_layer(text, source)
-    return layer.over(Layer({"name": path.stem}, {}))
+    return _extended(yaml_layer(text, source).over(Layer({"name": path.stem}, {})), path.parent)
+
+
+def _extended(layer: Layer, folder: Path) -> Layer:
+    """``layer`` over the recipe that its key ``extends`` names: a packaged one, or a file beside it."""
+    if "extends" not in layer.values:
+        return layer
+    where, base = layer.origin(("extends",)), layer.values["extends"]
+    if not isinstance(base, str):
+        raise UsageError(f"{where}: extends: name a packaged recipe or a YAML file")
+    own = {key: value for key, value in layer.values.items() if key != "extends"}
+    origins = {path: origin for path, origin in layer.origins.items() if path[:1] != ("extends",)}
+    try:
+        return Layer(own, origins).over(read(base if base in packaged() else str(folder / base)))
+    except RecursionError:
+        raise UsageError(f"{where}: extends: goes round in a circle") from None
 
 
 def resolve(

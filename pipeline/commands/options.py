@@ -11,7 +11,13 @@ PLACE = "Where it runs"
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-c", metavar="NAME|FILE", help="Packaged recipe or YAML file.", show_default=False),
+    typer.Option(
+        "--recipe",
+        "-c",
+        metavar="NAME|FILE",
+        help="Packaged recipe (`factory recipes` lists them) or YAML file.",
+        show_default=False,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

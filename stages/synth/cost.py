@@ -52,13 +52,15 @@ class Meter:
 
     def __init__(self, settings: SynthSettings) -> None:
         self.settings = settings
-        prior = load_prior(settings.prior.model_copy(update={"attention": "sdpa", "compile": False}), "meta")
+        names = resolve(settings.teacher).config.class_names
+        shapes = settings.prior.labelled(names).model_copy(update={"attention": "sdpa", "compile": False})
+        prior = load_prior(shapes, "meta")
         assert isinstance(prior, DiffusionPrior)
         self.prior, self.teacher = prior, blank_teacher(settings.teacher)
         guides = settings.method == "diffdfkd"
         self.decoder = load_decoder(prior, settings, self.teacher) if guides and self.teacher else None
         self.adversary = blank_teacher(settings.adversary) if settings.adversary else None
-        group = make_group(settings, 0, resolve(settings.teacher).config.class_names)
+        group = make_group(settings, 0, names)
         self.condition = prior.encode(group.conditions(prior.conditioning)[:1])
         self.labels = torch.zeros(1, dtype=torch.long, device=META)
         self.rng = torch.Generator()

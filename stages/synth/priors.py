@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +36,7 @@ class Family:
 FAMILIES = {
     "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
     "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
+    "IFPipeline": Family("text", "unet", None),
     "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
     "LDMPipeline": Family("none", "unet", "vqvae"),
     "DDPMPipeline": Family("none", "unet", None),
@@ -126,8 +127,14 @@ def geometry(folder: Path, family: Family) -> Geometry:
     return Geometry((channels, side, side), pixels, classes)
 
 
-def check_labels(settings: PriorSettings, source: str, classes: int, names: Iterable[str]) -> None:
+def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequence[str]) -> None:
     """Every class of the teacher needs a label that the prior knows; raises :class:`UsageError` listing the rest."""
+    if settings.labels_by_index:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if len(names) != classes or twice:
+            found = f"two of the teacher's are called {twice[0]}" if twice else f"the teacher knows {len(names)}"
+            raise UsageError(f"prior {source} knows {classes} classes, {found}: prior.labels_by_index cannot pair them")
+        return
     missing = [name for name in dict.fromkeys(names) if name not in settings.labels]
     if missing:
         raise UsageError(
@@ -196,6 +203,10 @@ def load_prior(settings: PriorSettings, device: str) -> "DiffusionPrior":
         from stages.synth.text_prior_xl import TextPriorXL
 
         return TextPriorXL(folder, settings, device)
+    if name == "IFPipeline":
+        from stages.synth.text_prior_if import TextPriorIF
+
+        return TextPriorIF(folder, settings, device)
     if family.conditioning == "text":
         from stages.synth.text_prior import TextPrior
 

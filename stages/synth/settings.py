@@ -1,5 +1,6 @@
 """Settings of stage 1 (``factory run synth``), beside their owner. Imports no torch."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +32,7 @@ class PriorSettings(Settings):
     cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
     labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")
+    labels_by_index: bool = Field(False, description="in place of labels: prior and teacher number the same classes")
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     vae_slicing: bool = Field(False, description="decode image by image: less memory, more time")
@@ -49,6 +51,18 @@ class PriorSettings(Settings):
         if not 0 <= low < high <= 1:
             raise ValueError(f"cfg_interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_to_label(self) -> "PriorSettings":
+        if self.labels and self.labels_by_index:
+            raise ValueError("labels and labels_by_index exclude each other")
+        return self
+
+    def labelled(self, names: Sequence[str]) -> "PriorSettings":
+        """With ``labels`` for the teacher's classes ``names``, written out where they go by index."""
+        if not self.labels_by_index:
+            return self
+        return self.model_copy(update={"labels": {name: i for i, name in enumerate(names)}, "labels_by_index": False})
 
     def cfg_at(self, step: int) -> float:
         """The guidance scale of denoising step ``step``: ``cfg`` inside its interval, else 1."""

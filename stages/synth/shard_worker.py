@@ -50,7 +50,7 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
     if adversary and adversary.num_classes != teacher.num_classes:
         raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
-    prior = load_prior(settings.prior, device)
+    prior = load_prior(settings.prior.labelled(teacher.class_names), device)
     decode = load_decoder(prior, settings, teacher, run) if settings.method == "diffdfkd" else None
     return Models(prior, teacher, adversary, device, decode)
 
@@ -73,6 +73,7 @@ class ShardWorker:
         self.models = load_models(settings, self.storage)
         self.teacher, self.device = self.models.teacher, self.models.device
         self.news = news(self.models, settings)
+        self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels
         self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class ShardWorker:
             "class_name": self.teacher.class_names[label],
             "prompt": group.prompts[position] if conditioning == "text" else None,
             "negative_prompt": settings.prior.negative_prompt if conditioning == "text" else None,
-            "prior_label": settings.prior.labels[self.teacher.class_names[label]] if conditioning == "class" else None,
+            "prior_label": self.prior_labels[self.teacher.class_names[label]] if conditioning == "class" else None,
             "method": settings.method,
             "seed": settings.seed,
             "group": group.index,

@@ -18,7 +18,7 @@ from stages.synth.priors import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
 from tests.synth.test_guidance_decoder import save_tiny
-from tests.synth.tiny import save_ddpm, save_dit, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
+from tests.synth.tiny import save_ddpm, save_dit, save_if, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
 
 NAMES = ("a", "b")
 
@@ -57,6 +57,7 @@ def counted(settings: SynthSettings) -> int:
         (save_stable_diffusion, {"cfg": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
         (save_stable_diffusion_xl, {"cfg": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
         (save_dit, {"cfg": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
+        (save_if, {"cfg": 2.0}, {"guidance": {"every": 3}}),
         (save_ldm, {"cfg": 1.0}, {"guidance": {"bn": 0.0}}),
         (save_ddpm, {"cfg": 1.0, "scheduler": "ddpm"}, {"guidance": {"through": "zt"}}),
     ],
@@ -67,7 +68,7 @@ def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, pr
     settings = SynthSettings.model_validate({"prior": {"path": folder, "steps": 4} | prior} | common | other)
     cost = synth_cost(settings)
     assert cost.flops - cost.score == counted(settings)
-    assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save is not save_ddpm)
+    assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save not in (save_ddpm, save_if))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "fitted"])

@@ -6,7 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import IFPipeline, StableDiffusionXLPipeline
 
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
@@ -15,7 +15,7 @@ from stages.models.identity import teacher_identity
 from stages.synth.groups import Group
 from stages.synth.plan_inputs import inspect_inputs
 from stages.synth.prior import State
-from stages.synth.priors import load_prior, prior_identity
+from stages.synth.priors import check_labels, load_prior, prior_identity
 from stages.synth.sampler import Guide, denoise
 from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.worker import build_worker
@@ -23,6 +23,7 @@ from tests.synth.tiny import (
     TinyTeacher,
     save_ddpm,
     save_dit,
+    save_if,
     save_ldm,
     save_stable_diffusion,
     save_stable_diffusion_dc,
@@ -33,6 +34,7 @@ SAVE = {
     "sd": save_stable_diffusion,
     "sd-dc": save_stable_diffusion_dc,
     "sdxl": save_stable_diffusion_xl,
+    "if": save_if,
     "dit": save_dit,
     "ldm": save_ldm,
     "ddpm": save_ddpm,
@@ -73,7 +75,7 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 def test_identities(folders):
     of = {name: prior_identity(PriorSettings(path=str(folder), cfg=1.0)) for name, folder in folders.items()}
-    assert [of[name]["conditioning"] for name in SAVE] == ["text", "text", "text", "class", "none", "none"]
+    assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 4 + ["class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
 
@@ -93,6 +95,35 @@ def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
         output_type="pt",
     ).images
     torch.testing.assert_close((frame.images / 2 + 0.5).clamp(0, 1), theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_if_gives_what_its_own_pipeline_gives_without_thresholding(folders):
+    """T5 with its mask, prompts in lower case, the learned variance dropped: the whole loop agrees."""
+    prior = load(folders["if"], cfg=2.0, negative_prompt="B", scheduler="ddpm")
+    pipeline = IFPipeline.from_pretrained(
+        folders["if"], safety_checker=None, watermarker=None, requires_safety_checker=False
+    )
+    pipeline.scheduler = prior.schedule.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["A cat", "dog"]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    rngs = generators()
+    state = prior.start(torch.cat([torch.randn(1, 3, 16, 16, generator=rng) for rng in rngs]))
+    for _ in prior.timesteps:
+        state = prior.step(prior.predict(state, prior.encode(prompts)), rngs)
+    theirs = pipeline(
+        prompts,
+        negative_prompt=["B", "B"],
+        guidance_scale=2.0,
+        num_inference_steps=4,
+        generator=generators(),
+        output_type="pt",
+        clean_caption=False,
+    ).images
+    torch.testing.assert_close(state.z, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_class_guidance_counts_from_the_null_class_of_the_config(folders):
@@ -118,6 +149,19 @@ def test_unmapped_and_unknown_labels_are_listed(folders):
         load(folders["dit"], labels={"cat": 0, "dog": 5}).encode(["cat"])
     with pytest.raises(UsageError, match="no label for 10 classes"):  # before anything is loaded
         inspect_inputs(SynthSettings(prior=PriorSettings(path=str(folders["dit"]))))
+
+
+def test_labels_by_index_pair_equal_class_lists_alone(folders):
+    base = {"prior": {"path": str(folders["dit"]), "labels_by_index": True}, "teacher": {"name": "embedded:digits"}}
+    with pytest.raises(UsageError, match="knows 5 classes, the teacher knows 10"):
+        inspect_inputs(SynthSettings.model_validate(base))
+    five = PriorSettings(path=str(folders["dit"]), labels_by_index=True)
+    check_labels(five, "x", 5, "abcde")
+    with pytest.raises(UsageError, match="two of the teacher's are called a"):
+        check_labels(five, "x", 5, ["a", "b", "a", "c", "d"])
+    assert load_prior(five.labelled("abcde"), "cpu").encode(["d", "a"]).tolist() == [5, 5, 3, 0]
+    with pytest.raises(ValueError, match="exclude each other"):
+        PriorSettings(labels={"a": 0}, labels_by_index=True)
 
 
 def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):

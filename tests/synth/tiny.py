@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    IFPipeline,
     LDMPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -20,7 +21,15 @@ from diffusers import (
     VQModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from stages.models.teacher import Teacher
 
@@ -136,6 +145,37 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_if(folder: Path) -> Path:
+    """A random ``IFPipeline`` of 16 pixels with a learned variance (6 channels out); T5 of width 16."""
+    torch.manual_seed(0)
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary += [(chr(c), -3.0) for c in range(97, 123)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    text = T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+    )
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", thresholding=True, sample_max_value=1.5, variance_type="learned_range"
+    )
+    pipeline = IFPipeline(tokenizer, T5EncoderModel(text), unet, scheduler, None, None, None, False)
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -1,0 +1,125 @@
+"""Every packaged recipe: paper recipes pass a dry run with only paths changed, twins run both stages end to end."""
+
+from pathlib import Path
+
+import pytest
+
+from manifests.errors import UsageError
+from manifests.reader import Manifest
+from pipeline import distill
+from pipeline.estimate import dry_run, dry_run_lines
+from pipeline.recipe import packaged, packaged_text, resolve
+from pipeline.synth import run_synth
+from tests.pipeline.conftest import INLINE
+from tests.synth.test_guidance_decoder import save_tiny
+from tests.synth.tiny import save_dit, save_if, save_stable_diffusion
+
+PAPER = {  # images and stored side as the paper (or the recipe's header) gives them
+    "diffdfkd-cifar10": (15_000, 32),
+    "diffdfkd-cifar10-fast": (15_000, 32),
+    "diffdfkd-cifar100": (15_000, 32),
+    "diffdfkd-tiny-imagenet": (30_000, 64),
+    "diffdfkd-domainnet": (12_000, 224),
+    "diffdfkd-quickdraw": (12_000, 224),
+    "diffdfkd-table3-sd": (3_000, 32),
+    "diffdfkd-table3-dit": (3_000, 32),
+    "diffdfkd-table3-if": (3_000, 32),
+    "dmkd-imagenet": (200_000, 256),
+}
+TWINS = {"diffdfkd-twin": (200, 8), "dmkd-twin": (40, 8)}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Where things lie on this machine: tiny priors by the hub id they stand for, a tiny decoder, some weights."""
+    root = tmp_path_factory.mktemp("paths")
+    weights = root / "weights.safetensors"
+    weights.write_bytes(b"only hashed")
+    return {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": save_stable_diffusion(root / "sd"),
+        "facebook/DiT-XL-2-256": save_dit(root / "dit", classes=1000),
+        "DeepFloyd/IF-I-M-v1.0": save_if(root / "if"),
+        "tiny": save_tiny(root / "tiny"),
+        "weights": weights,
+    }
+
+
+def local(name: str, paths: dict[str, Path]) -> list[str]:
+    """The changes of paths, and nothing else, that make recipe ``name`` run here."""
+    synth = resolve(name, environ={}).synth
+    sets = [f"prior.path={paths[synth.prior.path]}", f"teacher.weights={paths['weights']}"]
+    return sets + ([f"guidance.tiny_decoder={paths['tiny']}"] if synth.guidance.decoder == "tiny" else [])
+
+
+def test_nothing_is_packaged_untested():
+    assert set(packaged()) == {"demo", *PAPER, *TWINS}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_needs_only_paths(tmp_path, paths, name):
+    recipe = resolve(name, section="synth", sets=local(name, paths), environ={})
+    found = dry_run(recipe, str(tmp_path / "run"), INLINE)
+    assert (found["images"], found["image_size"]) == PAPER[name]
+    assert found["unknown"] is None and found["classes"] == recipe.synth.teacher.num_classes
+    per_trajectory = recipe.synth.prior.steps + sum(
+        recipe.synth.prior.cfg_at(step) != 1 for step in range(recipe.synth.prior.steps)
+    )
+    assert found["denoiser_calls"] == per_trajectory * found["trajectories"]
+    cost, guided = found["cost"], recipe.synth.method == "diffdfkd"
+    assert cost["flop"] > cost["denoiser"] * found["trajectories"] > 0 and cost["weights_bytes"] > 1e6
+    assert (cost["guidance_teacher"] > 0) == (cost["saved_bytes_per_group"] > 0) == guided
+    assert found["disk_bytes_at_most"] < 4 * 2**30 * (10 if name == "dmkd-imagenet" else 1)
+    assert any(line.startswith("compute") for line in dry_run_lines(found))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_says_what_to_change_and_trains_a_known_student(name):
+    text, recipe = packaged_text(name), resolve(name, environ={})
+    assert recipe.name == name and recipe.description
+    assert "yours" in text or "extends: diffdfkd-table3-sd" in text or "extends: diffdfkd-cifar10" in text
+    teacher = recipe.synth.teacher
+    assert teacher.class_names is None or len(set(teacher.class_names)) == teacher.num_classes
+    assert recipe.synth.images.size == teacher.input.size or recipe.synth.method == "dmkd"
+    assert recipe.distill.students[0] == "resnet18" and recipe.distill.loss.tau >= 10
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_runs_both_stages(tmp_path, name):
+    recipe = resolve(name, environ={})
+    planned = dry_run(recipe, str(tmp_path / "run"), INLINE)
+    assert (planned["images"], planned["image_size"]) == TWINS[name] and planned["cost"]["flop"] > 0
+    made = run_synth(recipe, str(tmp_path / "run"), INLINE, quiet=True)
+    assert made["rows"] == TWINS[name][0]
+    manifest = Manifest.open(made["manifest"])
+    assert manifest.info.image_size == 8 and manifest.info.recipe["name"] == name
+    students = distill.resolve_distill(manifest, None, [], {})
+    assert students.distill == recipe.distill
+    result = distill.run_distill(students, [(manifest.url, 1.0)], str(tmp_path / "out"), quiet=True)
+    assert result["images"] + result["images_held_out"] == TWINS[name][0] and not result["parked"]
+
+
+def test_a_recipe_extends_another_and_every_value_knows_its_place(tmp_path):
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text("extends: demo\nsynth:\n  seed: 3\n  shards: 9\n")
+    top.write_text("extends: base.yaml\nsynth:\n  shards: 8\n")
+    recipe = resolve(str(top), environ={})
+    assert (recipe.synth.seed, recipe.synth.shards, recipe.synth.prior.steps) == (3, 8, 20)
+    assert recipe.name == "top"
+    base.write_text("extends: demo\nsynth:\n  seeed: 3\n")
+    with pytest.raises(UsageError, match=r"base.yaml:3: synth.seeed: unknown key; did you mean seed"):
+        resolve(str(top), environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: mine.yaml", "goes round in a circle"),
+        ("extends: [demo]", "mine.yaml:1: extends: name a packaged recipe"),
+        ("extends: nowhere.yaml", "nowhere.yaml: cannot read this recipe"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(str(tmp_path / "mine.yaml"), environ={})
+    assert len(str(caught.value).splitlines()) == 1
