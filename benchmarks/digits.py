@@ -32,6 +32,7 @@ from stages.models.digits_data import write_split
 from stages.synth.shard_worker import load_models
 
 LCA = ["synth.lca.every=4", "synth.lca.interval=[0.0,0.5]"]
+FITTED = ["synth.guidance.decoder=fitted"]
 ROWS: dict[str, list[str]] = {
     "guided": [],
     "unguided": ["synth.method=dmkd"],
@@ -43,6 +44,13 @@ ROWS: dict[str, list[str]] = {
     "guided, scale 0.1": ["synth.guidance.scale=0.1"],
     "guided through z_t": ["synth.guidance.through=zt"],
     "guided + LCA": LCA,
+    "fitted": FITTED,
+    "fitted, every second step": [*FITTED, "synth.guidance.every=2"],
+    "fitted, every third step": [*FITTED, "synth.guidance.every=3"],
+    "fitted, all steps": [*FITTED, "synth.guidance.interval=[0.0,1.0]"],
+    "fitted, 20 to 70 %": [*FITTED, "synth.guidance.interval=[0.2,0.7]"],
+    "fitted, first 40 %": [*FITTED, "synth.guidance.interval=[0.0,0.4]"],
+    "fitted, two updates, every second step": [*FITTED, "synth.guidance.every=2", "synth.guidance.inner=2"],
 }
 BASE = "unguided"
 

@@ -24,15 +24,18 @@ class InputSpec:
         self.size, self.channels = settings.size, settings.channels
         self._mean = torch.tensor(settings.mean).view(1, -1, 1, 1)
         self._std = torch.tensor(settings.std).view(1, -1, 1, 1)
+        self._luminance = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[n, 3, h, w]`` in [−1, 1] to ``[n, channels, size, size]``, normalised."""
+        if self._mean.device != x.device:  # once: a copy at every call would stop a GPU
+            self._mean, self._std, self._luminance = (
+                constant.to(x.device) for constant in (self._mean, self._std, self._luminance)
+            )
         x = (x.float() + 1) / 2
         if self.channels == 1:
-            x = (x * x.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            x = (x * self._luminance).sum(1, keepdim=True)
         x = resized(x, self.size, self.settings.resize)
-        if self._mean.device != x.device:
-            self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
         return (x - self._mean) / self._std
 
 

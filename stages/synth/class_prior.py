@@ -27,6 +27,5 @@ class ClassPrior(DiffusionPrior):
         labels = torch.tensor([self.settings.labels[name] for name in conditions], device=self.device)
         return labels if self.settings.cfg == 1 else torch.cat([torch.full_like(labels, self.classes), labels])
 
-    def evaluate(self, latents: Tensor, time: float, condition: Tensor) -> Tensor:
-        times = torch.full((len(latents),), time, device=latents.device)
-        return self.network(latents, timestep=times, class_labels=condition).sample
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample

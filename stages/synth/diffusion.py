@@ -51,6 +51,7 @@ class DiffusionPrior(ABC):
             raise DataError(f"prior {folder}: scheduler/scheduler_config.json cannot be read: {error}") from error
         self.schedule = Schedule(config, settings.scheduler, settings.steps, str(folder))
         self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
+        self.times = torch.tensor(self.schedule.times, device=device)  # a number would be copied there at every step
         try:
             self.network, self.vae = self.load()
         except DataError:
@@ -72,8 +73,8 @@ class DiffusionPrior(ABC):
         """See :class:`~stages.synth.prior.Prior`; where CFG is on, the unconditional half comes first."""
 
     @abstractmethod
-    def evaluate(self, latents: Tensor, time: float, condition: Any) -> Tensor:
-        """The network's raw output for latents in its own dtype."""
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
+        """The network's raw output for latents in its own dtype; ``time`` is a scalar on the device."""
 
     def start(self, noise: Tensor) -> State:
         return self.schedule.start(noise)
@@ -89,7 +90,7 @@ class DiffusionPrior(ABC):
         limit = self.batch_limit and self.batch_limit * (len(batch) // len(z))
 
         def evaluate(latents: Tensor, condition: Any) -> Tensor:
-            return self.evaluate(latents, self.schedule.times[state.step], condition)
+            return self.evaluate(latents, self.times[state.step], condition)
 
         output: Tensor = in_micro_batches(evaluate, limit, batch.to(self.network.dtype), condition).float()
         output = output[:, : z.shape[1]]  # the other half of a learned-sigma network is a variance
@@ -119,6 +120,8 @@ class DiffusionPrior(ABC):
 
 def frozen(network: Any, device: str) -> Any:
     """``network`` on ``device``, in eval mode and without gradients of its own."""
+    if device.startswith("cuda"):  # what tensor cores want of convolutions; a CPU's sums would come out otherwise
+        network = network.to(memory_format=torch.channels_last)
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -31,5 +31,5 @@ class FreePrior(DiffusionPrior):
     def encode(self, conditions: Sequence[str]) -> None:
         return None
 
-    def evaluate(self, latents: Tensor, time: float, condition: None) -> Tensor:
+    def evaluate(self, latents: Tensor, time: Tensor, condition: None) -> Tensor:
         return self.network(latents, time).sample

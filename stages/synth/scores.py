@@ -17,10 +17,10 @@ def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float
     confidence: probability of the teacher's own class; entropy in nats; margin: first minus second probability.
     Kept: the *target* class has at least ``min_confidence``.
     """
-    probability = logits.float().softmax(1)
+    probability = logits.float().cpu().softmax(1)  # read one by one below
     entropy = -(probability * probability.clamp_min(1e-30).log()).sum(1)
     top = probability.topk(2, dim=1)
-    target = probability[torch.arange(len(labels)), torch.tensor(labels, device=logits.device)]
+    target = probability[torch.arange(len(labels)), torch.tensor(labels)]
     rows = []
     for i in range(len(labels)):
         kept = target[i].item() >= min_confidence

@@ -19,7 +19,8 @@ from stages.models.loading import load_teacher
 from stages.synth.groups import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import fidelity, load_decoder
-from stages.synth.images import encode_image, to_pixels
+from stages.synth.image_writer import ImageWriter, Sample
+from stages.synth.images import to_pixels
 from stages.synth.latent_mix import Mix
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Frame, Models, Work
@@ -83,17 +84,20 @@ class ShardWorker:
         self.models.limit_batches(None)
         record = done_record(self.storage, shard)
         if record is None:
-            with ShardWriter(self.storage, shard, self.fingerprint) as writer:
+            with (
+                ShardWriter(self.storage, shard, self.fingerprint) as writer,
+                ImageWriter(writer, settings.images.format) as images,
+            ):
                 for position in range(settings.groups_per_shard):
                     index = shard * settings.groups_per_shard + position
                     group = make_group(settings, index, self.teacher.class_names)
-                    for row, image in self.fitting_rows(group, work):
-                        writer.add(row, image, settings.images.format)
+                    images.write(self.fitting_rows(group, work))
                     check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
                     if limit := self.models.prior.batch_limit:
                         splits[index] = limit
                     if on_group:
                         on_group(position + 1, settings.groups_per_shard)
+                images.flush()
                 record = writer.commit()
         news, self.news = self.news, {}
         return {
@@ -108,7 +112,7 @@ class ShardWorker:
             **news,
         }
 
-    def fitting_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
+    def fitting_rows(self, group: Group, work: Work) -> list[Sample]:
         """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
@@ -130,13 +134,13 @@ class ShardWorker:
             self.models.limit_batches(size)
             free_memory()  # after the except block, which held the failed attempt's tensors
 
-    def group_rows(self, group: Group, work: Work) -> list[tuple[dict[str, Any], bytes]]:
-        """Synthesise a group: (manifest row, encoded image) per stored sample, trajectory by trajectory."""
+    def group_rows(self, group: Group, work: Work) -> list[Sample]:
+        """Synthesise a group: manifest row and pixels of each stored sample, trajectory by trajectory."""
         frames = list(self.synthesise(self.models, group, self.settings, work))
         stored = [self.stored_frame(frame, group) for frame in frames]
         final = stored[-1][2]
-        made: list[list[tuple[dict[str, Any], bytes]]] = [[] for _ in group.trajectories]
-        for frame, (encoded, columns, features) in zip(frames, stored, strict=True):
+        made: list[list[Sample]] = [[] for _ in group.trajectories]
+        for frame, (pixels, columns, features) in zip(frames, stored, strict=True):
             is_final = frame is frames[-1]
             cosine = self.cosines(features, None if is_final else final, group)
             for i in range(len(group.trajectories)):
@@ -144,7 +148,7 @@ class ShardWorker:
                 if cosine is not None:
                     row |= {"cosine": cosine[i], "cosine_space": "teacher"}
                     row["cosine_ref"] = f"class:{group.labels[i]}" if is_final else "final"
-                made[i].append((row, encoded[i]))
+                made[i].append((row, pixels[i]))
         return [sample for trajectory in made for sample in trajectory]
 
     def cosines(self, features: torch.Tensor | None, final: torch.Tensor | None, group: Group) -> list[float] | None:
@@ -156,15 +160,16 @@ class ShardWorker:
         reference = weights[torch.tensor(group.labels)] if final is None else final
         return [float(c) for c in F.cosine_similarity(features, reference.to(features), dim=1)]
 
-    def stored_frame(self, frame: Frame, group: Group) -> tuple[list[bytes], list[dict[str, Any]], torch.Tensor | None]:
-        """Encoded images, teacher columns and teacher features of a frame, all from the pixels that are stored."""
+    def stored_frame(
+        self, frame: Frame, group: Group
+    ) -> tuple[torch.Tensor, list[dict[str, Any]], torch.Tensor | None]:
+        """Pixels as they are stored (uint8 ``[n, h, w, 3]``), teacher columns and teacher features taken from them."""
         if not torch.isfinite(frame.images).all():
             raise DataError(
                 f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
                 "try prior.dtype=fp32 or a smaller guidance.scale"
             )
         pixels = to_pixels(frame.images, self.settings.images.size)
-        encoded = [encode_image(image, self.settings.images.format) for image in pixels]
         images = to_unit(pixels).to(self.device)
         with torch.no_grad():
             logits, features = self.teacher.with_features(images)
@@ -172,7 +177,7 @@ class ShardWorker:
         if self.settings.store_logits:
             for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
                 column["logits"] = values
-        return encoded, columns, features
+        return pixels, columns, features
 
     def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
         """The columns that tell how a sample was made."""

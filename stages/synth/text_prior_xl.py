@@ -23,6 +23,8 @@ class TextPriorXL(TextPrior):
         self.tokenizers = [load_tokenizer(self, f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]
         self.zeros_for_empty = bool(self.index.get("force_zeros_for_empty_prompt", True))
         self.pooled = encoders[1].config.projection_dim
+        side = self.image_size
+        self.sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
         vae = load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
         if self.settings.dtype == "fp16" and vae.config.force_upcast:
             vae.float()  # SDXL's own VAE overflows in half precision
@@ -41,10 +43,9 @@ class TextPriorXL(TextPrior):
         embedded = super().negative()
         return torch.zeros_like(embedded) if self.zeros_for_empty and not self.settings.negative_prompt else embedded
 
-    def evaluate(self, latents: Tensor, time: float, condition: Tensor) -> Tensor:
-        n, side = len(latents), self.image_size
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        n = len(latents)
         tokens, pooled = condition[:, : -self.pooled], condition[:, -self.pooled :]
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=latents.dtype, device=latents.device)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(n, -1)}
+        added = {"text_embeds": pooled, "time_ids": self.sizes.to(latents.dtype).expand(n, -1)}
         tokens = tokens.reshape(n, -1, self.network.config.cross_attention_dim)
         return self.network(latents, time, tokens, added_cond_kwargs=added).sample

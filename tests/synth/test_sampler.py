@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from stages.models.blank import blank_teacher
+from stages.models.settings import ModelSettings
 from stages.synth.groups import Group
 from stages.synth.prior import Prediction, State
 from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
-from stages.synth.settings import GuidanceSettings, LatentMixSettings
+from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings
+from stages.synth.text_prior import TextPrior
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -128,3 +131,14 @@ def test_an_adversary_equal_to_the_teacher_adds_nothing(prior):
     guide = Guide(GuidanceSettings(adversarial=1.0), TinyTeacher(), LABELS, adversary=TinyTeacher())
     losses = guide.losses(torch.randn(4, 3, 16, 16), torch.Generator())
     assert losses.adversarial.abs().max() < 1e-6  # the student equals the teacher: no disagreement to chase
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])
+def test_the_loop_never_waits_for_the_device(prior_folder, scheduler):
+    """On a device without data nothing can be read back: the first attempt comes after the last step."""
+    settings = PriorSettings(path=str(prior_folder), steps=6, cfg=2.0, cfg_interval=(0.0, 0.5), scheduler=scheduler)
+    meta, teacher = TextPrior(prior_folder, settings, "meta"), blank_teacher(ModelSettings())
+    guide, work = Guide(GuidanceSettings(inner=2), teacher, LABELS.to("meta")), Work()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        list(denoise(meta, GROUP, 0, "meta", guide, LatentMixSettings(every=2, interval=(0, 1)), work=work))
+    assert (work.evaluations, work.updates) == (6, 12)
