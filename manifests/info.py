@@ -9,10 +9,12 @@ from typing import Any
 
 from manifests.errors import DataError
 from manifests.schema import FORMAT_VERSION, load_tree
+from manifests.sealed import seal, unseal
 
 _VERSION, _INFO, _DIGEST = b"factory.format_version", b"factory.info", b"factory.info_sha256"
 _SHA256 = re.compile("^[0-9a-f]{64}$")
 MAX_SHARD = 1 << 24
+DATASET = "dataset.json"
 MAX_INFO = 90 << 20
 """Bytes of the metadata; 500,000 tars need 60 MB, and Parquet readers stop at 100 MB."""
 MAX_SIDE = 4096
@@ -96,6 +98,18 @@ class DatasetInfo:
             _INFO: text,
             _DIGEST: hashlib.sha256(text).hexdigest().encode(),
         }
+
+    def to_json(self) -> bytes:
+        """Without its tars, as ``dataset.json`` of a run folder holds it: enough to rebuild a lost manifest."""
+        return seal(json.loads(self.with_tars(()).to_metadata()[_INFO]))
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "DatasetInfo":
+        """The inverse of :meth:`to_json`. Raises :class:`DataError` naming ``where`` for anything else."""
+        try:
+            return cls._from_values(unseal(data))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{where}: damaged description: {error}") from None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, where: str) -> "DatasetInfo":

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 
 from manifests.errors import DataError
-from manifests.info import DatasetInfo, file_name
+from manifests.info import DATASET, DatasetInfo, file_name
 from manifests.inspection import tar_rows
 from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
@@ -31,7 +31,7 @@ class Rebuilt:
 def rebuild(storage: Storage, info: DatasetInfo | None = None) -> Rebuilt:
     """Write tables, done records and manifest from the tars in ``shards/``.
 
-    ``info`` describes the dataset (from its plan); without it the existing manifest must still be readable. A shard
+    ``info`` describes the dataset; without it the existing manifest or ``dataset.json`` must still be readable. A shard
     without an intact tar loses its done record, so that the next ``factory run synth`` makes it again. Raises
     :class:`DataError` where there is nothing to rebuild from.
     """
@@ -63,7 +63,9 @@ def _known(storage: Storage) -> DatasetInfo:
     try:
         return Manifest.open(storage.path(MANIFEST), skip_bad=True).info
     except DataError as error:
-        raise DataError(f"{error}; without it the dataset's plan is needed") from None
+        if not storage.exists(DATASET):
+            raise DataError(f"{error}; without it {DATASET} is needed") from None
+    return DatasetInfo.from_json(storage.read(DATASET), storage.path(DATASET))
 
 
 def _preferred(storage: Storage, shard: int, names: list[str]) -> list[str]:

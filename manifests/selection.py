@@ -56,6 +56,16 @@ class Selection:
         except UnicodeDecodeError:
             raise DataError(f"{self.manifest.url}: column {name!r} holds text that is not UTF-8") from None
 
+    @cached_property
+    def labels(self) -> Integers:
+        """The target class of every row. Raises :class:`DataError` where one is none of the dataset's classes."""
+        values = np.asarray(self.column("label"), np.int64)
+        classes = len(self.manifest.info.class_names)
+        if len(values) and not (values.min() >= 0 and values.max() < classes):
+            found = f"labels reach from {values.min()} to {values.max()}"
+            raise DataError(f"{self.manifest.url}: {found}, but its classes are {classes}")
+        return values
+
     def row(self, index: int) -> dict[str, Any]:
         """Every column of one sample."""
         try:

@@ -1,8 +1,9 @@
-"""``factory verify``: is everything a dataset claims true? Plan, done records, tars, tables, manifest must agree.
+"""``factory verify``: is everything a dataset claims true? Plan, done records, tars, tables, manifest, teacher agree.
 
 Nothing is changed. ``deep`` reads every byte and names the samples that are damaged; without it, names and sizes only.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from manifests.errors import DataError
-from manifests.info import TarInfo
+from manifests.info import DATASET, DatasetInfo, TarInfo
 from manifests.inspection import tar_flaws
 from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
@@ -79,6 +80,23 @@ class _Check:
             if record.fingerprint != self.fingerprint:
                 yield Problem(done_name(shard), f"made by another plan ({record.fingerprint[:12]})")
 
+    def _companions(self, info: DatasetInfo | None) -> Iterator[Problem]:
+        """``dataset.json`` and the teacher's copy."""
+        if self.storage.exists(DATASET):
+            try:
+                described = DatasetInfo.from_json(self.storage.read(DATASET), DATASET)
+                if info is not None and described.fingerprint != info.fingerprint:
+                    raise DataError(f"{DATASET}: made by another plan ({described.fingerprint[:12]})")
+            except DataError as error:
+                yield Problem(DATASET, str(error).removeprefix(f"{DATASET}: "))
+        path = info.teacher.get("path") if info else None
+        if info is not None and self.deep and isinstance(path, str):
+            try:
+                if hashlib.sha256(self.storage.read(path)).hexdigest() != info.teacher.get("sha256"):
+                    yield Problem(path, "was altered: its sha256 differs from the manifest's")
+            except DataError as error:
+                yield Problem(path, str(error).removeprefix(f"{self.storage.path(path)}: "))
+
     def _manifest_and_shards(self) -> Iterator[Problem]:
         manifest: Manifest | None = None
         try:
@@ -87,6 +105,7 @@ class _Check:
             yield Problem(self.name, str(error).removeprefix(f"{self.storage.path(self.name)}: "))
         if manifest is not None and self.fingerprint not in (None, manifest.info.fingerprint):
             yield Problem(self.name, f"made by another plan ({manifest.info.fingerprint[:12]})")
+        yield from self._companions(manifest.info if manifest else None)
         listed = {tar.shard: tar for tar in manifest.info.tars} if manifest else {}
         sizes = self.storage.sizes("shards")
         for shard in sorted({*self.records, *listed}):

@@ -13,32 +13,42 @@ from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.signals import StopSignals
-from pipeline.layers import mapping_layer
+from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.plan import RESOLVED
 from pipeline.progress import progress, say
-from pipeline.recipe import Recipe, resolve, to_yaml
+from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.text import duration, flop, plain, plain_block, size
 from stages.distill.settings import DistillSettings
 from stages.models.schemes import split_name
 from stages.models.settings import ModelSettings
 
+NOT_STORED = frozenset({"track", "skip_bad", "other_teacher"})
+"""Settings of stage 2 that are the user's own, never taken from the recipe inside a manifest; nor is cache.folder."""
+
 
 def resolve_distill(
     manifest: Manifest, source: str | None, sets: Sequence[str], flags: Mapping[str, tuple[str, Any]]
 ) -> Recipe:
-    """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command."""
+    """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command.
+
+    Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
+    is let through, or which code runs. Raises UsageError where a student comes from it that is not built in.
+    """
     stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
-    base = mapping_layer(stored, f"recipe stored in {manifest.url}")
-    recipe = resolve(source, section="distill", base=base, sets=sets, flags=flags)
-    students = (stored.get("distill") or {}).get("students") or ()
-    own = [name for name in students if split_name(str(name))[0] == "code"]
-    asked = [text for text, value in flags.values() if text == "--student" and value]
-    if not asked and set(own) & set(recipe.distill.students):
-        raise UsageError(
-            f"{manifest.url} was made to train '{own[0]}', which is code and never run because a file says so: "
-            f"name it yourself, with --student {own[0]}"
-        )
+    if isinstance(stored.get("distill"), dict):
+        stored["distill"] = {key: value for key, value in stored["distill"].items() if key not in NOT_STORED}
+        if isinstance(cache := stored["distill"].get("cache"), dict):
+            stored["distill"]["cache"] = {key: value for key, value in cache.items() if key != "folder"}
+    mine = given(source, section="distill", sets=sets, flags=flags)
+    recipe = validate(Recipe, mine.over(mapping_layer(stored, f"recipe stored in {manifest.url}")))
+    if "students" not in mine.values.get("distill", {}):
+        for name in recipe.distill.students:
+            if split_name(name)[0] in ("code", "hf", "onnx"):
+                raise UsageError(
+                    f"{manifest.url} was made to train '{name}', which is never built because a file says so: "
+                    f"name it yourself, with --student {name}"
+                )
     return recipe
 
 

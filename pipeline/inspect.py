@@ -18,7 +18,7 @@ def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
     """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
     chosen = manifest.select(where, kept=False)
     kept = np.asarray(chosen.column("kept"), dtype=bool)
-    names = [manifest.info.class_names[int(label)] for label in chosen.column("label")]
+    names = [manifest.info.class_names[int(label)] for label in chosen.labels]
     rows, kept_rows = Counter(names), Counter(name for name, keep in zip(names, kept, strict=True) if keep)
     return {
         "manifest": manifest.url,
@@ -30,7 +30,7 @@ def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
         "kept": int(kept.sum()),
         "classes": {name: {"rows": count, "kept": kept_rows[name]} for name, count in rows.items()},
         "rejected": dict(Counter(str(r) for r in chosen.column("reject_reason") if r is not None)),
-        "teacher_agreement": _agreement(chosen.column("label"), chosen.column("teacher_label")),
+        "teacher_agreement": _agreement(chosen.labels, chosen.column("teacher_label")),
         "scores": {name: quantiles(chosen.column(name)) for name in SCORES},
     }
 
@@ -68,7 +68,7 @@ def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> by
 def samples(manifest: Manifest, where: str | None = None, columns: int = 12) -> list[tuple[str, list[bytes]]]:
     """``(class name, encoded images)`` per class, in the order of the classes."""
     chosen = manifest.select(where)
-    labels = np.asarray(chosen.column("label"))
+    labels = chosen.labels
     rows = []
     for label in sorted(set(labels.tolist())):
         found = np.flatnonzero(labels == label)

@@ -48,15 +48,21 @@ EMPTY = Layer({}, {})
 
 
 def yaml_layer(text: str, name: str) -> Layer:
-    """Settings of a YAML file called ``name``; refuses broken YAML, repeated keys, a top level that is no mapping."""
+    """Settings of a YAML file called ``name``; refuses broken YAML, aliases (a few lines of them can stand for billions
+    of values), repeated keys, a top level that is no mapping."""
     try:
+        aliases = [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
+        if aliases:
+            raise UsageError(f"{name}: a recipe has no aliases: write out what *{aliases[0].anchor} stands for")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except ValueError as error:  # e.g. the date 2020-13-45
+    except RecursionError:
+        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # e.g. the date 2020-13-45
         raise UsageError(f"{name}: not valid YAML: {error}") from None
     if values is None:
         return EMPTY

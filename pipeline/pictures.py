@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from manifests.errors import DataError
+from manifests.images import decode
+
 GAP = 2
 NAME_WIDTH = 64
 TITLE_HEIGHT = 16
@@ -37,9 +40,13 @@ def beside(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def picture(data: bytes, cell: int) -> Image.Image:
-    """An encoded image as RGB, ``cell`` pixels square; small ones grow by whole pixels so that they stay sharp."""
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
+    """An encoded image as RGB, ``cell`` pixels square; small ones grow by whole pixels so that they stay sharp.
+
+    Raises DataError where it is none."""
+    try:
+        rgb = Image.fromarray(decode(data))
+    except ValueError as error:
+        raise DataError(f"an image of the contact sheet is {error}") from None
     small = max(rgb.size) <= cell
     return rgb.resize((cell, cell), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 

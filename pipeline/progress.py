@@ -92,6 +92,6 @@ def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
         task = shown.add_task(escape(title), total=None, note="")
 
         def update(done: float, total: float, note: str = "") -> None:
-            shown.update(task, completed=done, total=total, note=escape(note))
+            shown.update(task, completed=done, total=total, note=escape(plain(note)))
 
         yield update

@@ -91,19 +91,28 @@ def resolve(
     base: Layer = EMPTY,
     environ: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """The recipe of all layers. ``--set`` and the environment reach ``section`` only (every section when None);
-    ``base`` lies below the file (stage 2 puts the manifest's own recipe there).
+    """The recipe of all layers of :func:`given` over ``base`` (stage 2 puts the manifest's own recipe there).
 
     Raises UsageError in one line naming key, place and near matches.
     """
+    return validate(Recipe, given(source, section=section, sets=sets, flags=flags, environ=environ).over(base))
+
+
+def given(
+    source: str | None,
+    *,
+    section: str | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Layer:
+    """What the user says: the file, under the environment, ``--set`` and flags. ``--set`` and the environment reach
+    ``section`` only (every section when None). Errors as :func:`resolve`."""
+    layer = EMPTY if source is None else read(source)
     sections = (section,) if section else SECTIONS
-    layer = base
-    if source is not None:
-        layer = read(source).over(layer)
     layer = env_layer(os.environ if environ is None else environ, Recipe, sections).over(layer)
     layer = set_layer(sets, Recipe, section).over(layer)
-    layer = flag_layer(flags or {}).over(layer)
-    return validate(Recipe, layer)
+    return flag_layer(flags or {}).over(layer)
 
 
 def to_yaml(recipe: Recipe, keys: Sequence[str] = tuple(Recipe.model_fields)) -> bytes:

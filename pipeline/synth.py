@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from manifests.errors import FactoryError, Interrupted
-from manifests.info import DatasetInfo
+from manifests.info import DATASET, DatasetInfo
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
@@ -47,6 +47,8 @@ def run_synth(
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
         stored = settle(storage, plan)
         publish(storage, teacher)
+        info = dataset_info(stored, inputs, teacher)
+        storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
         spec = WorkerSpec(
@@ -62,7 +64,7 @@ def run_synth(
                 outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
             state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
             outcome.check()
-            merge(storage, dataset_info(stored, inputs, teacher), range(stored.shards))
+            merge(storage, info, range(stored.shards))
         except Interrupted:
             events.write("run_interrupted", **state)
             raise

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.text import plain
+
 RESULT = "Result"
 PLACE = "Where it runs"
 
@@ -34,12 +36,14 @@ RunArgument = Annotated[
 
 
 def answer(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterable[str]]) -> None:
-    """Print ``result`` on stdout, as JSON or as the lines that ``lines`` makes of it."""
+    """Print ``result`` on stdout, as JSON or as the lines that ``lines`` makes of it; neither can steer a terminal."""
     if as_json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
     else:
         for line in lines(result):
-            print(line)
+            for part in line.split("\n"):
+                print(plain(part))
 
 
 def number(text: str) -> float | None:

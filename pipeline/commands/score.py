@@ -46,7 +46,7 @@ def evaluate(
         from manifests.storage import Storage
         from stages.distill.confusion import confusion_picture
 
-        picture = confusion_picture(result["confusion"], list(result["per_class"]))
+        picture = confusion_picture(result["confusion"], [plain(name) for name in result["per_class"]])
         Storage(confusion.resolve().parent).write(confusion.name, picture)
         result["picture"] = str(confusion)
     answer(result, as_json, lines)

@@ -1,5 +1,7 @@
 """What a finished student is: its size and speed, and the model card that goes with it."""
 
+import html
+import re
 import statistics
 import time
 from typing import Any
@@ -58,11 +60,12 @@ def measure(net: nn.Module, config: ModelConfig) -> dict[str, Any]:
 def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any]) -> str:
     """The README.md of a student folder. ``spec`` is the run's, ``facts`` this student's results."""
     settings, wanted = spec["settings"], config.input
+    spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
     weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "tau"}
-    names = config.class_names[:10]
+    names = [markdown(name) for name in config.class_names[:10]]
     held, test = facts.get("held_out"), facts.get("test")
     return CARD.format(
-        architecture=config.architecture,
+        architecture=markdown(config.architecture),
         parameters=facts["parameters"],
         mflop=facts["mflop"],
         kilobytes=facts["bytes"] / 1e3,
@@ -75,8 +78,10 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         teacher=f"{spec['teacher']['architecture']}, sha256 {spec['teacher']['sha256']}",
         images=facts["images"],
         held_out=facts["images_held_out"],
-        datasets=", ".join(f"fingerprint {m['fingerprint']} (weight {m['weight']:g})" for m in spec["manifests"]),
-        where=settings["where"] or ("every kept image" if settings["kept"] else "every image"),
+        datasets=", ".join(
+            f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"]
+        ),
+        where=markdown(settings["where"] or "") or ("every kept image" if settings["kept"] else "every image"),
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],
         optimiser=settings["optimiser"]["name"],
@@ -90,6 +95,12 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         if test
         else "not given",
     )
+
+
+def markdown(text: object) -> str:
+    """``text`` as Markdown shows it: no HTML, links, pictures, code or further lines come out of a class name."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(shown, quote=False))
 
 
 def _plain(values: tuple[float, ...]) -> str:

@@ -3,15 +3,15 @@
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manifests.errors import DataError
+from manifests.images import decode
 from stages.distill.labelled import Sample, labelled_images
-from stages.distill.pixels import decode
 from stages.models.identity import ModelConfig
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher
@@ -19,6 +19,7 @@ from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
 BATCH = 256
+BATCH_BYTES = 256 << 20
 BINS = 15
 
 
@@ -70,11 +71,13 @@ def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int
     """Labels and uint8 ``[n, h, w, 3]`` of neighbouring images of one size."""
     labels: list[int] = []
     images: list[Tensor] = []
+    most = BATCH
     for sample in labelled_images(data, class_names):
         image = _decoded(sample, data, len(class_names))
-        if images and (len(images) == BATCH or image.shape != images[0].shape):
+        if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
+        most = min(BATCH, max(1, BATCH_BYTES // image.numel()))
         labels.append(sample[2])
         images.append(image)
     if images:
@@ -107,13 +110,25 @@ def metrics(
         "images": len(labels),
         "accuracy": (predicted == labels).double().mean().item(),
         "ece": calibration_error(logits, labels),
-        "per_class": {name: r / t if t else None for name, r, t in zip(class_names, right, totals, strict=True)},
+        "per_class": {
+            name: r / t if t else None for name, r, t in zip(distinct(class_names), right, totals, strict=True)
+        },
         "confusion": confusion.tolist(),
     }
     if teacher is not None:
         result["agreement"] = (predicted == teacher.argmax(1)).double().mean().item()
         result["teacher_accuracy"] = (teacher.argmax(1) == labels).double().mean().item()
     return result
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """``names``, with its number added to each that occurred before: ImageNet has two cranes.
+
+    >>> distinct(["crane", "maillot", "crane"])
+    ['crane', 'maillot', 'crane (2)']
+    """
+    first: dict[str, int] = {}
+    return [name if first.setdefault(name, i) == i else f"{name} ({i})" for i, name in enumerate(names)]
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:

@@ -1,24 +1,25 @@
 """Labelled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest of ours."""
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import DataError
 from manifests.info import DatasetInfo
 from manifests.reader import Manifest
+from manifests.schema import MAX_IMAGE, load_json
 from manifests.storage import Storage, split
+from manifests.tables import parquet_errors
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 IMAGE_COLUMNS = (*IMAGES, "image", "img")
 LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
 Sample = tuple[str, bytes, int]  # key, encoded image, label
+ROWS_AT_ONCE = 64
 
 
 def labelled_images(path: str, class_names: Sequence[str]) -> Iterator[Sample]:
@@ -60,8 +61,10 @@ def _tar(storage: Storage, name: str) -> Iterator[Sample]:
     try:
         with storage.open(name) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    continue  # links, devices and sparse files hold nothing to read
+                if not 0 <= member.size <= MAX_IMAGE:
+                    raise DataError(f"{storage.path(name)}: {member.name[:80]!r} claims {member.size} bytes")
                 stem, _, extension = os.path.basename(member.name).partition(".")
                 found = os.path.join(os.path.dirname(member.name), stem)
                 if found != key and parts:
@@ -71,7 +74,7 @@ def _tar(storage: Storage, name: str) -> Iterator[Sample]:
                 content = tar.extractfile(member)
                 assert content is not None
                 parts[extension.lower()] = content.read()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise DataError(f"{storage.path(name)} is damaged or no tar: {error}") from None
     if parts:
         yield _tar_sample(storage.path(name), key, parts)
@@ -80,8 +83,8 @@ def _tar(storage: Storage, name: str) -> Iterator[Sample]:
 def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> Sample:
     image = next((parts[kind] for kind in IMAGES if kind in parts), None)
     try:
-        label = int(parts["cls"]) if "cls" in parts else int(json.loads(parts["json"])["label"])
-    except (KeyError, ValueError, TypeError):
+        label = int(parts["cls"]) if "cls" in parts else int(load_json(parts["json"])["label"])
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise DataError(f"{where}: sample {key!r} has no label: a number in KEY.cls, or label in KEY.json") from None
     if image is None:
         raise DataError(f"{where}: sample {key!r} has no image ({', '.join(IMAGES)})")
@@ -90,11 +93,8 @@ def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> Sample:
 
 def _parquet(storage: Storage, name: str) -> Iterator[Sample]:
     where = storage.path(name)
-    with storage.open(name) as stream:
-        try:
-            file = pq.ParquetFile(stream)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{where} is no Parquet file: {error}") from None
+    with storage.open(name) as stream, parquet_errors(where):
+        file = pq.ParquetFile(stream)
         if _ours(file, where):
             yield from _manifest(where)
             return
@@ -106,7 +106,7 @@ def _parquet(storage: Storage, name: str) -> Iterator[Sample]:
             raise DataError(f"{where} needs {wanted}; it has {', '.join(columns)}")
         wanted_columns = [image, label, *(["key"] if "key" in columns else [])]
         number = 0
-        for group in file.iter_batches(batch_size=1024, columns=wanted_columns):
+        for group in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted_columns):
             for row in group.to_pylist():
                 yield str(row.get("key", number)), _bytes(row[image]), _label(row[label], where, number)
                 number += 1

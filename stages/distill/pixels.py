@@ -1,15 +1,14 @@
 """Stored images as uint8 tensors: decoded once and kept, or decoded as they are needed."""
 
-import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from manifests.errors import DataError
+from manifests.images import decode
 from stages.distill.rows import Ints, Rows
 
 CHUNK = 1024
@@ -20,15 +19,6 @@ class Pixels(Protocol):
 
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
-
-
-def decode(data: bytes) -> np.ndarray:
-    """uint8 ``[h, w, 3]`` of an encoded image. Raises ValueError where it is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
 
 
 class CachedPixels:
@@ -74,9 +64,6 @@ def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
 
 def _checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
     try:
-        image = decode(data)
+        return decode(data, side)
     except ValueError as error:
-        raise DataError(f"{rows.name(row)} is no image: {error}") from None
-    if image.shape != (side, side, 3):
-        raise DataError(f"{rows.name(row)} is {image.shape[1]}×{image.shape[0]} pixels, expected {side}×{side}")
-    return image
+        raise DataError(f"{rows.name(row)}: {error}") from None

@@ -1,6 +1,7 @@
 """Which rows are trained on, in which order, and which are held out: from manifests to numbers, no image touched."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from manifests.errors import DataError, UsageError
 from manifests.order import combined_digest, mixed_order
 from manifests.reader import Manifest
+from manifests.schema import KEY
 from manifests.selection import Selection
 from stages.distill.seeds import mixed, uniform
 from stages.distill.settings import DistillSettings
@@ -80,17 +82,11 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
         selections, bad = [left for left, _ in checked], [wrong for _, wrong in checked]
     sizes = [len(selection) for selection in selections]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    classes = len(manifests[0][0].info.class_names)
-    labels = np.concatenate([np.asarray(s.column("label"), np.int64) for s in selections])
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"{manifests[0][0].url}: labels reach from {labels.min()} to {labels.max()}, classes are {classes}"
-        )
+    labels = np.concatenate([selection.labels for selection in selections])
     ids, derived = [], []
     for selection in selections:
         manifest = selection.manifest
-        keys = [key.split("-") for key in selection.column("key")]
-        place = np.array([int(shard) << 32 | int(index) for shard, index in keys], np.uint64)
+        place = np.array([place_of(key, manifest.url) for key in selection.column("key")], np.uint64)
         salt = np.array([derive(0, manifest.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
         ids.append(mixed(place ^ salt))
         derived.append(np.array([key is not None for key in selection.column("source_key")]))
@@ -104,6 +100,15 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
         starts=starts,
         bad=bad,
     )
+
+
+def place_of(key: str, where: str) -> int:
+    """Shard and index of a sample's key as one number. Raises DataError for a key that stage 1 never writes."""
+    match = re.fullmatch(KEY, key, re.ASCII)
+    if match is None or len(key) > 19:
+        raise DataError(f"{where}: {key[:80]!r} is no key of a sample")
+    shard, index = key.split("-")
+    return int(shard) << 32 | int(index)
 
 
 def rows_digest(rows: Ints) -> str:

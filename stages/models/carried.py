@@ -34,7 +34,7 @@ def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
 
 
 def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
-    """The config of the built-in teacher that ``manifest`` names. Raises DataError where damaged or absent."""
+    """The config of the built-in teacher of ``manifest``. Raises DataError where that is damaged or another kind."""
     try:
         config = stored_config(manifest.info.teacher.get("config"), f"{manifest.url}: its teacher's config")
     except DataError as error:

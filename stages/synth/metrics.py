@@ -93,7 +93,7 @@ def measure(
     """Metrics of the images of ``selection``; JSON-able. A teacher without a last linear layer shows no features:
     diversity is then None. Raises DataError where teacher and images do not fit."""
     check_classes(teacher, selection.manifest)
-    labels = np.asarray(selection.column("label"))
+    labels = selection.labels
     chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
     total, done = sum(map(len, chosen.values())), 0
     moments, classes, right = Moments(), {}, 0

@@ -1,6 +1,7 @@
 """Settings of stage 1 (``factory run synth``), beside their owner. Imports no torch."""
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -81,9 +82,12 @@ class PromptSettings(Settings):
     @model_validator(mode="after")
     def _template_fields(self) -> "PromptSettings":
         try:
-            self.template.format(subject="", style="")
-        except (KeyError, IndexError, ValueError) as error:
+            parts = [*Formatter().parse(self.template)]
+        except ValueError as error:
             raise ValueError(f"template may use only {{subject}} and {{style}}: {error}") from None
+        for _, name, width, conversion in parts:
+            if name is not None and (name not in ("subject", "style") or width or conversion):
+                raise ValueError(f"template may use only {{subject}} and {{style}}, as they are, not {{{name}}}")
         if not self.subjects or not self.styles:
             raise ValueError("subjects and styles must each hold at least one entry")
         return self
@@ -139,7 +143,7 @@ class ImageSettings(Settings):
 
     intermediates: int = Field(0, ge=0, description="decoded x0-predictions stored besides the final image")
     format: Literal["png", "jpg", "webp"] = "png"
-    size: int | None = Field(None, gt=0, description="stored side in pixels; default: what the prior decodes")
+    size: int | None = Field(None, gt=0, le=4096, description="stored side in pixels; default: what the prior decodes")
 
 
 class SynthSettings(Settings):
@@ -153,7 +157,7 @@ class SynthSettings(Settings):
     guidance: GuidanceSettings = GuidanceSettings()
     lca: LatentMixSettings = LatentMixSettings()
     images: ImageSettings = ImageSettings()
-    shards: int = Field(4, gt=0, description="shards in total; growing it later only adds")
+    shards: int = Field(4, gt=0, le=1 << 24, description="shards in total; growing it later only adds")
     groups_per_shard: int = Field(4, gt=0)
     group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
     seed: int = Field(0, ge=0)

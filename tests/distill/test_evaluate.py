@@ -143,7 +143,7 @@ def test_bad_data(samples, model, tmp_path):
     with pytest.raises(DataError, match=r"it has key, pixels, label"):
         evaluate(model, write_parquet(tmp_path / "a.parquet", samples, "pixels"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"is no Parquet file"):
+    with pytest.raises(DataError, match=r"not a readable Parquet file"):
         evaluate(model, str(tmp_path / "b.parquet"))
     (tmp_path / "c.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match="damaged or no tar"):

@@ -32,8 +32,12 @@ def test_a_readable_manifest_replaces_the_plan(tmp_path: Path) -> None:
     rebuild(storage)
     assert all_files(storage) == before
     storage.delete("m.parquet")
-    with pytest.raises(DataError, match="no such file; without it the dataset's plan is needed"):
+    with pytest.raises(DataError, match="no such file; without it dataset.json is needed"):
         rebuild(storage)
+    storage.write("dataset.json", INFO.to_json())
+    rebuild(storage)
+    storage.delete("dataset.json")
+    assert all_files(storage) == before
 
 
 def test_damaged_records_are_replaced(tmp_path: Path) -> None:

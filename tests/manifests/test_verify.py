@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from manifests.shard import done_name, done_records
 from manifests.storage import Storage
 from manifests.tables import write_options
 from manifests.verify import verify
-from tests.manifests.samples import FINGERPRINT, flip, make_dataset, write_shard
+from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, write_shard
 
 
 def lines(storage: Storage, deep: bool = True) -> list[str]:
@@ -106,6 +107,16 @@ def test_problems_of_every_other_file(tmp_path: Path) -> None:
     assert lines(storage) == ["m.parquet: shard 3 is not in it"]
     storage.delete("m.parquet")
     assert lines(storage) == ["m.parquet: no such file"]
+
+
+def test_an_altered_description_is_named(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path)
+    storage.write("dataset.json", INFO.to_json())
+    assert lines(storage) == []
+    storage.write("dataset.json", INFO.to_json().replace(b"zero", b"nine"))
+    assert lines(storage)[0].startswith("dataset.json: damaged description: it was altered")
+    storage.write("dataset.json", replace(INFO, fingerprint="f" * 64).to_json())
+    assert lines(storage) == ["dataset.json: made by another plan (ffffffffffff)"]
 
 
 def test_a_manifest_that_disagrees_with_its_shards_is_named(tmp_path: Path) -> None:

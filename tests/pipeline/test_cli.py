@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from pipeline import cli, synth
 from pipeline.lease import Lease
@@ -133,6 +134,19 @@ def test_a_lost_index_is_rebuilt_byte_for_byte(factory, run_folder):
     assert code == 0, err
     assert "40 rows of 2 shards" in out
     assert before == {path: path.read_bytes() for path in lost}
+
+
+def test_rebuilding_looks_for_no_prior_and_no_teacher(factory, run_folder, monkeypatch):
+    (run_folder / "m.parquet").unlink()
+    plan = unseal((run_folder / "plan.json").read_bytes())
+    plan["recipe"]["synth"]["prior"]["path"] = "evil/prior"  # hub ids that a downloaded plan names
+    plan["recipe"]["synth"]["teacher"]["name"] = "hf:evil/teacher"
+    (run_folder / "plan.json").write_bytes(seal(plan))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    code, out, err = factory("rebuild", run_folder)
+    assert code == 0 and "40 rows of 2 shards" in out, err
+    for command in (("status",), ("verify",), ("gc",)):
+        assert factory(*command, run_folder)[0] == 0
 
 
 def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_folder):

@@ -104,6 +104,9 @@ def test_environment_of_another_section_is_ignored_and_of_none_refused():
         ("one: !!python/object/apply:os.system ['true']", "not valid YAML"),
         ("? [a]\n: 1", "not valid YAML"),
         ("one: 2020-13-45", "not valid YAML"),
+        ("a: &a [1]\none: [*a, *a, *a]", "no aliases"),
+        ("one: &a {seed: *a}", "no aliases"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
 )
 def test_yaml_that_is_no_recipe(text, part):

@@ -1,0 +1,22 @@
+"""How commands answer: whatever a file holds, nothing printed can steer a terminal."""
+
+import json
+
+from pipeline.commands.options import answer
+
+HOSTILE = "\x1b[2J\x9b31m\u202e\x7f\nnext"
+
+
+def test_lines_are_defused_even_where_a_command_forgot(capsys):
+    answer({}, False, lambda _: [f"class {HOSTILE}", "é 猫"])
+    out = capsys.readouterr().out
+    assert out.splitlines() == ["class \\x1b[2J\\x9b31m\\u202e\\x7f", "next", "é 猫"]
+
+
+def test_json_is_defused_and_says_the_same(capsys):
+    result = {HOSTILE: [HOSTILE, "é 猫"]}
+    answer(result, True, lambda _: [])
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert json.loads(out) == result
+    assert "é 猫" in out
