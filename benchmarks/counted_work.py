@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers.utils.logging import set_verbosity_error
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from stages.synth.cost import SynthCost, synth_cost
@@ -73,8 +74,13 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gradient at ẑ0, full VAE, 50 steps", {}, {}),
     ("gradient at ẑ0, full VAE, every 5th of 50", {}, {"every": 5}),
     ("gradient at ẑ0, tiny decoder, 50 steps", {}, {"decoder": "tiny"}),
+    ("gradient at ẑ0, fitted decoder, 50 steps", {}, {"decoder": "fitted"}),
     ("tiny decoder, 8 of 20 steps guided", FEW, {"decoder": "tiny", **LATE}),
-    ("… and CFG on half of the steps", FEW | {"cfg_interval": [0.5, 1.0]}, {"decoder": "tiny", **LATE}),
+    (
+        "tiny decoder, 8 of 20 steps guided, CFG on half",
+        FEW | {"cfg_interval": [0.5, 1.0]},
+        {"decoder": "tiny", **LATE},
+    ),
 ]
 
 
@@ -129,9 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    set_verbosity_error()  # it takes some of its own configs for unexpected
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
-        AutoencoderTiny.from_config({}).save_config(folder / "taesd")
+        AutoencoderTiny().save_config(folder / "taesd")
         text = write_prior(folder / "sd15", "StableDiffusionPipeline", {"unet": SD15, "vae": VAE})
         classes = write_prior(folder / "dit", "DiTPipeline", {"transformer": DIT, "vae": VAE})
         labels = {name: i for i, name in enumerate(TEACHER["class_names"])}

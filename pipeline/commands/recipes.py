@@ -10,7 +10,7 @@ from pipeline.commands.options import JsonOption, answer
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to be edited.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Print this one, to be edited.", show_default=False)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,0 +1,32 @@
+"""The counted goals on a prior of true shape (DiT-XL/2): guidance costs little more than sampling. Cannot flake."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderTiny
+
+from stages.synth.cost import synth_cost
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/counted_work.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    found = importlib.util.spec_from_file_location("counted_work", SCRIPT)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_tiny_guidance_at_every_step_costs_a_fifth_and_eight_of_twenty_less_than_half(tmp_path, script):
+    AutoencoderTiny().save_config(tmp_path / "taesd")
+    folder = script.write_prior(tmp_path / "dit", "DiTPipeline", {"transformer": script.DIT, "vae": script.VAE})
+    prior = {"path": str(folder), "labels": {f"class {i}": i for i in range(10)}}
+    tiny = {"decoder": "tiny", "tiny_decoder": str(tmp_path / "taesd")}
+    free = synth_cost(script.settings(prior, {}, method="dmkd"))
+    every = synth_cost(script.settings(prior, tiny))
+    few = synth_cost(script.settings(prior | script.FEW, tiny | script.LATE))
+    assert free.denoiser == pytest.approx(50 * 2 * 0.237e12, rel=0.03)  # 118.6 G multiply-adds, as DiT's paper counts
+    assert every.flops < 1.2 * free.flops and few.flops < 0.45 * free.flops
+    assert every.saved < 0.15 * 2**30
