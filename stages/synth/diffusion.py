@@ -39,6 +39,7 @@ class DiffusionPrior(ABC):
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # progress is shown in images
+        logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
         self.folder, self.settings, self.device = Path(folder), settings, device
         self.index = read_index(self.folder)
         family = FAMILIES[self.index["_class_name"]]
