@@ -44,6 +44,8 @@ ROWS: dict[str, list[str]] = {
     "guided, scale 0.1": ["synth.guidance.scale=0.1"],
     "guided through z_t": ["synth.guidance.through=zt"],
     "guided + LCA": LCA,
+    "guided + latent mixup": [*LCA, "synth.lca.kind=mixup"],
+    "guided + latent flip, shift, crop": [*LCA, "synth.lca.kind=traditional"],
     "fitted": FITTED,
     "fitted, every second step": [*FITTED, "synth.guidance.every=2"],
     "fitted, every third step": [*FITTED, "synth.guidance.every=3"],
