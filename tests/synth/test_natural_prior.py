@@ -1,9 +1,8 @@
-"""The prior of photographs that lies beside the packages (not in the wheel): it loads, and words change its pictures."""
+"""The prior of photographs that lies beside the packages, not in the wheel: it loads, and words change its pictures."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from stages.synth.groups import Group
 from stages.synth.priors import load_prior
