@@ -29,7 +29,7 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
     except NotFetched as error:
         unknown = str(error)
     trajectories = synth.groups_per_shard * synth.group_size
-    images = trajectories * (1 + synth.images.intermediates)
+    images = trajectories * synth.images_per_trajectory
     image_size = inputs.image_size if inputs else synth.images.size
     per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + JSON_BYTES
     plan = make_plan(recipe, inputs) if inputs else None
@@ -123,8 +123,9 @@ def cost_lines(cost: dict[str, Any], images: int, group: int) -> Iterator[str]:
 
 def denoiser_calls(synth: SynthSettings, inputs: SynthInputs | None) -> int:
     """Denoiser evaluations per trajectory: one per step, two where classifier-free guidance is on."""
-    if synth.method == "noise":
+    if not synth.needs_prior:
         return 0
     prior = synth.prior
     conditional = inputs is None or inputs.prior["conditioning"] != "none"
-    return prior.steps + sum(prior.cfg_at(step) != 1 for step in range(prior.steps) if conditional)
+    times, first = (synth.dda.variants, synth.dda.first_step(prior.steps)) if synth.method == "dda" else (1, 0)
+    return times * sum(1 + (conditional and prior.cfg_at(step) != 1) for step in range(first, prior.steps))

@@ -22,7 +22,7 @@ def synth(
         str | None, _made("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
     ] = None,
     shards: Annotated[int | None, _made(help="Shards in total; may grow later.")] = None,
-    method: Annotated[str | None, _made(help="diffdfkd, dmkd, or noise (a load test without models).")] = None,
+    method: Annotated[str | None, _made(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
     prior: Annotated[str | None, _made(help="Diffusers folder, hub id or embedded:NAME.")] = None,
     teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME.")] = None,
     adversary: Annotated[str | None, _made(help="Model folder of a frozen student to disagree with.")] = None,

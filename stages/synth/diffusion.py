@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -80,6 +81,26 @@ class DiffusionPrior(ABC):
     def start(self, noise: Tensor) -> State:
         return self.schedule.start(noise)
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        side = self.image_size
+        if images.shape[-1] != side:
+            size = (side, side)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+        images = images.clamp(-1, 1)
+        if self.vae is None:
+            return images if self.latent_shape[0] == 3 else images.mean(1, keepdim=True)
+        latents: Tensor = in_micro_batches(self._encode, self.batch_limit, images.to(self.vae.dtype)).float()
+        return (latents - self.shift) * self.vae.config.scaling_factor
+
+    def _encode(self, images: Tensor) -> Tensor:
+        slices = images.split(1) if self.settings.vae_slicing else (images,)
+        encoded = [self.vae.encode(part)[0] for part in slices]  # latents, or a normal distribution of them
+        return torch.cat([e if isinstance(e, Tensor) else e.mode() for e in encoded])
+
+    def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
+        return self.schedule.noised(z0, noise, step)
+
     def levels(self, step: int) -> tuple[float, float]:
         return self.schedule.levels[step]
 
@@ -106,11 +127,15 @@ class DiffusionPrior(ABC):
     def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
         return self.schedule.step(state, rngs)
 
+    @property
+    def shift(self) -> float:
+        """What the VAE's latents are off zero by, before scaling."""
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
     def decode(self, z0: Tensor) -> Tensor:
         if self.vae is None:
             return z0.expand(-1, 3, -1, -1)  # grey becomes RGB
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        latents = (z0 / self.vae.config.scaling_factor + shift).to(self.vae.dtype)
+        latents = (z0 / self.vae.config.scaling_factor + self.shift).to(self.vae.dtype)
         images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
         return images
 

@@ -9,6 +9,8 @@ from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images, or a default changes
 
+NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "none"}
+
 
 @dataclass(frozen=True)
 class SynthInputs:
@@ -29,13 +31,14 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     names = tuple(teacher["config"]["class_names"])
     if settings.method == "noise":
         return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
-    prior = prior_identity(settings.prior)
+    prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
     tiny = None
-    if settings.method == "diffdfkd" and settings.guidance.decoder == "tiny":
+    if settings.guides and settings.guidance.decoder == "tiny":
         tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
-    return SynthInputs(prior, teacher, adversary, names, settings.images.size or prior["image_size"], tiny)
+    side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, tiny)
 
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:

@@ -64,6 +64,14 @@ class Prior(Protocol):
     def start(self, noise: Tensor) -> State:
         """Unit noise ``[n, *latent_shape]`` as the state before step 0."""
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images ``[n, 3, h, w]`` in [−1, 1], resized to ``image_size``, to clean latents: :meth:`decode`'s inverse, as
+        near as the VAE gets. Without a graph."""
+
+    def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
+        """The state before denoising step ``step`` of clean latents ``z0``: α·z0 + σ·noise; the noise alone at step 0,
+        ``z0`` itself after the last one."""
+
     def predict(self, state: State, condition: Any) -> Prediction:
         """One evaluation of the network. Differentiable in ``state.z`` where gradients are enabled."""
 

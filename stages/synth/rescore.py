@@ -16,12 +16,13 @@ from manifests.schema import SCHEMA
 from manifests.selection import Selection
 from stages.models.carried import check_classes
 from stages.models.teacher import Teacher
-from stages.synth.scores import REJECTED, teacher_columns
+from stages.synth.inversion_settings import DdaSettings
+from stages.synth.scores import REJECTED, SOURCE, TOO_FAR, filtered, teacher_columns
 from stages.synth.stored import BATCH, stored_images
 
 PIECE = 4096
 COSINES = ("cosine", "cosine_ref", "cosine_space")
-NEEDED = ("key", "shard", "trajectory", "timestep", "label", "kept", "reject_reason")
+NEEDED = ("key", "shard", "trajectory", "timestep", "label", "source_key", "kept", "reject_reason")
 
 
 def rescored(
@@ -33,8 +34,9 @@ def rescored(
 ) -> Iterator[pa.Table]:
     """Every row of ``manifest`` in order, with the columns that ``teacher`` and ``threshold`` decide made again.
 
-    A row that was rejected for another reason than the threshold stays rejected. Logits are renewed where a row has
-    them, cosines where they were taken in the teacher's feature space. ``on_rows`` hears how many rows are done.
+    Derived rows (DDA) must also pass the cosine filter of their recipe, at their new cosine; rows rejected for another
+    reason than these two stay rejected. Logits are renewed where a row has them, cosines where they were taken in the
+    teacher's feature space. ``on_rows`` hears how many rows are done.
     Raises DataError where classes or images do not fit.
     """
     check_classes(teacher, manifest)
@@ -49,7 +51,8 @@ def rescored(
             features.append(feature)
             on_rows(first + some.stop)
         shown = [feature for feature in features if feature is not None]
-        yield renewed(table, torch.cat(logits), torch.cat(shown) if shown else None, teacher.class_weights, threshold)
+        found = torch.cat(shown) if shown else None
+        yield renewed(table, torch.cat(logits), found, teacher.class_weights, threshold, least_cosine(manifest))
 
 
 def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
@@ -81,29 +84,43 @@ def answers(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def renewed(
-    table: pa.Table, logits: Tensor, features: Tensor | None, weights: Tensor | None, threshold: float
+    table: pa.Table,
+    logits: Tensor,
+    features: Tensor | None,
+    weights: Tensor | None,
+    threshold: float,
+    least: float = DdaSettings().cosine,
 ) -> pa.Table:
     """``table`` with new teacher columns from ``logits`` ``[n, C]``, ``features`` ``[n, D]`` and the last layer's
-    ``weights`` ``[C, D]``."""
+    ``weights`` ``[C, D]``; derived rows need a cosine above ``least``."""
     old = table.select([*NEEDED, *COSINES]).to_pylist()
     new = teacher_columns(logits, [row["label"] for row in old], threshold)
     cosines = renewed_cosines(old, features, weights)
     has_logits = table["logits"].is_valid().to_pylist()
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
-        if not before["kept"] and not str(before["reject_reason"]).startswith(REJECTED):
-            after |= {"kept": False, "reject_reason": before["reject_reason"]}
         after["logits"] = logits[i].half().numpy() if has_logits[i] else None
         after |= {name: before[name] for name in COSINES}
         if before["cosine_space"] == "teacher":
             after |= {"cosine": cosines[i]} if cosines[i] is not None else dict.fromkeys(COSINES)
+        if after["cosine_ref"] == SOURCE:
+            after |= filtered(after, least)
+        if not before["kept"] and stands(str(before["reject_reason"]), after["cosine_ref"] == SOURCE):
+            after |= {"kept": False, "reject_reason": before["reject_reason"]}
     for name in new[0]:
         table = replaced(table, name, [row[name] for row in new])
     return table
 
 
+def stands(reason: str, filters: bool) -> bool:
+    """Whether an old rejection was for something that is not judged again: neither the threshold nor, where the cosine
+    is known again (``filters``), the cosine filter."""
+    ours = reason.startswith((REJECTED, TOO_FAR))
+    return not ours or (TOO_FAR in reason and not filters)
+
+
 def renewed_cosines(rows: list[dict], features: Tensor | None, weights: Tensor | None) -> list[float | None]:
     """Cosine of each sample's features with what its ``cosine_ref`` names: the class's weight row, the final image of
-    its trajectory, or another sample; None where that is not at hand."""
+    its trajectory, or the sample it was derived from; None where that is not at hand."""
     if features is None or weights is None:
         return [None] * len(rows)
     finals = {(row["shard"], row["trajectory"]): i for i, row in enumerate(rows) if row["timestep"] == 0}
@@ -115,12 +132,20 @@ def renewed_cosines(rows: list[dict], features: Tensor | None, weights: Tensor |
             reference[i] = weights[row["label"]]
             known.append(True)
             continue
-        other = finals.get((row["shard"], row["trajectory"])) if ref == "final" else keys.get(ref)
+        other = finals.get((row["shard"], row["trajectory"])) if ref == "final" else keys.get(row["source_key"])
         known.append(other is not None)
         if other is not None:
             reference[i] = features[other]
     cosines = F.cosine_similarity(features, reference, dim=1).tolist()
     return [cosine if there else None for cosine, there in zip(cosines, known, strict=True)]
+
+
+def least_cosine(manifest: Manifest) -> float:
+    """The cosine above which a manifest's derived rows are kept; the default where it does not tell."""
+    synth = manifest.info.recipe.get("synth")
+    found = synth.get("dda") if isinstance(synth, dict) else None
+    value = found.get("cosine") if isinstance(found, dict) else None
+    return float(value) if isinstance(value, int | float) else DdaSettings().cosine
 
 
 def replaced(table: pa.Table, name: str, values: list) -> pa.Table:

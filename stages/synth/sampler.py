@@ -25,7 +25,7 @@ class Models:
     ``decode`` is what guidance looks through (None: the prior's own decoder).
     """
 
-    prior: Prior
+    prior: Prior | None  # None for methods that invert the teacher
     teacher: Teacher
     adversary: Teacher | None
     device: str
@@ -68,6 +68,8 @@ class Frame:
     mixes: list[list[Mix]]  # per trajectory, every one it went through so far
     losses: Losses | None = None  # at the last guided step
     skipped: list[int] | None = None  # per trajectory, the guided updates left out so far
+    source: int | None = None  # number of the group's frame that these were made from, image by image
+    embed: Callable[[Tensor], Tensor] | None = None  # of stored images, where cosines are not of teacher features
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Work:
     guided_steps: int = 0
     updates: int = 0  # of ẑ0: each decodes once, in guidance's own way, and asks the teacher once
     skipped_updates: int = 0  # single trajectories left out of these: their gradient was not finite
+    teacher_calls: int = 0  # by methods that invert it, on a batch of the group each
 
 
 def intermediate_steps(count: int, steps: int) -> set[int]:
@@ -125,8 +128,12 @@ def denoise(
     lca: LatentMixSettings | None = None,
     intermediates: int = 0,
     work: Work | None = None,
+    origin: Tensor | None = None,
+    first: int = 0,
 ) -> Iterator[Frame]:
     """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
+
+    Image-to-image: from step ``first`` on, where the group starts as the clean latents ``origin`` with noise added.
 
     One evaluation of the prior per step. An intermediate is decoded before its step's update and mix.
     """
@@ -142,8 +149,9 @@ def denoise(
         return Frame(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
 
     condition = prior.encode(group.conditions(prior.conditioning))
-    start = prior.start(group.noise(seed, prior.latent_shape).to(device))
-    for step, timestep in enumerate(prior.timesteps):
+    noise = group.noise(seed, prior.latent_shape).to(device)
+    start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
+    for step, timestep in list(enumerate(prior.timesteps))[first:]:
         active = guide if guide and guided(guide.settings, step, steps) else None
         with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
             start.z.requires_grad_(torch.is_grad_enabled())

@@ -131,6 +131,13 @@ class Schedule:
         scale = float(self.scheduler.init_noise_sigma) if self.name == "euler" and not self.flow else 1.0
         return State(noise if scale == 1 else noise * scale, 0)
 
+    def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
+        """Clean latents as the state before ``step``: at step 0 the noise alone, after the last step ``z0`` itself."""
+        if step == 0:
+            return self.start(noise)
+        alpha, sigma = self.levels[step] if step < len(self.levels) else (1.0, 0.0)
+        return State(alpha * z0 + sigma * noise, step)
+
     def network_input(self, state: State) -> Tensor:
         """Latents as the network wants them, of unit variance."""
         if self.name != "euler" or self.flow:

@@ -1,6 +1,6 @@
 """What the teacher says of the images as they are stored: the manifest's teacher columns and the kept flag."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,19 @@ from torch import Tensor
 
 REJECTED = "teacher gives its class"
 """How the reason of a rejection by the threshold begins."""
+
+SOURCE = "source"
+"""The ``cosine_ref`` of a derived sample: the cosine with the sample that its ``source_key`` names."""
+TOO_FAR = "cosine with its source"
+"""How the reason of a rejection by the cosine filter begins, after that of the threshold where both reject."""
+
+
+def filtered(row: Mapping[str, Any], least: float) -> dict[str, Any]:
+    """``kept`` and ``reject_reason`` of a derived sample after DDA's filter, cos > ω (equation 8)."""
+    if row["cosine"] > least:
+        return {}
+    reason = f"{TOO_FAR} {row['cosine']:.3f} <= {least:g}"
+    return {"kept": False, "reject_reason": f"{row['reject_reason']}; {reason}" if row["reject_reason"] else reason}
 
 
 @torch.no_grad()

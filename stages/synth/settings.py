@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.models.settings import ModelSettings, Settings
+from stages.synth.inversion_settings import CmiSettings, DdaSettings, DeepInversionSettings
 
 _SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
 UNGUIDABLE = {
@@ -143,13 +144,18 @@ class ImageSettings(Settings):
 
     intermediates: int = Field(0, ge=0, description="decoded x0-predictions stored besides the final image")
     format: Literal["png", "jpg", "webp"] = "png"
-    size: int | None = Field(None, gt=0, le=4096, description="stored side in pixels; default: what the prior decodes")
+    size: int | None = Field(
+        None,
+        gt=0,
+        le=4096,
+        description="stored side in pixels; default: what the prior decodes, inverted: what the teacher sees",
+    )
 
 
 class SynthSettings(Settings):
     """Everything that decides what stage 1 makes. All but ``shards`` and ``device`` enter the fingerprint."""
 
-    method: Literal["diffdfkd", "dmkd", "noise"] = "diffdfkd"
+    method: Literal["diffdfkd", "dmkd", "dda", "cmi", "deepinversion", "noise"] = "diffdfkd"
     prior: PriorSettings = PriorSettings()
     teacher: ModelSettings = ModelSettings()
     adversary: ModelSettings | None = Field(None, description="frozen student of an earlier round, for the ADV term")
@@ -157,6 +163,9 @@ class SynthSettings(Settings):
     guidance: GuidanceSettings = GuidanceSettings()
     lca: LatentMixSettings = LatentMixSettings()
     images: ImageSettings = ImageSettings()
+    dda: DdaSettings = DdaSettings()
+    cmi: CmiSettings = CmiSettings()
+    deepinversion: DeepInversionSettings = DeepInversionSettings()
     shards: int = Field(4, gt=0, le=1 << 24, description="shards in total; growing it later only adds")
     groups_per_shard: int = Field(4, gt=0)
     group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
@@ -173,3 +182,35 @@ class SynthSettings(Settings):
         if self.adversary is not None and not self.guidance.adversarial:
             raise ValueError("an adversary without weight does nothing: set guidance.adversarial, e.g. to 1")
         return self
+
+    @model_validator(mode="after")
+    def _inverted(self) -> "SynthSettings":
+        if self.inverts and self.images.intermediates:
+            raise ValueError(f"{self.method} has no intermediate images: leave images.intermediates at 0")
+        if self.method in ("cmi", "dda") and self.cmi.batches > self.group_size // 2:
+            raise ValueError(
+                f"cmi.batches {self.cmi.batches} leave less than two images of group_size {self.group_size} each"
+            )
+        if self.method == "dda" and self.dda.space == "contrastive" and not self.cmi.cr:
+            raise ValueError("dda.space contrastive needs the head that cmi.cr > 0 trains")
+        return self
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the method inverts the teacher; what it makes then has the teacher's size by default."""
+        return self.method in ("dda", "cmi", "deepinversion")
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the method samples a diffusion prior."""
+        return self.method in ("diffdfkd", "dmkd", "dda")
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher steers the denoising."""
+        return self.method == "diffdfkd" or (self.method == "dda" and self.dda.guided)
+
+    @property
+    def images_per_trajectory(self) -> int:
+        """Stored images of one trajectory, kept or not."""
+        return 1 + (self.dda.variants if self.method == "dda" else self.images.intermediates)

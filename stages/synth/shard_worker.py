@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
+from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.micro_batches import free_memory, out_of_memory
@@ -21,14 +23,16 @@ from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import fidelity, load_decoder
 from stages.synth.image_writer import ImageWriter, Sample
 from stages.synth.images import to_pixels
+from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Frame, Models, Work
-from stages.synth.scores import teacher_columns
+from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
 
 log = logging.getLogger(__name__)
+Key = Callable[[int], str]
 MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
@@ -42,30 +46,51 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_teacher(settings.teacher, device)
-    if settings.method == "diffdfkd":
+    if settings.method != "dmkd":
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
-        if settings.guidance.bn and not teacher.has_batchnorm:
-            instead = ", view consistency is on instead" if two_views(settings.guidance, teacher) else ""
+        if bn_weight(settings) and not teacher.has_batchnorm:
+            views = settings.method == "diffdfkd" and two_views(settings.guidance, teacher)
+            instead = ", view consistency is on instead" if views else ""
             log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
+    if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
+        raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
     if adversary and adversary.num_classes != teacher.num_classes:
         raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
-    prior = load_prior(settings.prior.labelled(teacher.class_names), device)
-    decode = load_decoder(prior, settings, teacher, run) if settings.method == "diffdfkd" else None
+    prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
+    decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
     return Models(prior, teacher, adversary, device, decode)
 
 
 def news(models: Models, settings: SynthSettings) -> dict[str, Any]:
     """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one."""
-    if models.decode is None:
+    if models.decode is None or models.prior is None:
         return {}
     facts = fidelity(models.decode, models.prior, settings, models.teacher)
     return {"decoder": {"kind": settings.guidance.decoder, "sha256": getattr(models.decode, "sha256", None)} | facts}
 
 
+def bn_weight(settings: SynthSettings) -> float:
+    """Of the feature-statistics term, wherever the method keeps it."""
+    if settings.method == "diffdfkd":
+        return settings.guidance.bn
+    return settings.deepinversion.bn if settings.method == "deepinversion" else settings.cmi.bn
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A frame as it is stored: ``pixels [n, side, side, 3]`` in uint8, the same as ``images [n, 3, side, side]`` in
+    [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
+
+    pixels: torch.Tensor
+    images: torch.Tensor
+    columns: list[dict[str, Any]]
+    features: torch.Tensor | None
+
+
 class ShardWorker:
-    """Implements :class:`stages.synth.worker.Worker` for every method that samples the prior."""
+    """Implements :class:`stages.synth.worker.Worker` for every method that asks the teacher."""
 
     def __init__(self, settings: SynthSettings, storage: str, fingerprint: str) -> None:
         self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
@@ -75,6 +100,7 @@ class ShardWorker:
         self.teacher, self.device = self.models.teacher, self.models.device
         self.news = news(self.models, settings)
         self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels
+        self.side = inverted_side(self.teacher, settings.images.size) if settings.inverts else settings.images.size
         self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
@@ -91,9 +117,10 @@ class ShardWorker:
                 for position in range(settings.groups_per_shard):
                     index = shard * settings.groups_per_shard + position
                     group = make_group(settings, index, self.teacher.class_names)
-                    images.write(self.fitting_rows(group, work))
+                    first = position * settings.group_size * settings.images_per_trajectory
+                    images.write(self.fitting_rows(group, work, partial(make_key, shard), first))
                     check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
-                    if limit := self.models.prior.batch_limit:
+                    if limit := self.teacher.batch_limit:
                         splits[index] = limit
                     if on_group:
                         on_group(position + 1, settings.groups_per_shard)
@@ -112,15 +139,15 @@ class ShardWorker:
             **news,
         }
 
-    def fitting_rows(self, group: Group, work: Work) -> list[Sample]:
+    def fitting_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
         """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
-        size, before = self.models.prior.batch_limit or len(group.trajectories), asdict(work)
+        size, before = self.teacher.batch_limit or len(group.trajectories), asdict(work)
         while True:
             try:
-                return self.group_rows(group, work)
+                return self.group_rows(group, work, key, first)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -134,42 +161,48 @@ class ShardWorker:
             self.models.limit_batches(size)
             free_memory()  # after the except block, which held the failed attempt's tensors
 
-    def group_rows(self, group: Group, work: Work) -> list[Sample]:
-        """Synthesise a group: manifest row and pixels of each stored sample, trajectory by trajectory."""
+    def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
+        """Synthesise a group: manifest row and pixels of each stored sample, trajectory by trajectory.
+
+        ``key`` names samples by number; the group's begin at ``first``.
+        """
         frames = list(self.synthesise(self.models, group, self.settings, work))
         stored = [self.stored_frame(frame, group) for frame in frames]
-        final = stored[-1][2]
         made: list[list[Sample]] = [[] for _ in group.trajectories]
-        for frame, (pixels, columns, features) in zip(frames, stored, strict=True):
-            is_final = frame is frames[-1]
-            cosine = self.cosines(features, None if is_final else final, group)
+        for frame, own in zip(frames, stored, strict=True):
+            cosines = self.cosines(frame, own, stored, group)
             for i in range(len(group.trajectories)):
-                row = self.row(group, i, frame) | columns[i]
-                if cosine is not None:
-                    row |= {"cosine": cosine[i], "cosine_space": "teacher"}
-                    row["cosine_ref"] = f"class:{group.labels[i]}" if is_final else "final"
-                made[i].append((row, pixels[i]))
+                row = self.row(group, i, frame) | own.columns[i] | (cosines[i] if cosines else {})
+                if frame.source is not None:
+                    row["source_key"] = key(first + i * len(frames) + frame.source)
+                    row |= filtered(row, self.settings.dda.cosine)
+                made[i].append((row, own.pixels[i]))
         return [sample for trajectory in made for sample in trajectory]
 
-    def cosines(self, features: torch.Tensor | None, final: torch.Tensor | None, group: Group) -> list[float] | None:
-        """Cosine of each sample's features with those of its final image, or of the final ones with their class's
-        weight row; None where the teacher shows no features."""
-        weights = self.teacher.class_weights
-        if features is None or weights is None:
-            return None
-        reference = weights[torch.tensor(group.labels)] if final is None else final
-        return [float(c) for c in F.cosine_similarity(features, reference.to(features), dim=1)]
+    def cosines(self, frame: Frame, own: "Stored", stored: Sequence["Stored"], group: Group) -> list[dict[str, Any]]:
+        """Each sample's cosine with its source, with its final image, or of a final one with its class's weight row;
+        none where the teacher shows no features."""
+        space, a, weights = "teacher", own.features, self.teacher.class_weights
+        names = [SOURCE if frame.source is not None else "final"] * len(group.labels)
+        other = stored[-1 if frame.source is None else frame.source]
+        b = other.features
+        if frame.embed is not None:
+            space, a, b = "contrastive", frame.embed(own.images), frame.embed(other.images)
+        elif frame.source is None and frame.timestep == 0 and weights is not None:
+            names, b = [f"class:{label}" for label in group.labels], weights[torch.tensor(group.labels)]
+        if a is None or b is None or (weights is None and space == "teacher"):
+            return []
+        values = F.cosine_similarity(a, b.to(a), dim=1).tolist()
+        return [{"cosine": v, "cosine_ref": n, "cosine_space": space} for v, n in zip(values, names, strict=True)]
 
-    def stored_frame(
-        self, frame: Frame, group: Group
-    ) -> tuple[torch.Tensor, list[dict[str, Any]], torch.Tensor | None]:
-        """Pixels as they are stored (uint8 ``[n, h, w, 3]``), teacher columns and teacher features taken from them."""
+    def stored_frame(self, frame: Frame, group: Group) -> "Stored":
+        """The frame as it will be read back, and what the teacher says of it."""
         if not torch.isfinite(frame.images).all():
             raise DataError(
                 f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
                 "try prior.dtype=fp32 or a smaller guidance.scale"
             )
-        pixels = to_pixels(frame.images, self.settings.images.size)
+        pixels = to_pixels(frame.images, self.side)
         images = to_unit(pixels).to(self.device)
         with torch.no_grad():
             logits, features = self.teacher.with_features(images)
@@ -177,12 +210,13 @@ class ShardWorker:
         if self.settings.store_logits:
             for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
                 column["logits"] = values
-        return pixels, columns, features
+        return Stored(pixels, images, columns, features)
 
     def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
         """The columns that tell how a sample was made."""
         settings, label, losses = self.settings, group.labels[position], frame.losses
-        conditioning = self.models.prior.conditioning
+        prior = None if settings.inverts and frame.source is None else self.models.prior
+        conditioning = prior.conditioning if prior else "none"
         return {
             "label": label,
             "class_name": self.teacher.class_names[label],

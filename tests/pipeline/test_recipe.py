@@ -76,7 +76,7 @@ def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
     [
         ("guidance.scael=1", "unknown key; did you mean scale?"),
         ("guidance.scale=-1", "should be greater than or equal to 0, got -1"),
-        ("method=magic", "'diffdfkd', 'dmkd' or 'noise', got 'magic'"),
+        ("method=magic", "'deepinversion' or 'noise', got 'magic'"),
         ("guidance.interval=[0.9, 0.1]", "interval must satisfy 0 <= start < end <= 1"),
         ("prompts.template={who}", "template may use only"),
         ("prompts.template={subject.__class__}", "template may use only"),

@@ -48,9 +48,9 @@ def test_cosines_go_to_what_they_refer_to():
     old = table(
         same | {"timestep": 500, "cosine_ref": "final"},
         same | {"timestep": 0, "cosine_ref": "class:1", "label": 1},
-        {"cosine": 0.25, "cosine_space": "contrastive", "cosine_ref": "000000-000000"},
-        {"cosine": 0.5, "cosine_space": "teacher", "cosine_ref": "000000-000001"},
-        {"cosine": 0.5, "cosine_space": "teacher", "cosine_ref": "000009-000000"},
+        {"cosine": 0.25, "cosine_space": "contrastive", "cosine_ref": "source", "source_key": "000000-000000"},
+        {"cosine": 0.5, "cosine_space": "teacher", "cosine_ref": "source", "source_key": "000000-000001"},
+        {"cosine": 0.5, "cosine_space": "teacher", "cosine_ref": "source", "source_key": "000009-000000"},
         {},
     )
     features = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
@@ -62,7 +62,26 @@ def test_cosines_go_to_what_they_refer_to():
     assert [row["cosine_space"] for row in new] == ["teacher", "teacher", "contrastive", "teacher", None, None]
     blind = renewed(old, torch.zeros(6, 2), None, None, 0.0).to_pylist()
     assert [row["cosine"] for row in blind] == [None, None, 0.25, None, None, None]
-    assert [row["cosine_ref"] for row in blind][:3] == [None, None, "000000-000000"]
+    assert [row["cosine_ref"] for row in blind][:3] == [None, None, "source"]
+    assert [row["kept"] for row in new] == [True, True, False, False, True, True]  # cos > 0.75, where it is known
+
+
+def test_derived_rows_need_threshold_and_cosine():
+    """Four variants of the first row at cosines 1, 1, 0.6, 0.6; the teacher gives them 0.75, 0.1, 0.75, 0.1."""
+    derived = {"source_key": "000000-000000", "cosine": 0.9, "cosine_space": "teacher", "cosine_ref": "source"}
+    was = {"kept": False, "reject_reason": "cosine with its source 0.100 <= 0.75"}
+    both = {"kept": False, "reject_reason": "teacher gives its class 0.2 < 0.5; cosine with its source 0.1 <= 0.75"}
+    old = table({}, derived, derived, derived | was, derived | both)
+    logits = torch.stack([LOGITS[0], LOGITS[0], LOGITS[1], LOGITS[0], LOGITS[1]])
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [3.0, 4.0], [3.0, 4.0]])
+    far = "cosine with its source 0.600 <= 0.75"
+    low = "teacher gives its class 0.100 < 0.5"
+    new = renewed(old, logits, features, torch.eye(2), 0.5).to_pylist()
+    assert [row["reject_reason"] for row in new] == [None, None, low, far, f"{low}; {far}"]
+    assert [row["kept"] for row in new] == [True, True, False, False, False]
+    assert renewed(old, logits, features, torch.eye(2), 0.0, 0.5)["kept"].to_pylist() == [True] * 5
+    blind = renewed(old, logits, None, None, 0.0)["kept"].to_pylist()
+    assert blind == [True, True, True, False, False]  # what the filter said stands where it cannot be asked again
 
 
 def test_pieces_hold_whole_trajectories_across_row_groups():

@@ -10,5 +10,6 @@ from stages.synth.settings import SynthSettings
 
 def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """Denoise without looking at the teacher; it only scores what was made."""
+    assert models.prior is not None
     kept = settings.images.intermediates
     yield from denoise(models.prior, group, settings.seed, models.device, None, None, kept, work)
