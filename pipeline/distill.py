@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
+from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.signals import StopSignals
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
@@ -25,6 +26,8 @@ from stages.models.settings import ModelSettings
 
 NOT_STORED = frozenset({"track", "skip_bad", "other_teacher"})
 """Settings of stage 2 that are the user's own, never taken from the recipe inside a manifest; nor is cache.folder."""
+INLINE = ExecutorSettings()
+UNTIL = "at the next checkpoint"
 
 
 def resolve_distill(
@@ -71,6 +74,7 @@ def run_distill(
     *,
     teacher: str | ModelSettings | None = None,
     test_data: str | None = None,
+    place: ExecutorSettings = INLINE,
     title: str = "distill",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -82,16 +86,16 @@ def run_distill(
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
-    from stages.distill.run import run_distill as train
+    from stages.distill.run import begin, prepare, train_students
 
     storage = Storage(out)
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
         EventLog(storage) as events,
-        StopSignals("at the next checkpoint") as signals,
         progress(title, quiet=quiet) as shown,
         ExitStack() as stack,
     ):
+        signals = stack.enter_context(StopSignals(UNTIL))
         lease = Lease(storage, on_event=events.write, on_line=say)
 
         def on_event(kind: str, **fields: Any) -> None:
@@ -104,21 +108,52 @@ def run_distill(
                 say(check_line(fields))
             if kind in ("note", "warning"):
                 say(fields["message"])
+            if kind == "worker_lost":
+                say(f"{fields['error']}; all workers start again from the last checkpoint")
 
         def should_stop() -> bool:
             lease.check()
             return signals.draining
 
-        return train(
-            recipe.distill,
-            list(sources),
+        if place.inline:
+            prepared = prepare(recipe.distill, sources, chosen)
+            begin(prepared, storage, on_event)
+            return train_students(prepared, storage, test_data, on_event, shown, should_stop)
+
+        import torch
+
+        from pipeline.executors.ray import cluster
+        from pipeline.executors.ray_train import train_on_ray
+        from stages.distill.ranks import Ranks
+
+        place = _with_gpus(place, recipe.distill)
+        # here once, on the CPU: what does not fit is said at once, and by one process
+        begin(
+            prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu"))),
             storage,
-            chosen,
-            test_data,
-            on_event=on_event,
-            progress=shown,
-            should_stop=should_stop,
+            on_event,
+            place.workers,
         )
+        stack.enter_context(cluster(place))
+        if signals.draining:
+            raise Interrupted("interrupted before the workers started; the same command resumes")
+        signals = stack.enter_context(StopSignals(UNTIL))  # again: starting Ray installs a handler of its own
+        job = {
+            "settings": recipe.distill.model_dump(mode="json"),
+            "sources": list(sources),
+            "teacher": chosen.model_dump(mode="json") if chosen else None,
+            "out": storage.url,
+            "test_data": test_data,
+        }
+        return train_on_ray(job, place, on_event, shown, should_stop)
+
+
+def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:
+    """``place`` with the GPU that each worker gets for itself: one where there are any, unless ``device`` says more."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {settings.device!r}: workers get a device each; use auto, cpu or cuda")
+    gpus = {"auto": None, "cpu": 0.0, "cuda": 1.0}[settings.device]
+    return place.model_copy(update={"gpus_per_worker": gpus, "threads": settings.threads})
 
 
 def check_line(check: Mapping[str, Any]) -> str:
@@ -147,7 +182,13 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['images']} images, {duration(result['seconds'])}"
 
 
-def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe,
+    sources: Sequence[tuple[str, float]],
+    out: str,
+    teacher: str | None,
+    place: ExecutorSettings = INLINE,
+) -> dict[str, Any]:
     """What ``run_distill`` would train on, for how long and at what cost; writes nothing."""
     settings = recipe.distill
     rows, batches, described = 0, 0, []
@@ -167,6 +208,7 @@ def dry_run(recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teac
         "steps_per_epoch": batches,
         "steps": batches * settings.epochs,
         "students": list(settings.students),
+        "workers": place.workers,
         "cost": cost(settings, manifest, teacher, rows),
     }
 
@@ -207,6 +249,9 @@ def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"data      {plain(source['manifest'])}: {source['selected']} of {source['rows']} rows{share}"
     yield f"teacher   {plain(result['teacher'])}"
     yield f"students  {plain(', '.join(result['students']))}"
+    if result["workers"] > 1:
+        each = result["settings"]["batch_size"] / result["workers"]
+        yield f"workers   {result['workers']} through Ray Train, about {each:.0f} images of each batch for one"
     yield f"length    about {result['steps']} steps ({result['steps_per_epoch']} an epoch)"
     if result["cost"]:
         found = result["cost"]

@@ -92,19 +92,30 @@ def distill(
     teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
     where: Annotated[str | None, _made(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
     epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, _made(help="Images per step.")] = None,
+    batch_size: Annotated[int | None, _made(help="Images per step, over all workers together.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
     test_data: Annotated[str | None, _made(help="Labelled images to score at the end: tar, folder or Parquet.")] = None,
     skip_bad: Annotated[
         bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
     set_: SetOption = None,
+    workers: Annotated[
+        int | None,
+        _place(
+            help="1 trains in this process (default), more through Ray Train, a GPU each.", envvar="FACTORY_WORKERS"
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, _place(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
+    ] = None,
     device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distil students from manifests. The manifest alone is enough: it names its teacher and recipe."""
     from pipeline import distill as stage
+    from pipeline.executors.settings import ExecutorSettings
+    from pipeline.layers import flag_layer, validate
 
     flags = {
         "distill.students": ("--student", student or None),
@@ -118,10 +129,13 @@ def distill(
     sources, first = stage.open_sources(manifest)
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = out or stage.default_out(first, resolved)
+    place = validate(
+        ExecutorSettings, flag_layer({"workers": ("--workers", workers), "address": ("--address", address)})
+    )
     if dry_run:
-        answer(stage.dry_run(resolved, sources, folder, teacher), as_json, stage.dry_run_lines)
+        answer(stage.dry_run(resolved, sources, folder, teacher, place), as_json, stage.dry_run_lines)
     else:
-        result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data)
+        result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
         answer(result, as_json, stage.report_lines)
         if result["parked"]:
             raise typer.Exit(FactoryError.exit_code)

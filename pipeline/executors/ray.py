@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor
 from typing import Any
@@ -73,7 +75,7 @@ class RayPool:
 
     def __init__(self, spec: WorkerSpec, settings: ExecutorSettings):
         self._spec, self._settings = spec, settings
-        self._owns_ray = _connect(settings)
+        self._owns_ray = connect(settings)
         try:
             self._options = actor_options(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]])
             self._idle: list[_Slot] = []
@@ -130,7 +132,7 @@ class RayPool:
         try:
             record = ray.get(reference)
         except ray.exceptions.RayError as error:
-            return self._lost(slot, f"worker {slot.name} died: {_reason(error)}")
+            return self._lost(slot, f"worker {slot.name} died: {reason(error)}")
         if slot.shard is None:
             self._started(slot, record)
             return None
@@ -189,7 +191,7 @@ class RayPool:
             )
 
 
-def _connect(settings: ExecutorSettings) -> bool:
+def connect(settings: ExecutorSettings) -> bool:
     """Join the cluster asked for, or start one on this machine; True if it was started here (and is ours to stop)."""
     if ray.is_initialized():
         return False
@@ -215,6 +217,17 @@ def _connect(settings: ExecutorSettings) -> bool:
         **quiet,
     )
     return True
+
+
+@contextmanager
+def cluster(settings: ExecutorSettings) -> Iterator[None]:
+    """Connected to the cluster asked for, and everything of ours in it stopped afterwards."""
+    ours = connect(settings)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _probe(address: str) -> None:
@@ -258,7 +271,7 @@ def _amounts(resources: dict[str, float]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The telling part of Ray's many lines about a dead actor."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "killed by Ray because its machine ran out of memory: reserve more with --memory-per-worker"

@@ -1,4 +1,4 @@
-"""Where and how stage 1 runs. None of it changes the dataset, so none of it enters the plan's fingerprint."""
+"""Where and how the stages run: nothing that enters a fingerprint, or that a resumed run must share."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from stages.models.settings import Settings
 
 
 class ExecutorSettings(Settings):
-    """Flags of ``factory run synth`` that choose workers. One worker without an address runs in this process."""
+    """Flags of ``factory run`` that choose workers. One worker without an address runs in this process."""
 
     workers: int = Field(1, gt=0, description="1 runs in this process, more run as Ray actors")
     address: str | None = Field(None, description="Ray cluster to join: auto or HOST:PORT; default: start one here")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from manifests.errors import DataError, FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 """No later shard would fare better: the run stops instead of filling the quarantine."""
@@ -89,7 +89,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 def start_error(record: dict[str, Any]) -> FactoryError:
     """The exception to raise for a worker that could not be built."""
-    kinds = {UsageError.exit_code: UsageError, DataError.exit_code: DataError}
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, Interrupted)}
     if record["exit_code"] is not None:
         return kinds.get(record["exit_code"], FactoryError)(record["error"])
     return FactoryError(f"workers cannot start: {record['error']}")

@@ -68,12 +68,10 @@ class Student:
         terms, failure = ("loss", *self.settings.loss.active), None
         try:
             part = self._gradients(x, batch, targets)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # the other processes wait for a number: none it is
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            # the other processes wait for this one's part, so it hands in one, which is no number
             part = torch.full((len(terms),), math.nan, device=x.device)
             failure = (str(error) or type(error).__name__).encode()
         values = self.ranks.add_up(self.net, part, batch.share).tolist()

@@ -78,3 +78,9 @@ def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_p
     assert done.exit_code == 1
     assert "resnet8: parked, loss is nan at step 0" in done.stdout
     assert (tmp_path / "out" / "digits-cnn-small" / "model.safetensors").exists()
+
+
+def test_the_dry_run_tells_of_workers(dataset):
+    shown = factory("run", "distill", "-m", dataset, *SHORT, "--workers", "2", "--dry-run")
+    assert "workers   2 through Ray Train, about 4 images of each batch for one" in shown.stdout
+    assert "Ray Train" not in factory("run", "distill", "-m", dataset, *SHORT, "--dry-run").stdout

@@ -1,0 +1,230 @@
+"""Stage 2 on several workers: ``factory run distill --workers N [--address auto]``, through Ray Train.
+
+Ray Train places the workers, joins them in a process group and starts all of them again when one is lost. What they do
+is the stage's own (:mod:`stages.distill.ranks`): they go on from its checkpoint, and its first rank writes the files.
+The driver and the first rank leave word for each other at a desk, an actor between them.
+"""
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from manifests.errors import FactoryError, Interrupted
+from manifests.storage import Storage
+from pipeline.executors.ray import actor_options, reason  # first: it sets what ray reads when imported
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.worker import start_error
+
+for _name, _value in {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor more; the stage writes its own checkpoints
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # not 60: nodes may have to come first, and imports take long
+}.items():
+    os.environ.setdefault(_name, _value)  # read when ray.train is imported
+
+import ray.train  # noqa: E402
+import ray.train.torch  # noqa: E402
+
+TICK = 0.3
+"""Seconds between two looks at the desk, from either side."""
+
+
+class Desk:
+    """What was told and not yet read, how far the run is, how it ended, and whether it is asked to stop."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.reached: tuple[float, float, str] | None = None
+        self.outcome: dict[str, Any] | None = None
+        self.stopping = False
+
+    def tell(self, kind: str, fields: dict[str, Any]) -> None:
+        self.told.append((kind, fields))
+
+    def lost(self, error: str) -> None:
+        if self.outcome is None:  # otherwise it was this worker's own doing
+            self.tell("worker_lost", {"error": error})
+
+    def reach(self, reached: tuple[float, float, str] | None) -> bool:
+        self.reached = reached or self.reached
+        return self.stopping
+
+    def end(self, outcome: dict[str, Any]) -> None:
+        self.outcome = self.outcome or outcome
+
+    def ended(self) -> bool:
+        return self.outcome is not None
+
+    def read(self, stopping: bool) -> tuple[list[tuple[str, dict[str, Any]]], Any, dict[str, Any] | None]:
+        self.stopping, told, self.told = stopping, self.told, []
+        return told, self.reached, self.outcome
+
+
+class _Losses(ray.train.UserCallback):
+    """Tells of lost workers; Ray Train calls it in its controller."""
+
+    def __init__(self, desk: Any):
+        self.desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.desk.lost.remote(_first(worker_exceptions))
+
+
+class _Caller:
+    """The first rank's way to the desk: events at once, progress and the question whether to stop now and then."""
+
+    def __init__(self, desk: Any):
+        self.desk, self.reached, self.stopping, self.asked = desk, None, False, 0.0
+
+    def on_event(self, kind: str, **fields: Any) -> None:
+        self.desk.tell.remote(kind, fields)
+
+    def on_progress(self, done: float, total: float, note: str) -> None:
+        self.reached = (done, total, note)  # type: ignore[assignment]
+
+    def should_stop(self) -> bool:
+        if time.monotonic() - self.asked > TICK:
+            self.stopping, self.asked = ray.get(self.desk.reach.remote(self.reached)), time.monotonic()
+        return self.stopping
+
+
+def work(job: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker: one rank of the training."""
+    import torch
+
+    from stages.distill.ranks import Ranks
+    from stages.distill.run import prepare, train_students
+    from stages.distill.settings import DistillSettings
+    from stages.models.settings import ModelSettings
+
+    desk = job["desk"]
+    try:
+        if ray.get(desk.ended.remote()):
+            return  # started again after an error that trying again does not mend
+    except ray.exceptions.RayActorError:
+        return  # the driver has left
+    ranks = Ranks.joined(ray.train.torch.get_device() if job["gpu"] else torch.device("cpu"))
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    desk.tell.remote("worker_started", {"rank": ranks.rank, "worker": name, "device": str(ranks.device)})
+    caller = _Caller(desk) if ranks.first else None
+    try:
+        teacher = ModelSettings.model_validate(job["teacher"]) if job["teacher"] else None
+        prepared = prepare(DistillSettings.model_validate(job["settings"]), job["sources"], teacher, ranks)
+        results = train_students(
+            prepared,
+            Storage(job["out"]),
+            job["test_data"],
+            caller.on_event if caller else lambda kind, **fields: None,
+            caller.on_progress if caller else lambda done, total, note: None,
+            caller.should_stop if caller else lambda: False,
+        )
+    except FactoryError as error:
+        ray.get(desk.end.remote({"error": str(error), "exit_code": error.exit_code}))
+        if isinstance(error, Interrupted):
+            return  # and so do all, at the same step
+        raise
+    if caller:
+        ray.get([desk.reach.remote(caller.reached), desk.end.remote({"results": results})])
+
+
+def train_on_ray(
+    job: dict[str, Any],
+    place: ExecutorSettings,
+    on_event: Callable[..., None],
+    on_progress: Callable[[float, float, str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Run ``job`` (arguments of :func:`work`) with ``place.workers`` workers of the connected cluster; its results.
+
+    Raises what the training raised, UsageError where the cluster cannot hold the workers, FactoryError where they did
+    not start in time or were lost more often than ``place.attempts`` allows.
+    """
+    options = actor_options(place, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    each = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
+    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
+    callbacks: list[Any] = [_Losses(desk)]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        trainer = ray.train.torch.TorchTrainer(
+            work,
+            train_loop_config=job | {"desk": desk, "gpu": options["num_gpus"] > 0},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=place.workers,
+                use_gpu=options["num_gpus"] > 0,
+                resources_per_worker={name: amount for name, amount in each.items() if amount},
+            ),
+            run_config=ray.train.RunConfig(
+                name="distill",
+                storage_path=scratch,  # Ray's own notes; nothing of the run's
+                failure_config=ray.train.FailureConfig(max_failures=place.attempts - 1),
+                callbacks=callbacks,
+            ),
+        )
+        fit = _Fit(trainer)
+        try:
+            return _follow(fit, desk, place, on_event, on_progress, should_stop)
+        finally:
+            ray.kill(desk)  # without it a first rank that still trains stops
+
+
+class _Fit(threading.Thread):
+    """``trainer.fit()`` beside the driver's main thread, which keeps Ctrl-C."""
+
+    def __init__(self, trainer: Any):
+        super().__init__(name="ray-train", daemon=True)
+        self.trainer, self.error = trainer, ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.trainer.fit()
+        except Exception as error:
+            failures = getattr(error, "worker_failures", None)
+            self.error = _first(failures) if failures else reason(error)
+
+
+def _follow(
+    fit: _Fit,
+    desk: Any,
+    place: ExecutorSettings,
+    on_event: Callable[..., None],
+    on_progress: Callable[[float, float, str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    begun, since = False, time.monotonic()
+    while True:
+        running = fit.is_alive()
+        stopping = should_stop()
+        told, reached, outcome = ray.get(desk.read.remote(stopping))
+        for kind, fields in told:
+            on_event(kind, **fields)
+        if reached:
+            on_progress(*reached)
+        begun = begun or bool(told)
+        if not begun and stopping:
+            raise Interrupted("interrupted before the workers started; the same command resumes")
+        if not begun and time.monotonic() - since > place.start_limit:
+            raise FactoryError(f"the {place.workers} workers were not ready after {place.start_limit:g} s")
+        if not running or (outcome and "error" in outcome):  # Ray Train may still try again, in vain
+            break
+        fit.join(TICK)
+    if outcome is None:
+        raise FactoryError(f"the workers were lost {place.attempts} times ({fit.error}); the same command resumes")
+    if "error" in outcome:
+        raise start_error(outcome)
+    results: dict[str, Any] = outcome["results"]
+    return results
+
+
+def _first(failures: dict[int, Exception]) -> str:
+    """The failure that came first: where a worker is lost, the others lose their connection to it."""
+    cut = {rank for rank, error in failures.items() if "by peer" in str(error)}
+    rank = min(failures, key=lambda rank: (rank in cut, rank))
+    if rank in cut:
+        return f"worker {rank} lost its connection to another one (killed, out of memory, or its machine is gone)"
+    return f"worker {rank}: {reason(failures[rank])}"

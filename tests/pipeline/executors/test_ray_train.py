@@ -1,0 +1,98 @@
+"""Stage 2 through Ray Train, with real workers: lost and replaced, stopped, resumed; and what is refused before."""
+
+import os
+import signal
+
+import pytest
+
+from manifests.errors import DataError, Interrupted, UsageError
+from manifests.storage import Storage
+from pipeline.distill import run_distill
+from pipeline.events import read_events
+from pipeline.executors.settings import ExecutorSettings
+from pipeline.layers import mapping_layer
+from pipeline.recipe import resolve
+from stages.distill.run import begin, prepare
+from tests.distill.drawn import write_dataset
+from tests.distill.pair import Pair, distil
+from tests.distill.short import settings
+
+pytestmark = pytest.mark.timeout(600)
+TWO = ExecutorSettings(workers=2, gpus_per_worker=0.0)
+
+
+def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cluster, tmp_path):
+    from pipeline.executors.ray_train import train_on_ray
+
+    manifest, out = write_dataset(tmp_path / "d"), str(tmp_path / "out")
+    asked = settings(epochs=60, checkpoint_seconds=0.2)
+    begin(prepare(asked, [(manifest, 1.0)], None), Storage(out), lambda kind, **fields: None, 2)
+    job = {"settings": asked.model_dump(mode="json"), "sources": [(manifest, 1.0)], "teacher": None, "out": out}
+    workers, events = {}, []
+
+    def on_event(kind, **fields):
+        events.append(kind)
+        if kind == "worker_started":
+            workers[fields["rank"]] = int(fields["worker"].rpartition(":")[2])
+        if kind == "epoch_done" and "worker_lost" not in events and "killed" not in events:
+            events.append("killed")
+            os.kill(workers[1], signal.SIGKILL)
+
+    with pytest.raises(Interrupted, match="interrupted in epoch .* of 60; the same command resumes"):
+        train_on_ray(
+            job | {"test_data": None}, TWO, on_event, lambda *_: None, lambda: "run_resumed" in events
+        )  # asked to stop once a lost worker was replaced
+    assert events.count("worker_started") == 4
+    assert events.count("worker_lost") == 1
+    pair = Pair(tmp_path)
+    try:
+        resumed = pair(distil, asked, manifest, out)
+        whole = pair(distil, asked, manifest, str(tmp_path / "whole"))
+    finally:
+        pair.close()
+    assert 0 < len(resumed[0]["rows"]) < len(whole[0]["rows"])
+    assert resumed[0]["weights"] == resumed[1]["weights"] == whole[0]["weights"]
+
+
+@pytest.fixture
+def recipe():
+    return lambda **changes: resolve(
+        None, section="distill", base=mapping_layer({"name": "r", "distill": settings(**changes).model_dump()}, "test")
+    )
+
+
+def test_what_does_not_fit_is_said_before_any_worker_starts(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.executors.ray.connect", lambda place: pytest.fail("Ray was started"))
+    manifest, out = write_dataset(tmp_path / "d"), str(tmp_path / "out")
+    sources = [(manifest, 1.0)]
+    with pytest.raises(UsageError, match=r"batches of \d images .* cannot be shared by 5 workers"):
+        run_distill(recipe(), sources, out, place=ExecutorSettings(workers=5), quiet=True)
+    with pytest.raises(UsageError, match="device 'cuda:1': workers get a device each; use auto, cpu or cuda"):
+        run_distill(recipe(device="cuda:1"), sources, out, place=TWO, quiet=True)
+    with pytest.raises(DataError, match="no such teacher|does not exist|no model"):
+        run_distill(recipe(), sources, out, teacher=str(tmp_path / "nowhere"), place=TWO, quiet=True)
+    assert not os.path.exists(out + "/run.json")
+    run_distill(recipe(epochs=1), sources, out, quiet=True)
+    with pytest.raises(DataError, match=r"holds another run: settings\.epochs: 1 -> 3"):
+        run_distill(recipe(), sources, out, place=TWO, quiet=True)
+
+
+def test_workers_that_do_not_fit_the_cluster_are_refused(cluster, recipe, tmp_path):
+    manifest = write_dataset(tmp_path / "d")
+    many = ExecutorSettings(workers=9)
+    with pytest.raises(UsageError, match="9 workers with 1 CPU each .* the cluster holds 4 such"):
+        run_distill(recipe(batch_size=24), [(manifest, 1.0)], str(tmp_path / "out"), place=many, quiet=True)
+    with pytest.raises(UsageError, match="1 CPU, 1 GPU each"):
+        run_distill(recipe(device="cuda"), [(manifest, 1.0)], str(tmp_path / "gpu"), place=TWO, quiet=True)
+
+
+def test_an_image_altered_meanwhile_ends_the_run_with_its_name(cluster, recipe, tmp_path):
+    """Only the workers read images: what they raise reaches the driver, and is not tried again."""
+    manifest, out = write_dataset(tmp_path / "d", shards=1), str(tmp_path / "out")
+    (tar,) = (tmp_path / "d" / "shards").glob("*.tar")
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match="sample '000000-000000' was altered"):
+        run_distill(recipe(device="cpu"), [(manifest, 1.0)], out, place=TWO, quiet=True)
+    assert not [event for event in read_events(Storage(out)) if event["kind"] == "worker_lost"]
