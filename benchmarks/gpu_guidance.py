@@ -1,0 +1,157 @@
+"""Guided against unguided sampling on a GPU, with networks of the true shapes of Stable Diffusion 1.5 and DiT-XL/2.
+
+    python benchmarks/gpu_guidance.py --peak 989 [--shapes sd15 dit] [--batch 16] [--json gpu.json]
+    python benchmarks/gpu_guidance.py --tiny --device cpu        # the same code on small networks, without a GPU
+
+Weights are random (they do not matter for time), saved to a temporary folder and loaded like any prior, so this runs
+what a user runs: bf16, channels_last, fused attention, CFG in one batch, the default guidance. Prints images a second
+from the first latent to the final image, peak memory, the share of the GPU's dense bf16 peak (``--peak``, TFLOP/s; work
+as counted by ``--dry-run``), and how often the loop waits for the GPU beyond the loading of each group's noise.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from counted_work import DIT, SD15, TEACHER, VAE, settings, write_prior
+from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from stages.models.identity import ModelConfig
+from stages.models.loading import save_model
+from stages.models.registry import build_net
+from stages.synth.cost import synth_cost
+from stages.synth.groups import make_group
+from stages.synth.methods import diffdfkd, dmkd
+from stages.synth.sampler import Work
+from stages.synth.settings import SynthSettings
+from stages.synth.shard_worker import load_models
+
+ROWS: dict[str, dict[str, Any]] = {
+    "unguided": {"method": "dmkd"},
+    "guided, fitted decoder": {"guidance": {"decoder": "fitted"}},
+    "guided, tiny decoder": {"guidance": {"decoder": "tiny"}},
+    "guided, full VAE": {},
+    "guided through z_t, full VAE": {"guidance": {"through": "zt"}},
+}
+NETWORKS = {"unet": UNet2DConditionModel, "transformer": DiTTransformer2DModel, "vae": AutoencoderKL}
+SMALL = {
+    "VAE": {"block_out_channels": [32, 32, 32, 32]},
+    "SD15": {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "sample_size": 8},
+    "DIT": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8},
+}
+
+
+def save_random(folder: Path, pipeline: str, parts: dict[str, dict[str, Any]]) -> Path:
+    """A prior of these configs with random bf16 weights."""
+    torch.manual_seed(0)
+    write_prior(folder, pipeline, parts)
+    for name in parts:
+        config = NETWORKS[name].load_config(str(folder), subfolder=name)
+        NETWORKS[name].from_config(config).to(torch.bfloat16).save_pretrained(folder / name)
+    if (folder / "text_encoder").is_dir():
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        text.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_teacher(folder: Path) -> Path:
+    values = {name: value for name, value in TEACHER.items() if name not in ("name", "weights")}
+    config = ModelConfig(architecture=TEACHER["name"], channels=3, **values)
+    save_model(folder, build_net(config), config)
+    return folder
+
+
+def timed(chosen: SynthSettings, rounds: int, peak: float) -> dict[str, float | None]:
+    """Images a second of the fastest of ``rounds`` groups, after one that warms up."""
+    models, gpu = load_models(chosen), chosen.device.startswith("cuda")
+    method = dmkd if chosen.method == "dmkd" else diffdfkd
+
+    def sample(index: int) -> float:
+        group = make_group(chosen, index, models.teacher.class_names)
+        started = time.perf_counter()
+        for frame in method.synthesise(models, group, chosen, Work()):
+            float(frame.images.sum())  # wait for the GPU
+        return chosen.group_size / (time.perf_counter() - started)
+
+    sample(0)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    rate = max(sample(i) for i in range(1, rounds + 1))
+    cost = synth_cost(chosen.model_copy(update={"device": "cpu"}))
+    assert cost is not None
+    return {
+        "images_per_s": rate,
+        "tflop_per_image": cost.flops / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        "share_of_peak": rate * cost.flops / (peak * 1e12) if gpu else None,
+        "waits": waits(sample) if gpu else None,
+    }
+
+
+def waits(sample: Any) -> int:
+    """How often one group makes the host wait for the GPU."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            sample(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=["sd15", "dit"], default=["sd15", "dit"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--batch", type=int, default=16, help="trajectories of a group")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the GPU; an H100's by default")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small networks, to try the script itself")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    vae, sd15, dit = ({**c, **(SMALL[n] if args.tiny else {})} for n, c in (("VAE", VAE), ("SD15", SD15), ("DIT", DIT)))
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        AutoencoderTiny().to(torch.bfloat16).save_pretrained(folder / "taesd")
+        teacher = {"name": str(save_teacher(folder / "teacher"))}
+        kinds = {"sd15": ("StableDiffusionPipeline", {"unet": sd15}), "dit": ("DiTPipeline", {"transformer": dit})}
+        for shape in args.shapes:
+            pipeline, parts = kinds[shape]
+            path = save_random(folder / shape, pipeline, parts | {"vae": vae})
+            prior = {"path": str(path), "steps": args.steps}
+            prior |= {"labels": {name: i for i, name in enumerate(TEACHER["class_names"])}} if shape == "dit" else {}
+            title = f"{shape}, batch {args.batch}, {args.steps} steps"
+            print(f"\n| {title} | images / s | of unguided | peak GiB | of peak | waits |")
+            print("|---|---|---|---|---|---|")
+            for name in args.rows:
+                row = {key: dict(value) if isinstance(value, dict) else value for key, value in ROWS[name].items()}
+                guidance = row.pop("guidance", {})
+                if guidance.get("decoder") == "tiny":
+                    guidance["tiny_decoder"] = str(folder / "taesd")
+                more = {"device": args.device, "group_size": args.batch, "teacher": teacher, **row}
+                chosen = settings(prior, guidance, **more)
+                made = found.setdefault(shape, {})[name] = timed(chosen, args.rounds, args.peak)
+                base = found[shape].get("unguided", made)["images_per_s"]
+                text = f"| {name} | {made['images_per_s']:.2f} | {made['images_per_s'] / base:.2f} "
+                for key, form in (("peak_gib", "{:.1f}"), ("share_of_peak", "{:.1%}"), ("waits", "{}")):
+                    text += "| – " if made[key] is None else f"| {form.format(made[key])} "
+                print(text + "|", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"device": args.device, "batch": args.batch, "rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
