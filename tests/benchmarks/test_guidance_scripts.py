@@ -1,0 +1,59 @@
+"""The benchmarks of guidance run through, on networks small enough for that, and their clocks and counts add up."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def test_published_evaluates_the_prior_twice_a_step_and_one_image_at_a_time(script, monkeypatch):
+    cost = script("guidance_cost")
+    chosen = cost.settings(["prior.steps=3"], 4)
+    models = cost.load_models(chosen)
+    group, sizes, forward = cost.make_group(chosen, 0, models.teacher.class_names), [], models.prior.network.forward
+    note = lambda z, *a, **k: sizes.append((len(z), torch.is_grad_enabled())) or forward(z, *a, **k)  # noqa: E731
+    monkeypatch.setattr(models.prior.network, "forward", note)
+    assert cost.published(models, group, chosen, 2) == 2
+    assert sizes == [(1, True)] * (2 * 3 * 2)
+
+
+def test_the_breakdown_names_every_stage_once_and_puts_back_what_it_watched(script):
+    cost = script("guidance_cost")
+
+    def watched():
+        return torch.autograd.grad, cost.image_writer.encode_image, cost.ShardWriter.add, cost.ShardWriter.commit
+
+    before = watched()
+    shares = cost.breakdown(["prior.steps=3"], 4)
+    assert (
+        torch.autograd.grad,
+        cost.image_writer.encode_image,
+        cost.ShardWriter.add,
+        cost.ShardWriter.commit,
+    ) == before
+    assert shares.pop("CPU ms / image") > 0 and sum(shares.values()) == pytest.approx(1)
+    expected = {"prior", "guidance decoder", "decoding stored images", "teacher", "scoring stored images", "backward"}
+    assert shares.keys() == expected | {"encode", "write", "everything else"} and min(shares.values()) > -0.05
+
+
+def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path, monkeypatch, capsys):
+    gpu, out = script("gpu_guidance"), tmp_path / "gpu.json"
+    rows = ["unguided", "guided, tiny decoder"]
+    options = ["--tiny", "--device", "cpu", "--shapes", "dit", "--batch", "2", "--steps", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--json", str(out), "--rows", *rows])
+    gpu.main()
+    found = json.loads(out.read_text())["rows"]["dit"]
+    assert list(found) == rows and all(row["images_per_s"] > 0 for row in found.values())
+    assert found[rows[1]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
+    assert "| unguided |" in capsys.readouterr().out
