@@ -54,13 +54,14 @@ def test_disagreement_counts_only_where_teacher_and_student_agree():
 
 
 def test_inconsistency_hand_computed():
-    """Rows: the same answer; certain of different classes (ln 2, the most there is); (3/4, 1/4) against (1/4, 3/4)."""
-    three = math.log(3)
-    first = torch.tensor([[1.0, 2.0], [90.0, 0.0], [three, 0.0]])
-    second = torch.tensor([[3.0, 4.0], [0.0, 90.0], [0.0, three]])
-    last = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # KL of either to their mean (1/2, 1/2)
+    """Rows: the same answer; certain of different classes (ln 2, the most there is); (3/4, 1/4) against (1/2, 1/2)."""
+    first = torch.tensor([[1.0, 2.0], [90.0, 0.0], [math.log(3), 0.0]])
+    second = torch.tensor([[3.0, 4.0], [0.0, 90.0], [1.0, 1.0]])
+    of_first = 0.75 * math.log(0.75 / 0.625) + 0.25 * math.log(0.25 / 0.375)  # KL to the mean (5/8, 3/8)
+    of_second = 0.5 * math.log(0.5 / 0.625) + 0.5 * math.log(0.5 / 0.375)
+    last = (of_first + of_second) / 2
     assert inconsistency(first, second).tolist() == pytest.approx([0.0, math.log(2), last], abs=1e-6)
-    assert torch.equal(inconsistency(first, second), inconsistency(second, first))
+    torch.testing.assert_close(inconsistency(second, first), inconsistency(first, second))
 
 
 def test_two_views_share_the_class_prior_and_weigh_in_with_their_disagreement():
