@@ -74,8 +74,8 @@ def main() -> None:
         hook.remove()
         return torch.cat(inputs)
 
-    pool = load_pool(args.images, args.classes)
-    held = pixels(pool.images[-HELD_OUT:], "cpu")
+    pool = load_pool(args.images, args.classes, HELD_OUT)
+    held = pixels(pool.images, "cpu")
     half = min(HELD_OUT // 2, args.samples)
     real, other = features(held[:half]), features(held[half : 2 * half])
     print(f"| images | Fréchet distance to {half} held-out photographs |\n|---|---|")

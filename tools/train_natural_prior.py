@@ -54,18 +54,20 @@ class Pool:
     names: list[str]
 
 
-def load_pool(source: Path, classes: Path) -> Pool:
-    """A parquet file (``jpg`` bytes, ``label``), or a folder with one sub-folder a class, named as ``classes`` says."""
+def load_pool(source: Path, classes: Path, last: int = 0) -> Pool:
+    """A parquet file (``jpg`` bytes, ``label``), or a folder with one sub-folder a class, named as ``classes`` says;
+    all images, or only the ``last`` ones of the shuffled order."""
     names = [entry["name"] for entry in json.loads(classes.read_text())]
     if source.is_dir():
         files = sorted(f for f in source.glob("*/*") if f.is_file())
-        labels, blobs = [names.index(f.parent.name) for f in files], (f.read_bytes() for f in files)
+        labels, read = [names.index(f.parent.name) for f in files], lambda row: files[row].read_bytes()
     else:
         table = pq.read_table(source, columns=["jpg", "label"])
-        labels, blobs = table["label"].to_pylist(), (b.as_py() for b in table["jpg"])
-    order = np.random.default_rng(0).permutation(len(labels))
-    images = np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB").resize((SIZE, SIZE))) for b in blobs])
-    return Pool(torch.from_numpy(images[order]).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)[order], names)
+        labels, read = table["label"].to_pylist(), lambda row: table["jpg"][row].as_py()
+    order = np.random.default_rng(0).permutation(len(labels))[-last:]
+    opened = (Image.open(io.BytesIO(read(int(row)))).convert("RGB").resize((SIZE, SIZE)) for row in order)
+    images = torch.from_numpy(np.stack([np.asarray(image) for image in opened])).permute(0, 3, 1, 2).contiguous()
+    return Pool(images, torch.tensor(labels)[order], names)
 
 
 def pixels(images: Tensor, device: str) -> Tensor:
