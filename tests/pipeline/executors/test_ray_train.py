@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from manifests.errors import DataError, Interrupted, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from pipeline.distill import run_distill
 from pipeline.events import read_events
@@ -96,3 +96,62 @@ def test_an_image_altered_meanwhile_ends_the_run_with_its_name(cluster, recipe, 
     with pytest.raises(DataError, match="sample '000000-000000' was altered"):
         run_distill(recipe(device="cpu"), [(manifest, 1.0)], out, place=TWO, quiet=True)
     assert not [event for event in read_events(Storage(out)) if event["kind"] == "worker_lost"]
+
+
+class Near:
+    """A desk in this process, called as an actor is."""
+
+    def __init__(self, desk):
+        self._desk = desk
+
+    def __getattr__(self, name):
+        method = getattr(self._desk, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+class Fit:
+    """A training that goes on, or that ended with an error."""
+
+    def __init__(self, error=""):
+        self.error = error
+
+    def is_alive(self):
+        return not self.error
+
+    def join(self, seconds):
+        pass
+
+
+def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(monkeypatch):
+    from pipeline.executors import ray_train
+
+    monkeypatch.setattr(ray_train.ray, "get", lambda answer: answer)
+    progress = []
+
+    def follow(fit, desk, place=TWO, stop=False):
+        on_progress = lambda *reached: progress.append(reached)  # noqa: E731
+        return ray_train._follow(fit, Near(desk), place, lambda kind, **fields: None, on_progress, lambda: stop)
+
+    with pytest.raises(FactoryError, match=r"lost 3 times \(worker 1: killed\); the same command resumes"):
+        follow(Fit("worker 1: killed"), ray_train.Desk())
+    with pytest.raises(FactoryError, match="the 2 workers were not ready after 0 s"):
+        follow(Fit(), ray_train.Desk(), TWO.model_copy(update={"start_limit": 0.0}))
+    with pytest.raises(Interrupted, match="interrupted before the workers started"):
+        follow(Fit(), ray_train.Desk(), stop=True)
+    desk = ray_train.Desk()
+    desk.reach((3, 4, "epoch 1/1"))
+    desk.end({"error": "no student is left: a: loss is nan", "exit_code": 1})
+    desk.end({"results": {}})  # too late
+    desk.lost("worker 0: no student is left")  # its own doing
+    assert desk.told == []
+    with pytest.raises(FactoryError, match="no student is left: a: loss is nan"):
+        follow(Fit(), desk)
+    assert progress == [(3, 4, "epoch 1/1")]
+
+
+def test_the_failure_that_came_first_is_told():
+    from pipeline.executors.ray_train import _first
+
+    cut = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:4")
+    assert _first({0: cut, 1: ValueError("no such file")}) == "worker 1: no such file"
+    assert _first({2: cut}).startswith("worker 2 lost its connection to another one (killed")
