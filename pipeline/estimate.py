@@ -57,7 +57,7 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
 
 
 def cost(synth: SynthSettings) -> dict[str, Any] | None:
-    """Counted FLOPs of a trajectory by purpose, and bytes of a worker; None where the method is not counted."""
+    """Counted FLOPs of a trajectory by purpose, and bytes of a worker; None for ``noise``, which runs no model."""
     if synth.method == "noise":
         return None
     from stages.synth.cost import synth_cost
@@ -70,6 +70,7 @@ def cost(synth: SynthSettings) -> dict[str, Any] | None:
         "denoiser": found.denoiser,
         "guidance_decoder": found.guidance_decoder,
         "guidance_teacher": found.guidance_teacher,
+        "inversion": found.inversion,
         "stored_decodes": found.stored,
         "scores": found.score,
         "flop": found.flops * synth.shards * synth.groups_per_shard * synth.group_size,
@@ -109,6 +110,7 @@ def cost_lines(cost: dict[str, Any], images: int, group: int) -> Iterator[str]:
         "denoiser": cost["denoiser"],
         "guidance decoder": cost["guidance_decoder"],
         "guiding teacher": cost["guidance_teacher"],
+        "inversion": cost["inversion"],
         "stored images": cost["stored_decodes"],
         "their scores": cost["scores"],
     }

@@ -6,7 +6,7 @@ a kind cost the same, and so does every trajectory. Text encoders (one pass a di
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -16,35 +16,41 @@ from manifests.errors import UsageError
 from stages.counting import META, flops, saved_bytes, weight_bytes
 from stages.models.blank import blank_teacher
 from stages.models.identity import resolve
+from stages.models.teacher import Teacher
 from stages.synth.diffusion import DiffusionPrior
 from stages.synth.groups import make_group
 from stages.synth.guidance import guided
 from stages.synth.guidance_decoder import load_decoder
+from stages.synth.inversion_cost import inversion_cost
 from stages.synth.prior import Prediction, State
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
 
-COUNTED = ("diffdfkd", "dmkd")
 Through = Literal["z0", "zt"]
 
 
 @dataclass(frozen=True)
 class SynthCost:
     """FLOPs of one trajectory by what they are spent on, and bytes: of all weights, and of what one trajectory's guided
-    step saves for its backward pass. ``score`` and ``stored`` are those of the images it stores."""
+    step (or one image's inversion) saves for its backward pass.
 
-    denoiser: int
-    guidance_decoder: int
-    guidance_teacher: int
-    stored: int
-    score: int
-    weights: int
-    saved: int
+    ``stored``: the VAE's work on images that are stored; ``score``: the teacher's look at them.
+    """
+
+    denoiser: int = 0
+    guidance_decoder: int = 0
+    guidance_teacher: int = 0
+    inversion: int = 0
+    stored: int = 0
+    score: int = 0
+    weights: int = 0
+    saved: int = 0
 
     @property
     def flops(self) -> int:
-        return self.denoiser + self.guidance_decoder + self.guidance_teacher + self.stored + self.score
+        guidance = self.guidance_decoder + self.guidance_teacher
+        return self.denoiser + guidance + self.inversion + self.stored + self.score
 
 
 class Meter:
@@ -57,8 +63,7 @@ class Meter:
         prior = load_prior(shapes, "meta")
         assert isinstance(prior, DiffusionPrior)
         self.prior, self.teacher = prior, blank_teacher(settings.teacher)
-        guides = settings.method == "diffdfkd"
-        self.decoder = load_decoder(prior, settings, self.teacher) if guides and self.teacher else None
+        self.decoder = load_decoder(prior, settings, self.teacher) if settings.guides and self.teacher else None
         self.adversary = blank_teacher(settings.adversary) if settings.adversary else None
         group = make_group(settings, 0, names)
         self.condition = prior.encode(group.conditions(prior.conditioning)[:1])
@@ -100,54 +105,74 @@ class Meter:
         self.prior.decode(torch.empty(1, *self.prior.latent_shape, device=META))
 
     @torch.no_grad()
-    def score(self) -> None:
-        if self.teacher:
-            self.teacher.logits(self.images(self.settings.images.size or self.prior.image_size))
+    def encode(self) -> None:
+        self.prior.encode_images(self.images(self.prior.image_size))
 
     def images(self, size: int) -> torch.Tensor:
         return torch.empty(1, 3, size, size, device=META)
 
 
 def synth_cost(settings: SynthSettings) -> SynthCost | None:
-    """The cost of one trajectory of ``settings``; None for methods that do more than sample the prior.
+    """The cost of one trajectory of ``settings``; None for ``noise``, which runs no model.
 
     Raises what loading prior and teacher raises; their weights are not read.
     """
-    if settings.method not in COUNTED:
+    if settings.method == "noise":
         return None
+    found = sampling_cost(settings) if settings.needs_prior else SynthCost()
+    teacher = blank_teacher(settings.teacher)
+    if settings.inverts:
+        inverted, saved = inversion_cost(settings)
+        found = replace(found, inversion=inverted, saved=max(saved, found.saved))
+        if not settings.needs_prior:
+            adversary = blank_teacher(settings.adversary) if settings.adversary else None
+            found = replace(found, weights=weight_bytes(*(t.net for t in (teacher, adversary) if t)))
+    return replace(found, score=settings.images_per_trajectory * score_flops(teacher))
+
+
+def sampling_cost(settings: SynthSettings) -> SynthCost:
+    """What denoising costs, the prior's own decoding of what is stored included."""
     meter = Meter(settings)
-    guidance = settings.guidance
+    guidance, times = settings.guidance, settings.dda.variants if settings.method == "dda" else 1
     denoiser = decoder = teacher = saved = 0
     for step, count, is_guided in step_kinds(settings):
         predict = flops(partial(meter.predict, step))
-        denoiser += count * predict
+        denoiser += times * count * predict
         if is_guided:
             teach = flops(meter.teach)
             update = flops(partial(meter.guide, step, "z0")) - predict
-            decoder += count * guidance.inner * (update - teach)
-            teacher += count * guidance.inner * teach
+            decoder += times * count * guidance.inner * (update - teach)
+            teacher += times * count * guidance.inner * teach
             if guidance.through == "zt":
-                denoiser += count * (flops(partial(meter.guide, step, "zt")) - predict - update)
+                denoiser += times * count * (flops(partial(meter.guide, step, "zt")) - predict - update)
             saved = max(saved, saved_bytes(partial(meter.guide, step, guidance.through), meter.networks))
-    images = 1 + settings.images.intermediates
+    encoded = flops(meter.encode) if settings.method == "dda" else 0  # the inverted image, once for all its variants
     return SynthCost(
         denoiser=denoiser,
         guidance_decoder=decoder,
         guidance_teacher=teacher,
-        stored=images * flops(meter.decode),
-        score=images * flops(meter.score),
+        stored=(settings.images_per_trajectory - settings.inverts) * flops(meter.decode) + encoded,
         weights=weight_bytes(*meter.networks),
         saved=saved,
     )
 
 
+@torch.no_grad()
+def score_flops(teacher: Teacher | None) -> int:
+    """The teacher's look at one image, at its own size: resizing is not counted. A black box counts nothing."""
+    if teacher is None:
+        return 0
+    side = teacher.input.size
+    return flops(lambda: teacher.logits(torch.empty(1, 3, side, side, device=META)))
+
+
 def step_kinds(settings: SynthSettings) -> Iterator[tuple[int, int, bool]]:
     """For each kind of denoising step: one such step, how many there are, whether it is guided."""
-    steps, guides = settings.prior.steps, settings.method == "diffdfkd"
+    steps = settings.prior.steps
     kinds: Counter[tuple[bool, bool]] = Counter()
     first: dict[tuple[bool, bool], int] = {}
-    for step in range(steps):
-        kind = (settings.prior.cfg_at(step) != 1, guides and guided(settings.guidance, step, steps))
+    for step in range(settings.dda.first_step(steps) if settings.method == "dda" else 0, steps):
+        kind = (settings.prior.cfg_at(step) != 1, settings.guides and guided(settings.guidance, step, steps))
         kinds[kind] += 1
         first.setdefault(kind, step)
     yield from ((first[kind], count, kind[1]) for kind, count in kinds.items())

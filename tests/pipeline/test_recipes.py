@@ -25,8 +25,9 @@ PAPER = {  # images and stored side as the paper (or the recipe's header) gives 
     "diffdfkd-table3-dit": (3_000, 32),
     "diffdfkd-table3-if": (3_000, 32),
     "dmkd-imagenet": (200_000, 256),
+    "dda-cifar10": (40_000, 32),
+    "dda-cifar100": (40_000, 32),
 }
-DDA = "dda-cifar10"
 TWINS = {"diffdfkd-twin": (200, 8), "dmkd-twin": (40, 8), "dda-twin": (160, 8)}
 
 
@@ -54,7 +55,7 @@ def local(name: str, paths: dict[str, Path]) -> list[str]:
 
 
 def test_nothing_is_packaged_untested():
-    assert set(packaged()) == {"demo", DDA, *PAPER, *TWINS}
+    assert set(packaged()) == {"demo", *PAPER, *TWINS}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -63,13 +64,13 @@ def test_a_paper_recipe_needs_only_paths(tmp_path, paths, name):
     found = dry_run(recipe, str(tmp_path / "run"), INLINE)
     assert (found["images"], found["image_size"]) == PAPER[name]
     assert found["unknown"] is None and found["classes"] == recipe.synth.teacher.num_classes
-    per_trajectory = recipe.synth.prior.steps + sum(
-        recipe.synth.prior.cfg_at(step) != 1 for step in range(recipe.synth.prior.steps)
-    )
-    assert found["denoiser_calls"] == per_trajectory * found["trajectories"]
+    prior, dda = recipe.synth.prior, recipe.synth.method == "dda"  # three variants, each from the middle on
+    calls = (3 if dda else 1) * sum(1 + (prior.cfg_at(step) != 1) for step in range(25 if dda else 0, prior.steps))
+    assert found["denoiser_calls"] == calls * found["trajectories"]
     cost, guided = found["cost"], recipe.synth.method == "diffdfkd"
     assert cost["flop"] > cost["denoiser"] * found["trajectories"] > 0 and cost["weights_bytes"] > 1e6
-    assert (cost["guidance_teacher"] > 0) == (cost["saved_bytes_per_group"] > 0) == guided
+    assert (cost["guidance_teacher"] > 0) == guided and (cost["inversion"] > 0) == dda
+    assert (cost["saved_bytes_per_group"] > 0) == (guided or dda)
     assert found["disk_bytes_at_most"] < 4 * 2**30 * (10 if name == "dmkd-imagenet" else 1)
     assert any(line.startswith("compute") for line in dry_run_lines(found))
 
@@ -82,23 +83,15 @@ def test_a_paper_recipe_says_what_to_change_and_trains_a_known_student(name):
     teacher = recipe.synth.teacher
     assert teacher.class_names is None or len(set(teacher.class_names)) == teacher.num_classes
     assert recipe.synth.images.size == teacher.input.size or recipe.synth.method == "dmkd"
-    assert recipe.distill.students[0] == "resnet18" and recipe.distill.loss.tau >= 10
-
-
-def test_the_recipe_of_dda_needs_only_paths(tmp_path, paths):
-    recipe = resolve(DDA, section="synth", sets=local(DDA, paths), environ={})
-    found = dry_run(recipe, str(tmp_path / "run"), INLINE)
-    assert (found["trajectories"], found["images"], found["image_size"]) == (10_000, 40_000, 32)
-    assert found["denoiser_calls"] == 10_000 * 3 * 25 * 2  # variants, half of 50 steps, CFG
-    assert "yours" in packaged_text(DDA) and recipe.distill.students == ("wrn-16-1",)
+    assert recipe.distill.students[0] == ("wrn-16-1" if recipe.synth.method == "dda" else "resnet18")
+    assert recipe.distill.loss.tau >= 10
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_runs_both_stages(tmp_path, name):
     recipe = resolve(name, environ={})
     planned = dry_run(recipe, str(tmp_path / "run"), INLINE)
-    assert (planned["images"], planned["image_size"]) == TWINS[name]
-    assert name == "dda-twin" or planned["cost"]["flop"] > 0  # inversion is not counted
+    assert (planned["images"], planned["image_size"]) == TWINS[name] and planned["cost"]["flop"] > 0
     made = run_synth(recipe, str(tmp_path / "run"), INLINE, quiet=True)
     assert made["rows"] == TWINS[name][0]
     manifest = Manifest.open(made["manifest"])

@@ -1,5 +1,7 @@
 """Counted cost: the meta run of single steps equals FLOPs counted while really sampling, for every kind of step."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,38 @@ def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
     assert synth_cost(half).saved < cost.saved
     through = settings.guidance.model_copy(update={"through": "zt"})
     assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
+
+
+@pytest.mark.parametrize("method", ["cmi", "deepinversion", "dda"])
+def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, prior_folder, method):
+    """Equal but for the contrastive head's products among images, which grow with their number."""
+    base = {
+        "method": method,
+        "teacher": {"name": str(teacher_folder)},
+        "prior": {"path": str(prior_folder), "steps": 4, "cfg": 0.5},
+        "cmi": {"steps": 5, "batches": 2, "width": 8, "latent": 8},
+        "deepinversion": {"steps": 5},
+        "dda": {"variants": 2, "strength": 0.5},
+        "group_size": 8,
+    }
+    settings = SynthSettings.model_validate(base)
+    prior = load_prior(settings.prior, "cpu") if method == "dda" else None
+    models = Models(prior, load_teacher(settings.teacher), None, "cpu")
+    group, module = make_group(settings, 0, NAMES), import_module(f"stages.synth.methods.{method}")
+    text = 0
+    if prior:
+        prior.encode(group.prompts)
+        with Flops() as encoder:
+            prior.encode(group.prompts)
+        text = encoder.total
+    with Flops() as real:
+        list(module.synthesise(models, group, settings, Work()))
+    cost = synth_cost(settings)
+    assert cost.inversion > 0 and cost.saved > 0
+    assert cost.flops - cost.score == pytest.approx(
+        (real.total - 2 * text) / 8, rel=0.01 if method != "deepinversion" else 0
+    )
+    assert (cost.denoiser > 0) == (method == "dda")
 
 
 def test_kinds_of_steps_cover_the_schedule():
