@@ -26,7 +26,8 @@ class DeepInversionSettings(Settings):
 class CmiSettings(Settings):
     """Contrastive model inversion (Fang et al. 2021): a generator for each batch, and one contrastive head a group.
 
-    The adversarial term's weight is ``guidance.adversarial`` (CMI: 0.5).
+    CMI's weight of 1 for BN is of a sum of norms over layers; of our mean over layers it would be too weak beside the
+    contrastive term (benchmarks/RESULTS.md). The adversarial term's weight is ``guidance.adversarial`` (CMI: 0.5).
     """
 
     batches: int = Field(2, gt=0, description="batches a group is made in; the bank holds the earlier ones")
@@ -35,7 +36,7 @@ class CmiSettings(Settings):
     latent: int = Field(256, gt=0, description="numbers that an image is generated from")
     width: int = Field(64, gt=0, description="channels of the generator's last layer; the others have twice as many")
     ce: float = Field(0.5, ge=0, description="class prior weight")
-    bn: float = Field(1.0, ge=0, description="feature-statistics weight (normalised: a mean over layers)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalised: a mean over layers)")
     cr: float = Field(0.8, ge=0, description="contrastive weight")
     temperature: float = Field(0.1, gt=0, description="of the contrastive term")
     crop: tuple[float, float] = Field((0.25, 1.0), description="least and greatest area of the local view")
