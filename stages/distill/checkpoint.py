@@ -107,8 +107,10 @@ def parse(data: bytes, storage: Storage, device: torch.device) -> dict[str, Any]
     anything of it is used."""
     try:
         state = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
-        if not isinstance(state, dict) or "step" not in state:
-            raise ValueError("it holds no step")
+        kinds = {"step": int, "seconds": float, "waited": float, "students": dict}
+        for name, kind in kinds.items():
+            if not isinstance(state[name], kind) or (kind is int and state[name] < 0):
+                raise ValueError(f"its {name} cannot be {str(state[name])[:40]!r}")
     except Exception as error:  # zip, pickle, runtime and value errors alike
         raise damaged(storage, error) from None
     return state

@@ -134,7 +134,11 @@ class Student:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises what torch raises, or TypeError, where it is another one's."""
+        kinds = {"net": dict, "optimiser": dict, "sums": dict, "metrics": list, "best": float, "best_sha256": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        if wrong or not isinstance(state["parked"], str | None):
+            raise TypeError(f"{', '.join(wrong) or 'parked'} of {self.name} cannot be")
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

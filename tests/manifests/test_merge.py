@@ -65,6 +65,19 @@ def test_merging_is_associative(many: Storage, cut: set[int]) -> None:
     assert joined.equals(parts[2])
 
 
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_the_last_merge_counts_however_shards_were_added(many: Storage, data: st.DataObject) -> None:
+    """(a + b) + c = a + (b + c), byte for byte."""
+    order = data.draw(st.permutations(range(6)))
+    stops = [*data.draw(st.sets(st.integers(1, 5))), 6]
+    for stop in sorted(stops):
+        merge(many, INFO, order[:stop])
+    grown = many.read("m.parquet")
+    merge(many, INFO)
+    assert many.read("m.parquet") == grown
+
+
 def test_growing_only_adds(tmp_path: Path) -> None:
     storage = make_dataset(tmp_path, shards=2)
     before = rows_of(storage)

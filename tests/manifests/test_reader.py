@@ -16,6 +16,7 @@ from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest, parse_source
 from manifests.schema import SCHEMA
+from manifests.select import compile_where
 from manifests.storage import Storage
 from manifests.tables import write_options
 from tests.manifests.samples import INFO, flip, make_dataset, make_image, make_row, write_shard
@@ -63,6 +64,39 @@ def test_a_selection_is_a_filter_of_everything(whole: Storage) -> None:
     assert [chosen.row(index) for index in range(len(chosen))] == matching
     assert len(manifest.select()) == sum(row["kept"] for row in rows)
     assert {row["label"] for row in rows} == {0, 1, 2}
+
+
+CONDITIONS = st.sampled_from(
+    ["label == 1", "label >= 1", "cosine >= 0.3", "cosine is None", "kept", "class_name != 'two'", "loss_ce > 2",
+     "teacher_label == label", "confidence < 0.5", "reject_reason is not None", "shard in (0, 2)", "trajectory / 2 < 2"]
+)  # fmt: skip
+EXPRESSIONS = st.recursive(
+    CONDITIONS,
+    lambda inner: st.one_of(
+        st.builds("not ({})".format, inner),
+        st.builds("({}) and ({})".format, inner, inner),
+        st.builds("({}) or ({})".format, inner, inner),
+    ),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(where=EXPRESSIONS, kept=st.booleans())
+def test_a_selection_is_the_filter_of_a_full_read(whole: Storage, where: str, kept: bool) -> None:
+    """Row by row through all row groups, against one Arrow filter of the whole table; images included."""
+    table = pq.read_table(whole.path("m.parquet"))
+    expected = table.filter(compile_where(where, table.schema))["key"].to_pylist()
+    if kept:
+        good = set(table.filter(table["kept"])["key"].to_pylist())
+        expected = [key for key in expected if key in good]
+    try:
+        chosen = Manifest.open(whole.url).select(where, kept=kept)
+    except DataError:
+        assert expected == []
+        return
+    assert chosen.column("key") == expected
+    assert [image for _, image in chosen.scan()] == [make_image(*map(int, key.split("-"))) for key in expected]
 
 
 def test_rows_come_back_as_they_were_written(whole: Storage) -> None:
