@@ -51,10 +51,10 @@ def packaged_text(name: str) -> str:
     return (resources.files("pipeline") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read(source: str) -> Layer:
+def read(source: str, seen: tuple[str, ...] = ()) -> Layer:
     """The layer of a packaged recipe's name or of a YAML file's path, over what it ``extends``."""
     if source in packaged():
-        return _extended(yaml_layer(packaged_text(source), f"recipe {source}"), Path())
+        return _extended(yaml_layer(packaged_text(source), f"recipe {source}"), Path(), (*seen, source))
     path = Path(source)
     if not path.suffix and not path.exists() and path.name == source:
         raise UsageError(
@@ -64,10 +64,10 @@ def read(source: str) -> Layer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from None
-    return _extended(yaml_layer(text, source).over(Layer({"name": path.stem}, {})), path.parent)
+    return _extended(yaml_layer(text, source).over(Layer({"name": path.stem}, {})), path.parent, (*seen, source))
 
 
-def _extended(layer: Layer, folder: Path) -> Layer:
+def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
     """``layer`` over the recipe that its key ``extends`` names: a packaged one, or a file beside it."""
     if "extends" not in layer.values:
         return layer
@@ -76,10 +76,10 @@ def _extended(layer: Layer, folder: Path) -> Layer:
         raise UsageError(f"{where}: extends: name a packaged recipe or a YAML file")
     own = {key: value for key, value in layer.values.items() if key != "extends"}
     origins = {path: origin for path, origin in layer.origins.items() if path[:1] != ("extends",)}
-    try:
-        return Layer(own, origins).over(read(base if base in packaged() else str(folder / base)))
-    except RecursionError:
-        raise UsageError(f"{where}: extends: goes round in a circle") from None
+    source = base if base in packaged() else os.path.normpath(folder / base)
+    if source in seen:
+        raise UsageError(f"{where}: extends: goes round in a circle")
+    return Layer(own, origins).over(read(source, seen))
 
 
 def resolve(
