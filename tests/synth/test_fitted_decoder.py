@@ -78,15 +78,17 @@ def test_a_fit_learns_images_and_gradients(monkeypatch):
     wanted = ["two thin connected strokes, a loop", "one thick stroke, an arc"] * 8
     net = fd.fit(prior, wanted, 8, "bilinear")
     latents = fd.draw_latents(prior, wanted, 2, seed=9)
-    cotangents = torch.randn(len(latents), 3, 8, 8)
+    cotangents = torch.randn(len(latents), 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def full(z0):
         return F.interpolate(prior.decode(z0), size=(8, 8), mode="bilinear", antialias=True)
 
     images, gradients = fd.pull_back(full, latents, cotangents)
     made, slopes = fd.pull_back(net, latents, cotangents)
-    assert (made - images).square().mean() < 0.15 * images.var()
-    assert F.cosine_similarity(slopes.flatten(1), gradients.flatten(1)).mean() > 0.7
+    assert (made - images).square().mean() < 0.08 * images.var()
+    assert (
+        F.cosine_similarity(slopes.flatten(1), gradients.flatten(1)).mean() > 0.8
+    )  # 0.72 where images alone are matched
 
 
 def test_the_full_decoder_is_its_own_equal_and_an_untrained_map_draws_a_warning(prior_folder, caplog):
