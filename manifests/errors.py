@@ -23,6 +23,10 @@ class DataError(FactoryError):
     exit_code = 3
 
 
+class StoreError(FactoryError):
+    """A folder or object store that keeps failing, which is the fault of no shard; mended, the same command resumes."""
+
+
 class NumericsError(DataError):
     """Numbers that leave the range of their type: other shards of the plan would meet the same, so the run stops."""
 

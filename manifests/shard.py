@@ -7,6 +7,7 @@ content's hash, so two attempts at one shard never overwrite each other with som
 import hashlib
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -133,7 +134,8 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk fails once more here, and must not stay full
+            self._file.close()
         self._tar_path.unlink(missing_ok=True)
         self._table_path.unlink(missing_ok=True)
 

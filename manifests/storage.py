@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from manifests.backends import Backend, LocalBackend, RemoteBackend
-from manifests.errors import DataError, FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, StoreError, UsageError
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def check_name(name: str) -> str:
 class Storage:
     """A folder. Names are relative to it and use ``/``. Instances can be pickled and used after a fork.
 
-    Errors: a missing file is a :class:`DataError` naming it; a store that keeps failing is a :class:`FactoryError`.
+    Errors: a missing file is a :class:`DataError` naming it; a store that keeps failing is a :class:`StoreError`.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -47,6 +47,7 @@ class Storage:
         if not text:
             raise UsageError("empty folder name: give a path or a URL")
         local = text.removeprefix("file://") if text.startswith("file://") else text
+        self._down = False
         self.is_local = "://" not in local and "::" not in local
         self._backend: Backend
         if self.is_local:
@@ -69,10 +70,17 @@ class Storage:
         return f"{self.url}/{name}" if name else self.url
 
     def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
-        """``call`` with retries; its last failure as one line."""
-        for delay in (*RETRY_DELAYS, None):
+        """``call`` with retries; its last failure as one line.
+
+        After a call that failed for good the next ones are tried once, until one succeeds: a run that ends because
+        its store is down must not wait again for every note that it leaves.
+        """
+        delays = () if self._down else RETRY_DELAYS
+        for delay in (*delays, None):
             try:
-                return call()
+                result = call()
+                self._down = False
+                return result
             except (FileNotFoundError, NotADirectoryError):
                 raise DataError(f"{self.path(name)}: no such file") from None
             except IsADirectoryError:
@@ -80,11 +88,12 @@ class Storage:
             except (FactoryError, PermissionError, FileExistsError, *_LASTING) as error:
                 if isinstance(error, FactoryError):
                     raise
-                raise FactoryError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+                raise StoreError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
             except Exception as error:
                 lasting = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
                 if lasting or delay is None:
-                    raise FactoryError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+                    self._down = not lasting
+                    raise StoreError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
                 time.sleep(delay * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable: the last attempt returns or raises")
 

@@ -3,15 +3,18 @@
 Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, group_split (done in
 micro-batches for want of memory), warning, run_finished, run_interrupted, run_failed.
 
-Events inform; correctness rests on done records alone, so a lost tail harms nothing.
+Events inform; correctness rests on done records alone, so a lost tail harms nothing, and an event that cannot be
+written stops no run: what comes next says better what is wrong with its folder.
 """
 
 import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from manifests.errors import StoreError
 from manifests.storage import Storage
 from pipeline.progress import say
 
@@ -38,7 +41,7 @@ class EventLog:
         now = self.clock()
         line = (json.dumps({"time": round(now, 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode()
         if self.storage.is_local:
-            with open(self.storage.path(LOCAL), "ab") as file:
+            with suppress(OSError), open(self.storage.path(LOCAL), "ab") as file:
                 file.write(line)
             return
         self._lines.append(line)
@@ -47,10 +50,12 @@ class EventLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write buffered events of a remote folder."""
+        """Write buffered events of a remote folder, or keep them for the next time where it fails."""
         if self._pending:
-            self.storage.write(self._name, b"".join(self._lines))
-            self._flushed, self._pending = self.clock(), False
+            self._flushed = self.clock()
+            with suppress(StoreError):
+                self.storage.write(self._name, b"".join(self._lines))
+                self._pending = False
 
     def __enter__(self) -> "EventLog":
         return self
@@ -100,7 +105,7 @@ def _end_torn_line(storage: Storage) -> None:
     path = storage.path(LOCAL)
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return
-    with open(path, "r+b") as file:
+    with suppress(OSError), open(path, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
             file.write(b"\n")

@@ -201,7 +201,7 @@ class _Driver:
         run, shard, error = self.run, end.shard, end.error or "no report"
         attempts = run.attempts[shard]
         self.events.write("shard_failed", shard=shard, attempt=attempts, error=error, worker=end.worker)
-        if end.stops_run:
+        if end.stops_run or (end.store_failed and attempts >= self.settings.attempts):  # no fault of the shard
             raise FactoryError(f"shard {shard:06d}: {error}; mend that and give the same command, it resumes")
         if attempts < self.settings.attempts:
             heapq.heappush(run.retries, (time.monotonic() + self.settings.retry_delay * attempts, shard))

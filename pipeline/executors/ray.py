@@ -207,15 +207,11 @@ def connect(settings: ExecutorSettings) -> bool:
             why = " ".join(str(error).split())
             raise UsageError(f"no Ray cluster at {address!r} ({why}): start one with `ray start --head`") from None
         return True
-    ray.init(
-        "local",
-        num_cpus=max(
-            os.cpu_count() or 1, settings.workers * settings.threads
-        ),  # crowding this machine is the user's choice
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=False,
-        **quiet,
-    )
+    cpus = max(os.cpu_count() or 1, settings.workers * settings.threads)  # crowding this machine is the user's choice
+    try:
+        ray.init("local", num_cpus=cpus, object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
+    except Exception as error:  # a plain Exception where the machine is too busy for Ray's 30 seconds
+        raise FactoryError(f"Ray does not start on this machine: {reason(error)}; the same command resumes") from error
     return True
 
 

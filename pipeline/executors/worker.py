@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, StoreError, UsageError
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 """No later shard would fare better: the run stops instead of filling the quarantine."""
@@ -43,6 +43,7 @@ class Finished:
     error: str | None = None
     trace: str = ""
     stops_run: bool = False
+    store_failed: bool = False
     worker_lost: bool = False
 
 
@@ -82,6 +83,7 @@ def failure(error: Exception) -> dict[str, Any]:
         "exit_code": error.exit_code if isinstance(error, FactoryError) else None,
         "stops_run": getattr(error, "stops_run", False)
         or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
+        "store_failed": any(isinstance(e, StoreError) for e in chain),
         # after such an error every later CUDA call of the process fails too
         "poisoned": type(error).__name__ == "AcceleratorError" or "CUDA error" in line,
     }

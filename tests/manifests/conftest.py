@@ -7,6 +7,7 @@ import pytest
 
 from manifests import storage as storage_module
 from manifests.storage import Storage
+from tests.manifests.flaky_proxy import FlakyProxy
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,18 @@ def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
     return f"s3://{bucket}/data/set"
+
+
+@pytest.fixture
+def flaky_s3(s3_endpoint: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
+    """A proxy, without faults yet, through which this process and its children reach ``s3_url``."""
+    from s3fs import S3FileSystem
+
+    with FlakyProxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        S3FileSystem.clear_instance_cache()  # instances remember the endpoint they were made with
+        yield proxy
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

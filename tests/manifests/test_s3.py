@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from manifests.backends import RemoteBackend
-from manifests.errors import FactoryError
+from manifests.errors import FactoryError, StoreError
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
+from tests.manifests.flaky_proxy import FlakyProxy, every
 from tests.manifests.samples import INFO, all_files, make_dataset, make_image, write_shard
 
 
@@ -99,3 +100,32 @@ def test_remote_temporary_files_go_with_their_storage(s3_url: str) -> None:
     del storage
     gc.collect()
     assert not scratch.exists()
+
+
+@pytest.mark.usefixtures("no_delays")
+def test_bad_connections_lose_nothing(s3_url: str, flaky_s3: FlakyProxy, tmp_path: Path) -> None:
+    """Every third request is refused, dropped, cut in mid-upload, answered in half, late, or done without an answer."""
+    expected = all_files(make_dataset(tmp_path))
+    flaky_s3.plan = every(3, "busy", "drop", "cut", "short", "slow", "lost")
+    storage = make_dataset(s3_url)
+    assert all_files(storage) == expected
+    assert len({fault for fault, _, _ in flaky_s3.happened}) == 6
+    assert {"cut", "lost"} & {fault for fault, method, _ in flaky_s3.happened if method == "PUT"}
+
+
+@pytest.mark.usefixtures("no_delays")
+def test_uploads_that_break_off_every_time_leave_no_shard(
+    s3_url: str, flaky_s3: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    storage = Storage(s3_url)
+    write_shard(storage, 0)
+    flaky_s3.plan = lambda number, method, path: "cut" if method == "PUT" and ".tar" in path else ""
+    with pytest.raises(StoreError, match=r"shards/000001-[0-9a-f]+\.tar: cannot write: "):
+        write_shard(storage, 1)
+    assert all("/000000-" in name for name in storage.sizes("shards"))
+    assert [*done_records(storage)] == [0] and not [*storage.scratch().iterdir()]
+    flaky_s3.plan = lambda number, method, path: ""
+    write_shard(storage, 1)
+    merge(storage, INFO)
+    assert all_files(storage) == all_files(make_dataset(tmp_path, shards=2))

@@ -1,13 +1,14 @@
 import errno
 import pickle
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from manifests.errors import DataError, FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, StoreError, UsageError
 from manifests.storage import Storage, split
 
 
@@ -180,3 +181,26 @@ def test_urls() -> None:
             Storage(bad)
     with pytest.raises(UsageError, match="expected the path of a file"):
         split("s3://bucket")
+
+
+def test_a_store_that_is_down_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is tried four times; the next ones once each, until the store answers again."""
+    storage, slept, up = Storage(f"memory://{uuid.uuid4().hex}"), [], False
+
+    def size(path: str) -> int | None:
+        if not up:
+            raise ConnectionResetError("connection reset by peer")
+        return None
+
+    monkeypatch.setattr("manifests.storage.time.sleep", slept.append)
+    monkeypatch.setattr(storage._backend, "size", size)
+    for waited in (3, 3, 3):
+        with pytest.raises(StoreError, match="x: cannot look up: connection reset by peer"):
+            storage.size("x")
+        assert len(slept) == waited
+    up = True
+    assert storage.size("x") is None
+    up = False
+    with pytest.raises(StoreError):
+        storage.size("x")
+    assert len(slept) == 6 and slept[0] < slept[1] < slept[2]  # backoff

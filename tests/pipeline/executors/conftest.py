@@ -17,7 +17,7 @@ from pipeline.events import EventLog, read_events
 from pipeline.executors.driver import Outcome, execute
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.worker import WorkerSpec
-from tests.manifests.conftest import s3_endpoint, s3_url  # noqa: F401
+from tests.manifests.conftest import flaky_s3, s3_endpoint, s3_url  # noqa: F401
 
 ROOT = Path(__file__).parents[3]
 FACTORY = "tests.pipeline.executors.faulty:build_faulty"
@@ -49,9 +49,16 @@ class Run:
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in names}
 
     def spawn(
-        self, shards: int, faults: dict[str, str] | None = None, pause: float = 0.0, ray: Any = None, **settings: Any
+        self,
+        shards: int,
+        faults: dict[str, str] | None = None,
+        pause: float = 0.0,
+        ray: Any = None,
+        environment: dict[str, str] | None = None,
+        **settings: Any,
     ) -> "Driver":
-        job = {"storage": self.storage.url, "shards": shards, "spec": self.spec(faults, pause), "settings": settings}
+        spec = self.spec(faults, pause) | ({"environment": environment} if environment else {})
+        job = {"storage": self.storage.url, "shards": shards, "spec": spec, "settings": settings}
         return Driver(self, job | ({"ray": ray} if ray else {}))
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from manifests.errors import DataError, NumericsError
+from manifests.errors import DataError, NumericsError, StoreError
 from stages.synth.worker import OnGroup, Worker, build_worker
 
 SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
@@ -51,6 +51,8 @@ class Faulty:
             case "late":  # dies between its commit and its answer
                 self.inner.run(shard, on_group)
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "store":
+                raise StoreError("s3://far/away: cannot write: connection reset by peer")
             case "full":
                 raise OSError(28, "No space left on device")
             case "overflow":

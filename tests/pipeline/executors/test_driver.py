@@ -102,6 +102,16 @@ def test_a_group_done_in_micro_batches_is_an_event(run):
     assert not any("splits" in event for event in run.events("shard_done"))
 
 
+def test_a_store_that_fails_every_attempt_stops_the_run_and_blames_no_shard(run):
+    with pytest.raises(FactoryError, match="shard 000001: s3://far/away: cannot write: .* it resumes"):
+        run.execute(4, {"1": "store"})
+    assert failures(run.storage) == {}
+    assert len(run.events("shard_failed")) == 3  # the attempts of any shard: a worker elsewhere may reach the store
+    assert run.execute(4).done == {0, 1, 2, 3}
+    run.execute(5, {"4": "store-once"})
+    assert len(run.events("shard_done")) == 5
+
+
 def test_shards_that_all_fail_stop_the_run_instead_of_filling_the_quarantine(run):
     with pytest.raises(FactoryError, match="2 shards in a row failed 3 times each"):
         run.execute(50, {str(shard): "raise" for shard in range(50)}, stop_after=2)

@@ -15,6 +15,7 @@ from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.worker import WorkerSpec
 from pipeline.failures import failures
 from pipeline.lease import Lease
+from tests.manifests.flaky_proxy import every
 from tests.pipeline.executors.conftest import FACTORY
 
 pytestmark = pytest.mark.timeout(180)
@@ -89,6 +90,29 @@ def test_same_bytes_in_an_object_store(run, cluster, unbroken, s3_url):
             assert outcome.done == set(range(shards))
     assert {name: store.read(name) for folder in ("shards", "done") for name in store.list(folder)} == unbroken
     assert [event["shard"] for event in read_events(store) if event["kind"] == "worker_lost"] == [3]
+
+
+def test_everything_at_once_on_a_store_that_keeps_failing(run, cluster, unbroken, s3_url, flaky_s3):
+    """A worker that dies, one that hangs, one that dies after its commit, a poison shard, and every seventh request to
+    the store refused, cut off or its answer lost, in one run: complete but for the poison shard, which heals."""
+    flaky_s3.plan = every(7, "busy", "cut", "lost", "short", "drop")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "NO_PROXY"))}
+    faults = {"1": "die-once", "2": "hang-once", "4": "late-once", "6": "raise"}
+    spec = WorkerSpec(FACTORY, run.spec(faults) | {"storage": s3_url, "environment": environment})
+    store = Storage(s3_url)
+    place = ExecutorSettings(workers=3, retry_delay=0, time_limit=15.0)
+    with EventLog(store) as events, Lease(store, events.write) as lease:
+        outcome = execute(spec, range(12), place, events, store, lease=lease)
+    assert outcome.done == set(range(12)) - {6}
+    assert outcome.failed == {6: "ValueError: shard 6 is poison"}
+    lost = {event["shard"] for event in read_events(store) if event["kind"] == "worker_lost"}
+    assert lost >= {1, 2, 4}
+    assert {fault for fault, _, _ in flaky_s3.happened} == {"busy", "cut", "lost", "short", "drop"}
+    spec = WorkerSpec(FACTORY, run.spec() | {"storage": s3_url, "environment": environment})
+    with EventLog(store) as events, Lease(store, events.write) as lease:
+        again = execute(spec, range(12), place.model_copy(update={"retry_failed": True}), events, store, lease=lease)
+    assert again.done == set(range(12))
+    assert {name: store.read(name) for folder in ("shards", "done") for name in store.list(folder)} == unbroken
 
 
 def test_a_shard_that_kills_its_worker_every_time_is_quarantined(run, cluster):

@@ -107,13 +107,26 @@ def test_second_driver_is_refused_while_the_first_lives(run, spawned, unbroken):
     assert run.files() == unbroken
 
 
-@pytest.mark.parametrize("step", ["opened", "written", "tar", "table", "done"])
-def test_killed_inside_the_commit_protocol(run, spawned, monkeypatch, unbroken, step):
-    monkeypatch.setenv("FACTORY_FAULT", f"{step}:3")
-    driver = spawned(run.spawn(SHARDS))
-    assert driver.end()[0] == -signal.SIGKILL
-    monkeypatch.delenv("FACTORY_FAULT")
-    assert run.execute(SHARDS).done == set(range(SHARDS))
+@pytest.mark.parametrize("step", ["checked", "table"])
+def test_killed_driver_whose_worker_is_inside_the_commit(run, spawned, cluster, unbroken, step):
+    """The driver dies while its actor is frozen at ``step``; the actor then wakes up without one."""
+    mark = run.marks / "frozen"
+    fault = {"FACTORY_FAULT": f"{step}:3:{mark}:stop"}
+    driver = spawned(run.spawn(SHARDS, workers=2, address=cluster, environment=fault))
+    until = time.monotonic() + 120
+    while not mark.exists():
+        assert time.monotonic() < until and driver.process.poll() is None
+        time.sleep(0.02)
+    worker = int(mark.read_text())
+    driver.send(signal.SIGKILL)
+    driver.process.wait()
+    os.kill(worker, signal.SIGCONT)
+    outcome = run.execute(SHARDS, workers=2)
+    assert (outcome.failed, outcome.done) == ({}, set(range(SHARDS)))
+    assert run.files() == unbroken
+    while alive(worker):
+        assert time.monotonic() < until
+        time.sleep(0.1)
     assert run.files() == unbroken
 
 

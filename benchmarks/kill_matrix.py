@@ -1,0 +1,320 @@
+"""SIGKILL of a worker, the driver or every process of a run, at each step of the commit and at random times.
+
+    python benchmarks/kill_matrix.py [--only noise|prior|distill] [--seed 0] [--json FILE]
+
+Every trial runs the ``factory`` command in a process (and process group) of its own, kills, gives the same command
+again, then ``factory gc``, and compares the folder with that of an unbroken run: every file of the dataset by
+checksum, every key by count. Runs are forked from a process that has imported everything, which saves each of them
+seconds of imports; several workers are Ray actors on one cluster that outlives the runs. Exits with 1 where anything
+was lost, doubled, altered or left lying about.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # actors import the package
+
+import psutil  # noqa: E402
+
+from manifests.faults import STEPS  # noqa: E402
+
+FORK = multiprocessing.get_context("fork")
+SHARDS = 6
+WORK = {
+    "noise": ["--method", "noise", "--set", "groups_per_shard=2", "--set", "group_size=48"],
+    "prior": ["--set", "prior.steps=4", "--set", "groups_per_shard=2", "--set", "group_size=4", "--set", "lca.every=2"],
+    "distill": ["--set", "checkpoint_seconds=0.05", "--set", "batch_size=16", "--set", "epochs=3"],
+}
+LOGS = ("events.jsonl", "lease/", "results.json", "README.md", "metrics.jsonl", "checkpoint.pt")
+"""What tells a run's history or times: it differs where these do."""
+WHOM = {"worker": "a worker", "driver": "the driver", "all": "every process"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``kind``: of :data:`WORK`; ``target``: of :data:`WHOM`; ``moment``: a step of the commit, or random."""
+
+    kind: str
+    workers: int
+    target: str
+    moment: str
+
+
+@dataclass
+class Result:
+    """What a trial left behind. Lists are empty and ``lost`` and ``doubled`` zero where the promise holds."""
+
+    trial: Trial
+    done_before: int = 0  # shards, when it was killed
+    made: int = 0
+    lost: int = 0
+    doubled: int = 0
+    altered: list[str] = field(default_factory=list)
+    stray: list[str] = field(default_factory=list)
+    failed: str = ""
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.lost or self.doubled or self.altered or self.stray or self.failed)
+
+
+def trials() -> list[Trial]:
+    """The matrix, shuffled, so that any part of it looks at all of it."""
+    matrix = [Trial("noise", 1, "all", step) for step in STEPS] + [Trial("noise", 1, "all", "random")] * 17
+    matrix += [Trial("noise", 2, target, step) for target in ("worker", "driver") for step in STEPS]
+    matrix += [Trial("noise", 2, "all", step) for step in ("checked", "tar", "table")]
+    matrix += [Trial("noise", 2, target, "random") for target in WHOM] * 2
+    matrix += [Trial("prior", 1, "all", moment) for moment in ("tar", "table", "random")]
+    matrix += [Trial("prior", 2, *cell) for cell in (("worker", "table"), ("driver", "random"), ("all", "checked"))]
+    matrix += [Trial("distill", 1, "all", "random")] * 9
+    random.Random(0).shuffle(matrix)
+    return matrix
+
+
+class Run:
+    """The ``factory`` command in a forked process that leads a process group of its own."""
+
+    def __init__(self, arguments: list[str], log: Path, fault: str = "") -> None:
+        self.log = log
+        self.process = FORK.Process(target=_factory, args=(arguments, log, fault))
+        self.process.start()
+
+    @property
+    def code(self) -> int | None:
+        return self.process.exitcode
+
+    def end(self, seconds: float = 3600) -> None:
+        """Wait until it exits with 0. Raises RuntimeError with what it said."""
+        self.process.join(seconds)
+        if self.code != 0:
+            raise RuntimeError(f"exit code {self.code}: {self.log.read_text()[-2000:]}")
+
+
+def _factory(arguments: list[str], log: Path, fault: str) -> None:
+    os.setsid()
+    os.environ["FACTORY_FAULT"] = fault
+    with open(log, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = ["factory", *arguments]
+    from pipeline.cli import script
+
+    script()
+
+
+class Matrix:
+    """Folders of unbroken runs, and trials against them. ``address``: of a Ray cluster that reads ``faults``."""
+
+    def __init__(self, folder: Path, seed: int, faults: Path, address: str) -> None:
+        self.folder, self.rng, self.faults, self.address = folder, random.Random(seed), faults, address
+        self.unbroken: dict[tuple[str, int], tuple[dict[str, str], float]] = {}  # checksums, seconds
+
+    def command(self, kind: str, workers: int, out: Path) -> list[str]:
+        if kind == "distill":
+            manifest = self.folder / "unbroken-noise-1/m.parquet"
+            return ["run", kind, "-m", str(manifest), "--teacher", "embedded:digits", *WORK[kind], "--out", str(out)]
+        pool = ["--workers", str(workers), "--address", self.address] if workers > 1 else []
+        return ["run", "synth", "--device", "cpu", "--shards", str(SHARDS), *WORK[kind], *pool, "--out", str(out)]
+
+    def reference(self, kind: str, workers: int) -> tuple[dict[str, str], float]:
+        """Checksums of an unbroken run, and the seconds that it takes."""
+        if kind == "distill":
+            self.reference("noise", 1)
+        if (kind, workers) not in self.unbroken:
+            out, started = self.folder / f"unbroken-{kind}-{workers}", time.monotonic()
+            Run(self.command(kind, workers, out), self.folder / "log").end()
+            self.unbroken[kind, workers] = checksums(out), time.monotonic() - started
+        return self.unbroken[kind, workers]
+
+    def run(self, trial: Trial) -> Result:
+        expected, _ = self.reference(trial.kind, 1)
+        _, seconds = self.reference(trial.kind, trial.workers)
+        out, result = self.folder / "trial", Result(trial)
+        shutil.rmtree(out, ignore_errors=True)
+        while not self.killed(trial, out, seconds):  # it was over before: again, killed earlier
+            shutil.rmtree(out, ignore_errors=True)
+            seconds *= 0.8
+        result.done_before = len([*(out / "done").glob("*")])
+        try:  # what several workers began goes on with one or several: the bytes must be the same
+            Run(self.command(trial.kind, self.rng.choice([1, trial.workers]), out), self.folder / "log").end()
+            if trial.kind != "distill":
+                Run(["gc", str(out)], self.folder / "log").end()
+        except RuntimeError as error:
+            result.failed = str(error)
+            return result
+        found = checksums(out)
+        result.altered = sorted(name for name in expected if found.get(name) != expected[name])
+        result.stray = sorted(found.keys() - expected.keys())
+        if trial.kind != "distill":
+            made, wanted = (keys(folder) for folder in (out, self.folder / f"unbroken-{trial.kind}-1"))
+            result.made, result.lost = made.total(), (wanted - made).total()
+            result.doubled = (made - wanted).total()
+        return result
+
+    def killed(self, trial: Trial, out: Path, seconds: float) -> bool:
+        """Start a run and kill ``trial.target``; False where the run was over before."""
+        mark, fault = self.folder / "mark", ""
+        mark.unlink(missing_ok=True)
+        if trial.moment != "random":
+            frozen = ":stop" if trial.workers > 1 and trial.target != "worker" else ""
+            fault = f"{trial.moment}:{self.rng.randrange(SHARDS)}:{mark}{frozen}"
+        self.faults.write_text(fault)
+        before = {*actors()}
+        run = Run(self.command(trial.kind, trial.workers, out), self.folder / "log", fault)
+        if trial.moment != "random":
+            wait_for(lambda: mark.exists() or run.code is not None)
+        else:
+            if trial.workers > 1:
+                wait_for(lambda: {*actors()} - before or run.code is not None)
+            run.process.join(self.rng.uniform(0, 0.8 if trial.workers == 1 else 0.4) * seconds)
+        victims = [*({*actors()} - before)]
+        over = run.code == 0
+        if trial.target == "worker":
+            if trial.moment == "random" and victims:
+                kill(self.rng.choice(victims))
+            run.end()  # a run survives its worker
+            return bool(victims) or mark.exists()
+        kill(run.process)
+        if trial.target == "all":
+            for process in victims:
+                kill(process)
+        elif mark.exists():  # the frozen worker wakes up without a driver
+            with suppress(ProcessLookupError):
+                os.kill(int(mark.read_text()), signal.SIGCONT)
+        run.process.join()
+        assert run.code in (0, -signal.SIGKILL), run.log.read_text()
+        psutil.wait_procs(victims, timeout=60)
+        return not over
+
+
+def actors() -> Iterator[psutil.Process]:
+    """Ray's processes that hold one of our workers."""
+    for process in psutil.process_iter(["cmdline"]):
+        if "_Actor" in " ".join(process.info["cmdline"] or ()):
+            yield process
+
+
+def kill(process: Any) -> None:
+    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        process.kill()
+
+
+def wait_for(seen: Callable[[], Any], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not seen():
+        if time.monotonic() > until:
+            raise TimeoutError(f"nothing happened for {seconds:g} s")
+        time.sleep(0.01)
+
+
+def checksums(out: Path) -> dict[str, str]:
+    """sha256 of every file but those that tell times."""
+    files = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
+    kept = {name: path for name, path in files.items() if not name.startswith(LOGS) and path.name not in LOGS}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in kept.items()}
+
+
+def keys(out: Path) -> Counter[str]:
+    """Keys of the manifest, counted. In a process of its own: a fork must not inherit Arrow's threads."""
+    with FORK.Pool(1) as pool:
+        return Counter(pool.apply(_keys, (str(out / "m.parquet"),)))
+
+
+def _keys(path: str) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(path, columns=["key"])["key"].to_pylist())
+
+
+def table(results: list[Result]) -> Iterator[str]:
+    """One line for each kind, pool and target."""
+    yield "| work | workers | killed | at a step | at random | resumed | lost | doubled | altered | stray |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for kind, workers, target in dict.fromkeys((r.trial.kind, r.trial.workers, r.trial.target) for r in results):
+        some = [r for r in results if (r.trial.kind, r.trial.workers, r.trial.target) == (kind, workers, target)]
+        at_random = sum(r.trial.moment == "random" for r in some)
+        whom = "the process" if workers == 1 else WHOM[target]
+        cells = [kind, workers, whom, len(some) - at_random, at_random, sum(not r.failed for r in some)]
+        cells += [sum(r.lost for r in some), sum(r.doubled for r in some)]
+        cells += [sum(len(r.altered) for r in some), sum(len(r.stray) for r in some)]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def serve_cluster(faults: Path, found: Any) -> None:
+    """Start a Ray cluster whose actors read ``faults``, send its address, stay."""
+    os.environ["FACTORY_FAULT"] = f"@{faults}"
+    import ray
+
+    from manifests.errors import FactoryError
+    from pipeline.executors.ray import _connect
+    from pipeline.executors.settings import ExecutorSettings
+
+    while True:
+        try:
+            _connect(ExecutorSettings(workers=2))
+            break
+        except FactoryError as error:  # Ray gives up after 30 seconds, which a busy machine may need
+            print(error, file=sys.stderr, flush=True)
+    found.send(ray.get_runtime_context().gcs_address)
+    signal.pause()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*WORK], help="one kind of work")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--json", type=Path, help="file for every trial's result")
+    asked = parser.parse_args()
+    folder, started, results = Path(tempfile.mkdtemp(prefix="kill-matrix-")), time.monotonic(), list[Result]()
+    faults = folder / "fault"
+    faults.touch()
+    chosen = [trial for trial in trials() if asked.only in (None, trial.kind)]
+    address, there = FORK.Pipe()
+    cluster = multiprocessing.get_context("spawn").Process(target=serve_cluster, args=(faults, there))
+    cluster.start()
+    try:
+        matrix = Matrix(folder, asked.seed, faults, address.recv())
+        os.nice(10)  # after the cluster, whose daemons have deadlines
+        import pipeline.commands.run
+        import pipeline.executors.ray  # noqa: F401
+        import stages.distill.run
+        import stages.synth.shard_worker  # noqa: F401 - what a run imports anyway
+
+        for trial in chosen:
+            results.append(matrix.run(trial))
+            state = f"BROKEN {json.dumps(asdict(results[-1]))}" if results[-1].broken else "ok"
+            print(
+                f"{len(results):3} {time.monotonic() - started:5.0f} s  {trial}: {state}", file=sys.stderr, flush=True
+            )
+    except KeyboardInterrupt:
+        print(f"stopped after {len(results)} of {len(chosen)} trials", file=sys.stderr)
+    finally:
+        cluster.terminate()
+        cluster.join()
+        shutil.rmtree(folder, ignore_errors=True)
+    broken = sum(result.broken for result in results)
+    print(*table(results), f"\n{len(results)} trials, {broken} broken, {time.monotonic() - started:.0f} s", sep="\n")
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
