@@ -323,14 +323,17 @@ def results(victim: Path, seed: int, cases: int, seconds: int, memory_gb: float)
     while done < cases:
         limits = [str(value) for value in (victim, seed, done, cases, seconds, memory_gb)]
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", *limits]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        assert child.stdout is not None and child.stderr is not None
-        for line in child.stdout:
-            if line.startswith('{"case"'):
-                yield json.loads(line)
-                done += 1
-        tail = child.stderr.read()[-2000:]
-        if child.wait() and done < cases:
+        with tempfile.TemporaryFile() as errors:  # a pipe that nobody empties would hold the child up
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith('{"case"'):
+                    yield json.loads(line)
+                    done += 1
+            died = child.wait()
+            errors.seek(0)
+            tail = errors.read()[-2000:].decode(errors="replace")
+        if died and done < cases:
             yield {
                 "case": done,
                 "outcome": "failed",

@@ -160,6 +160,8 @@ class _Driver:
         run = self.run
         self._progress()
         while run.running or (run.waiting and not signals.draining):
+            if signals.stopping:
+                raise KeyboardInterrupt
             if self.lease is not None:
                 self.lease.check()
             while not signals.draining and pool.free() and (shard := run.next(time.monotonic())) is not None:

@@ -9,13 +9,14 @@ from typing import Any
 
 
 class StopSignals:
-    """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt``.
+    """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt`` and sets
+    ``stopping``, for loops to look at: an exception raised inside a callback or a finaliser is swallowed there.
 
     Outside the main thread, where Python takes no handlers, it changes nothing.
     """
 
     def __init__(self, until: str = "after the running shards") -> None:
-        self.draining = False
+        self.draining = self.stopping = False
         self._line = f"\nstopping {until}; once more stops at once (either way the same command resumes)\n".encode()
         self._previous: dict[int, Any] = {}
 
@@ -31,6 +32,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.draining:
+            self.stopping = True
             raise KeyboardInterrupt
         self.draining = True
         with contextlib.suppress(OSError):

@@ -80,6 +80,11 @@ class Driver:
             assert time.monotonic() < until, f"no {count} × {kind} within {seconds} s"
             time.sleep(0.02)
 
+    def read_until(self, text: str) -> None:
+        """Until stderr has a line with ``text``; what was read is no part of :meth:`end`'s."""
+        assert self.process.stderr is not None
+        assert any(text in line for line in self.process.stderr), f"it ended without saying {text!r}"
+
     def send(self, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.process.pid, number)
 

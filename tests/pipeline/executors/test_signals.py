@@ -70,7 +70,7 @@ def test_second_signal_kills_actors(run, spawned, cluster):
     driver = spawned(run.spawn(SHARDS, {"0": "hang", "1": "hang"}, workers=2, address=cluster))
     driver.wait_for("shard_started", 2)
     driver.send(signal.SIGTERM)
-    time.sleep(0.5)
+    driver.read_until("once more stops at once")  # two signals before the first is handled are one
     driver.send(signal.SIGTERM)
     code, errors = driver.end(60)
     assert code == 130, errors
