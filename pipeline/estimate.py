@@ -9,7 +9,7 @@ from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
 from pipeline.text import flop, plain, plain_block, size
 from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.priors import NotFetched
+from stages.synth.priors import FAMILIES, NotFetched
 from stages.synth.settings import SynthSettings
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
@@ -129,5 +129,8 @@ def denoiser_calls(synth: SynthSettings, inputs: SynthInputs | None) -> int:
         return 0
     prior = synth.prior
     conditional = inputs is None or inputs.prior["conditioning"] != "none"
-    times, first = (synth.dda.variants, synth.dda.first_step(prior.steps)) if synth.method == "dda" else (1, 0)
+    times, first = 1, 0
+    if synth.method == "dda":
+        varies = inputs is not None and FAMILIES[inputs.prior["pipeline"]].image_encoder is not None
+        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, varies)
     return times * sum(1 + (conditional and prior.cfg_at(step) != 1) for step in range(first, prior.steps))

@@ -22,7 +22,7 @@ from stages.synth.groups import make_group
 from stages.synth.guidance import guided
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.inversion_cost import inversion_cost
-from stages.synth.prior import Prediction, State
+from stages.synth.prior import Prediction, State, VariationPrior
 from stages.synth.priors import load_prior
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
@@ -106,7 +106,12 @@ class Meter:
 
     @torch.no_grad()
     def encode(self) -> None:
-        self.prior.encode_images(self.images(self.prior.image_size))
+        """The prior's look at an image that it makes variants of."""
+        images = self.images(self.prior.image_size)
+        if isinstance(self.prior, VariationPrior):
+            self.prior.embed_images(images)
+        else:
+            self.prior.encode_images(images)
 
     def images(self, size: int) -> torch.Tensor:
         return torch.empty(1, 3, size, size, device=META)
@@ -135,7 +140,7 @@ def sampling_cost(settings: SynthSettings) -> SynthCost:
     meter = Meter(settings)
     guidance, times = settings.guidance, settings.dda.variants if settings.method == "dda" else 1
     denoiser = decoder = teacher = saved = 0
-    for step, count, is_guided in step_kinds(settings):
+    for step, count, is_guided in step_kinds(settings, isinstance(meter.prior, VariationPrior)):
         predict = flops(partial(meter.predict, step))
         denoiser += times * count * predict
         if is_guided:
@@ -166,12 +171,16 @@ def score_flops(teacher: Teacher | None) -> int:
     return flops(lambda: teacher.logits(torch.empty(1, 3, side, side, device=META)))
 
 
-def step_kinds(settings: SynthSettings) -> Iterator[tuple[int, int, bool]]:
-    """For each kind of denoising step: one such step, how many there are, whether it is guided."""
+def step_kinds(settings: SynthSettings, varies: bool = False) -> Iterator[tuple[int, int, bool]]:
+    """For each kind of denoising step: one such step, how many there are, whether it is guided.
+
+    ``varies``: the prior is a :class:`~stages.synth.prior.VariationPrior`.
+    """
     steps = settings.prior.steps
+    begin = settings.dda.first_step(steps, varies) if settings.method == "dda" else 0
     kinds: Counter[tuple[bool, bool]] = Counter()
     first: dict[tuple[bool, bool], int] = {}
-    for step in range(settings.dda.first_step(steps) if settings.method == "dda" else 0, steps):
+    for step in range(begin, steps):
         kind = (settings.prior.cfg_at(step) != 1, settings.guides and guided(settings.guidance, step, steps))
         kinds[kind] += 1
         first.setdefault(kind, step)

@@ -34,7 +34,7 @@ class DiffusionPrior(ABC):
     missing, damaged or of a kind that cannot be guided.
     """
 
-    encoders: Sequence[Any] = ()  # of prompts
+    encoders: Sequence[Any] = ()  # of prompts, and of images
     batch_limit: int | None = None
 
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
@@ -169,8 +169,8 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **whe
     return kind.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, **where)
 
 
-def load_text_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
-    """Text encoder ``name`` of a prior's folder, as :func:`load_network`."""
+def load_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
+    """Transformers encoder ``name`` of a prior's folder, as :func:`load_network`."""
     dtype, where = DTYPES[prior.settings.dtype], {"subfolder": name, "local_files_only": True}
     if prior.device == "meta":
         config = kind.config_class.from_pretrained(str(prior.folder), **where)

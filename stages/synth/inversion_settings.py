@@ -54,15 +54,20 @@ class CmiSettings(Settings):
 class DdaSettings(Settings):
     """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
 
-    The paper's guidance of 0.5 is ``prior.cfg``. It names no strength: image-to-image stands in for image variation.
+    The paper's guidance of 0.5 is ``prior.cfg``. A prior with an image encoder varies images as the paper does, from
+    pure noise; with any other prior image-to-image stands in, for which the paper names no strength.
     """
 
     variants: int = Field(3, gt=0, description="images made from each inverted one")
-    strength: float = Field(0.5, gt=0, le=1, description="share of the denoising steps; 1: only the prompt is left")
+    strength: float = Field(
+        0.5, gt=0, le=1, description="share of the steps, 1: only the prompt is left; not for image variation"
+    )
+    noise_level: int = Field(0, ge=0, lt=1000, description="image variation: noise on the image's features")
     cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
     space: Literal["teacher", "contrastive"] = Field("teacher", description="where cosines are taken")
     guided: bool = Field(False, description="the teacher steers the variants too, as guidance says")
 
-    def first_step(self, steps: int) -> int:
-        """The denoising step that augmentation starts at, of ``steps``: 0 for strength 1."""
-        return steps - round(self.strength * steps)
+    def first_step(self, steps: int, varies: bool) -> int:
+        """The denoising step that augmentation starts at, of ``steps``: 0 for strength 1, and where the prior
+        ``varies`` images by itself."""
+        return 0 if varies else steps - round(self.strength * steps)

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -87,3 +87,15 @@ class Prior(Protocol):
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents to images ``[n, 3, image_size, image_size]`` in [−1, 1] (unclamped). Differentiable."""
+
+
+@runtime_checkable
+class VariationPrior(Prior, Protocol):
+    """A prior that can also be conditioned on an encoder's features of an image, to make variants of it."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Features ``[n, d]`` of images ``[n, 3, side, side]`` in [−1, 1]. Without a graph."""
+
+    def encode_with(self, conditions: Sequence[str], embedded: Tensor, noise: Tensor, level: int) -> Any:
+        """:meth:`encode`, with features ``embedded [n, d]`` of images to vary, to which unit ``noise [n, d]`` is added:
+        0 is the least ``level``. Raises UsageError where the level is above the encoder's schedule."""

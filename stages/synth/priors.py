@@ -31,12 +31,14 @@ class Family:
     network: str
     vae: str | None
     tiny: str | None = None  # hub id of the AutoencoderTiny that was distilled from this VAE
+    image_encoder: str | None = None  # what makes it a :class:`~stages.synth.prior.VariationPrior`
 
 
 FAMILIES = {
     "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
     "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
     "IFPipeline": Family("text", "unet", None),
+    "StableUnCLIPImg2ImgPipeline": Family("text", "unet", "vae", "madebyollin/taesd", "image_encoder"),
     "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
     "LDMPipeline": Family("none", "unet", "vqvae"),
     "DDPMPipeline": Family("none", "unet", None),
@@ -107,9 +109,11 @@ def geometry(folder: Path, family: Family) -> Geometry:
     def config(name: str) -> dict[str, Any]:
         return json.loads((folder / name / "config.json").read_text())
 
-    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae) if name)
+    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae, family.image_encoder) if name)
     try:
         network, vae = config(family.network), config(family.vae) if family.vae else {}
+        if family.image_encoder:
+            config(family.image_encoder)
         channels, side = int(network["in_channels"]), int(network["sample_size"])
         widths = "decoder_block_out_channels" if "decoder_block_out_channels" in vae else "block_out_channels"
         pixels = side * 2 ** (len(vae[widths]) - 1) if vae else side
@@ -207,6 +211,10 @@ def load_prior(settings: PriorSettings, device: str) -> "DiffusionPrior":
         from stages.synth.text_prior_if import TextPriorIF
 
         return TextPriorIF(folder, settings, device)
+    if family.image_encoder:
+        from stages.synth.text_prior_unclip import TextPriorUnclip
+
+        return TextPriorUnclip(folder, settings, device)
     if family.conditioning == "text":
         from stages.synth.text_prior import TextPrior
 

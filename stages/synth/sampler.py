@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,10 +131,13 @@ def denoise(
     work: Work | None = None,
     origin: Tensor | None = None,
     first: int = 0,
+    condition: Any = None,
 ) -> Iterator[Frame]:
     """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
 
     Image-to-image: from step ``first`` on, where the group starts as the clean latents ``origin`` with noise added.
+
+    ``condition`` takes the place of the group's own, as ``prior.encode`` gives it.
 
     One evaluation of the prior per step. An intermediate is decoded before its step's update and mix.
     """
@@ -148,7 +152,8 @@ def denoise(
         work.decodes += 1
         return Frame(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
 
-    condition = prior.encode(group.conditions(prior.conditioning))
+    if condition is None:
+        condition = prior.encode(group.conditions(prior.conditioning))
     noise = group.noise(seed, prior.latent_shape).to(device)
     start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
     for step, timestep in list(enumerate(prior.timesteps))[first:]:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stages.synth.diffusion import VAES, DiffusionPrior, frozen, load_part, load_text_encoder, load_tokenizer
+from stages.synth.diffusion import VAES, DiffusionPrior, frozen, load_encoder, load_part, load_tokenizer
 from stages.synth.settings import PriorSettings
 
 PROMPTS = 1024
@@ -26,7 +26,7 @@ class TextPrior(DiffusionPrior):
 
     def load(self) -> tuple[Any, Any]:
         self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
-        self.encoders = [frozen(load_text_encoder(self, "text_encoder", CLIPTextModel), self.device)]
+        self.encoders = [frozen(load_encoder(self, "text_encoder", CLIPTextModel), self.device)]
         return self.load_unet(), load_part(self, "vae", VAES)
 
     def load_unet(self) -> Any:

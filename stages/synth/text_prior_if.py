@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from stages.synth.diffusion import frozen, load_text_encoder, load_tokenizer
+from stages.synth.diffusion import frozen, load_encoder, load_tokenizer
 from stages.synth.text_prior import TextPrior
 
 TOKENS = 77  # what the network was trained with; T5 itself has no limit
@@ -20,7 +20,7 @@ class TextPriorIF(TextPrior):
 
     def load(self) -> tuple[Any, None]:
         self.tokenizer = load_tokenizer(self, "tokenizer", T5Tokenizer)
-        self.encoders = [frozen(load_text_encoder(self, "text_encoder", T5EncoderModel), self.device)]
+        self.encoders = [frozen(load_encoder(self, "text_encoder", T5EncoderModel), self.device)]
         return self.load_unet(), None
 
     def embed(self, prompt: str) -> Tensor:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stages.synth.diffusion import frozen, load_part, load_text_encoder, load_tokenizer
+from stages.synth.diffusion import frozen, load_encoder, load_part, load_tokenizer
 from stages.synth.text_prior import TextPrior, token_ids
 
 
@@ -16,8 +16,8 @@ class TextPriorXL(TextPrior):
 
     def load(self) -> tuple[Any, Any]:
         encoders = (
-            load_text_encoder(self, "text_encoder", CLIPTextModel),
-            load_text_encoder(self, "text_encoder_2", CLIPTextModelWithProjection),
+            load_encoder(self, "text_encoder", CLIPTextModel),
+            load_encoder(self, "text_encoder_2", CLIPTextModelWithProjection),
         )
         self.encoders = [frozen(encoder, self.device) for encoder in encoders]
         self.tokenizers = [load_tokenizer(self, f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]

@@ -20,7 +20,15 @@ from stages.synth.priors import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
 from tests.synth.test_guidance_decoder import save_tiny
-from tests.synth.tiny import save_ddpm, save_dit, save_if, save_ldm, save_stable_diffusion, save_stable_diffusion_xl
+from tests.synth.tiny import (
+    save_ddpm,
+    save_dit,
+    save_if,
+    save_ldm,
+    save_stable_diffusion,
+    save_stable_diffusion_xl,
+    save_unclip,
+)
 
 NAMES = ("a", "b")
 
@@ -107,9 +115,11 @@ def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
     assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
 
 
-@pytest.mark.parametrize("method", ["cmi", "deepinversion", "dda"])
-def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, prior_folder, method):
+@pytest.mark.parametrize("method", ["cmi", "deepinversion", "dda", "dda by variation"])
+def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, prior_folder, tmp_path, method):
     """Equal but for the contrastive head's products among images, which grow with their number."""
+    if method == "dda by variation":
+        method, prior_folder = "dda", save_unclip(tmp_path / "prior")
     base = {
         "method": method,
         "teacher": {"name": str(teacher_folder)},

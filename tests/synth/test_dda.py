@@ -60,7 +60,8 @@ def pictures(n=3, side=16):
 
 
 def test_first_step_by_strength():
-    assert [DdaSettings(strength=s).first_step(20) for s in (1.0, 0.5, 0.3, 0.01)] == [0, 10, 14, 20]
+    assert [DdaSettings(strength=s).first_step(20, False) for s in (1.0, 0.5, 0.3, 0.01)] == [0, 10, 14, 20]
+    assert DdaSettings(strength=0.5).first_step(20, True) == 0
 
 
 def test_the_filter_by_hand():

@@ -28,6 +28,7 @@ from tests.synth.tiny import (
     save_stable_diffusion,
     save_stable_diffusion_dc,
     save_stable_diffusion_xl,
+    save_unclip,
 )
 
 SAVE = {
@@ -35,6 +36,7 @@ SAVE = {
     "sd-dc": save_stable_diffusion_dc,
     "sdxl": save_stable_diffusion_xl,
     "if": save_if,
+    "unclip": save_unclip,
     "dit": save_dit,
     "ldm": save_ldm,
     "ddpm": save_ddpm,
@@ -75,7 +77,7 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 def test_identities(folders):
     of = {name: prior_identity(PriorSettings(path=str(folder), cfg=1.0)) for name, folder in folders.items()}
-    assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 4 + ["class", "none", "none"]
+    assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 5 + ["class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
 

@@ -16,16 +16,21 @@ from diffusers import (
     LDMPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    StableUnCLIPImg2ImgPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -145,6 +150,48 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_unclip(folder: Path) -> Path:
+    """A random 16-pixel ``StableUnCLIPImg2ImgPipeline``: images cut to 16 of 20 pixels, embeddings of 8 numbers."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        initializer_factor=20.0,  # of its class token: some spread among embeddings
+    )
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=8)
+    normalizer.load_state_dict({"mean": 0.1 * torch.randn(1, 8), "std": 0.5 + torch.rand(1, 8)})
+    pipeline = StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+        image_encoder=CLIPVisionModelWithProjection(vision),
+        image_normalizer=normalizer,
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=16,
+        ),
+        scheduler=tiny_scheduler(),
+        vae=tiny_vae(),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -1,16 +1,21 @@
 """DDA (Li et al. 2024): inverted images, then variants of each by the prior; those that stray are filtered out.
 
-The paper feeds features of an image encoder to the diffusion model (image variation). Image-to-image is the substitute
-that any prior allows. Its self-supervised term is distillation's ``loss.derived``.
+The paper feeds features of an image encoder to the diffusion model (image variation): so does a prior that has one.
+Image-to-image is the substitute that any other prior allows. Its self-supervised term is distillation's
+``loss.derived``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.seeds import derive
 from stages.synth.groups import Group
+from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods.cmi import Inversion
+from stages.synth.prior import Prior, VariationPrior
 from stages.synth.sampler import Frame, Guide, Models, Work, denoise
 from stages.synth.settings import SynthSettings
 
@@ -22,12 +27,27 @@ def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work
     inversion = Inversion(models, group, settings, work)
     source = inversion.frame()
     yield source
-    origin, first = prior.encode_images(source.images), own.first_step(len(prior.timesteps))
+    beginning = begin(prior, source.images, group, own)
     labels = torch.tensor(group.labels, device=models.device)
     guide = Guide(settings.guidance, models.teacher, labels, models.adversary, models.decode) if own.guided else None
     for variant in range(own.variants):
         seed = derive(settings.seed, "variant", variant)
-        (made,) = denoise(prior, group, seed, models.device, guide, None, 0, work, origin, first)
+        (made,) = denoise(prior, group, seed, models.device, guide, None, 0, work, **beginning(seed))
         made.source = 0
         made.embed = inversion.embed if own.space == "contrastive" else None
         yield made
+
+
+def begin(prior: Prior, images: Tensor, group: Group, own: DdaSettings) -> Callable[[int], dict[str, Any]]:
+    """What denoising with a seed takes of the source ``images``: a condition on their features, with noise of that
+    seed; or their latents and the step to start from."""
+    if not isinstance(prior, VariationPrior):
+        origin, first = prior.encode_images(images), own.first_step(len(prior.timesteps), False)
+        return lambda seed: {"origin": origin, "first": first}
+    conditions, embedded = group.conditions(prior.conditioning), prior.embed_images(images)
+
+    def varied(seed: int) -> dict[str, Any]:
+        noise = group.noise(derive(seed, "embedding"), embedded.shape[1:]).to(embedded)
+        return {"condition": prior.encode_with(conditions, embedded, noise, own.noise_level)}
+
+    return varied
