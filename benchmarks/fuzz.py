@@ -203,7 +203,11 @@ def recipe(folder: Path, rng: random.Random) -> None:
     if rng.random() < 0.4:
         path.write_bytes(mutated(text, rng))
     else:
-        path.write_text(yaml.safe_dump(poisoned(yaml.safe_load(text), rng)), errors="replace")
+        values = poisoned(yaml.safe_load(text), rng)
+        try:
+            path.write_text(yaml.safe_dump(values), errors="replace")
+        except RecursionError:  # deeper than YAML's writer goes; its reader takes JSON too
+            path.write_text(json.dumps(values))
 
 
 def labelled(folder: Path, rng: random.Random) -> None:
