@@ -1,4 +1,5 @@
-"""Remove what killed attempts left in a run folder: temporary files and shard files that no done record names.
+"""Remove what killed attempts left in a run folder: temporary files and shard files that no done record names (stage 2
+has none of those).
 
 Used by ``factory gc``. It holds the folder's lease, so no driver is at work meanwhile.
 """
@@ -12,8 +13,8 @@ from typing import Any
 from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline.failures import quarantined, release
-from pipeline.lease import Lease
-from pipeline.plan import read_plan
+from pipeline.lease import Lease, current
+from pipeline.plan import PLAN, read_plan
 from pipeline.progress import say
 
 GRACE_SECONDS = 30.0
@@ -25,7 +26,8 @@ def collect(storage: Storage, dry_run: bool = False, sleep: Callable[[float], No
 
     Raises DataError where ``storage`` holds no run, FactoryError while a driver is at work.
     """
-    read_plan(storage)
+    if storage.exists(PLAN) or current(storage) is None:  # stage 2 has no plan; a lease tells that it worked here
+        read_plan(storage)
     if dry_run:
         return _found(storage) | {"dry_run": True}
     with Lease(storage, on_line=say) as lease:

@@ -8,11 +8,13 @@ from pipeline.commands.options import JsonOption, RunArgument, answer
 
 
 def gc(
-    run: RunArgument,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).", show_default=False)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what killed attempts left behind. Done shards are never touched."""
+    """Remove what killed attempts left behind. Done shards, checkpoints and students are never touched."""
     from manifests.storage import Storage
     from pipeline.gc import collect
     from pipeline.text import size

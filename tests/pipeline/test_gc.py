@@ -57,6 +57,34 @@ def test_after_a_killed_driver_its_workers_may_still_commit(littered, monkeypatc
     assert slept == [30.0]
 
 
+def test_a_folder_of_stage_2_has_no_plan_and_keeps_everything_but_leftovers(tmp_path):
+    storage = Storage(tmp_path)
+    with Lease(storage):
+        for name in ("run.json", "checkpoint.pt", "student/model.safetensors"):
+            storage.write(name, b"kept")
+    (tmp_path / "tmp/write-0123").write_bytes(b"x" * 70)  # a checkpoint half written when the process was killed
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert collect(storage, dry_run=True)["temporary"] == ["write-0123"]
+    assert collect(storage) | {"run": ""} == {
+        "run": "",
+        "orphans": [],
+        "temporary": ["write-0123"],
+        "outdated_failures": [],
+        "bytes": 70,
+        "dry_run": False,
+    }
+    before.remove(tmp_path / "tmp/write-0123")
+    after = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert [path for path in after if path.parent.name != "lease"] == [p for p in before if p.parent.name != "lease"]
+
+
+def test_a_damaged_plan_is_not_taken_for_stage_2(littered):
+    (littered / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="plan.json"):
+        collect(Storage(littered))
+    assert (littered / "tmp/half.tar").exists()
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(DataError, match="is not a run folder"):
         collect(Storage(tmp_path))
