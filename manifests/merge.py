@@ -20,7 +20,7 @@ from manifests.errors import DataError
 from manifests.info import DatasetInfo
 from manifests.schema import SCHEMA
 from manifests.shard import DoneRecord, done_records
-from manifests.storage import Storage
+from manifests.storage import Storage, writing
 from manifests.tables import parquet_errors, read_table, write_options
 
 MANIFEST = "m.parquet"
@@ -45,7 +45,7 @@ def write_manifest(storage: Storage, name: str, info: DatasetInfo, tables: Itera
     path = storage.scratch() / f"merge-{uuid.uuid4().hex}.parquet"
     schema = SCHEMA.with_metadata(info.to_metadata())
     try:
-        with pq.ParquetWriter(path, schema, **write_options()) as writer:
+        with writing(path), pq.ParquetWriter(path, schema, **write_options()) as writer:
             filled = (table for table in tables if table.num_rows)
             first = next(filled, None)
             for group in _row_groups(chain([first], filled), _group_rows(first)) if first is not None else ():

@@ -15,7 +15,7 @@ from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
 from manifests.schema import to_table
 from manifests.shard import DoneRecord, done_name, make_record, publish, write_shard_table
-from manifests.storage import Storage
+from manifests.storage import Storage, writing
 
 _TAR = re.compile(r"^shards/([0-9]{6,8})-[0-9a-f]{12}\.tar$", re.ASCII)
 
@@ -83,7 +83,8 @@ def _rebuild_shard(storage: Storage, shard: int, name: str, fingerprint: str) ->
         raise DataError(f"{storage.path(name)}: altered: its sha256 begins with {sha256[:12]}")
     path = storage.scratch() / f"rebuild-{uuid.uuid4().hex}.parquet"
     try:
-        write_shard_table(to_table(rows), path, shard, fingerprint)
+        with writing(path):
+            write_shard_table(to_table(rows), path, shard, fingerprint)
         record = make_record(shard, sha256, size, path, rows, fingerprint)
         publish(storage, path, record.table)
     finally:

@@ -31,7 +31,7 @@ from manifests.schema import (
     to_table,
 )
 from manifests.sealed import seal, unseal
-from manifests.storage import Storage
+from manifests.storage import Storage, writing
 from manifests.tables import read_table, write_options
 from manifests.tars import TarStream, walk
 
@@ -124,7 +124,8 @@ class ShardWriter:
         stem = f"{shard:06d}-{uuid.uuid4().hex}"
         self._tar_path = storage.scratch() / f"{stem}.tar"
         self._table_path = storage.scratch() / f"{stem}.parquet"
-        self._file = open(self._tar_path, "wb")  # noqa: SIM115 - closed by commit or __exit__
+        with writing(self._tar_path):
+            self._file = open(self._tar_path, "wb")  # noqa: SIM115 - closed by commit or __exit__
         self._tar = TarStream(self._file)
         fault("opened", shard)
 
@@ -158,8 +159,9 @@ class ShardWriter:
         text = normalised_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
-        full["offset"] = self._tar.add(f"{key}.{extension}", image)
-        self._tar.add(f"{key}.json", text)
+        with writing(self._tar_path):
+            full["offset"] = self._tar.add(f"{key}.{extension}", image)
+            self._tar.add(f"{key}.json", text)
         self._rows.append(full)
         if len(self._rows) == 1:
             fault("sample", self.shard)
@@ -167,10 +169,11 @@ class ShardWriter:
 
     def commit(self) -> DoneRecord:
         """Close, reopen, check, publish; the done record last. Returns the record that won if attempts raced."""
-        self._tar.close()
-        self._file.close()
         table = to_table(self._rows)
-        write_shard_table(table, self._table_path, self.shard, self.fingerprint)
+        with writing(self._tar_path):
+            self._tar.close()
+            self._file.close()
+            write_shard_table(table, self._table_path, self.shard, self.fingerprint)
         fault("written", self.shard)
         self._check(table)
         tar_sha256, tar_bytes = sha256_file(self._tar_path), self._tar_path.stat().st_size

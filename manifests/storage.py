@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -214,6 +215,15 @@ class _RangeStream(io.RawIOBase):
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:300]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes into :meth:`Storage.scratch` by itself: a disk that refuses is one line naming the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path.parent}: cannot write: {_reason(error)}") from error
 
 
 def split(url: str | os.PathLike[str]) -> tuple[Storage, str]:

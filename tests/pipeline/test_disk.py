@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import StoreError
+from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
@@ -65,7 +66,8 @@ def test_a_full_disk_stops_stage_1_and_the_same_command_resumes(disk, tmp_path):
     out = disk.path / "run"
     code, lines = synth(out)
     assert code == 1
-    assert lines[-1].startswith("shard 00000") and "No space left on device" in lines[-1] and "resumes" in lines[-1]
+    assert lines[-1].startswith("shard 00000") and "resumes" in lines[-1]
+    assert f"{out}/tmp: cannot write: No space left on device" in lines[-1]
     assert not any("Traceback" in line for line in lines)
     done = done_records(Storage(out))
     assert 0 < len(done) < 4 and not [*(out / "tmp").iterdir()]
@@ -75,6 +77,18 @@ def test_a_full_disk_stops_stage_1_and_the_same_command_resumes(disk, tmp_path):
     assert synth(out)[0] == 0
     synth(tmp_path / "whole")
     assert Manifest.open(out, verify=True).digest == Manifest.open(tmp_path / "whole").digest
+
+
+def test_a_disk_too_full_for_the_manifest_says_where(disk):
+    out = disk.path / "run"
+    run_synth(small_recipe(), str(out), INLINE, quiet=True)
+    before = Manifest.open(out)
+    with suppress(OSError), open(disk.path / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 512)
+    with pytest.raises(StoreError, match=f"^{out}/tmp: cannot write: .*No space left on device"):
+        merge(Storage(out), before.info)
+    assert not [*(out / "tmp").iterdir()] and Manifest.open(out).digest == before.digest
 
 
 def test_a_disk_too_full_for_the_first_note_says_so(disk):
