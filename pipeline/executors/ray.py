@@ -205,7 +205,10 @@ def connect(settings: ExecutorSettings) -> bool:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError) as error:
             why = " ".join(str(error).split())
-            raise UsageError(f"no Ray cluster at {address!r} ({why}): start one with `ray start --head`") from None
+            raise UsageError(
+                f"no Ray cluster at {address!r} ({why}): start one with `ray start --head`; "
+                "one that asks for tokens needs RAY_AUTH_MODE=token here"
+            ) from None
         return True
     cpus = max(os.cpu_count() or 1, settings.workers * settings.threads)  # crowding this machine is the user's choice
     try:
