@@ -167,6 +167,9 @@ def _refuse_foreign(storage: Storage) -> None:
     if storage.is_local and os.path.exists(storage.url) and not os.path.isdir(storage.url):
         raise UsageError(f"{storage.url} is a file; --out names the dataset's folder")
     found = sorted(os.listdir(storage.url)) if storage.is_local and os.path.isdir(storage.url) else storage.list("")
+    staged = storage.path("tmp")
+    if found == ["tmp"] and os.path.isdir(staged) and all(name.startswith("write-") for name in os.listdir(staged)):
+        return  # a run killed while it wrote its plan
     if found:
         raise DataError(f"{storage.url} is no run folder and not empty (it holds {found[0]}); give another --out")
 

@@ -87,6 +87,17 @@ def test_a_plan_that_was_never_started_may_be_replaced_unless_a_driver_is_at_it(
         settle(storage, plan_of("seed=5"))
 
 
+def test_a_run_killed_while_it_wrote_its_plan_is_not_in_its_own_way(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp/write-0123").write_bytes(b"{")
+    open_or_create(Storage(tmp_path), plan_of())
+    other = tmp_path / "other"
+    (other / "tmp").mkdir(parents=True)
+    (other / "tmp/thesis.tex").write_text("x")
+    with pytest.raises(DataError, match=r"not empty \(it holds tmp\)"):
+        open_or_create(Storage(other), plan_of())
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(DataError, match=r"not empty \(it holds thesis.tex\)"):
