@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # actors import the package
+os.environ["RAY_AUTH_MODE"] = "token"  # what a cluster starts with, and who joins it by its address has to ask for
 
 import psutil  # noqa: E402
 
@@ -100,10 +101,11 @@ class Run:
     def code(self) -> int | None:
         return self.process.exitcode
 
-    def end(self, seconds: float = 3600) -> None:
+    def end(self, seconds: float = 300) -> None:
         """Wait until it exits with 0. Raises RuntimeError with what it said."""
         self.process.join(seconds)
         if self.code != 0:
+            kill(self.process)
             raise RuntimeError(f"exit code {self.code}: {self.log.read_text()[-2000:]}")
 
 
@@ -148,15 +150,15 @@ class Matrix:
         _, seconds = self.reference(trial.kind, trial.workers)
         out, result = self.folder / "trial", Result(trial)
         shutil.rmtree(out, ignore_errors=True)
-        while not self.killed(trial, out, seconds):  # it was over before: again, killed earlier
-            shutil.rmtree(out, ignore_errors=True)
-            seconds *= 0.8
-        result.done_before = len([*(out / "done").glob("*")])
-        try:  # what several workers began goes on with one or several: the bytes must be the same
+        try:
+            while not self.killed(trial, out, seconds):  # it was over before: again, killed earlier
+                shutil.rmtree(out, ignore_errors=True)
+                seconds *= 0.8
+            result.done_before = len([*(out / "done").glob("*")])
+            # what several workers began goes on with one or several: the bytes must be the same
             Run(self.command(trial.kind, self.rng.choice([1, trial.workers]), out), self.folder / "log").end()
-            if trial.kind != "distill":
-                Run(["gc", str(out)], self.folder / "log").end()
-        except RuntimeError as error:
+            Run(["gc", str(out)], self.folder / "log").end()
+        except (RuntimeError, TimeoutError) as error:
             result.failed = str(error)
             return result
         found = checksums(out)
@@ -199,7 +201,8 @@ class Matrix:
             with suppress(ProcessLookupError):
                 os.kill(int(mark.read_text()), signal.SIGCONT)
         run.process.join()
-        assert run.code in (0, -signal.SIGKILL), run.log.read_text()
+        if run.code not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"exit code {run.code} before it was killed: {run.log.read_text()[-2000:]}")
         psutil.wait_procs(victims, timeout=60)
         return not over
 
@@ -263,15 +266,16 @@ def serve_cluster(faults: Path, found: Any) -> None:
     import ray
 
     from manifests.errors import FactoryError
-    from pipeline.executors.ray import _connect
+    from pipeline.executors.ray import connect
     from pipeline.executors.settings import ExecutorSettings
 
     while True:
         try:
-            _connect(ExecutorSettings(workers=2))
+            connect(ExecutorSettings(workers=2))
             break
         except FactoryError as error:  # Ray gives up after 30 seconds, which a busy machine may need
             print(error, file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # instead of Ray's own, which prints a stack
     found.send(ray.get_runtime_context().gcs_address)
     signal.pause()
 
@@ -289,9 +293,9 @@ def main() -> int:
     address, there = FORK.Pipe()
     cluster = multiprocessing.get_context("spawn").Process(target=serve_cluster, args=(faults, there))
     cluster.start()
+    there.close()  # so that a cluster that dies ends the wait for its address
     try:
         matrix = Matrix(folder, asked.seed, faults, address.recv())
-        os.nice(10)  # after the cluster, whose daemons have deadlines
         import pipeline.commands.run
         import pipeline.executors.ray  # noqa: F401
         import stages.distill.run
