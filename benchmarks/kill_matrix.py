@@ -122,10 +122,11 @@ def _factory(arguments: list[str], log: Path, fault: str) -> None:
 
 
 class Matrix:
-    """Folders of unbroken runs, and trials against them. ``address``: of a Ray cluster that reads ``faults``."""
+    """Folders of unbroken runs, and trials against them. ``address``: of the Ray cluster of process ``cluster``."""
 
-    def __init__(self, folder: Path, seed: int, faults: Path, address: str) -> None:
-        self.folder, self.rng, self.faults, self.address = folder, random.Random(seed), faults, address
+    def __init__(self, folder: Path, seed: int, faults: Path, cluster: int, address: str) -> None:
+        self.folder, self.rng, self.faults, self.cluster = folder, random.Random(seed), faults, cluster
+        self.address = address
         self.unbroken: dict[tuple[str, int], tuple[dict[str, str], float]] = {}  # checksums, seconds
 
     def command(self, kind: str, workers: int, out: Path) -> list[str]:
@@ -178,15 +179,15 @@ class Matrix:
             frozen = ":stop" if trial.workers > 1 and trial.target != "worker" else ""
             fault = f"{trial.moment}:{self.rng.randrange(SHARDS)}:{mark}{frozen}"
         self.faults.write_text(fault)
-        before = {*actors()}
+        before = {*actors(self.cluster)}
         run = Run(self.command(trial.kind, trial.workers, out), self.folder / "log", fault)
         if trial.moment != "random":
             wait_for(lambda: mark.exists() or run.code is not None)
         else:
             if trial.workers > 1:
-                wait_for(lambda: {*actors()} - before or run.code is not None)
+                wait_for(lambda: {*actors(self.cluster)} - before or run.code is not None)
             run.process.join(self.rng.uniform(0, 0.8 if trial.workers == 1 else 0.4) * seconds)
-        victims = [*({*actors()} - before)]
+        victims = [*({*actors(self.cluster)} - before)]
         over = run.code == 0
         if trial.target == "worker":
             if trial.moment == "random" and victims:
@@ -207,11 +208,12 @@ class Matrix:
         return not over
 
 
-def actors() -> Iterator[psutil.Process]:
-    """Ray's processes that hold one of our workers."""
-    for process in psutil.process_iter(["cmdline"]):
-        if "_Actor" in " ".join(process.info["cmdline"] or ()):
-            yield process
+def actors(cluster: int) -> Iterator[psutil.Process]:
+    """Processes that hold one of our workers: below process ``cluster``, since other runs may be on this machine."""
+    for process in psutil.Process(cluster).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "_Actor" in " ".join(process.cmdline()):
+                yield process
 
 
 def kill(process: Any) -> None:
@@ -295,7 +297,7 @@ def main() -> int:
     cluster.start()
     there.close()  # so that a cluster that dies ends the wait for its address
     try:
-        matrix = Matrix(folder, asked.seed, faults, address.recv())
+        matrix = Matrix(folder, asked.seed, faults, cluster.pid or 0, address.recv())
         import pipeline.commands.run
         import pipeline.executors.ray  # noqa: F401
         import stages.distill.run
