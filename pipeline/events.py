@@ -83,8 +83,13 @@ class Loud:
             say(f"{kind.replace('_', ' ')}: shard {fields.get('shard')}: {fields.get('error')}")
 
 
+NUMBERS = ("time", "shard", "attempt", "rows", "kept", "bytes", "seconds")
+"""Fields that are numbers wherever they occur; a line in which they are not is no event of ours."""
+
+
 def read_events(storage: Storage) -> list[dict[str, Any]]:
-    """Every event of a run folder in order of time. A torn last line (a killed driver) is passed over."""
+    """Every event of a run folder in order of time. A torn last line (a killed driver) is passed over, like any
+    other that is no event."""
     blobs = [storage.read(LOCAL)] if storage.exists(LOCAL) else []
     blobs += [storage.read(name) for name in storage.list(REMOTE) if name.endswith(".jsonl")]
     events = [event for blob in blobs for line in blob.splitlines() if (event := _parse(line)) is not None]
@@ -96,7 +101,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    fine = isinstance(event, dict) and isinstance(event.get("time"), int | float) and isinstance(event.get("kind"), str)
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str) or event.get("time") is None:
+        return None
+    fine = all(isinstance(event.get(name), int | float | None) for name in NUMBERS)
     return event if fine else None
 
 

@@ -108,7 +108,7 @@ def _rate(events: Sequence[dict[str, Any]], now: float, alive: bool) -> float | 
 
 def _total(events: Sequence[dict[str, Any]], field: str) -> int:
     """Sum over shards, each counted once however often it was reported."""
-    latest = {e["shard"]: e.get(field) or 0 for e in events if e["kind"] == "shard_done"}
+    latest = {e.get("shard"): e.get(field) or 0 for e in events if e["kind"] == "shard_done"}
     return sum(latest.values())
 
 

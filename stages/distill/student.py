@@ -137,6 +137,7 @@ class Student:
         """The inverse of :meth:`state`. Raises what torch raises, or TypeError, where it is another one's."""
         kinds = {"net": dict, "optimiser": dict, "sums": dict, "metrics": list, "best": float, "best_sha256": str}
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        wrong += [] if all(map(_is_epoch, state["metrics"])) else ["metrics"]
         if wrong or not isinstance(state["parked"], str | None):
             raise TypeError(f"{', '.join(wrong) or 'parked'} of {self.name} cannot be")
         self.net.load_state_dict(state["net"])
@@ -145,6 +146,14 @@ class Student:
         self.optimiser.load_state_dict(state["optimiser"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
         self.best, self.best_sha256, self.parked = state["best"], state["best_sha256"], state["parked"]
+
+
+def _is_epoch(line: Any) -> bool:
+    """Whether a line of the metrics has what the end of a run reads."""
+    held_out = line.get("held_out", {"agreement": 0.0}) if isinstance(line, dict) else None
+    return isinstance(held_out, dict) and all(
+        isinstance(number, int | float) for number in (line.get("epoch"), held_out.get("agreement"))
+    )
 
 
 def build_optimiser(net: nn.Module, settings: OptimiserSettings) -> torch.optim.Optimizer:

@@ -288,3 +288,18 @@ def test_a_model_folder_cannot_run_code(tmp_path, marker):
     (folder / "config.json").write_bytes(json.dumps(config | {"auto_map": {"AutoModel": "evil.net"}}).encode())
     with pytest.raises(DataError, match="config.json is no model config"):
         evaluate(str(folder), "x.tar")
+
+
+@pytest.mark.parametrize("metrics", [[None], [{"epoch": "1"}], [{"epoch": 1, "held_out": {}}]])
+def test_a_checkpoint_whose_metrics_are_none_is_damaged(dataset, tmp_path, metrics):
+    from stages.distill import checkpoint
+
+    run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "out"))
+    path = tmp_path / "out" / checkpoint.STATE
+    state = torch.load(io.BytesIO(checkpoint.without_digest(path.read_bytes())), weights_only=True)
+    next(iter(state["students"].values()))["metrics"] = metrics
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(checkpoint.with_digest(buffer.getvalue()))
+    with pytest.raises(FactoryError, match=r"checkpoint\.pt is damaged"):
+        run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "out"))

@@ -25,7 +25,8 @@ def test_a_torn_last_line_costs_only_itself(tmp_path):
 
 
 def test_lines_that_are_no_events_are_passed_over(tmp_path):
-    (tmp_path / LOCAL).write_bytes(b'[1]\n{"kind": "x"}\n{"time": "y", "kind": "x"}\n\xff\n{"time": 1, "kind": "ok"}\n')
+    no_events = b'[1]\n{"kind": "x"}\n{"time": "y", "kind": "x"}\n\xff\n{"time": 1, "kind": "x", "shard": []}\n'
+    (tmp_path / LOCAL).write_bytes(no_events + b'{"time": 1, "kind": "ok"}\n')
     assert read_events(Storage(tmp_path)) == [{"time": 1, "kind": "ok"}]
 
 
