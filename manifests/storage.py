@@ -158,7 +158,11 @@ class Storage:
         self._run("write", name, lambda: self._backend.write(full, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write unless the file exists: True if this call made it (also by an attempt whose reply was lost)."""
+        """Write unless the file exists: True if this call made it.
+
+        Also where the reply of an attempt was lost, and a client that tries again by itself was told that the file
+        exists: a remote file with exactly this ``data`` counts as made.
+        """
         full = self._full(name)
         attempts = 0
 
@@ -168,7 +172,7 @@ class Storage:
             return self._backend.create(full, data)
 
         made = self._run("write", name, attempt)
-        return made or (attempts > 1 and self.read(name) == data)
+        return made or ((attempts > 1 or not self.is_local) and self.read(name) == data)
 
     def put_file(self, local_path: str | Path, name: str) -> None:
         """Publish a finished local file, which is moved away; the target is replaced at once or not at all."""
