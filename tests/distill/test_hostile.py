@@ -149,7 +149,7 @@ class TestImages:
             path = write_dataset(tmp_path / "d", 12)
         for out in ("cached", "streamed"):
             asked = settings(memory_gb=0.0 if out == "streamed" else 1.0)
-            with pytest.raises(DataError, match=r"sample '000000-00000\d': not a readable image: [^\n]*$"):
+            with pytest.raises(DataError, match=r"sample '000000-0000\d\d': not a readable image: [^\n]*$"):
                 run_distill(asked, [(path, 1.0)], str(tmp_path / out))
 
     def test_bombs(self, tmp_path, monkeypatch):
