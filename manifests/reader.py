@@ -7,6 +7,7 @@ and any run of neighbours is one longer read. Nothing is trusted before it is ch
 import hashlib
 import math
 import os
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +58,7 @@ class Manifest:
         self.url = storage.path(name)
         self.problems: list[str] = []
         self._handle: tuple[int, pq.ParquetFile] | None = None
+        self._lock = threading.Lock()
         self._held: tuple[int, pa.Table] | None = None
         file = self._file
         self.info = DatasetInfo.from_metadata(file.metadata.metadata, self.url)
@@ -82,7 +84,15 @@ class Manifest:
         return manifest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_held": None}
+        return {**self.__dict__, "_handle": None, "_held": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_lock": threading.Lock()}
+
+    def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
+        """A row group, the absent columns filled. One thread at a time: Arrow's open file is not made for more."""
+        with self._lock:
+            return filled(self._file.read_row_group(group, columns=columns))
 
     @property
     def _file(self) -> pq.ParquetFile:
@@ -139,7 +149,7 @@ class Manifest:
 
     def _matching(self, group: int, columns: list[str], where: str | None, kept: bool) -> npt.NDArray[np.int64]:
         with parquet_errors(self.url):
-            table = filled(self._file.read_row_group(group, columns=columns))
+            table = self._read_group(group, columns)
             start, stop = self._starts[group], self._starts[group + 1]
             table = table.append_column(_ROW, pa.array(np.arange(start, stop)))
             if kept:
@@ -164,7 +174,7 @@ class Manifest:
             for group in range(self.num_groups):
                 wanted = ascending[bounds[group] : bounds[group + 1]] - self._starts[group]
                 if len(wanted):
-                    part = filled(self._file.read_row_group(group, columns=names))
+                    part = self._read_group(group, names)
                     parts.append(part if len(wanted) == part.num_rows and _all(wanted) else part.take(wanted))
             schema = pa.schema([SCHEMA.field(name).with_nullable(True) for name in names])
             if not parts:
@@ -182,11 +192,12 @@ class Manifest:
 
     def group(self, group: int) -> pa.Table:
         """One row group with every column; the last one is kept for the next call."""
-        if self._held is None or self._held[0] != group:
+        held = self._held
+        if held is None or held[0] != group:
             with parquet_errors(self.url):
-                table = filled(self._file.read_row_group(group).replace_schema_metadata(None))
-                self._held = (group, table.cast(SCHEMA))
-        return self._held[1]
+                table = self._read_group(group).replace_schema_metadata(None)
+                self._held = held = (group, table.cast(SCHEMA))
+        return held[1]
 
     def shard_rows(self, shard: int) -> pa.Table:
         """Every row of a shard's tar, in order; the rows of a manifest lie in the order of its tars."""

@@ -1,5 +1,6 @@
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,11 @@ def test_weights_of_sources(text: str, expected: tuple[str, float]) -> None:
 def test_impossible_weights_are_usage_errors(text: str) -> None:
     with pytest.raises(UsageError, match="must be a positive number"):
         parse_source(text)
+
+
+def test_threads_may_look_at_rows_at_the_same_time(whole: Storage) -> None:
+    manifest, rows = Manifest.open(whole.url), [*range(0, 18, 4)] * 8
+    expected = [manifest.row(row)["key"] for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(50):
+            assert list(pool.map(lambda row: manifest.row(row)["key"], rows)) == expected
