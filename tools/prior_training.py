@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -56,6 +57,23 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """``[n, tokens]``, padded and cut to the tokenizer's length."""
     length = tokenizer.model_max_length
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def save_pipeline(
+    folder: Path, vae: nn.Module, unet: nn.Module, text: nn.Module, tokenizer: CLIPTokenizer, scheduler: SchedulerMixin
+) -> None:
+    """The prior in half precision, as a ``StableDiffusionPipeline`` folder of safetensors."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        unet=unet.half(),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from patch_codec import CHANNELS, PATCH, PatchPCA, build_codec, unexplained
 from PIL import Image
 from prior_training import (
@@ -33,6 +33,7 @@ from prior_training import (
     build_tokenizer,
     fit,
     save_checkpoint,
+    save_pipeline,
     token_ids,
 )
 from torch import Tensor
@@ -228,17 +229,7 @@ def main() -> None:
     drawn = train_denoiser(nets, vae, latents, pool, tokenizer, Budget(minutes=minutes[1]), args)
     drawn.load_into(nets)
     error = unexplained(vae, pixels(pool.images[-HELD_OUT:], args.device))
-    pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        unet=unet.half(),
-        text_encoder=text.half(),
-        tokenizer=tokenizer,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(args.out, safe_serialization=True)
+    save_pipeline(args.out, vae, unet, text, tokenizer, build_scheduler())
     facts = {
         "parameters": {k: sum(p.numel() for p in n.parameters()) for k, n in (("vae", vae), *nets.items())},
         "images": len(latents) - HELD_OUT,

@@ -13,7 +13,7 @@ from pathlib import Path
 import strokes
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from prior_training import (
     CAPTION_DROP,
     Budget,
@@ -24,6 +24,7 @@ from prior_training import (
     build_tokenizer,
     fit,
     save_checkpoint,
+    save_pipeline,
     token_ids,
 )
 
@@ -180,17 +181,7 @@ def main() -> None:
     fitted = train_denoiser(unet, text, ids, latents, empty, steps, args.batch, args.work, args.device)
     error = unexplained(vae, images[-512:], args.device)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (vae, unet, text)]
-    pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        unet=unet.half(),
-        text_encoder=text.half(),
-        tokenizer=tokenizer,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(args.out, safe_serialization=True)
+    save_pipeline(args.out, vae, unet, text, tokenizer, build_scheduler())
     (args.out / "README.md").write_text(
         CARD.format(
             vae=millions[0],
