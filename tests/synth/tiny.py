@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -76,6 +77,20 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
+def tiny_text_unet(**more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **more,
+    )
+
+
 def save_stable_diffusion(
     folder: Path, prediction_type: str = "epsilon", vae: AutoencoderKL | AutoencoderDC | None = None
 ) -> Path:
@@ -84,16 +99,7 @@ def save_stable_diffusion(
     tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
     pipeline = StableDiffusionPipeline(
         vae=vae or tiny_vae(),
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
+        unet=tiny_text_unet(),
         text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         tokenizer=tokenizer,
         scheduler=tiny_scheduler(prediction_type),
@@ -176,18 +182,7 @@ def save_unclip(folder: Path) -> Path:
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         tokenizer=tokenizer,
         text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            class_embed_type="projection",
-            projection_class_embeddings_input_dim=16,
-        ),
+        unet=tiny_text_unet(class_embed_type="projection", projection_class_embeddings_input_dim=16),
         scheduler=tiny_scheduler(),
         vae=tiny_vae(),
     )
