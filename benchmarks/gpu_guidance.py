@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from counted_work import DIT, SD15, TEACHER, VAE, settings, write_prior
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNet2DConditionModel
+from guidance_cost import published
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from stages.models.identity import ModelConfig
@@ -35,12 +36,22 @@ from stages.synth.sampler import Work
 from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import load_models
 
-ROWS: dict[str, dict[str, Any]] = {
-    "unguided": {"method": "dmkd"},
-    "guided, fitted decoder": {"guidance": {"decoder": "fitted"}},
-    "guided, tiny decoder": {"guidance": {"decoder": "tiny"}},
-    "guided, full VAE": {},
-    "guided through z_t, full VAE": {"guidance": {"through": "zt"}},
+FEW = {"steps": 20, "scheduler": "dpmsolver++"}
+LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps
+PUBLISHED = "published, 50 steps, one image at a time"
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the prior, of guidance (None: unguided)
+    "unguided, 50 steps": ({}, None),
+    "unguided, 20 steps": (FEW, None),
+    PUBLISHED: ({}, {"decoder": "full", "through": "zt", "normalise": "none", "scale": 1e-3}),
+    "full VAE, 50 steps guided": ({}, {"decoder": "full"}),
+    "tiny decoder, 50 steps guided": ({}, {"decoder": "tiny"}),
+    "fitted decoder, 50 steps guided": ({}, {"decoder": "fitted"}),
+    "fitted decoder, 20 steps guided": (FEW, {"decoder": "fitted"}),
+    "fitted decoder, 8 of 20 steps guided": (FEW, {"decoder": "fitted", **LATE}),
+    "fitted decoder, 8 of 20 steps guided, CFG on half": (
+        FEW | {"cfg_interval": [0.5, 1.0]},
+        {"decoder": "fitted", **LATE},
+    ),
 }
 NETWORKS = {"unet": UNet2DConditionModel, "transformer": DiTTransformer2DModel, "vae": AutoencoderKL}
 SMALL = {
@@ -70,17 +81,24 @@ def save_teacher(folder: Path) -> Path:
     return folder
 
 
-def timed(chosen: SynthSettings, rounds: int, peak: float) -> dict[str, float | None]:
+def timed(chosen: SynthSettings, rounds: int, peak: float, as_published: bool) -> dict[str, float | None]:
     """Images a second of the fastest of ``rounds`` groups, after one that warms up."""
+    started = time.perf_counter()
     models, gpu = load_models(chosen), chosen.device.startswith("cuda")
+    loading = time.perf_counter() - started
     method = dmkd if chosen.method == "dmkd" else diffdfkd
 
     def sample(index: int) -> float:
         group = make_group(chosen, index, models.teacher.class_names)
-        started = time.perf_counter()
-        for frame in method.synthesise(models, group, chosen, Work()):
-            float(frame.images.sum())  # wait for the GPU
-        return chosen.group_size / (time.perf_counter() - started)
+        images, started = 1 if as_published else chosen.group_size, time.perf_counter()
+        if as_published:
+            published(models, group, chosen, images)
+        else:
+            for frame in method.synthesise(models, group, chosen, Work()):
+                float(frame.images.sum())  # wait for the GPU
+        if gpu:
+            torch.cuda.synchronize()
+        return images / (time.perf_counter() - started)
 
     sample(0)
     if gpu:
@@ -88,12 +106,14 @@ def timed(chosen: SynthSettings, rounds: int, peak: float) -> dict[str, float | 
     rate = max(sample(i) for i in range(1, rounds + 1))
     cost = synth_cost(chosen.model_copy(update={"device": "cpu"}))
     assert cost is not None
+    work = cost.flops + cost.denoiser * as_published  # the published code evaluates the denoiser twice
     return {
         "images_per_s": rate,
-        "tflop_per_image": cost.flops / 1e12,
+        "tflop_per_image": work / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        "share_of_peak": rate * cost.flops / (peak * 1e12) if gpu else None,
-        "waits": waits(sample) if gpu else None,
+        "share_of_peak": rate * work / (peak * 1e12) if gpu else None,
+        "waits": waits(sample) if gpu and not as_published else None,
+        "loading_s": loading,
     }
 
 
@@ -114,7 +134,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=["sd15", "dit"], default=["sd15", "dit"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--batch", type=int, default=16, help="trajectories of a group")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="in every row, to try the script itself")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the GPU; an H100's by default")
     parser.add_argument("--device", default="cuda")
@@ -131,26 +151,28 @@ def main() -> None:
         for shape in args.shapes:
             pipeline, parts = kinds[shape]
             path = save_random(folder / shape, pipeline, parts | {"vae": vae})
-            prior = {"path": str(path), "steps": args.steps}
+            prior = {"path": str(path)}
             prior |= {"labels": {name: i for i, name in enumerate(TEACHER["class_names"])}} if shape == "dit" else {}
-            title = f"{shape}, batch {args.batch}, {args.steps} steps"
-            print(f"\n| {title} | images / s | of unguided | peak GiB | of peak | waits |")
+            print(f"\n| {shape}, groups of {args.batch} | images / s | of unguided | peak GiB | of peak | waits |")
             print("|---|---|---|---|---|---|")
             for name in args.rows:
-                row = {key: dict(value) if isinstance(value, dict) else value for key, value in ROWS[name].items()}
-                guidance = row.pop("guidance", {})
-                if guidance.get("decoder") == "tiny":
-                    guidance["tiny_decoder"] = str(folder / "taesd")
-                more = {"device": args.device, "group_size": args.batch, "teacher": teacher, **row}
-                chosen = settings(prior, guidance, **more)
-                made = found.setdefault(shape, {})[name] = timed(chosen, args.rounds, args.peak)
-                base = found[shape].get("unguided", made)["images_per_s"]
+                sampled, guidance = ROWS[name]
+                tiny = {"tiny_decoder": str(folder / "taesd")} if (guidance or {}).get("decoder") == "tiny" else {}
+                more = {"device": args.device, "group_size": args.batch, "teacher": teacher}
+                more |= {"method": "dmkd"} if guidance is None else {}
+                steps = {"steps": args.steps} if args.steps else {}
+                chosen = settings({"scheduler": "ddim"} | prior | sampled | steps, (guidance or {}) | tiny, **more)
+                made = timed(chosen, args.rounds, args.peak, name == PUBLISHED)
+                found.setdefault(shape, {})[name] = made
+                base = next(iter(found[shape].values()))["images_per_s"]
                 text = f"| {name} | {made['images_per_s']:.2f} | {made['images_per_s'] / base:.2f} "
                 for key, form in (("peak_gib", "{:.1f}"), ("share_of_peak", "{:.1%}"), ("waits", "{}")):
                     text += "| – " if made[key] is None else f"| {form.format(made[key])} "
                 print(text + "|", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"device": args.device, "batch": args.batch, "rows": found}, indent=1))
+                if args.json:  # after every row: a machine may be lent for a while only
+                    args.json.write_text(
+                        json.dumps({"device": args.device, "batch": args.batch, "rows": found}, indent=1)
+                    )
 
 
 if __name__ == "__main__":

@@ -61,9 +61,10 @@ def sample(models: Models, group: Group, chosen: SynthSettings) -> int:
 
 def published(models: Models, group: Group, chosen: SynthSettings, images: int) -> int:
     """The algorithm as written, for the first ``images`` of the group."""
-    prior, noise = models.prior, group.noise(chosen.seed, models.prior.latent_shape)
+    prior, noise = models.prior, group.noise(chosen.seed, models.prior.latent_shape).to(models.device)
+    labels = torch.tensor(group.labels, device=models.device)
     for i in range(images):
-        guide = Guide(chosen.guidance, models.teacher, torch.tensor(group.labels[i : i + 1]))
+        guide = Guide(chosen.guidance, models.teacher, labels[i : i + 1])
         condition = prior.encode(group.conditions(prior.conditioning)[i : i + 1])
         state = prior.start(noise[i : i + 1])
         for step in range(len(prior.timesteps)):

@@ -143,42 +143,48 @@ def fit(
     path: Path,
     report: Callable[[Fitted], str],
     every: float = 60.0,
+    draws: str = "cpu",
 ) -> Fitted:
-    """Minimise ``loss_of(generator)`` over ``nets``; ``generator`` is seeded by the step, so a resumed run draws alike.
+    """Minimise ``loss_of(generator)`` over ``nets``; ``generator``, on the device ``draws``, is seeded by the step, so a
+    resumed run draws alike. The loop itself never waits for the device.
 
     Every ``every`` seconds and at the end the state is kept at ``path`` and a line with ``report`` is printed; a second
     call goes on from there.
     """
     parameters = [p for net in nets.values() for p in net.parameters()]
-    optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99))
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(
+        parameters, recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99), fused=device.type == "cuda" or None
+    )
     fitted = Fitted({k: {n: v.detach().clone() for n, v in net.state_dict().items()} for k, net in nets.items()})
     if path.exists():
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=parameters[0].device)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
         for key, net in nets.items():
             net.load_state_dict(state["nets"][key])
         optimizer.load_state_dict(state["optimizer"])
         fitted = Fitted(state["ema"], state["step"], state["seconds"], state["loss"])
     averaged = [fitted.ema[key][name] for key, net in nets.items() for name, _ in net.named_parameters()]
     begun, before, reported = fitted.step, fitted.seconds, fitted.seconds
+    running = torch.tensor(fitted.loss, device=device)
     for net in nets.values():
         net.train()
     started = time.monotonic()
     while (progress := budget.progress(fitted.step, fitted.seconds)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(fitted.step, progress)
-        loss = loss_of(torch.Generator().manual_seed(fitted.step))
+        loss = loss_of(torch.Generator(draws).manual_seed(fitted.step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(recipe.ema, (1 + fitted.step) / (10 + fitted.step))
         torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
-        value = loss.item()
-        fitted.loss = value if math.isnan(fitted.loss) else 0.98 * fitted.loss + 0.02 * value
+        loss = loss.detach()
+        running = torch.where(running.isnan(), loss, 0.98 * running + 0.02 * loss)
         fitted.step += 1
         fitted.seconds = before + time.monotonic() - started
         if fitted.seconds - reported >= every or budget.progress(fitted.step, fitted.seconds) >= 1:
-            reported = fitted.seconds
+            reported, fitted.loss = fitted.seconds, running.item()
             states = {key: net.state_dict() for key, net in nets.items()}
             kept = {"nets": states, "optimizer": optimizer.state_dict(), "ema": fitted.ema, "step": fitted.step}
             save_checkpoint(path, kept | {"seconds": fitted.seconds, "loss": fitted.loss})

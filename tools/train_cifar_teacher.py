@@ -29,12 +29,15 @@ def centred(images: Tensor) -> Tensor:
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images ``[n, 3, 32, 32]`` shifted by up to four pixels (reflected edges), half of them mirrored."""
+    """Images ``[n, 3, 32, 32]`` shifted by up to four pixels (reflected edges), half of them mirrored.
+
+    ``generator`` is on their device.
+    """
     n, side = len(x), x.shape[-1]
-    padded = F.pad(x, (SHIFT,) * 4, mode="reflect")
-    dy, dx = torch.randint(2 * SHIFT + 1, (2, n), generator=generator)
-    steps, rows = torch.arange(side), torch.arange(n)[:, None, None]
-    columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, steps, steps.flip(0)) + dx[:, None]
+    padded, draws = F.pad(x, (SHIFT,) * 4, mode="reflect"), {"generator": generator, "device": x.device}
+    dy, dx = torch.randint(2 * SHIFT + 1, (2, n), **draws)
+    steps, rows = torch.arange(side, device=x.device), torch.arange(n, device=x.device)[:, None, None]
+    columns = torch.where(torch.rand(n, 1, **draws) < 0.5, steps, steps.flip(0)) + dx[:, None]
     return padded[rows, :, (steps + dy[:, None])[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -56,18 +59,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     source = resolve(third_party(args.architecture, args.weights))
-    net = build_from(source.config, source.read(), str(source.weights), named=True)
+    net = build_from(source.config, source.read(), str(source.weights), named=True).to(args.device)
     spec = InputSpec(INPUT)
-    images, labels = tensors(split_table(args.images, "train"))
-    held, held_labels = tensors(split_table(args.images, "validation"))
+    images, labels = (t.to(args.device) for t in tensors(split_table(args.images, "train")))
+    held, held_labels = (t.to(args.device) for t in tensors(split_table(args.images, "validation")))
     print(f"validation before: {accuracy(net, held, held_labels, spec):.2f} %", flush=True)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(images), (args.batch,), generator=generator)
+        rows = torch.randint(len(images), (args.batch,), generator=generator, device=args.device)
         return F.cross_entropy(net(spec(augmented(centred(images[rows]), generator))), labels[rows])
 
     def report(fitted: Fitted) -> str:
@@ -76,13 +80,14 @@ def main() -> None:
         return found
 
     recipe = Recipe(lr=args.lr, warmup=100, weight_decay=5e-4, ema=0.995)
-    fitted = fit({"net": net}, loss_of, Budget(minutes=args.minutes), recipe, args.work / "teacher.pt", report)
+    budget, path = Budget(minutes=args.minutes), args.work / "teacher.pt"
+    fitted = fit({"net": net}, loss_of, budget, recipe, path, report, draws=args.device)
     fitted.load_into({"net": net})
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
     views = (spec(augmented(centred(part), generator)) for part in images[:10_000].split(500))
     torch.optim.swa_utils.update_bn(views, net)
     score = accuracy(net, held, held_labels, spec)
-    save_model(args.out, net.eval(), source.config)
+    save_model(args.out, net.cpu().eval(), source.config)
     passes = fitted.step * args.batch / len(images)
     print(f"saved {args.out}: validation {score:.2f} %, {fitted.step} steps ({passes:.1f} passes)", flush=True)
 

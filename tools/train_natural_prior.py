@@ -5,14 +5,16 @@
 
 Three phases, each resumable from ``--work`` and each within its own budget of minutes (all its runs together): the VAE
 (12×8×8 latents), the latents of every image and its mirror image, then UNet + text encoder (v-prediction on a cosine
-schedule, captions dropped for classifier-free guidance). Both keep averaged weights. On a GPU:
-``--device cuda --batch 1024 --vae-minutes 3 --denoiser-minutes 12``. ``--export-only`` saves what the checkpoints hold.
+schedule, captions dropped for classifier-free guidance). Both keep averaged weights. On a GPU: ``--batch 1024
+--vae-batch 256 --vae-minutes 1 --denoiser-minutes 4``. ``--export-only`` saves what the checkpoints hold.
 """
 
 import argparse
 import io
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import natural_groups
@@ -66,9 +68,15 @@ def load_pool(source: Path, classes: Path, last: int = 0) -> Pool:
         table = pq.read_table(source, columns=["jpg", "label"])
         labels, read = table["label"].to_pylist(), lambda row: table["jpg"][row].as_py()
     order = np.random.default_rng(0).permutation(len(labels))[-last:]
-    opened = (Image.open(io.BytesIO(read(int(row)))).convert("RGB").resize((SIZE, SIZE)) for row in order)
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in opened])).permute(0, 3, 1, 2).contiguous()
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as workers:
+        opened = list(workers.map(small_image, [read(int(row)) for row in order], chunksize=500))
+    images = torch.from_numpy(np.stack(opened)).permute(0, 3, 1, 2).contiguous()
     return Pool(images, torch.tensor(labels)[order], names)
+
+
+def small_image(data: bytes) -> np.ndarray:
+    """uint8 ``[32, 32, 3]``."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE)))
 
 
 def pixels(images: Tensor, device: str) -> Tensor:
@@ -110,15 +118,15 @@ def train_vae(pool: Pool, budget: Budget, args: argparse.Namespace) -> tuple[Aut
 
     In fp32: what is left of the error is below bf16's.
     """
-    train, device = pool.images[:-HELD_OUT], args.device
+    train, device = pool.images[:-HELD_OUT].to(args.device), args.device
     some = pixels(train[:20_000], "cpu")
     pca, variance = PatchPCA.fit(some), some.var().item()
     codec = build_codec(pca, *args.vae_widths).to(device, memory_format=torch.channels_last)
     held = pixels(pool.images[-HELD_OUT:][:500], device)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        x = pixels(train[torch.randint(len(train), (args.vae_batch,), generator=generator)], device)
-        x = x.flip(-1) if torch.rand((), generator=generator) < 0.5 else x
+        x = pixels(train[torch.randint(len(train), (args.vae_batch,), generator=generator, device=device)], device)
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5, x, x.flip(-1))
         z = codec.encode(x).latent
         return F.mse_loss(codec.decode(z).sample, x) / variance + ANCHOR * F.mse_loss(z, pca.codes(x))
 
@@ -127,7 +135,7 @@ def train_vae(pool: Pool, budget: Budget, args: argparse.Namespace) -> tuple[Aut
             return f"held-out unexplained {unexplained(codec, held):.5f} (PCA {pca.unexplained:.5f})"
 
     recipe = Recipe(lr=1e-3, weight_decay=1e-4)
-    fitted = fit({"vae": codec}, loss_of, budget, recipe, args.work / "vae.pt", report, args.log_seconds)
+    fitted = fit({"vae": codec}, loss_of, budget, recipe, args.work / "vae.pt", report, args.log_seconds, device)
     fitted.load_into({"vae": codec})
     return codec, fitted, pca
 
@@ -147,7 +155,7 @@ def sample(unet, text, vae, ids: Tensor, empty: Tensor, device: str, cfg: float 
     """Images in [0, 1], plain DDIM."""
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps)
-    hidden = text(torch.cat([empty.expand_as(ids), ids]).to(device))[0]
+    hidden = text(torch.cat([empty.expand_as(ids), ids.to(device)]))[0]
     z = torch.randn(len(ids), CHANNELS, *(SIZE // PATCH,) * 2, generator=torch.Generator().manual_seed(0)).to(device)
     for time in scheduler.timesteps:
         negative, positive = unet(torch.cat([z, z]), time, hidden).sample.chunk(2)
@@ -158,19 +166,19 @@ def sample(unet, text, vae, ids: Tensor, empty: Tensor, device: str, cfg: float 
 def train_denoiser(nets, vae, latents: Tensor, pool: Pool, tokenizer, budget: Budget, args) -> Fitted:
     """Mean squared error of v (Salimans & Ho 2022), uniform times; reports held-out loss and draws a grid."""
     unet, text, device, scheduler = nets["unet"], nets["text"], args.device, build_scheduler()
-    alphas, empty = scheduler.alphas_cumprod.to(device), token_ids(tokenizer, [""])
+    alphas, empty = scheduler.alphas_cumprod.to(device), token_ids(tokenizer, [""]).to(device)
+    labels = pool.labels.to(device)
     texts = [natural_groups.captions(name) for name in pool.names]
     longest = max(map(len, texts))  # every class gets as many rows, so that a row is one draw
-    captions = torch.stack([token_ids(tokenizer, (t * longest)[:longest]) for t in texts])
+    captions = torch.stack([token_ids(tokenizer, (t * longest)[:longest]) for t in texts]).to(device)
 
     def loss_on(rows: Tensor, generator: torch.Generator, drop: float) -> Tensor:
-        n = len(rows)
-        mirrored = torch.randint(2, (n,), generator=generator)
-        t = torch.randint(1000, (n,), generator=generator).to(device)
-        ids = captions[pool.labels[rows], torch.randint(longest, (n,), generator=generator)]
-        ids = torch.where(torch.rand(n, 1, generator=generator) < drop, empty, ids).to(device)
-        z = latents[rows.to(device), mirrored.to(device)].float() * vae.config.scaling_factor
-        noise = torch.randn(z.shape, generator=generator).to(device)
+        n, draws = len(rows), {"generator": generator, "device": device}
+        t = torch.randint(1000, (n,), **draws)
+        ids = captions[labels[rows], torch.randint(longest, (n,), **draws)]
+        ids = torch.where(torch.rand(n, 1, **draws) < drop, empty, ids)
+        z = latents[rows, torch.randint(2, (n,), **draws)].float() * vae.config.scaling_factor
+        noise = torch.randn(z.shape, **draws)
         alpha, sigma = (a[t, None, None, None] for a in (alphas**0.5, (1 - alphas) ** 0.5))
         noisy = (alpha * z + sigma * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
@@ -178,18 +186,18 @@ def train_denoiser(nets, vae, latents: Tensor, pool: Pool, tokenizer, budget: Bu
         return F.mse_loss(v, alpha * noise - sigma * z)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents) - HELD_OUT, (args.batch,), generator=generator)
+        rows = torch.randint(len(latents) - HELD_OUT, (args.batch,), generator=generator, device=device)
         return loss_on(rows, generator, CAPTION_DROP)
 
     def report(fitted: Fitted) -> str:
         ids = token_ids(tokenizer, [name for name in SHOWN for _ in range(4)])
-        held = torch.arange(len(latents) - HELD_OUT, len(latents))[:1000]
+        held = torch.arange(len(latents) - HELD_OUT, len(latents), device=device)[:1000]
         with averaged(nets, fitted), torch.no_grad():
             save_image(sample(unet, text, vae, ids, empty, device), args.work / f"samples-{fitted.step:07d}.png")
-            return f"held-out {loss_on(held, torch.Generator().manual_seed(0), 0.0):.4f}"
+            return f"held-out {loss_on(held, torch.Generator(device).manual_seed(0), 0.0):.4f}"
 
     recipe = Recipe(lr=args.lr, warmup=500, ema=0.9995 if args.batch > 256 else 0.999)
-    return fit(nets, loss_of, budget, recipe, args.work / "denoiser.pt", report, 3 * args.log_seconds)
+    return fit(nets, loss_of, budget, recipe, args.work / "denoiser.pt", report, 3 * args.log_seconds, device)
 
 
 def main() -> None:

@@ -49,11 +49,12 @@ def test_the_breakdown_names_every_stage_once_and_puts_back_what_it_watched(scri
 
 def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path, monkeypatch, capsys):
     gpu, out = script("gpu_guidance"), tmp_path / "gpu.json"
-    rows = ["unguided", "guided, tiny decoder"]
+    rows = ["unguided, 50 steps", "tiny decoder, 50 steps guided", gpu.PUBLISHED]
     options = ["--tiny", "--device", "cpu", "--shapes", "dit", "--batch", "2", "--steps", "2", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--json", str(out), "--rows", *rows])
     gpu.main()
     found = json.loads(out.read_text())["rows"]["dit"]
     assert list(found) == rows and all(row["images_per_s"] > 0 for row in found.values())
     assert found[rows[1]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
-    assert "| unguided |" in capsys.readouterr().out
+    assert found[rows[2]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
+    assert "| unguided, 50 steps |" in capsys.readouterr().out
