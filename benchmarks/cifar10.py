@@ -2,28 +2,37 @@
 
     python benchmarks/cifar10.py --rows real-kd unguided guided "guided + LCA" --seeds 5 --out runs/cifar10
     python benchmarks/cifar10.py --rows unguided guided --cpu-seconds 900 --seeds 5 --out runs/cifar10-900
+    python benchmarks/cifar10.py --rows unguided guided --measure rates.json --out runs/rates
+    python benchmarks/cifar10.py --rows unguided guided --cpu-seconds 900 --rates rates.json --jobs 12 --out runs/gpu
 
 The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet``, ``cifar10-test-a.tar`` and
 ``cifar10-resnet20.safetensors``. 5,000 training rows are the validation split, for every choice; ``--split test`` reads
 the test tar once a cell, for a frozen table. Every student takes the same number of steps. Rows are kept cell by cell,
-so a second call resumes and adds. Real images are read by the reference rows alone (``real``: labels, ``real-kd``: the
-teacher's answers), never by synthesis.
+so a second call resumes and adds. Equal time on another machine: measure the rows' rates on the CPU first; as many
+trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real images are read by the
+reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by synthesis.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from math import ceil
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import pyarrow.parquet as pq
+import torch
 from cifar_data import CLASS_NAMES, split_table, third_party
-from digits import interval, of_images, of_seconds
+from digits import interval, of_images, of_seconds, synthesise
 
 from manifests.info import DatasetInfo
 from manifests.merge import merge
@@ -34,6 +43,7 @@ from pipeline.distill import run_distill
 from pipeline.recipe import Recipe, resolve
 from stages.models.identity import teacher_identity
 from stages.models.settings import ModelSettings
+from stages.synth.shard_worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar", "cifar10-resnet20.safetensors")
@@ -60,10 +70,33 @@ ROWS: dict[str, list[str]] = {
     "guided, named + LCA": [*NAMED, *LCA],
     "guided, named, selected": [*NAMED, *SELECT],
     "guided through z_t": ["synth.guidance.through=zt"],
+    "guided, full decoder": ["synth.guidance.decoder=full"],
     "guided + mixup": [*LCA, "synth.lca.kind=mixup"],
     "guided + traditional": [*LCA, "synth.lca.kind=traditional"],
     "unguided, 4 images": [*UNGUIDED, *PAPER],
     "guided + LCA, 4 images": [*LCA, *PAPER],
+}
+SWEPT: dict[str, list[str]] = {  # changes of one setting at a time, to choose the base recipe by
+    **{f"guided, scale {v}": [f"synth.guidance.scale={v}"] for v in (0.05, 0.1, 0.2, 0.3, 0.6, 1.0)},
+    **{f"guided, bn {v}": [f"synth.guidance.bn={v}"] for v in (0, 0.3, 1, 3, 10)},
+    **{
+        f"guided, interval {v}": [f"synth.guidance.interval=[{v}]"]
+        for v in ("0.0,1.0", "0.2,1.0", "0.4,1.0", "0.0,0.5")
+    },
+    **{f"guided, cfg {v}": [f"synth.prior.cfg={v}"] for v in (1, 2, 4)},
+    **{f"guided, groups of {v}": [f"synth.group_size={v}"] for v in (50, 100, 250)},
+    **{f"guided, {v} steps": [f"synth.prior.steps={v}"] for v in (10, 15, 25, 50)},
+    "guided, dpmsolver++ 15 steps": ["synth.prior.steps=15", "synth.prior.scheduler=dpmsolver++"],
+    "guided, two updates": ["synth.guidance.inner=2"],
+    "guided, every second step": ["synth.guidance.every=2"],
+    "guided, shifted views": ["synth.guidance.shift=0.125"],
+    "guided + LCA on 30 %": [*LCA, "synth.lca.probability=0.3"],
+    "guided + LCA, once": ["synth.lca.every=6", "synth.lca.interval=[0.0,0.4]"],
+    "guided, tau 1": ["distill.loss.tau=1"],
+    "guided, tau 10": ["distill.loss.tau=10"],
+    "guided, no mixed views": ["distill.views.cutmix=0", "distill.views.mixup=0"],
+    "guided, every view mixed": ["distill.views.cutmix=0.5", "distill.views.mixup=0.5"],
+    "guided, lr 0.3": ["distill.optimiser.lr=0.3"],
 }
 REAL = {"real": ["distill.loss.kd=0", "distill.loss.ce=1"], "real-kd": []}
 BASE, CEILING = "unguided", "real-kd"
@@ -71,7 +104,7 @@ BASE, CEILING = "unguided", "real-kd"
 
 def recipe_of(row: str, seed: int, args: argparse.Namespace) -> Recipe:
     """The base recipe with the row's settings; the named track calls the teacher's classes by the prior's words."""
-    sets = [*(ROWS | REAL)[row], *args.set, f"synth.seed={seed}", f"distill.seed={seed}"]
+    sets = [*args.set, *(ROWS | SWEPT | REAL)[row], f"synth.seed={seed}", f"distill.seed={seed}"]
     sets += [f"synth.prior.path={args.prior}", f"distill.students=[{','.join(args.students)}]"]
     recipe = resolve(str(HERE / "cifar10.yaml"), sets=sets)
     words = tuple((MAPPED | UNMAPPED)[name] for name in CLASS_NAMES)
@@ -80,34 +113,63 @@ def recipe_of(row: str, seed: int, args: argparse.Namespace) -> Recipe:
     return recipe.model_copy(update={"synth": recipe.synth.model_copy(update={"teacher": teacher})})
 
 
-def real_dataset(source: Path, folder: Path, images: int | None, teacher: ModelSettings) -> str:
-    """Training rows (the first ``images``, in the split's random order) in the factory's own format: the manifest."""
-    storage, table = Storage(folder), split_table(source, "train").slice(0, images)
+def real_dataset(args: argparse.Namespace) -> str:
+    """Training rows (as many as synthetic images, else all) in the factory's own format: the manifest."""
+    images = None if args.cpu_seconds else args.images
+    storage, table = Storage(args.out / f"real-{images or 'all'}"), split_table(args.bench / NEEDED[0], "train")
     if not done_records(storage):
+        table = table.slice(0, images)
         with ShardWriter(storage, 0, "real") as writer:
             for number, (jpg, label) in enumerate(zip(table["jpg"], table["label"].to_pylist(), strict=True)):
                 row = {"label": label, "class_name": CLASS_NAMES[label], "method": "real", "trajectory": number}
                 writer.add(row | {"kept": True}, jpg.as_py(), "jpg")
             writer.commit()
-    merge(storage, DatasetInfo("real", {}, {}, teacher_identity(teacher), 32, CLASS_NAMES))
+        merge(storage, DatasetInfo("real", {}, {}, teacher_identity(args.teacher), 32, CLASS_NAMES))
     return storage.path("m.parquet")
 
 
-def cell(row: str, seed: int, images: int | None, budget: float | None, test: str, args: argparse.Namespace) -> dict:
+def measure_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Trajectories that each row makes in a CPU second of one thread: rows take turns, the faster of two counts."""
+    torch.set_num_threads(1)
+    rates: dict[str, float] = {}
+    for turn in range(2):
+        for row in args.rows:
+            with TemporaryDirectory() as folder:
+                recipe = recipe_of(row, 0, args)
+                synth = recipe.synth.model_copy(update={"device": "cpu", "shards": 1, "groups_per_shard": 1})
+                worker = ShardWorker(synth, folder, "0" * 64)  # loading, and fitting a decoder, fall outside
+                started = time.process_time()
+                worker.run(turn)
+                rates[row] = max(rates.get(row, 0.0), synth.group_size / (time.process_time() - started))
+                print(f"{row}: {rates[row]:.2f} trajectories / CPU s", flush=True)
+    return rates
+
+
+def of_trajectories(recipe: Recipe, count: int, folder: Path) -> tuple[str, float, str]:
+    """``count`` trajectories, all of their kept images."""
+    manifest, seconds = synthesise(recipe, ceil(count / recipe.synth.group_size), folder)
+    return manifest, seconds, f"trajectory < {count}"
+
+
+def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
     """One dataset and its students: accuracy of each, images, stage-1 CPU seconds, the teacher's agreement."""
-    size = f"{budget:g}s" if budget else images or "all"
+    budget = args.cpu_seconds
+    size = f"{budget:g}s" if budget else args.images or "all"
     folder = args.out / args.split / "".join(c if c.isalnum() else "_" for c in f"{row} {size} {seed}")
     done = folder / "cell.json"
     if done.exists():
         return json.loads(done.read_text())
+    torch.set_num_threads(1)
     recipe = recipe_of(row, seed, args)
     if row in REAL:
-        data = args.out / f"real-{images or 'all'}"
-        manifest, seconds, where = real_dataset(args.bench / NEEDED[0], data, images, args.teacher), 0.0, "kept"
+        manifest, seconds, where = real_dataset(args), 0.0, "kept"
+    elif budget and args.rates:
+        count = int(budget * json.loads(args.rates.read_text())[row])
+        manifest, seconds, where = of_trajectories(recipe, count, folder)
     elif budget:
         manifest, seconds, where = of_seconds(recipe, budget, folder)
     else:
-        manifest, seconds, where = of_images(recipe, images, folder)
+        manifest, seconds, where = of_images(recipe, args.images, folder)
     count = len(Manifest.open(manifest).select(where))
     epochs = max(1, round(args.steps / -(-count // recipe.distill.batch_size)))
     learning = {"where": where, "epochs": epochs, "min_agreement": 0.0}
@@ -156,10 +218,13 @@ def absent(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=[*REAL, *ROWS], default=["real-kd", "unguided", "guided"])
+    parser.add_argument("--rows", nargs="+", choices=[*REAL, *ROWS, *SWEPT], default=["real-kd", "unguided", "guided"])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--images", type=int, default=1500, help="equal kept images; real rows: this many real ones")
     size.add_argument("--cpu-seconds", type=float, help="equal stage-1 time instead; real rows: every training image")
+    parser.add_argument("--rates", type=Path, help="with --cpu-seconds: sizes follow from these rates, on any machine")
+    parser.add_argument("--measure", type=Path, help="measure the rows' rates on this CPU, write them here, and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--steps", type=int, default=3000, help="of every student")
     parser.add_argument("--students", nargs="+", default=["resnet8"])
     parser.add_argument("--teacher", help="model folder; default: the third-party ResNet-20 as it is")
@@ -175,6 +240,9 @@ def main() -> None:
         return
     args.teacher = ModelSettings(name=args.teacher) if args.teacher else third_party("resnet20", args.bench / NEEDED[2])
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.measure:
+        args.measure.write_text(json.dumps(measure_rates(args), indent=1))
+        return
     test = args.bench / NEEDED[1]
     if args.split == "validation":
         test = args.out / "validation.parquet"
@@ -183,9 +251,15 @@ def main() -> None:
     print(f"| row | student | images | {args.split} % | minus unguided | minus real-kd | agreement % | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     known: dict[str, list[dict]] = {}
-    images = None if args.cpu_seconds else args.images
+    if args.jobs > 1:  # every cell first; the table then reads them
+        if any(row in REAL for row in args.rows):
+            real_dataset(args)
+        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+            cells = [pool.submit(cell, row, seed, str(test), args) for row in args.rows for seed in range(args.seeds)]
+            for future in cells:
+                future.result()
     for row in args.rows:
-        known[row] = [cell(row, seed, images, args.cpu_seconds, str(test), args) for seed in range(args.seeds)]
+        known[row] = [cell(row, seed, str(test), args) for seed in range(args.seeds)]
         for line in table_rows(row, known[row], known):
             print(line, flush=True)
     print(f"teacher: {100 * mean(c['teacher'] for cells in known.values() for c in cells):.1f} %")

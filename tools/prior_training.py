@@ -145,8 +145,8 @@ def fit(
     every: float = 60.0,
     draws: str = "cpu",
 ) -> Fitted:
-    """Minimise ``loss_of(generator)`` over ``nets``; ``generator``, on the device ``draws``, is seeded by the step, so a
-    resumed run draws alike. The loop itself never waits for the device.
+    """Minimise ``loss_of(generator)`` over ``nets``; ``generator``, on the device ``draws``, is seeded by the step, so
+    a resumed run draws alike. The loop itself never waits for the device.
 
     Every ``every`` seconds and at the end the state is kept at ``path`` and a line with ``report`` is printed; a second
     call goes on from there.

@@ -107,10 +107,11 @@ class Student:
         if self.average is None:
             return
         decay = min(self.settings.optimiser.ema, (1 + step) / (10 + step))
-        for mean, value in zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, 1 - decay)
-            else:
+        pairs = list(zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True))
+        means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(means, values, 1 - decay)  # one kernel for all on a GPU
+        for mean, value in pairs:
+            if not mean.is_floating_point():
                 mean.copy_(value)
 
     def take_means(self) -> dict[str, float]:
