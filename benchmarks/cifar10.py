@@ -5,12 +5,12 @@
     python benchmarks/cifar10.py --rows unguided guided --measure rates.json --out runs/rates
     python benchmarks/cifar10.py --rows unguided guided --cpu-seconds 900 --rates rates.json --jobs 12 --out runs/gpu
 
-The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet``, ``cifar10-test-a.tar`` and
-``cifar10-resnet20.safetensors``. 5,000 training rows are the validation split, for every choice; ``--split test`` reads
-the test tar once a cell, for a frozen table. Every student takes the same number of steps. Rows are kept cell by cell,
-so a second call resumes and adds. Equal time on another machine: measure the rows' rates on the CPU first; as many
-trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real images are read by the
-reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by synthesis.
+The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet`` and ``cifar10-test-a.tar``; the teacher is the
+model folder beside this script (see its card). 5,000 training rows are the validation split, for every choice;
+``--split test`` reads the test tar once a cell, for a frozen table. Every student takes the same number of steps. Rows are kept
+cell by cell, so a second call resumes and adds. Equal time on another machine: measure the rows' rates on the CPU
+first; as many trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real images are
+read by the reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by synthesis.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from stages.models.settings import ModelSettings
 from stages.synth.shard_worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
-NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar", "cifar10-resnet20.safetensors")
+NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar")
+THIRD_PARTY = "cifar10-resnet20.safetensors"
 MAPPED = {  # everyday words of the prior's captions that mean the class
     "automobile": "car",
     "bird": "bird",
@@ -78,10 +79,10 @@ ROWS: dict[str, list[str]] = {
 }
 SWEPT: dict[str, list[str]] = {  # changes of one setting at a time, to choose the base recipe by
     **{f"guided, scale {v}": [f"synth.guidance.scale={v}"] for v in (0.05, 0.1, 0.2, 0.3, 0.6, 1.0)},
-    **{f"guided, bn {v}": [f"synth.guidance.bn={v}"] for v in (0, 0.3, 1, 3, 10)},
+    **{f"guided, bn {v}": [f"synth.guidance.bn={v}"] for v in (0, 1, 3, 10, 30, 100)},
     **{
         f"guided, interval {v}": [f"synth.guidance.interval=[{v}]"]
-        for v in ("0.0,1.0", "0.2,1.0", "0.4,1.0", "0.0,0.5")
+        for v in ("0.0,0.8", "0.0,1.0", "0.4,1.0", "0.7,1.0")
     },
     **{f"guided, cfg {v}": [f"synth.prior.cfg={v}"] for v in (1, 2, 4)},
     **{f"guided, groups of {v}": [f"synth.group_size={v}"] for v in (50, 100, 250)},
@@ -97,6 +98,7 @@ SWEPT: dict[str, list[str]] = {  # changes of one setting at a time, to choose t
     "guided, no mixed views": ["distill.views.cutmix=0", "distill.views.mixup=0"],
     "guided, every view mixed": ["distill.views.cutmix=0.5", "distill.views.mixup=0.5"],
     "guided, lr 0.3": ["distill.optimiser.lr=0.3"],
+    "guided + late LCA": ["synth.lca.every=3", "synth.lca.interval=[0.4,0.8]"],
 }
 REAL = {"real": ["distill.loss.kd=0", "distill.loss.ce=1"], "real-kd": []}
 BASE, CEILING = "unguided", "real-kd"
@@ -208,7 +210,8 @@ def absent(args: argparse.Namespace) -> str:
     """Why nothing can be measured here; empty where it can."""
     if args.bench is None:
         return "FACTORY_BENCH_DIR names no folder"
-    missing = [name for name in NEEDED if not (args.bench / name).exists()]
+    needed = (*NEEDED, THIRD_PARTY) if args.teacher == "third-party" else NEEDED
+    missing = [name for name in needed if not (args.bench / name).exists()]
     if missing:
         return f"{args.bench} lacks {', '.join(missing)}"
     if not (args.prior / "model_index.json").exists() and any(row not in REAL for row in args.rows):
@@ -227,7 +230,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--steps", type=int, default=3000, help="of every student")
     parser.add_argument("--students", nargs="+", default=["resnet8"])
-    parser.add_argument("--teacher", help="model folder; default: the third-party ResNet-20 as it is")
+    parser.add_argument(
+        "--teacher", default=str(HERE / "cifar10-teacher"), help="model folder, or third-party (as it is)"
+    )
     parser.add_argument("--prior", type=Path, default=HERE.parent / "priors" / "natural32")
     parser.add_argument("--set", action="append", default=[], help="changes the base recipe; use another --out")
     parser.add_argument("--seeds", type=int, default=5)
@@ -238,7 +243,8 @@ def main() -> None:
     if why := absent(args):
         print(f"skipped: {why}")
         return
-    args.teacher = ModelSettings(name=args.teacher) if args.teacher else third_party("resnet20", args.bench / NEEDED[2])
+    foreign = args.teacher == "third-party"
+    args.teacher = third_party("resnet20", args.bench / THIRD_PARTY) if foreign else ModelSettings(name=args.teacher)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.measure:
         args.measure.write_text(json.dumps(measure_rates(args), indent=1))
