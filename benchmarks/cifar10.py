@@ -5,12 +5,13 @@
     python benchmarks/cifar10.py --rows unguided guided --measure rates.json --out runs/rates
     python benchmarks/cifar10.py --rows unguided guided --cpu-seconds 900 --rates rates.json --jobs 12 --out runs/gpu
 
-The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet`` and ``cifar10-test-a.tar``; the teacher is the
-model folder beside this script (see its card). 5,000 training rows are the validation split, for every choice;
-``--split test`` reads the test tar once a cell, for a frozen table. Every student takes the same number of steps. Rows are kept
-cell by cell, so a second call resumes and adds. Equal time on another machine: measure the rows' rates on the CPU
-first; as many trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real images are
-read by the reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by synthesis.
+The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet`` and ``cifar10-test-a.tar``; the teacher is
+the model folder beside this script (see its card). 5,000 training rows are the validation split, for every choice;
+``--split test`` reads the test tar once a cell, for a frozen table. Every student takes the same number of steps.
+Rows are kept cell by cell, so a second call resumes and adds. Equal time on another machine: measure the rows' rates
+on the CPU first; as many trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real
+images are read by the reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by
+synthesis.
 """
 
 import argparse
