@@ -2,16 +2,16 @@
 
     python benchmarks/fuzz.py [--cases 5000] [--seed 0] [--json FILE]
 
-Every case changes one file of a small dataset, run or model: bytes at random, or one value of its JSON, metadata,
-column or state replaced by a hostile one with every checksum made right again. Then a command reads it. It may work or
-end in an error made for users; anything else is printed with its number, so that ``--only NUMBER`` shows its traceback.
-Cases run in a child process with ``--memory-gb`` more address space than it starts with and ``--seconds`` of CPU each.
+Every case changes one file of a small dataset, run or model as ``benchmarks/mutations.py`` has it: bytes at random, or
+one value of its JSON, metadata, column or state replaced by a hostile one with every checksum made right again. Then a
+command reads it. It may work or end in an error made for users; anything else is printed with its number, so that
+``--only NUMBER`` shows its traceback. Cases run in a child process with ``--memory-gb`` more address space than it
+starts with and ``--seconds`` of CPU each.
 """
 
 import argparse
 import contextlib
 import faulthandler
-import hashlib
 import io
 import json
 import os
@@ -37,15 +37,13 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 
+from benchmarks.mutations import labelled, manifest, recipe, shard, some_json, state, weights  # noqa: E402
 from manifests.errors import FactoryError  # noqa: E402
 from manifests.info import DATASET  # noqa: E402
 from manifests.merge import merge  # noqa: E402
 from manifests.reader import Manifest  # noqa: E402
-from manifests.sealed import SEAL, seal  # noqa: E402
 from manifests.storage import Storage  # noqa: E402
-from manifests.tables import write_options  # noqa: E402
 from pipeline import cli  # noqa: E402
 from pipeline.executors.settings import ExecutorSettings  # noqa: E402
 from pipeline.failures import Failure, quarantine  # noqa: E402
@@ -53,169 +51,14 @@ from pipeline.plan import read_plan  # noqa: E402
 from pipeline.recipe import resolve, to_yaml  # noqa: E402
 from pipeline.synth import dataset_info, run_synth  # noqa: E402
 from pipeline.teacher_copy import prepare, publish  # noqa: E402
-from stages.distill import checkpoint  # noqa: E402
-from stages.models.identity import WEIGHTS_SHA256  # noqa: E402
 from stages.synth.plan_inputs import inspect_inputs  # noqa: E402
 
 SETS = ("method=noise", "shards=2", "groups_per_shard=1", "group_size=8", "images.size=8")
 STUDENT = ("--epochs", "1", "--batch-size", "4", "--set", "held_out=0")
-HOSTILE: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 1 << 200, 10**18, -0.5, 1e-320, 1e308, float("inf"), float("nan"),
-    "", "x", "../../etc/passwd", "/etc/passwd", "\x1b[31m\n<b>\u202e", "\ud800", "a" * 100_000, "os:getcwd", "hf:a/b",
-    "\0", "9" * 5000, [], {}, [[]], [None], {"": None}, ["x"] * 1000, {"x": {"x": {"x": []}}}, [1e308] * 3,
-)  # fmt: skip
 
 
 class Hang(BaseException):
     """A case took more CPU time than it may."""
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, repeat, insert or overwrite something."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at, length = rng.randrange(len(changed) or 1), rng.choice((1, 4, 64, 512))
-        match rng.randrange(6):
-            case 0:
-                changed[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                del changed[at:]
-            case 2:
-                del changed[at : at + length]
-            case 3:
-                changed[at:at] = changed[at : at + length]
-            case 4:
-                changed[at : at + length] = rng.randbytes(length)
-            case 5:
-                changed[at : at + length] = bytes([rng.choice((0, 255))]) * length
-    return bytes(changed)
-
-
-def poisoned(values: Any, rng: random.Random) -> Any:
-    """``values`` with one entry, at any depth, replaced by something hostile, removed, renamed or nested deeply."""
-    if isinstance(values, dict | list) and values and rng.random() < 0.85:
-        copy: Any = values.copy()
-        key = rng.choice([*copy]) if isinstance(copy, dict) else rng.randrange(len(copy))
-        if isinstance(copy, dict) and rng.random() < 0.08:
-            copy[rng.choice(("", "x", "\x1b[2J"))] = copy.pop(key)
-        elif rng.random() < 0.05:
-            del copy[key]
-        else:
-            copy[key] = poisoned(copy[key], rng)
-        return copy
-    if rng.random() < 0.03:
-        for _ in range(rng.choice((20, 200, 900))):
-            values = [values]
-        return values
-    return rng.choice(HOSTILE)
-
-
-# --- what is changed -------------------------------------------------------------------------------------------------
-
-
-def json_file(path: Path, rng: random.Random) -> None:
-    """A JSON file: its bytes, or one value under a new seal."""
-    data = path.read_bytes()
-    if rng.random() < 0.3:
-        path.write_bytes(mutated(data, rng))
-        return
-    lines = [json.loads(line) for line in data.splitlines()] if path.suffix == ".jsonl" else [json.loads(data)]
-    number = rng.randrange(len(lines))
-    sealed = isinstance(lines[number], dict) and lines[number].pop(SEAL, None) is not None
-    values = poisoned(lines[number], rng)
-    try:
-        text = seal(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
-    except ValueError:  # what our own writer cannot write
-        text = json.dumps(values).encode()
-    if path.suffix == ".jsonl":
-        texts = data.splitlines()
-        texts[number] = text
-        text = b"\n".join(texts) + b"\n"
-    path.write_bytes(text)
-
-
-def some_json(folder: Path, rng: random.Random) -> None:
-    names = ["plan.json", DATASET, "events.jsonl", "done/000000.json", "lease/*.json", "failed/000001.json"]
-    names += ["distill/run.json", "distill/*/config.json", "distill/*/config.json"]
-    json_file(rng.choice(sorted(folder.glob(rng.choice(names)))), rng)
-
-
-def manifest(folder: Path, rng: random.Random) -> None:
-    """m.parquet: its bytes, its description, or the values of a column."""
-    path = folder / "m.parquet"
-    if rng.random() < 0.3:
-        path.write_bytes(mutated(path.read_bytes(), rng))
-        return
-    table = pq.read_table(path)
-    metadata = dict(table.schema.metadata)
-    if rng.random() < 0.6:
-        text = json.dumps(poisoned(json.loads(metadata[b"factory.info"]), rng)).encode()
-        metadata |= {b"factory.info": text, b"factory.info_sha256": hashlib.sha256(text).hexdigest().encode()}
-    else:
-        index = rng.randrange(table.num_columns)
-        field, values = table.schema.field(index), table.column(index).to_pylist()
-        for row in rng.sample(range(len(values)), rng.choice((1, len(values)))):
-            values[row] = rng.choice(HOSTILE)
-        with contextlib.suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
-            table = table.set_column(index, field, pa.array(values, field.type))
-        if rng.random() < 0.1:
-            table = pa.concat_tables([table] * rng.choice((2, 500)))
-    with contextlib.suppress(pa.ArrowException):
-        pq.write_table(table.replace_schema_metadata(metadata), path, **write_options())
-
-
-def shard(folder: Path, rng: random.Random) -> None:
-    """A tar or table; a tar sometimes under the name of its new content, with the manifest following."""
-    path = rng.choice(sorted((folder / "shards").iterdir()))
-    data = mutated(path.read_bytes(), rng)
-    path.write_bytes(data)
-    if path.suffix == ".tar" and rng.random() < 0.3:
-        path.rename(path.with_name(f"{path.name[:6]}-{hashlib.sha256(data).hexdigest()[:12]}.tar"))
-
-
-def state(folder: Path, rng: random.Random) -> None:
-    """The checkpoint of stage 2: its bytes, or an entry of the run or of its student, under a checksum that fits."""
-    path = folder / "distill" / checkpoint.STATE
-    if rng.random() < 0.5:
-        path.write_bytes(mutated(path.read_bytes(), rng))
-        return
-    values = torch.load(io.BytesIO(checkpoint.without_digest(path.read_bytes())), weights_only=True)
-    owner = rng.choice((values, values["students"], *values["students"].values()))
-    owner[rng.choice([*owner])] = rng.choice(HOSTILE)
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    path.write_bytes(checkpoint.with_digest(buffer.getvalue()))
-
-
-def weights(folder: Path, rng: random.Random) -> None:
-    """A model's weights, whose sha256 its config then records."""
-    home = next(path.parent for path in folder.glob("distill/*/config.json"))
-    data = mutated((home / "model.safetensors").read_bytes(), rng)
-    config = json.loads((home / "config.json").read_bytes())
-    del config[SEAL]
-    (home / "model.safetensors").write_bytes(data)
-    (home / "config.json").write_bytes(seal(config | {WEIGHTS_SHA256: hashlib.sha256(data).hexdigest()}))
-
-
-def recipe(folder: Path, rng: random.Random) -> None:
-    path = folder / "resolved.yaml"
-    text = path.read_bytes()
-    if rng.random() < 0.4:
-        path.write_bytes(mutated(text, rng))
-    else:
-        values = poisoned(yaml.safe_load(text), rng)
-        try:
-            path.write_text(yaml.safe_dump(values), errors="replace")
-        except RecursionError:  # deeper than YAML's writer goes; its reader takes JSON too
-            path.write_text(json.dumps(values))
-
-
-def labelled(folder: Path, rng: random.Random) -> None:
-    path = folder / rng.choice(("labelled.tar", "labelled.parquet"))
-    path.write_bytes(mutated(path.read_bytes(), rng))
-
-
-# --- what reads it ---------------------------------------------------------------------------------------------------
 
 
 def distill(*more: str) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ def run_distill(
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     from stages.distill.run import begin, prepare, train_students
+    from stages.distill.watcher import Watcher
 
     storage = Storage(out)
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
@@ -118,7 +119,7 @@ def run_distill(
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
             begin(prepared, storage, on_event)
-            return train_students(prepared, storage, test_data, on_event, shown, should_stop)
+            return train_students(prepared, storage, test_data, Watcher(on_event, shown, should_stop))
 
         import torch
 

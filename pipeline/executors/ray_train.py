@@ -101,6 +101,7 @@ def work(job: dict[str, Any]) -> None:
     from stages.distill.ranks import Ranks
     from stages.distill.run import prepare, train_students
     from stages.distill.settings import DistillSettings
+    from stages.distill.watcher import Watcher
     from stages.models.settings import ModelSettings
 
     desk = job["desk"]
@@ -116,14 +117,8 @@ def work(job: dict[str, Any]) -> None:
     try:
         teacher = ModelSettings.model_validate(job["teacher"]) if job["teacher"] else None
         prepared = prepare(DistillSettings.model_validate(job["settings"]), job["sources"], teacher, ranks)
-        results = train_students(
-            prepared,
-            Storage(job["out"]),
-            job["test_data"],
-            caller.on_event if caller else lambda kind, **fields: None,
-            caller.on_progress if caller else lambda done, total, note: None,
-            caller.should_stop if caller else lambda: False,
-        )
+        watcher = Watcher(caller.on_event, caller.on_progress, caller.should_stop) if caller else Watcher()
+        results = train_students(prepared, Storage(job["out"]), job["test_data"], watcher)
     except FactoryError as error:
         ray.get(desk.end.remote({"error": str(error), "exit_code": error.exit_code}))
         if isinstance(error, Interrupted):

@@ -10,7 +10,6 @@ Used by ``factory run distill --set cache.use=true --set views.fixed=8 …``.
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from stages.distill.batches import Batch, Batches
 from stages.distill.checkpoint import differences
 from stages.distill.rows import rows_digest
 from stages.distill.targets import Targets
+from stages.distill.watcher import Watcher
 from stages.models.teacher import Teacher
 
 FOLDER, ANSWERS, KEY = "teacher-cache", "answers.safetensors", "key.json"
@@ -66,14 +66,7 @@ def from_top(values: Tensor, classes: Tensor, count: int) -> Tensor:
     return values[:, -1:].expand(-1, count).clone().scatter_(1, classes, values[:, :-1])
 
 
-def open_answers(
-    teacher: Teacher,
-    batches: Batches,
-    out: Storage,
-    on_event: Callable[..., object],
-    on_progress: Callable[[float, float, str], object],
-    should_stop: Callable[[], bool],
-) -> Answers:
+def open_answers(teacher: Teacher, batches: Batches, out: Storage, watcher: Watcher) -> Answers:
     """The cache of this run, computed where there is none. Raises DataError where it belongs to something else."""
     asked = batches.settings.cache
     storage = Storage(asked.folder or out.path(FOLDER))
@@ -81,14 +74,14 @@ def open_answers(
     top = top if top < teacher.num_classes else 0
     key = json.loads(json.dumps(_key(teacher, batches, top)))
     if not batches.ranks.any([storage.exists(KEY)])[0]:
-        tensors = _computed(teacher, batches, top, on_progress, should_stop)
+        tensors = _computed(teacher, batches, top, watcher)
         if not batches.ranks.first:
             return Answers(tensors, teacher.num_classes)
         data = safetensors.torch.save(tensors)
         storage.write(ANSWERS, data)
         recorded = {"sha256": hashlib.sha256(data).hexdigest(), "key": key}
         storage.write(KEY, json.dumps(recorded, indent=1, ensure_ascii=False).encode() + b"\n")
-        on_event("teacher_cached", folder=storage.url, bytes=len(data), views=batches.settings.views.fixed)
+        watcher.on_event("teacher_cached", folder=storage.url, bytes=len(data), views=batches.settings.views.fixed)
         return Answers(tensors, teacher.num_classes)
     return Answers(_read(storage, key), teacher.num_classes)
 
@@ -129,13 +122,7 @@ def _read(storage: Storage, key: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _computed(
-    teacher: Teacher,
-    batches: Batches,
-    top: int,
-    on_progress: Callable[[float, float, str], object],
-    should_stop: Callable[[], bool],
-) -> dict[str, Tensor]:
+def _computed(teacher: Teacher, batches: Batches, top: int, watcher: Watcher) -> dict[str, Tensor]:
     views, rows, ranks = batches.settings.views.fixed, len(batches.rows), batches.ranks
     width = top + 1 if top else teacher.num_classes
     values = torch.zeros(views, rows, width, dtype=torch.float16)
@@ -153,9 +140,9 @@ def _computed(
                     logits, best = to_top(logits, top)
                     classes[turn, here] = best.to(small).cpu()
                 values[turn, here] = logits.half().cpu()
-            if ranks.any([should_stop()])[0]:
+            if ranks.any([watcher.should_stop()])[0]:
                 raise Interrupted("interrupted before training; the same command starts the teacher's answers again")
         for kept in (values[turn], classes[turn]):
             ranks.add(kept.view(torch.uint8))  # exact: every byte is 0 in all processes but one
-        on_progress(0, total, f"teacher's answers to view {turn + 1} of {views}")
+        watcher.on_progress(0, total, f"teacher's answers to view {turn + 1} of {views}")
     return {"values": values, "classes": classes} if top else {"logits": values}

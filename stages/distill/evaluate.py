@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from manifests.errors import DataError
 from manifests.images import decode
 from stages.distill.labelled import Sample, labelled_images
+from stages.distill.threads import torch_threads
 from stages.models.identity import ModelConfig
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher
@@ -30,14 +31,10 @@ def evaluate(
 
     Raises DataError where either does not fit.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         net, config = load_model(model)
         judge = load_teacher(teacher, device) if teacher else None
         return evaluate_net(net.to(device), config, data, judge)
-    finally:
-        torch.set_num_threads(before)
 
 
 def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,21 +23,13 @@ from stages.distill.settings import DistillSettings
 from stages.distill.student import Diverged, Student
 from stages.distill.targets import paired_layers, teacher_targets
 from stages.distill.track import Tracker, flat, open_trackers
+from stages.distill.watcher import Watcher
 from stages.micro_batches import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
-
-
-class OnEvent(Protocol):
-    """Receives events as the pipeline's log does."""
-
-    def __call__(self, kind: str, **fields: Any) -> object: ...
-
-
-OnProgress = Callable[[float, float, str], object]
 
 
 @dataclass
@@ -54,9 +46,7 @@ class Training:
     held: Ints
     storage: Storage
     device: torch.device
-    on_event: OnEvent
-    on_progress: OnProgress
-    should_stop: Callable[[], bool]
+    watcher: Watcher
     look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
     answers: Answers | None = None  # the teacher's, where they were computed before
     ranks: Ranks = ALONE
@@ -104,7 +94,7 @@ def _train(run: Training, layers: list[str]) -> None:
         x = spec(batch.x)
         students = run.learning
         reasons = [_learn(run, student, x, batch, targets) for student in students]
-        stop = _agree(run, students, reasons, run.should_stop())
+        stop = _agree(run, students, reasons, run.watcher.should_stop())
         run.step += 1
         if run.step % run.batches.steps == 0:
             _end_epoch(run, epoch)
@@ -113,7 +103,7 @@ def _train(run: Training, layers: list[str]) -> None:
         if due or stop or run.step == run.total:
             _checkpoint(run)
             saved = time.monotonic()
-        run.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
+        run.watcher.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
         if stop and run.step < run.total:
             raise Interrupted(f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes")
         _check_learning(run)
@@ -175,8 +165,8 @@ def _agree(run: Training, students: Sequence[Student], reasons: Sequence[str | N
 
 def _park(run: Training, student: Student, reason: str) -> None:
     student.parked = reason
-    run.on_event("student_parked", student=student.name, step=run.step, reason=reason)
-    run.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
+    run.watcher.on_event("student_parked", student=student.name, step=run.step, reason=reason)
+    run.watcher.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
 
 
 def _end_epoch(run: Training, epoch: int) -> None:
@@ -202,7 +192,7 @@ def _end_epoch(run: Training, epoch: int) -> None:
         _write(run, f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
             tracker.log(student.name, run.step, flat(student.metrics[-1]))
-    run.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
+    run.watcher.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
 
 
 @torch.no_grad()
@@ -251,7 +241,7 @@ def _resume(run: Training) -> None:
             student.load(state["students"][student.name])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise checkpoint.damaged(run.storage, error) from None
-    run.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
+    run.watcher.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
 
 
 def best_weights(run: Training, student: Student) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
 from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import evaluate_net
-from stages.distill.loop import OnEvent, OnProgress, Training, best_weights, train
+from stages.distill.loop import Training, best_weights, train
 from stages.distill.pixels import open_pixels
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
@@ -29,6 +29,8 @@ from stages.distill.settings import PLACE, DistillSettings
 from stages.distill.student import Student
 from stages.distill.teacher_check import check_teacher, complaints
 from stages.distill.teachers import find_teacher
+from stages.distill.threads import torch_threads
+from stages.distill.watcher import OnEvent, OnProgress, Watcher
 from stages.models.identity import ModelConfig
 from stages.models.loading import model_files
 from stages.models.registry import adaptation_of
@@ -76,7 +78,7 @@ def run_distill(
     storage = out if isinstance(out, Storage) else Storage(out)
     prepared = prepare(settings, manifests, teacher)
     begin(prepared, storage, on_event)
-    return train_students(prepared, storage, test_data, on_event, progress, should_stop)
+    return train_students(prepared, storage, test_data, Watcher(on_event, progress, should_stop))
 
 
 def prepare(
@@ -117,92 +119,62 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
     checkpoint.open_run(storage, prepared.spec, {"settings": defaults})
 
 
-def train_students(
-    prepared: Prepared,
-    storage: Storage,
-    test_data: str | None,
-    on_event: OnEvent,
-    progress: OnProgress,
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
+def train_students(prepared: Prepared, storage: Storage, test_data: str | None, watcher: Watcher) -> dict[str, Any]:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(prepared.settings.threads)
-    try:
-        return _train(prepared, storage, test_data, on_event, progress, should_stop)
-    finally:
-        torch.set_num_threads(before)
+    settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
+    with torch_threads(settings.threads):
+        for student in prepared.students:
+            if adapted := adaptation_of(student.net):
+                size = student.config.input.size
+                watcher.on_event("note", message=f"{student.name}: stem fit to {size} px images: {adapted}")
+        for wrong in filter(None, rows.bad):
+            watcher.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
+        pixels = open_pixels(rows, settings.memory_gb, prepared.device)
+        batches = Batches(rows, prepared.order, pixels, settings, prepared.device, ranks)
+        check = check_teacher(teacher, batches, prepared.fit) if ranks.first else {}
+        if ranks.first:
+            watcher.on_event("teacher_checked", **check)
+            for line in complaints(check, settings.min_agreement):
+                watcher.on_event("warning", message=line)
+        run = Training(
+            settings=settings, teacher=teacher, students=prepared.students, batches=batches, held=prepared.held,
+            storage=storage, device=prepared.device, watcher=watcher, ranks=ranks,
+            look=(lambda s: evaluate_net(s.result, s.config, test_data, teacher)) if test_data else None,
+            answers=open_answers(teacher, batches, storage, watcher) if settings.cache.use else None,
+        )  # fmt: skip
+        train(run)
+        return _results(prepared, run, test_data, check) if ranks.first else {}
 
 
-def _train(
-    prepared: Prepared,
-    storage: Storage,
-    test_data: str | None,
-    on_event: OnEvent,
-    progress: OnProgress,
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    settings, teacher, students, ranks = prepared.settings, prepared.teacher, prepared.students, prepared.ranks
-    rows, fit, device = prepared.rows, prepared.fit, prepared.device
-    for student in students:
-        if adapted := adaptation_of(student.net):
-            on_event("note", message=f"{student.name}: stem fit to {student.config.input.size} px images: {adapted}")
-    for wrong in filter(None, rows.bad):
-        on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
-    batches = Batches(rows, prepared.order, open_pixels(rows, settings.memory_gb, device), settings, device, ranks)
-    check = check_teacher(teacher, batches, fit) if ranks.first else {}
-    if ranks.first:
-        on_event("teacher_checked", **check)
-        for line in complaints(check, settings.min_agreement):
-            on_event("warning", message=line)
-
-    def look(student: Student) -> dict[str, Any]:
-        assert test_data is not None
-        return evaluate_net(student.result, student.config, test_data, teacher)
-
-    cached = None
-    if settings.cache.use:
-        cached = open_answers(teacher, batches, storage, on_event, progress, should_stop)
-    run = Training(
-        settings=settings, teacher=teacher, students=students, batches=batches, held=prepared.held, storage=storage,
-        device=device, on_event=on_event, on_progress=progress, should_stop=should_stop,
-        look=look if test_data else None,
-        answers=cached,
-        ranks=ranks,
-    )  # fmt: skip
-    train(run)
-    if not ranks.first:
-        return {}
-
+def _results(prepared: Prepared, run: Training, test_data: str | None, check: dict[str, Any]) -> dict[str, Any]:
+    """Write every student's folder and the results of the run; the latter."""
     results: dict[str, Any] = {
-        "out": storage.url,
+        "out": run.storage.url,
         "teacher": prepared.spec["teacher"],
         "teacher_check": check,
-        "images": len(fit),
+        "images": len(prepared.fit),
         "images_held_out": len(prepared.held),
-        "workers": ranks.size,
+        "workers": run.ranks.size,
         "seconds": run.seconds,
         "data_wait": run.waited / run.seconds if run.seconds else 0.0,
-        "students": {s.name: _finish(run, s, prepared.spec, test_data, storage, len(fit)) for s in run.learning},
-        "parked": {s.name: s.parked for s in run.students if s.parked is not None},
+        "students": {student.name: _finish(prepared, run, student, test_data) for student in run.learning},
+        "parked": {student.name: student.parked for student in run.students if student.parked is not None},
     }
     if test_data:
         results["teacher_accuracy"] = next(iter(results["students"].values()))["test"]["teacher_accuracy"]
-    storage.write(RESULTS, json.dumps(results, indent=1).encode() + b"\n")
+    run.storage.write(RESULTS, json.dumps(results, indent=1).encode() + b"\n")
     return results
 
 
-def _finish(
-    run: Training, student: Student, spec: dict[str, Any], test_data: str | None, storage: Storage, images: int
-) -> dict[str, Any]:
+def _finish(prepared: Prepared, run: Training, student: Student, test_data: str | None) -> dict[str, Any]:
     """Write one student's folder; its results."""
     net, scores = student.result, student.metrics[-1].get("held_out")
     if run.settings.keep == "best":
         net.load_state_dict(best_weights(run, student))
         scores = max(student.metrics, key=lambda line: (line["held_out"]["agreement"], line["epoch"]))["held_out"]
     facts: dict[str, Any] = {
-        "folder": storage.path(student.name),
-        "images": images,
+        "folder": run.storage.path(student.name),
+        "images": len(prepared.fit),
         "images_held_out": len(run.held),
         "device": str(run.device),
         "last_epoch": student.metrics[-1],
@@ -212,9 +184,9 @@ def _finish(
     }
     files = model_files(net, student.config)
     facts["bytes"] = len(files["model.safetensors"])
-    files["README.md"] = card.model_card(student.config, spec, facts).encode()
+    files["README.md"] = card.model_card(student.config, prepared.spec, facts).encode()
     for name, data in files.items():
-        storage.write(f"{student.name}/{name}", data)
+        run.storage.write(f"{student.name}/{name}", data)
     return facts
 
 

@@ -41,19 +41,11 @@ class BlackBox(Teacher):
             "need a network (synthesise with --method dmkd)"
         )
 
-    def logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]``, without a graph."""
         with torch.no_grad():
             out = self._answer(self.input(x.detach()).cpu())
             return require_finite(logits_of(out, self.num_classes, self.what).float(), self.what).to(x.device)
-
-    def features(self, x: Tensor) -> Tensor | None:
-        """Unknown."""
-        return None
-
-    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits; features are unknown."""
-        return self.logits(x), None
 
     def check(self) -> "BlackBox":
         """Let it answer two images. Raises DataError where it fails or returns something else than logits."""

@@ -62,32 +62,39 @@ class Teacher:
         out: Tensor = self.net(self.input(x)).float()
         return out if out.requires_grad else require_finite(out, self.what)
 
-    def features(self, x: Tensor) -> Tensor | None:
-        """Penultimate features ``[n, D]``: what the last linear layer sees; None where there is no such layer."""
-        return self.with_features(x)[1]
-
-    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits and :meth:`features` in one pass. Raises DataError for NaN logits, except under guidance."""
-        if self._head is None:
-            return self.logits(x), None
-        logits, features = in_micro_batches(self._with_features, self.batch_limit, x)
-        return logits, features
-
-    def _with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with inputs_of([self._head]) as seen:  # type: ignore[list-item]
-            logits = self._logits(x)
-        return logits, seen[0][-1].flatten(1).float()
-
-    def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the inputs of every BatchNorm layer, in the order of :attr:`batchnorms`.
+    def look(
+        self, x: Tensor, features: bool = True, batchnorm: bool = True
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Logits, penultimate features ``[n, D]`` (what the last linear layer sees) and the inputs of every BatchNorm
+        layer, in the order of :attr:`batchnorms`, all from one pass. What is not asked for is not kept in memory:
+        features are then None, as where there is no such layer, and inputs an empty list.
 
         A layer used twice shows its inputs as one, flattened to ``[n, c, …]``; one never used is left out of both.
+        Raises DataError for NaN logits, except under guidance.
         """
-        with inputs_of(self._norms) as seen:
+        heads = [self._head] if features and self._head is not None else []
+        norms = self._norms if batchnorm else []
+        with inputs_of(heads) as shown, inputs_of(norms) as seen:
             logits = self._logits(x)
         if not all(seen):
-            self._norms = [norm for norm, found in zip(self._norms, seen, strict=True) if found]
-        return logits, [_joined(found) for found in seen if found]
+            self._norms = [norm for norm, found in zip(norms, seen, strict=True) if found]
+        return (
+            logits,
+            shown[0][-1].flatten(1).float() if shown else None,
+            [_joined(found) for found in seen if found],
+        )
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and features as :meth:`look` has them, at most ``batch_limit`` images at once."""
+        if self._head is None:
+            return self.logits(x), None
+        logits, features = in_micro_batches(lambda x: self.look(x, batchnorm=False)[:2], self.batch_limit, x)
+        return logits, features
+
+    def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the inputs of every BatchNorm layer as :meth:`look` has them."""
+        logits, _, inputs = self.look(x, features=False)
+        return logits, inputs
 
     def with_moments(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits, and mean and biased variance ``[c]`` over the batch of the inputs of every BatchNorm layer, in the

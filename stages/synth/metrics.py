@@ -101,11 +101,9 @@ def measure(
         found = []
         for start in range(0, len(rows), BATCH):
             images = stored_images(selection, rows[start : start + BATCH].tolist())
-            logits, inputs = teacher.with_batchnorm_inputs(images) if teacher.has_batchnorm else (None, [])
-            answer = teacher.logits(images) if logits is None else logits
-            right += int((answer.argmax(1) == label).sum())
+            logits, features, inputs = teacher.look(images)
+            right += int((logits.argmax(1) == label).sum())
             moments.add(inputs)
-            features = teacher.features(images)
             found += [] if features is None else [features]
             done += len(images)
             on_images(done, total)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from benchmarks import fuzz
+from benchmarks.mutations import poisoned
 
 
 @pytest.mark.timeout(900)
@@ -29,7 +30,7 @@ def test_a_traceback_is_a_failure(tmp_path, monkeypatch):
 def test_hostile_values_reach_every_place():
     tree = {"a": [1, {"b": 2}], "c": "x"}
     rng = random.Random(0)
-    changed = [fuzz.poisoned(tree, rng) for _ in range(300)]
+    changed = [poisoned(tree, rng) for _ in range(300)]
     assert tree == {"a": [1, {"b": 2}], "c": "x"}
     assert any(isinstance(t, dict) and isinstance(t.get("a"), list) and t["a"][1:] != [{"b": 2}] for t in changed)
     assert any(isinstance(t, dict) and t.get("c", "x") != "x" for t in changed)

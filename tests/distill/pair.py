@@ -13,6 +13,7 @@ from manifests.errors import FactoryError
 from manifests.storage import Storage
 from stages.distill import run, student
 from stages.distill.ranks import ALONE, Ranks
+from stages.distill.watcher import Watcher
 
 
 class Pair:
@@ -75,12 +76,11 @@ def distil(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
     try:
         if ranks.first:
             run.begin(prepared, Storage(out), lambda kind, **fields: None, ranks.size)
-        found["results"] = run.train_students(
-            prepared, Storage(out), test_data,
-            lambda kind, **fields: found["events"].append(kind),
-            lambda done, total, note: None,
-            lambda: ranks.first and next(asked) == stop,
-        )  # fmt: skip
+        watcher = Watcher(
+            on_event=lambda kind, **fields: found["events"].append(kind),
+            should_stop=lambda: ranks.first and next(asked) == stop,
+        )
+        found["results"] = run.train_students(prepared, Storage(out), test_data, watcher)
     except FactoryError as error:
         found["error"] = type(error).__name__
     finally:

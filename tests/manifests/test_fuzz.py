@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.mutations import mutated
 from manifests.errors import FactoryError
 from manifests.merge import merge
 from manifests.reader import Manifest
@@ -16,28 +17,6 @@ from manifests.storage import Storage
 from manifests.tars import walk
 from manifests.verify import verify
 from tests.manifests.samples import INFO, make_dataset
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, repeat, insert or overwrite something."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(changed)) if changed else 0
-        length = rng.choice((1, 4, 64, 512))
-        match rng.randrange(6):
-            case 0:
-                changed[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                del changed[at:]
-            case 2:
-                del changed[at : at + length]
-            case 3:
-                changed[at:at] = changed[at : at + length]
-            case 4:
-                changed[at : at + length] = rng.randbytes(length)
-            case 5:
-                changed[at : at + length] = bytes([rng.choice((0, 255))]) * length
-    return bytes(changed)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +54,7 @@ def test_mutated_manifests(victim: Storage, seed: int) -> None:
     original = victim.read("m.parquet")
     try:
         for _ in range(12):
-            victim.write("m.parquet", mutate(original, rng))
+            victim.write("m.parquet", mutated(original, rng))
             with one_line_at_most():
                 use(victim)
     finally:
@@ -90,7 +69,7 @@ def test_mutated_shards(tmp_path: Path, seed: int) -> None:
     for name in (record.tar, record.table, "done/000001.json"):
         original = storage.read(name)
         for _ in range(4):
-            storage.write(name, mutate(original, rng))
+            storage.write(name, mutated(original, rng))
             if storage.read(name) == original:
                 continue
             with one_line_at_most():
@@ -110,7 +89,7 @@ def test_mutated_bytes_alone(victim: Storage, seed: int) -> None:
     tar = victim.read(record.tar)
     for _ in range(30):
         with one_line_at_most():
-            for sample in walk(io.BytesIO(mutate(tar, rng)), "t.tar"):
+            for sample in walk(io.BytesIO(mutated(tar, rng)), "t.tar"):
                 assert "/" not in sample.key
         with one_line_at_most():
-            DoneRecord.from_json(mutate(record.to_json(), rng), "x.json")
+            DoneRecord.from_json(mutated(record.to_json(), rng), "x.json")

@@ -65,7 +65,7 @@ class TestOwnCode:
         assert teacher.identity == before
         assert before["kind"] == "external"
         assert teacher.class_names == tuple("vwxyz")
-        assert teacher.features(IMAGES).shape == (3, 4)
+        assert teacher.with_features(IMAGES)[1].shape == (3, 4)
         safetensors.torch.save_file(teacher.net.state_dict(), tmp_path / "w.safetensors")
         again = settings.model_copy(update={"weights": "w.safetensors"})
         assert torch.equal(load_teacher(again).logits(IMAGES), teacher.logits(IMAGES))
@@ -137,7 +137,7 @@ class TestBlackBoxes:
         teacher = load_teacher(own("scores"))
         assert teacher.logits(IMAGES).dtype == torch.float32
         assert (teacher.differentiable, teacher.has_batchnorm, teacher.batchnorms) == (False, False, [])
-        assert teacher.features(IMAGES) is None and teacher.class_weights is None
+        assert teacher.with_features(IMAGES)[1] is None and teacher.class_weights is None
         with pytest.raises(UsageError, match="black box without layers"):
             _ = teacher.net
 
@@ -267,7 +267,7 @@ class TestTransformers:
         logits = teacher.logits(x)
         logits.sum().backward()
         assert x.grad.abs().sum() > 0
-        again = teacher.features(IMAGES) @ teacher.class_weights.T + teacher.net.classifier.bias
+        again = teacher.with_features(IMAGES)[1] @ teacher.class_weights.T + teacher.net.classifier.bias
         torch.testing.assert_close(again, logits.detach())
 
     def test_students_come_back(self, folder, tmp_path):

@@ -86,6 +86,16 @@ def test_measures_the_kept_images_of_each_class(tmp_path):
     assert measure(manifest.select(), teacher, same=1.1)["near_duplicates"] == 0
 
 
+def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.synth.metrics.BATCH", 3)
+    manifest = Manifest.open(write_dataset(tmp_path, 24))
+    teacher, sizes = carried_teacher(manifest), []
+    teacher.net.register_forward_hook(lambda net, args, out: sizes.append(len(out)))
+    found = measure(manifest.select(), teacher)
+    assert sizes == [3, 3, 2] * 3
+    assert found["bn_gap"] is not None and found["near_duplicates"] is not None
+
+
 def test_classes_must_fit(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 6))
     teacher = carried_teacher(manifest)

@@ -79,7 +79,7 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
     images, teacher = stored_images(storage, 3), load_teacher(SynthSettings().teacher, "cpu")
     pixels = torch.from_numpy(np.stack([images[row["key"]] for row in rows]))
     with torch.no_grad():
-        logits, features = teacher.logits(to_unit(pixels)), teacher.features(to_unit(pixels))
+        logits, features = teacher.with_features(to_unit(pixels))
     for i, row in enumerate(rows):
         probability = logits[i].softmax(0)
         assert row["teacher_label"] == probability.argmax().item()

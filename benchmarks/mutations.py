@@ -1,0 +1,172 @@
+"""What ``benchmarks/fuzz.py`` changes: bytes at random, or one value of JSON, metadata, a column or a state.
+
+``mutated`` and ``poisoned`` make the change; each other function applies it to one kind of file below a folder, with
+every checksum made right again where the change is to be met behind it.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from manifests.info import DATASET
+from manifests.sealed import SEAL, seal
+from manifests.tables import write_options
+from stages.distill import checkpoint
+from stages.models.identity import WEIGHTS_SHA256
+
+HOSTILE: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 1 << 200, 10**18, -0.5, 1e-320, 1e308, float("inf"), float("nan"),
+    "", "x", "../../etc/passwd", "/etc/passwd", "\x1b[31m\n<b>\u202e", "\ud800", "a" * 100_000, "os:getcwd", "hf:a/b",
+    "\0", "9" * 5000, [], {}, [[]], [None], {"": None}, ["x"] * 1000, {"x": {"x": {"x": []}}}, [1e308] * 3,
+)  # fmt: skip
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Flip, cut, repeat, insert or overwrite something."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at, length = rng.randrange(len(changed) or 1), rng.choice((1, 4, 64, 512))
+        match rng.randrange(6):
+            case 0:
+                changed[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del changed[at:]
+            case 2:
+                del changed[at : at + length]
+            case 3:
+                changed[at:at] = changed[at : at + length]
+            case 4:
+                changed[at : at + length] = rng.randbytes(length)
+            case 5:
+                changed[at : at + length] = bytes([rng.choice((0, 255))]) * length
+    return bytes(changed)
+
+
+def poisoned(values: Any, rng: random.Random) -> Any:
+    """``values`` with one entry, at any depth, replaced by something hostile, removed, renamed or nested deeply."""
+    if isinstance(values, dict | list) and values and rng.random() < 0.85:
+        copy: Any = values.copy()
+        key = rng.choice([*copy]) if isinstance(copy, dict) else rng.randrange(len(copy))
+        if isinstance(copy, dict) and rng.random() < 0.08:
+            copy[rng.choice(("", "x", "\x1b[2J"))] = copy.pop(key)
+        elif rng.random() < 0.05:
+            del copy[key]
+        else:
+            copy[key] = poisoned(copy[key], rng)
+        return copy
+    if rng.random() < 0.03:
+        for _ in range(rng.choice((20, 200, 900))):
+            values = [values]
+        return values
+    return rng.choice(HOSTILE)
+
+
+def json_file(path: Path, rng: random.Random) -> None:
+    """A JSON file: its bytes, or one value under a new seal."""
+    data = path.read_bytes()
+    if rng.random() < 0.3:
+        path.write_bytes(mutated(data, rng))
+        return
+    lines = [json.loads(line) for line in data.splitlines()] if path.suffix == ".jsonl" else [json.loads(data)]
+    number = rng.randrange(len(lines))
+    sealed = isinstance(lines[number], dict) and lines[number].pop(SEAL, None) is not None
+    values = poisoned(lines[number], rng)
+    try:
+        text = seal(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
+    except ValueError:  # what our own writer cannot write
+        text = json.dumps(values).encode()
+    if path.suffix == ".jsonl":
+        texts = data.splitlines()
+        texts[number] = text
+        text = b"\n".join(texts) + b"\n"
+    path.write_bytes(text)
+
+
+def some_json(folder: Path, rng: random.Random) -> None:
+    names = ["plan.json", DATASET, "events.jsonl", "done/000000.json", "lease/*.json", "failed/000001.json"]
+    names += ["distill/run.json", "distill/*/config.json", "distill/*/config.json"]
+    json_file(rng.choice(sorted(folder.glob(rng.choice(names)))), rng)
+
+
+def manifest(folder: Path, rng: random.Random) -> None:
+    """m.parquet: its bytes, its description, or the values of a column."""
+    path = folder / "m.parquet"
+    if rng.random() < 0.3:
+        path.write_bytes(mutated(path.read_bytes(), rng))
+        return
+    table = pq.read_table(path)
+    metadata = dict(table.schema.metadata)
+    if rng.random() < 0.6:
+        text = json.dumps(poisoned(json.loads(metadata[b"factory.info"]), rng)).encode()
+        metadata |= {b"factory.info": text, b"factory.info_sha256": hashlib.sha256(text).hexdigest().encode()}
+    else:
+        index = rng.randrange(table.num_columns)
+        field, values = table.schema.field(index), table.column(index).to_pylist()
+        for row in rng.sample(range(len(values)), rng.choice((1, len(values)))):
+            values[row] = rng.choice(HOSTILE)
+        with contextlib.suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
+            table = table.set_column(index, field, pa.array(values, field.type))
+        if rng.random() < 0.1:
+            table = pa.concat_tables([table] * rng.choice((2, 500)))
+    with contextlib.suppress(pa.ArrowException):
+        pq.write_table(table.replace_schema_metadata(metadata), path, **write_options())
+
+
+def shard(folder: Path, rng: random.Random) -> None:
+    """A tar or table; a tar sometimes under the name of its new content, with the manifest following."""
+    path = rng.choice(sorted((folder / "shards").iterdir()))
+    data = mutated(path.read_bytes(), rng)
+    path.write_bytes(data)
+    if path.suffix == ".tar" and rng.random() < 0.3:
+        path.rename(path.with_name(f"{path.name[:6]}-{hashlib.sha256(data).hexdigest()[:12]}.tar"))
+
+
+def state(folder: Path, rng: random.Random) -> None:
+    """The checkpoint of stage 2: its bytes, or an entry of the run or of its student, under a checksum that fits."""
+    path = folder / "distill" / checkpoint.STATE
+    if rng.random() < 0.5:
+        path.write_bytes(mutated(path.read_bytes(), rng))
+        return
+    values = torch.load(io.BytesIO(checkpoint.without_digest(path.read_bytes())), weights_only=True)
+    owner = rng.choice((values, values["students"], *values["students"].values()))
+    owner[rng.choice([*owner])] = rng.choice(HOSTILE)
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    path.write_bytes(checkpoint.with_digest(buffer.getvalue()))
+
+
+def weights(folder: Path, rng: random.Random) -> None:
+    """A model's weights, whose sha256 its config then records."""
+    home = next(path.parent for path in folder.glob("distill/*/config.json"))
+    data = mutated((home / "model.safetensors").read_bytes(), rng)
+    config = json.loads((home / "config.json").read_bytes())
+    del config[SEAL]
+    (home / "model.safetensors").write_bytes(data)
+    (home / "config.json").write_bytes(seal(config | {WEIGHTS_SHA256: hashlib.sha256(data).hexdigest()}))
+
+
+def recipe(folder: Path, rng: random.Random) -> None:
+    path = folder / "resolved.yaml"
+    text = path.read_bytes()
+    if rng.random() < 0.4:
+        path.write_bytes(mutated(text, rng))
+    else:
+        values = poisoned(yaml.safe_load(text), rng)
+        try:
+            path.write_text(yaml.safe_dump(values), errors="replace")
+        except RecursionError:  # deeper than YAML's writer goes; its reader takes JSON too
+            path.write_text(json.dumps(values))
+
+
+def labelled(folder: Path, rng: random.Random) -> None:
+    path = folder / rng.choice(("labelled.tar", "labelled.parquet"))
+    path.write_bytes(mutated(path.read_bytes(), rng))
