@@ -72,9 +72,12 @@ ROWS: dict[str, list[str]] = {
     "guided, named + LCA": [*NAMED, *LCA],
     "guided, named, selected": [*NAMED, *SELECT],
     "guided through z_t": ["synth.guidance.through=zt"],
-    "guided, full decoder": ["synth.guidance.decoder=full"],
+    "guided, fitted decoder": ["synth.guidance.decoder=fitted"],
     "guided + mixup": [*LCA, "synth.lca.kind=mixup"],
     "guided + traditional": [*LCA, "synth.lca.kind=traditional"],
+    "cmi": ["synth.method=cmi", "synth.cmi.flip=true"],
+    "deepinversion": ["synth.method=deepinversion", "synth.deepinversion.flip=true"],
+    "dda": ["synth.method=dda", "synth.cmi.flip=true"],
     "unguided, 4 images": [*UNGUIDED, *PAPER],
     "guided + LCA, 4 images": [*LCA, *PAPER],
 }
