@@ -19,7 +19,7 @@ def script(monkeypatch):
 
 def test_published_evaluates_the_prior_twice_a_step_and_one_image_at_a_time(script, monkeypatch):
     cost = script("guidance_cost")
-    chosen = cost.settings(["prior.steps=3"], 4)
+    chosen = cost.settings(["prior.steps=3", "guidance.decoder=full"], 4)
     models = cost.load_models(chosen)
     group, sizes, forward = cost.make_group(chosen, 0, models.teacher.class_names), [], models.prior.network.forward
     note = lambda z, *a, **k: sizes.append((len(z), torch.is_grad_enabled())) or forward(z, *a, **k)  # noqa: E731
@@ -35,7 +35,7 @@ def test_the_breakdown_names_every_stage_once_and_puts_back_what_it_watched(scri
         return torch.autograd.grad, cost.image_writer.encode_image, cost.ShardWriter.add, cost.ShardWriter.commit
 
     before = watched()
-    shares = cost.breakdown(["prior.steps=3"], 4)
+    shares = cost.breakdown(["prior.steps=3", "guidance.decoder=full"], 4)
     assert (
         torch.autograd.grad,
         cost.image_writer.encode_image,

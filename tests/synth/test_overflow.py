@@ -89,7 +89,7 @@ def test_more_than_five_percent_of_a_shard_is_refused_as_soon_as_it_is_certain()
 def given(prior_folder, **kw):
     prior = {"path": str(prior_folder), "steps": 5, "cfg": 1.0} | kw.pop("prior", {})
     sizes = {"groups_per_shard": 1, "group_size": 20, "device": "cpu"}
-    return SynthSettings.model_validate({"prior": prior, "guidance": {"bn": 0.0}} | sizes | kw)
+    return SynthSettings.model_validate({"prior": prior, "guidance": {"bn": 0.0, "decoder": "full"}} | sizes | kw)
 
 
 def test_the_manifest_counts_and_the_report_warns(prior_folder, tmp_path):
