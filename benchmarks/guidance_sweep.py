@@ -1,6 +1,6 @@
 """When to guide, and in how many steps: student accuracy against the CPU seconds of stage 1, on the embedded digits.
 
-    python benchmarks/guidance_sweep.py --out runs/sweep [--plot docs/guidance_sweep.png]
+    python benchmarks/guidance_sweep.py --out runs/sweep --rows … --plot docs/guidance_sweep.png --finalists …
 
 Cells are those of ``benchmarks/digits.py`` (the demo recipe, validation digits, equal kept images, resumed by a second
 call). Fitted decoders are fitted before the first cell and so no part of its seconds. Rows with the full VAE at every
@@ -20,9 +20,9 @@ from stages.models.digits_data import write_split
 from stages.synth.shard_worker import load_models
 
 EXACT = "full VAE, every step, ddim 20"
+DEFAULT = "dpmsolver++ 20, all, every 1"
 SAMPLERS = {
     "ddim 20": ["synth.prior.scheduler=ddim", "synth.prior.steps=20"],
-    "ddim 50": ["synth.prior.scheduler=ddim", "synth.prior.steps=50"],
     "dpmsolver++ 20": ["synth.prior.scheduler=dpmsolver++", "synth.prior.steps=20"],
     "dpmsolver++ 10": ["synth.prior.scheduler=dpmsolver++", "synth.prior.steps=10"],
 }
@@ -33,7 +33,7 @@ INTERVALS = {
     "last 70 %": "[0.3,1.0]",
     "last 40 %": "[0.6,1.0]",
 }
-GRID = {
+GRID = {  # sampler: guided part, every k-th step of it
     "ddim 20": [(part, every) for part in INTERVALS for every in (1, 2, 4)],
     "dpmsolver++ 20": [("all", 1), ("all", 2), ("first 70 %", 1), ("last 40 %", 1)],
     "dpmsolver++ 10": [("all", 1), ("all", 2), ("first 70 %", 1)],
@@ -52,14 +52,13 @@ ROWS |= {
     "dpmsolver++ 20, all, every 1, CFG 1.5": CFG,
     "dpmsolver++ 20, all, every 1, CFG 1.5 on the second half": [*CFG, "synth.prior.cfg_interval=[0.5,1.0]"],
 }
-LONG = {"full VAE, every step, ddim 50": row_of("ddim 50", "all", 1, "full")}
 Cells = dict[str, list[dict]]
 
 
 def run(rows: Sequence[str], seeds: int, images: int, out: Path) -> Cells:
     """The cells of ``rows``, seed by seed, so that rows of a pair meet the same state of the machine."""
     test = str(write_split("validation", out / "validation.parquet"))
-    for row in rows:
+    for row in rows:  # fits what is to be fitted
         load_models(recipe_of(row, 0).synth)
     found: Cells = {row: [] for row in rows}
     for seed in range(seeds):
@@ -82,50 +81,32 @@ def table(found: Cells, images: int) -> None:
         print(f"{text} {100 * agreement:.1f} | {seconds:.1f} |", flush=True)
 
 
-def plot(found: Cells, images: int, chosen: Sequence[str], path: Path) -> None:
-    """Accuracy against CPU seconds: colour is the guided part, the marker how often, hollow a scheduler of its own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def plot(found: Cells, images: int, path: Path) -> None:
+    """Mean accuracy of each row, with the span of its seeds, against CPU seconds; a marker for each sampler."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2), dpi=100)
-    colours, markers = dict(zip(INTERVALS, ("C0", "C1", "C2", "C3", "C4"), strict=True)), {1: "o", 2: "s", 4: "^"}
-    for sampler, cells in GRID.items():
-        for part, every in cells:
-            made = found[f"{sampler}, {part}, every {every}"]
-            face = {} if sampler.startswith("ddim") else {"markerfacecolor": "white"}
-            label = f"{part}, every {every}" + ("" if sampler == "ddim 20" else f", {sampler}")
-            draw(axes, made, colours[part] + "", fmt=markers[every], markersize=6, label=label, **face)
-    draw(axes, found[EXACT], "black", fmt="*", markersize=11, label=EXACT)
-    for row in chosen:
-        x, y = place(found[row])
-        axes.annotate("default", (x, y), (6, -14), textcoords="offset points", fontsize=8)
+    pyplot.switch_backend("Agg")
+    figure, axes = pyplot.subplots(figsize=(8, 3.8), dpi=90)
+    markers = dict(zip(SAMPLERS, "os^", strict=True))
+    for row, cells in found.items():
+        accuracy, seconds = [100 * made["accuracy"] for made in cells], mean(made["seconds"] for made in cells)
+        centre = mean(accuracy)
+        span = [[centre - min(accuracy)], [max(accuracy) - centre]]
+        marker = "*" if row == EXACT else next(m for sampler, m in markers.items() if row.startswith(sampler))
+        axes.errorbar(seconds, centre, span, fmt=marker, markersize=7, elinewidth=0.8, capsize=2, label=row)
     axes.set_xlabel(f"CPU seconds of stage 1 for {images} images")
-    axes.set_ylabel("student, validation % (mean, seeds)")
+    axes.set_ylabel("student, validation %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-    print(f"wrote {path}", file=sys.stderr)
-
-
-def place(made: list[dict]) -> tuple[float, float]:
-    return mean(c["seconds"] for c in made), 100 * mean(c["accuracy"] for c in made)
-
-
-def draw(axes, made: list[dict], colour: str, **style) -> None:
-    x, y = place(made)
-    values = [100 * c["accuracy"] for c in made]
-    reach = [[y - min(values)], [max(values) - y]]
-    axes.errorbar(x, y, reach, color=colour, elinewidth=0.7, capsize=2, **style)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--finalists", nargs="+", choices=[*ROWS, *LONG], default=[])
+    parser.add_argument("--finalists", nargs="+", choices=list(ROWS), default=[])
     parser.add_argument("--final-seeds", type=int, default=5)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--plot", type=Path)
@@ -136,14 +117,14 @@ def main() -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             parser.error("--plot needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
-    digits.ROWS |= ROWS | LONG
-    found = run(args.rows, args.seeds, args.images, args.out)
+    digits.ROWS |= ROWS
+    found = run(list(dict.fromkeys([EXACT, *args.rows])), args.seeds, args.images, args.out)
     table(found, args.images)
     if args.finalists:
         rows = list(dict.fromkeys([EXACT, *args.finalists]))
         table(run(rows, args.final_seeds, args.images, args.out), args.images)
     if args.plot:
-        plot(found, args.images, args.finalists[:1], args.plot)
+        plot(found, args.images, args.plot)
 
 
 if __name__ == "__main__":

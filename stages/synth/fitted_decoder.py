@@ -118,7 +118,7 @@ def misfit(
     scale: float | Tensor = 1.0,
     slope: float | Tensor = 1.0,
 ) -> Tensor:
-    """Mean squared errors of ``net``'s images, over ``scale``, and of ``cotangents`` pulled back, over ``slope``: summed.
+    """Mean squared error of ``net``'s images over ``scale``, plus that of what it pulls back over ``slope``: a scalar.
 
     Tensors are what :func:`pull_back` takes and gives.
     """
