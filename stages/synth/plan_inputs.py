@@ -10,10 +10,7 @@ from stages.synth.settings import SynthSettings
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
 
-FIRST_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prior": {"scheduler": "ddim", "steps": 50},
-    "guidance": {"decoder": "full"},
-}
+FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
 """Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
 
 NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "none"}

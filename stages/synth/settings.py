@@ -28,7 +28,7 @@ class PriorSettings(Settings):
 
     path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
-    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "dpmsolver++"
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(20, gt=0, le=1000)
     cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
     cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")

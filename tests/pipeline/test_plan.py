@@ -65,7 +65,7 @@ def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_pa
 
 def test_a_run_made_with_the_defaults_of_an_older_version_is_refused_by_name_and_grows_with_its_own(tmp_path):
     storage = Storage(tmp_path / "run")
-    old = ("method=diffdfkd", "prior.scheduler=ddim", "prior.steps=50", "guidance.decoder=full")
+    old = ("method=diffdfkd", "prior.steps=50", "guidance.decoder=full")
     open_or_create(storage, plan_of(*old))
     storage.write("done/000000.json", b"{}")
     with pytest.raises(DataError) as caught:

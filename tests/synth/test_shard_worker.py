@@ -160,9 +160,9 @@ def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prio
         parsed = SynthSettings.model_validate(given)
         return semantics(parsed, inspect_inputs(parsed))
 
-    old = {"scheduler": "ddim", "steps": 50}
+    old = {"steps": 50}
     assert covered(old, {"decoder": "full"})["settings"] == {}
-    now = {"prior": {"scheduler": "dpmsolver++", "steps": 20}, "guidance": {"decoder": "fitted"}}
+    now = {"prior": {"steps": 20}, "guidance": {"decoder": "fitted"}}
     assert covered({}, {})["settings"] == now and covered({}, {})["fitted_decoder"] == DECODER_VERSION
     assert covered({}, {})["settings"] == covered(now["prior"], now["guidance"])["settings"]
     unguided = covered(old, {}, method="dmkd")  # never decodes for guidance: as before
