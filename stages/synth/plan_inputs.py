@@ -75,15 +75,14 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
 def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> None:
     """In ``chosen`` (what differs from today's defaults), name what differs from the first ones instead.
 
-    A default that the method never looks at stays out: nothing changed for such a dataset.
+    A decoder that no teacher looks through stays out: unguided datasets of older versions go on.
     """
-    used = {"prior": settings.needs_prior, "guidance": settings.guides}
     for section, defaults in FIRST_DEFAULTS.items():
         for name, first in defaults.items():
             value = getattr(getattr(settings, section), name)
             if value == first:
                 chosen.get(section, {}).pop(name, None)
-            elif used[section]:
+            elif section != "guidance" or settings.guides:
                 chosen.setdefault(section, {})[name] = value
 
 

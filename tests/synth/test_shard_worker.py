@@ -167,7 +167,7 @@ def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prio
     assert covered({}, {})["settings"] == covered(now["prior"], now["guidance"])["settings"]
     unguided = covered(old, {}, method="dmkd")  # never decodes for guidance: as before
     assert unguided["settings"] == {"method": "dmkd"} and "fitted_decoder" not in unguided
-    assert covered({}, {}, method="deepinversion")["settings"] == {"method": "deepinversion"}
+    assert covered({}, {}, method="cmi")["settings"] == {"method": "cmi", "prior": {"steps": 20}}
 
 
 def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, tmp_path):
