@@ -3,8 +3,9 @@
     python benchmarks/counted_work.py [--json counted.json]
 
 Stable Diffusion 1.5 (512 px) and DiT-XL/2 (256 px) are built on the meta device from the configs below, with a
-ResNet-34 teacher at 224 px. Every row but "published" is the cost of our own settings (stages/synth/cost.py, tested
-equal to FLOPs counted while really sampling). One image is stored for each trajectory. No weights are needed.
+ResNet-34 teacher at 224 px; "default settings" name prior and teacher alone. Every row but "published" is the cost of
+our own settings (stages/synth/cost.py, tested equal to FLOPs counted while really sampling). One image is stored for
+each trajectory. No weights are needed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler
 from diffusers.utils.logging import set_verbosity_error
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from pipeline.recipe import resolve
 from stages.synth.cost import SynthCost, synth_cost
 from stages.synth.settings import SynthSettings
 
@@ -75,6 +77,8 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gradient at ẑ0, full VAE, every 5th of 50", {}, {"every": 5}),
     ("gradient at ẑ0, tiny decoder, 50 steps", {}, {"decoder": "tiny"}),
     ("gradient at ẑ0, fitted decoder, 50 steps", {}, {"decoder": "fitted"}),
+    ("fitted decoder, 20 of 20 steps guided", FEW, {"decoder": "fitted"}),
+    ("fitted decoder, 8 of 20 steps guided", FEW, {"decoder": "fitted", **LATE}),
     ("tiny decoder, 8 of 20 steps guided", FEW, {"decoder": "tiny", **LATE}),
     (
         "tiny decoder, 8 of 20 steps guided, CFG on half",
@@ -104,8 +108,21 @@ def write_prior(folder: Path, pipeline: str, parts: dict[str, dict[str, Any]]) -
 
 
 def settings(prior: dict[str, Any], guidance: dict[str, Any], **more: Any) -> SynthSettings:
-    common = {"steps": 50, "cfg": 3.0, "dtype": "bf16"}
-    return SynthSettings.model_validate({"prior": common | prior, "guidance": guidance, "teacher": TEACHER} | more)
+    """A row's settings, where nothing that costs work is left to the defaults."""
+    sampled = {"scheduler": "ddim", "steps": 50, "cfg": 3.0, "dtype": "bf16"} | prior
+    steered = {"decoder": "full", "interval": [0.0, 1.0], "every": 1} | guidance
+    return SynthSettings.model_validate({"prior": sampled, "guidance": steered, "teacher": TEACHER} | more)
+
+
+def defaults(prior: dict[str, Any]) -> SynthSettings:
+    """What a user gets who names a prior and a teacher and nothing else."""
+    return SynthSettings.model_validate({"prior": prior, "teacher": TEACHER})
+
+
+def recipe(name: str, prior: dict[str, Any], tiny: str) -> SynthSettings:
+    """A packaged recipe over another copy of its prior, with its own teacher."""
+    sets = [f"synth.prior.path={prior['path']}", "synth.prior.variant=null", "synth.teacher.weights=not-read"]
+    return resolve(name, sets=[*sets, f"synth.guidance.tiny_decoder={tiny}"], environ={}).synth
 
 
 def rows(prior: dict[str, Any], tiny: str) -> Iterator[tuple[str, float, float, SynthCost | None]]:
@@ -119,6 +136,13 @@ def rows(prior: dict[str, Any], tiny: str) -> Iterator[tuple[str, float, float, 
     for name, sampled, guidance in ROWS:
         chosen = guidance | ({"tiny_decoder": tiny} if guidance.get("decoder") == "tiny" else {})
         cost = synth_cost(settings(prior | sampled, chosen))
+        assert cost
+        yield name, cost.flops, cost.saved, cost
+    chosen = {"default settings": defaults(prior)}
+    if "labels" not in prior:
+        chosen["recipe diffdfkd-cifar10-fast, its teacher at 32 px"] = recipe("diffdfkd-cifar10-fast", prior, tiny)
+    for name, asked in chosen.items():
+        cost = synth_cost(asked)
         assert cost
         yield name, cost.flops, cost.saved, cost
 

@@ -31,6 +31,7 @@ from pipeline.synth import run_synth
 from stages.models.digits_data import write_split
 from stages.synth.shard_worker import load_models
 
+FULL = ["synth.guidance.decoder=full"]  # of every row that names no other
 LCA = ["synth.lca.every=4", "synth.lca.interval=[0.0,0.5]"]
 FITTED = ["synth.guidance.decoder=fitted"]
 CMI = ["synth.method=cmi", "synth.cmi.steps=100"]  # a fifth of the steps that images of 32 pixels take
@@ -71,7 +72,7 @@ BASE = "unguided"
 
 def recipe_of(row: str, seed: int) -> Recipe:
     """The demo recipe with the row's settings, one group a shard so that sizes are fine-grained."""
-    sets = ["synth.groups_per_shard=1", "distill.min_agreement=0", *ROWS[row]]
+    sets = ["synth.groups_per_shard=1", "distill.min_agreement=0", *FULL, *ROWS[row]]
     return resolve("demo", sets=[*sets, f"synth.seed={seed}", f"distill.seed={seed}"])
 
 

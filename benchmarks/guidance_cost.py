@@ -38,12 +38,13 @@ from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import ShardWorker, load_models
 
 EVERY = "guidance.interval=[0.0,1.0]"
+FULL, FITTED = "guidance.decoder=full", "guidance.decoder=fitted"
 ROWS: dict[str, list[str]] = {
     "unguided": ["method=dmkd"],
-    "full VAE, default interval": [],
-    "full VAE, every step": [EVERY],
-    "fitted decoder, default interval": ["guidance.decoder=fitted"],
-    "fitted decoder, every step": ["guidance.decoder=fitted", EVERY],
+    "full VAE, default interval": [FULL],
+    "full VAE, every step": [FULL, EVERY],
+    "fitted decoder, default interval": [FITTED],
+    "fitted decoder, every step": [FITTED, EVERY],
 }
 PUBLISHED = "published, one image at a time"
 

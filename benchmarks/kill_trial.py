@@ -24,7 +24,10 @@ FORK = multiprocessing.get_context("fork")
 SHARDS = 6
 WORK = {
     "noise": ["--method", "noise", "--set", "groups_per_shard=2", "--set", "group_size=48"],
-    "prior": ["--set", "prior.steps=4", "--set", "groups_per_shard=2", "--set", "group_size=4", "--set", "lca.every=2"],
+    "prior": [
+        *("--set", "prior.steps=4", "--set", "groups_per_shard=2", "--set", "group_size=4", "--set", "lca.every=2"),
+        *("--set", "guidance.decoder=full"),
+    ],
     "distill": ["--set", "checkpoint_seconds=0.05", "--set", "batch_size=16", "--set", "epochs=3"],
 }
 LOGS = ("events.jsonl", "lease/", "results.json", "README.md", "metrics.jsonl", "checkpoint.pt")

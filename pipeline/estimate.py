@@ -73,6 +73,7 @@ def cost(synth: SynthSettings) -> dict[str, Any] | None:
         "inversion": found.inversion,
         "stored_decodes": found.stored,
         "scores": found.score,
+        "fit_decoder_once": found.fit,
         "flop": found.flops * synth.shards * synth.groups_per_shard * synth.group_size,
         "weights_bytes": found.weights,
         "saved_bytes_per_trajectory": found.saved,
@@ -117,6 +118,9 @@ def cost_lines(cost: dict[str, Any], images: int, group: int) -> Iterator[str]:
     named = ", ".join(f"{name} {flop(value)}" for name, value in parts.items() if value)
     yield f"compute         {flop(cost['flop'])} in all, {flop(cost['flop'] / images)} an image (counted)"
     yield f"                a trajectory: {named}"
+    if cost["fit_decoder_once"]:
+        once = flop(cost["fit_decoder_once"])
+        yield f"                first a decoder is fitted, {once}, unless an earlier run left one"
     yield (
         f"memory          {size(cost['weights_bytes'])} of weights, {size(cost['saved_bytes_per_group'])} saved for "
         f"backward passes ({size(cost['saved_bytes_per_trajectory'])} × {group}); working memory comes on top"

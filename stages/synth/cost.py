@@ -17,7 +17,9 @@ from stages.counting import META, flops, saved_bytes, weight_bytes
 from stages.models.blank import blank_teacher
 from stages.models.identity import resolve
 from stages.models.teacher import Teacher
+from stages.synth import fitted_decoder
 from stages.synth.diffusion import DiffusionPrior
+from stages.synth.fitted_decoder import FittedDecoder, misfit, pull_back, trajectories, visited
 from stages.synth.groups import make_group
 from stages.synth.guidance import guided
 from stages.synth.guidance_decoder import load_decoder
@@ -35,7 +37,8 @@ class SynthCost:
     """FLOPs of one trajectory by what they are spent on, and bytes: of all weights, and of what one trajectory's guided
     step (or one image's inversion) saves for its backward pass.
 
-    ``stored``: the VAE's work on images that are stored; ``score``: the teacher's look at them.
+    ``stored``: the VAE's work on images that are stored; ``score``: the teacher's look at them. ``fit``: FLOPs of
+    fitting guidance's decoder, no part of a trajectory's: once, unless an earlier run left one.
     """
 
     denoiser: int = 0
@@ -44,6 +47,7 @@ class SynthCost:
     inversion: int = 0
     stored: int = 0
     score: int = 0
+    fit: int = 0
     weights: int = 0
     saved: int = 0
 
@@ -156,9 +160,29 @@ def sampling_cost(settings: SynthSettings) -> SynthCost:
         denoiser=denoiser,
         guidance_decoder=decoder,
         guidance_teacher=teacher,
+        fit=fit_flops(meter) if isinstance(meter.decoder, FittedDecoder) else 0,
         stored=(settings.images_per_trajectory - settings.inverts) * flops(meter.decode) + encoded,
         weights=weight_bytes(*meter.networks),
         saved=saved,
+    )
+
+
+def fit_flops(meter: Meter) -> int:
+    """What :func:`~stages.synth.fitted_decoder.fit` does, for guidance's decoder of ``meter``."""
+    prior, decoder, shape = meter.prior, meter.decoder, meter.prior.latent_shape
+    assert isinstance(decoder, FittedDecoder)
+    drawn = trajectories(shape[1]) * fitted_decoder.VISITS
+    net = FittedDecoder(shape[0], shape[1], decoder.size, decoder.rule).to(META)
+    latents, images = torch.empty(1, *shape, device=META), meter.images(decoder.size)
+    decode = flops(lambda: pull_back(prior.decode, latents, meter.images(prior.image_size)))
+    learn = flops(lambda: misfit(net, latents, images, images, latents).backward())
+    steps = [visited(prior, visit, fitted_decoder.VISITS) for visit in range(fitted_decoder.VISITS)]
+    kinds = {prior.settings.cfg_at(step): step for step in steps}
+    predict = {scale: flops(partial(meter.predict, step)) for scale, step in kinds.items()}
+    return (
+        trajectories(shape[1]) * sum(predict[prior.settings.cfg_at(step)] for step in steps)
+        + drawn * (1 + fitted_decoder.NOISY) * decode
+        + fitted_decoder.STEPS * fitted_decoder.BATCH * learn
     )
 
 

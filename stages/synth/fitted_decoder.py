@@ -20,6 +20,7 @@ from manifests.storage import Storage
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
 from stages.synth.diffusion import DiffusionPrior
+from stages.synth.plan_inputs import DECODER_VERSION
 from stages.synth.prior import Prior, State
 from stages.synth.priors import prior_identity
 from stages.synth.prompts import prompt_for
@@ -29,12 +30,11 @@ from stages.synth.settings import SynthSettings
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise when the same prior would give another map
 WIDTH, DEPTH = 32, 3
-ROWS = 1024  # of latent cells: 128 trajectories of 8 × 8 latents, never fewer than 16
-VISITS = 6  # noise levels of each trajectory at which latents are drawn
+ROWS = 512  # of latent cells: 64 trajectories of 8 × 8 latents, never fewer than 16
+VISITS = 4  # noise levels of each trajectory at which latents are drawn
 NOISY = 2  # noisy copies of each latent: guidance moves latents off the prior's own paths
-STEPS, BATCH, RATE = 700, 32, 5e-3
+STEPS, BATCH, RATE = 700, 16, 5e-3  # at 1.2e-2 the fit to natural32 diverges
 AT_ONCE = 4096  # latent cells decoded with gradients at once: one latent of Stable Diffusion
 
 
@@ -58,11 +58,21 @@ class FittedDecoder(nn.Module):
         return resized(F.pixel_shuffle(self.last(F.silu(x)), self.factor), self.size, self.rule)
 
 
+def trajectories(side: int) -> int:
+    """How many the prior draws for a fit, at ``VISITS`` noise levels each, where its latents have ``side`` cells."""
+    return max(16, ROWS // side)
+
+
 def conditions(prior: Prior, settings: SynthSettings, class_names: Sequence[str], count: int) -> list[str]:
     """``count`` conditions as the run will use them, its classes evenly spread; the run's seed plays no part."""
     names = [class_names[i * len(class_names) // count] for i in range(count)]
     prompts = [prompt_for(settings.prompts, name, 0, i) for i, name in enumerate(names)]
     return names if prior.conditioning == "class" else prompts
+
+
+def visited(prior: Prior, visit: int, visits: int) -> int:
+    """The denoising step whose noise level is number ``visit`` of ``visits``, from the first step to the last."""
+    return visit * (len(prior.timesteps) - 1) // max(1, visits - 1)
 
 
 @torch.no_grad()
@@ -72,10 +82,10 @@ def draw_latents(prior: Prior, wanted: Sequence[str], visits: int, seed: int) ->
     From pure noise to almost none in ``visits`` steps with fresh noise between them (DDIM with η = 1), whatever the
     prior's scheduler: each visited noise level yields latents as guidance meets them there.
     """
-    condition, last = prior.encode(wanted), len(prior.timesteps) - 1
+    condition = prior.encode(wanted)
     found: list[Tensor] = []
     for visit in range(visits):
-        step = visit * last // max(1, visits - 1)
+        step = visited(prior, visit, visits)
         noise = torch.randn(len(wanted), *prior.latent_shape, generator=torch_rng(seed, "decoder", visit))
         noise = noise.to(prior.device)
         alpha, sigma = prior.levels(step)
@@ -96,6 +106,26 @@ def pull_back(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tens
         images.append(image.detach())
         gradients.append(gradient)
     return torch.cat(images), torch.cat(gradients)
+
+
+@torch.enable_grad()
+def misfit(
+    net: nn.Module,
+    latents: Tensor,
+    cotangents: Tensor,
+    images: Tensor,
+    gradients: Tensor,
+    scale: float | Tensor = 1.0,
+    slope: float | Tensor = 1.0,
+) -> Tensor:
+    """Mean squared error of ``net``'s images over ``scale``, plus that of what it pulls back over ``slope``: a scalar.
+
+    Tensors are what :func:`pull_back` takes and gives.
+    """
+    source = latents.detach().requires_grad_()
+    made = net(source)
+    (gradient,) = torch.autograd.grad(made, source, cotangents, create_graph=True)
+    return F.mse_loss(made, images) / scale + F.mse_loss(gradient, gradients) / slope
 
 
 def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
@@ -122,13 +152,9 @@ def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> F
     scale, slope = images.var(), gradients.square().mean()
     for _ in range(STEPS):
         chosen = torch.randint(len(latents), (BATCH,), generator=rng).to(prior.device)
-        with torch.enable_grad():
-            source = latents[chosen].requires_grad_()
-            made = net(source)
-            (gradient,) = torch.autograd.grad(made, source, cotangents[chosen], create_graph=True)
-            loss = F.mse_loss(made, images[chosen]) / scale + F.mse_loss(gradient, gradients[chosen]) / slope
-            optimiser.zero_grad()
-            loss.backward()
+        optimiser.zero_grad()
+        batch = latents[chosen], cotangents[chosen], images[chosen], gradients[chosen]
+        misfit(net, *batch, scale, slope).backward()
         optimiser.step()
         schedule.step()
     return net
@@ -152,9 +178,9 @@ def fitted_decoder(
         net = FittedDecoder(channels, side, size, rule).requires_grad_(False)
     if prior.device == "meta":
         return net
-    wanted = conditions(prior, settings, class_names, max(16, ROWS // side))
+    wanted = conditions(prior, settings, class_names, trajectories(side))
     meant = {
-        "version": VERSION,
+        "version": DECODER_VERSION,
         "prior": [prior_identity(settings.prior)["sha256"], settings.prior.model_dump(mode="json", exclude={"path"})],
         "conditions": wanted,
         "images": [size, rule],
@@ -164,7 +190,7 @@ def fitted_decoder(
     places = [run, Storage(cache_folder())] if run else [Storage(cache_folder())]
 
     def make() -> bytes:
-        log.info("fitting a decoder of %d pixels to %s", size, prior.folder)
+        log.warning("guidance fits a decoder of %d pixels to this prior, once: later runs find it", size)
         return safetensors.torch.save({k: v.cpu() for k, v in fit(prior, wanted, size, rule).state_dict().items()})
 
     data = shared(places, name, make)

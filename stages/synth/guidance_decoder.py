@@ -31,14 +31,17 @@ POOR = 0.5
 def load_decoder(
     prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None = None
 ) -> Decode | None:
-    """The decoder that ``settings`` ask for, None for the prior's own. A fitted one is shared by way of ``run``."""
+    """The decoder that ``settings`` ask for, None for the prior's own. A fitted one is shared by way of ``run``.
+
+    Raises UsageError where a tiny one is asked for and the prior works on pixels.
+    """
     kind = settings.guidance.decoder
-    if kind == "full":
-        return None
     if kind == "tiny":
+        if prior.vae is None:
+            raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace")
         return TinyDecoder(prior, settings.guidance)
-    if prior.vae is None:
-        raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace: use full")
+    if kind == "full" or prior.vae is None:  # a prior of pixels is guided on its pixels
+        return None
     size = min(teacher.input.size, prior.image_size)
     return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
 

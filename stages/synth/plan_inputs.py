@@ -7,7 +7,11 @@ from stages.models.identity import teacher_identity
 from stages.synth.priors import check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import SynthSettings
 
-ALGORITHM_VERSION = 1  # raise when the same settings would make other images, or a default changes
+ALGORITHM_VERSION = 1  # raise when the same settings would make other images
+DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
+
+FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
+"""Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
 
 NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "none"}
 
@@ -45,12 +49,13 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     """What the fingerprint covers: method, checksums, classes and shard size; not the number of shards, the device,
     or where the models lie.
 
-    Settings at their defaults are left out, so that a later version's new setting does not orphan a half-made dataset;
-    a changed default must raise ``ALGORITHM_VERSION``.
+    Settings at their first defaults are left out, so that a later version's new setting does not orphan a half-made
+    dataset; a default that changes must go to ``FIRST_DEFAULTS``, or a plan would take the old value for the new one.
     """
     elsewhere: Any = dict.fromkeys(("shards", "device", "teacher", "adversary"), True)
     elsewhere |= {"prior": {"path"}, "guidance": {"tiny_decoder"}}
     chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    _name_changed_defaults(chosen, settings)
     covered = {
         "algorithm": ALGORITHM_VERSION,
         "settings": {name: value for name, value in chosen.items() if value != {}},
@@ -62,7 +67,23 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         covered["adversary"] = _network(inputs.adversary)
     if inputs.tiny_decoder:
         covered["tiny_decoder"] = inputs.tiny_decoder
+    if settings.guides and settings.guidance.decoder == "fitted":
+        covered["fitted_decoder"] = DECODER_VERSION
     return covered
+
+
+def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> None:
+    """In ``chosen`` (what differs from today's defaults), name what differs from the first ones instead.
+
+    A decoder that no teacher looks through stays out: unguided datasets of older versions go on.
+    """
+    for section, defaults in FIRST_DEFAULTS.items():
+        for name, first in defaults.items():
+            value = getattr(getattr(settings, section), name)
+            if value == first:
+                chosen.get(section, {}).pop(name, None)
+            elif section != "guidance" or settings.guides:
+                chosen.setdefault(section, {})[name] = value
 
 
 def _network(identity: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class PriorSettings(Settings):
     path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
-    steps: int = Field(50, gt=0, le=1000)
+    steps: int = Field(20, gt=0, le=1000)
     cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
     cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
@@ -111,7 +111,7 @@ class GuidanceSettings(Settings):
     inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
     shift: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, as a share of the image side")
     decoder: Literal["full", "tiny", "fitted"] = Field(
-        "full", description="what guidance decodes with (stored images always use the prior's own)"
+        "fitted", description="what guidance decodes with (stored images always use the prior's own)"
     )
     tiny_decoder: str | None = Field(None, description="AutoencoderTiny: folder or hub id; default: the prior's own")
 

@@ -30,3 +30,19 @@ def test_tiny_guidance_at_every_step_costs_a_fifth_and_eight_of_twenty_less_than
     assert free.denoiser == pytest.approx(50 * 2 * 0.237e12, rel=0.03)  # 118.6 G multiply-adds, as DiT's paper counts
     assert every.flops < 1.2 * free.flops and few.flops < 0.45 * free.flops
     assert every.saved < 0.15 * 2**30
+
+
+def test_the_default_settings_and_the_fast_recipe_stay_cheap(tmp_path, script):
+    """TFLOP an image of what a user gets who sets nothing; a dearer default must fail here."""
+    AutoencoderTiny().save_config(tmp_path / "taesd")
+    text = script.write_prior(tmp_path / "sd15", "StableDiffusionPipeline", {"unet": script.SD15, "vae": script.VAE})
+    classes = script.write_prior(tmp_path / "dit", "DiTPipeline", {"transformer": script.DIT, "vae": script.VAE})
+    labels = {f"class {i}": i for i in range(10)}
+    bounds = [
+        (script.defaults({"path": str(text)}), 40),
+        (script.defaults({"path": str(classes), "labels": labels}), 11),
+        (script.recipe("diffdfkd-cifar10-fast", {"path": str(text)}, str(tmp_path / "taesd")), 30),
+    ]
+    for chosen, most in bounds:
+        cost = synth_cost(chosen)
+        assert chosen.guides and cost.guidance_teacher > 0 and cost.flops < most * 1e12

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.synth.settings import SynthSettings
+
+WHEN = ("interval", "every", "decoder", "through", "inner")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -19,7 +22,7 @@ def script(monkeypatch):
 
 def test_published_evaluates_the_prior_twice_a_step_and_one_image_at_a_time(script, monkeypatch):
     cost = script("guidance_cost")
-    chosen = cost.settings(["prior.steps=3"], 4)
+    chosen = cost.settings(["prior.steps=3", "guidance.decoder=full"], 4)
     models = cost.load_models(chosen)
     group, sizes, forward = cost.make_group(chosen, 0, models.teacher.class_names), [], models.prior.network.forward
     note = lambda z, *a, **k: sizes.append((len(z), torch.is_grad_enabled())) or forward(z, *a, **k)  # noqa: E731
@@ -35,7 +38,7 @@ def test_the_breakdown_names_every_stage_once_and_puts_back_what_it_watched(scri
         return torch.autograd.grad, cost.image_writer.encode_image, cost.ShardWriter.add, cost.ShardWriter.commit
 
     before = watched()
-    shares = cost.breakdown(["prior.steps=3"], 4)
+    shares = cost.breakdown(["prior.steps=3", "guidance.decoder=full"], 4)
     assert (
         torch.autograd.grad,
         cost.image_writer.encode_image,
@@ -58,3 +61,19 @@ def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path
     assert found[rows[1]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
     assert found[rows[2]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
     assert "| unguided, 50 steps |" in capsys.readouterr().out
+
+
+def test_the_sweep_holds_the_defaults_and_every_row_of_it_is_a_recipe(script, tmp_path, monkeypatch, capsys):
+    sweep = script("guidance_sweep")
+    monkeypatch.setattr(sweep.digits, "ROWS", sweep.digits.ROWS | sweep.ROWS)
+    recipes = {row: sweep.recipe_of(row, 0).synth for row in sweep.ROWS}
+    default, chosen = SynthSettings(), recipes[sweep.DEFAULT]
+    for section, name in [("prior", "scheduler"), ("prior", "steps"), *(("guidance", n) for n in WHEN)]:
+        assert getattr(getattr(chosen, section), name) == getattr(getattr(default, section), name)
+    made = {
+        sweep.EXACT: [{"seed": s, "accuracy": 0.9, "agreement": 1.0, "seconds": 20.0} for s in (0, 1)],
+        sweep.DEFAULT: [{"seed": s, "accuracy": 0.95 + s / 50, "agreement": 1.0, "seconds": 10.0} for s in (0, 1)],
+    }
+    sweep.table(made, 200)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"| {sweep.DEFAULT} | 2 | 96.0 ±") and "| +6.0 ±" in last

@@ -11,6 +11,7 @@ from tests.synth.tiny import save_stable_diffusion
 
 TINY = (
     "synth.prior.steps=2",
+    "synth.guidance.decoder=full",
     "synth.shards=1",
     "synth.groups_per_shard=1",
     "synth.group_size=40",

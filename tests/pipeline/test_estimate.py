@@ -56,6 +56,7 @@ def test_compute_and_memory_are_totals_of_the_counted_cost(tmp_path):
     assert found["cost"]["flop"] == 300 * counted.flops
     assert found["cost"]["saved_bytes_per_group"] == 50 * counted.saved > 0
     lines = "\n".join(dry_run_lines(found))
+    assert found["cost"]["fit_decoder_once"] == counted.fit > 0 and "a decoder is fitted" in lines
     assert f"{flop(300 * counted.flops)} in all, {flop(counted.flops / 2)} an image" in lines
     assert not (tmp_path / "run").exists()
 

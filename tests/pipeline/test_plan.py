@@ -63,6 +63,19 @@ def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_pa
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_a_run_made_with_the_defaults_of_an_older_version_is_refused_by_name_and_grows_with_its_own(tmp_path):
+    storage = Storage(tmp_path / "run")
+    old = ("method=diffdfkd", "prior.steps=50", "guidance.decoder=full")
+    open_or_create(storage, plan_of(*old))
+    storage.write("done/000000.json", b"{}")
+    with pytest.raises(DataError) as caught:
+        open_or_create(storage, plan_of("method=diffdfkd", "prior.steps=20", "guidance.decoder=fitted"))
+    told = "\n".join(str(caught.value).splitlines()[1:])
+    assert "settings.guidance.decoder: full there, fitted here" in told
+    assert "settings.prior.steps: 50 there, 20 here" in told
+    assert settle(storage, plan_of(*old, "shards=5")).shards == 5
+
+
 def test_shards_only_grow(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.recipe import resolve
 from stages.synth import fitted_decoder
+from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import ShardWorker
 from stages.synth.text_prior import PROMPTS
 
@@ -11,7 +12,8 @@ STEPS, SIZE = 20, 4  # of the demo recipe; trajectories of a group
 
 
 def worker(prior_folder, tmp_path, *sets):
-    fixed = [f"prior.path={prior_folder}", f"group_size={SIZE}", "groups_per_shard=1", "device=cpu", *sets]
+    fixed = [f"prior.path={prior_folder}", f"group_size={SIZE}", "groups_per_shard=1", "device=cpu"]
+    fixed += ["guidance.decoder=full", *sets]
     return ShardWorker(resolve("demo", sets=[f"synth.{s}" for s in fixed]).synth, str(tmp_path / "run"), "f" * 64)
 
 
@@ -59,6 +61,15 @@ def test_networks_are_asked_no_more_than_they_must(quick_fit, prior_folder, tmp_
     assert report["evaluations"] == STEPS
     assert report["updates"] + report["decodes"] == seen["teacher"]
     assert report["decodes"] == seen["vae"] - (0 if "decoder" in seen else report["updates"])
+
+
+def test_nor_where_nothing_is_set(quick_fit, prior_folder, tmp_path, monkeypatch):
+    """The defaults: 20 steps with CFG, every one guided through a fitted decoder, one image decoded and scored."""
+    sizes = {"group_size": SIZE, "groups_per_shard": 1, "device": "cpu"}
+    settings = SynthSettings.model_validate({"prior": {"path": str(prior_folder)}} | sizes)
+    seen, report = counted(ShardWorker(settings, str(tmp_path / "run"), "f" * 64), monkeypatch)
+    assert seen == {"prior": 20 * 2, "decoder": 20, "vae": 1, "teacher": 20 + 1}
+    assert (report["evaluations"], report["updates"], report["decodes"]) == (20, 20, 1)
 
 
 def test_a_prompt_is_embedded_once_and_few_are_kept(prior):

@@ -75,7 +75,8 @@ def counted(settings: SynthSettings) -> int:
 def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, prior, other):
     folder = str(save(tmp_path / "prior"))
     common = {"teacher": {"name": str(teacher_folder)}, "group_size": 2}
-    settings = SynthSettings.model_validate({"prior": {"path": folder, "steps": 4} | prior} | common | other)
+    guidance = {"guidance": {"decoder": "full"} | other.get("guidance", {})}
+    settings = SynthSettings.model_validate({"prior": {"path": folder, "steps": 4} | prior} | common | other | guidance)
     cost = synth_cost(settings)
     assert cost.flops - cost.score == counted(settings)
     assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save not in (save_ddpm, save_if))
@@ -102,7 +103,11 @@ def test_another_decoder_is_what_guidance_costs_and_saves(tmp_path, teacher_fold
 
 def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
     settings = SynthSettings.model_validate(
-        {"prior": {"path": str(prior_folder), "steps": 4}, "teacher": {"name": str(teacher_folder)}}
+        {
+            "prior": {"path": str(prior_folder), "steps": 4},
+            "teacher": {"name": str(teacher_folder)},
+            "guidance": {"decoder": "full"},
+        }
     )
     cost, free = synth_cost(settings), synth_cost(settings.model_copy(update={"method": "dmkd"}))
     half = settings.model_copy(update={"prior": settings.prior.model_copy(update={"dtype": "bf16"})})

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
+from stages.counting import Flops
 from stages.models.loading import load_teacher
 from stages.synth import fitted_decoder as fd
+from stages.synth.cost import synth_cost
 from stages.synth.guidance_decoder import fidelity, load_decoder
 from stages.synth.priors import load_prior
 from stages.synth.settings import PriorSettings, SynthSettings
@@ -145,10 +147,28 @@ def test_damaged_weights_are_one_line(prior_folder, tmp_path):
         load_decoder(prior, asked, teacher, run)
 
 
-def test_a_prior_of_pixels_has_nothing_to_replace(tmp_path):
+def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):
     asked = settings(save_ddpm(tmp_path / "ddpm"))
+    prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
+    assert load_decoder(prior, asked, teacher) is None
+    report = build_worker(asked.model_dump(mode="json"), str(tmp_path / "run"), "f" * 64).run(0)
+    assert report["updates"] == 3 and "decoder" not in report
+    tiny = settings(prior.folder, guidance={"decoder": "tiny", "tiny_decoder": "anything"})
     with pytest.raises(UsageError, match="works on pixels"):
-        load_decoder(load_prior(asked.prior, "cpu"), asked, load_teacher(asked.teacher))
+        load_decoder(prior, tiny, teacher)
+
+
+def test_the_counted_cost_of_a_fit_is_that_of_fitting(prior_folder):
+    asked = settings(prior_folder, prior={"path": str(prior_folder), "steps": 3, "cfg": 2.0})
+    prior, names = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher).class_names
+    wanted = fd.conditions(prior, asked, names, fd.trajectories(prior.latent_shape[1]))
+    prior.encode(wanted)
+    with Flops() as text:  # the negative prompt, which is not kept
+        prior.encode(wanted)
+    with Flops() as real:
+        fd.fit(prior, wanted, 8, "bilinear")
+    assert synth_cost(asked).fit == real.total - text.total > 0
+    assert synth_cost(settings(prior_folder, method="dmkd")).fit == 0
 
 
 def test_the_decoder_is_part_of_the_plan_and_of_the_bytes(prior_folder, tmp_path):

@@ -92,7 +92,7 @@ def test_the_plan_knows_a_tiny_decoder_by_its_content(prior_folder, tiny_folder,
 
 def test_a_worker_guided_through_a_tiny_decoder_makes_other_images(prior_folder, tiny_folder, tmp_path):
     tars = []
-    for guidance in ({"decoder": "tiny", "tiny_decoder": str(tiny_folder)}, {}):
+    for guidance in ({"decoder": "tiny", "tiny_decoder": str(tiny_folder)}, {"decoder": "full"}):
         settings = SynthSettings.model_validate(
             {
                 "prior": {"path": str(prior_folder), "steps": 3, "cfg": 1.0},

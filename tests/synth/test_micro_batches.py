@@ -100,6 +100,7 @@ def test_what_counts_as_out_of_memory():
 def settings(prior_folder, **kw):
     given = {
         "prior": {"path": str(prior_folder), "steps": 5, "cfg": 2.0},
+        "guidance": {"decoder": "full"} | kw.pop("guidance", {}),
         "lca": {"every": 2, "interval": [0, 1]},
         "images": {"intermediates": 1},
         "groups_per_shard": 2,

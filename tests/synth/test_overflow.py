@@ -89,7 +89,7 @@ def test_more_than_five_percent_of_a_shard_is_refused_as_soon_as_it_is_certain()
 def given(prior_folder, **kw):
     prior = {"path": str(prior_folder), "steps": 5, "cfg": 1.0} | kw.pop("prior", {})
     sizes = {"groups_per_shard": 1, "group_size": 20, "device": "cpu"}
-    return SynthSettings.model_validate({"prior": prior, "guidance": {"bn": 0.0}} | sizes | kw)
+    return SynthSettings.model_validate({"prior": prior, "guidance": {"bn": 0.0, "decoder": "full"}} | sizes | kw)
 
 
 def test_the_manifest_counts_and_the_report_warns(prior_folder, tmp_path):
@@ -109,7 +109,7 @@ def test_the_manifest_counts_and_the_report_warns(prior_folder, tmp_path):
 
 def test_half_precision_that_overflows_stops_with_the_remedy(prior_folder, tmp_path):
     """A class prior of 10⁸ leaves half precision on its way back through the VAE, not single precision."""
-    heavy = {"guidance": {"bn": 0.0, "ce": 1e8}}
+    heavy = {"guidance": {"bn": 0.0, "ce": 1e8, "decoder": "full"}}
     half = ShardWorker(given(prior_folder, prior={"dtype": "fp16"}, **heavy), str(tmp_path / "half"), "f" * 64)
     with pytest.raises(NumericsError, match=r"100 of 100 .*\(prior.dtype=fp16\).*; set prior.dtype=bf16 or fp32"):
         half.run(0)

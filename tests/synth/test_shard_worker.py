@@ -16,7 +16,7 @@ from manifests.storage import Storage
 from stages.models.identity import resolve
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
-from stages.synth.plan_inputs import inspect_inputs, semantics
+from stages.synth.plan_inputs import DECODER_VERSION, inspect_inputs, semantics
 from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
@@ -25,6 +25,7 @@ from stages.synth.worker import build_worker
 def settings(prior_folder, **kw):
     given = {
         "prior": {"path": str(prior_folder), "steps": 5, "cfg": 1.0},
+        "guidance": {"decoder": "full"} | kw.pop("guidance", {}),
         "lca": {"every": 2, "interval": [0, 1]},
         "images": {"intermediates": 1},
         "groups_per_shard": 2,
@@ -151,6 +152,24 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
     assert all(row["loss_adv"] < 0 for row in rows)
 
 
+def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prior_folder):
+    """Plans name no setting at its first default, so a plan of an older version means those; see FIRST_DEFAULTS."""
+
+    def covered(prior, guidance, **kw):
+        given = {"prior": {"path": str(prior_folder)} | prior, "guidance": guidance} | kw
+        parsed = SynthSettings.model_validate(given)
+        return semantics(parsed, inspect_inputs(parsed))
+
+    old = {"steps": 50}
+    assert covered(old, {"decoder": "full"})["settings"] == {}
+    now = {"prior": {"steps": 20}, "guidance": {"decoder": "fitted"}}
+    assert covered({}, {})["settings"] == now and covered({}, {})["fitted_decoder"] == DECODER_VERSION
+    assert covered({}, {})["settings"] == covered(now["prior"], now["guidance"])["settings"]
+    unguided = covered(old, {}, method="dmkd")  # never decodes for guidance: as before
+    assert unguided["settings"] == {"method": "dmkd"} and "fitted_decoder" not in unguided
+    assert covered({}, {}, method="cmi")["settings"] == {"method": "cmi", "prior": {"steps": 20}}
+
+
 def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, tmp_path):
     def covered(**kw):
         parsed = SynthSettings.model_validate({"prior": {"path": str(prior_folder)}} | kw)
@@ -158,7 +177,6 @@ def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, 
 
     copy = shutil.copytree(prior_folder, tmp_path / "copy")
     assert covered() == covered(prior={"path": str(copy)}) == covered(shards=9, device="cuda")
-    assert covered()["settings"] == {}
-    assert covered(guidance={"scale": 0.2})["settings"] == {"guidance": {"scale": 0.2}}
+    assert covered(guidance={"scale": 0.2})["settings"]["guidance"] == {"scale": 0.2, "decoder": "fitted"}
     other_input = {"size": 8, "channels": 1, "mean": [0.0], "std": [1.0]}
     assert covered(teacher={"input": other_input}) != covered()

@@ -34,7 +34,7 @@ def made(vit, folder, **kw):
     given = {
         "prior": {"path": "embedded:strokes32", "steps": 10, "cfg": 1.0},
         "teacher": {"name": vit},
-        "guidance": {"scale": 1.0, **kw.pop("guidance", {})},
+        "guidance": {"scale": 1.0, "decoder": "full", **kw.pop("guidance", {})},
         "groups_per_shard": 1,
         "group_size": 20,
         "device": "cpu",
@@ -69,11 +69,14 @@ def test_the_setting_is_part_of_the_plan_only_where_it_is_set(vit):
         settings = SynthSettings.model_validate({"teacher": {"name": vit}, "guidance": guidance})
         return semantics(settings, inspect_inputs(settings))["settings"]
 
-    assert covered() == {} and covered(consistency=2.0) == {"guidance": {"consistency": 2.0}}
+    base, changed = covered(), covered(consistency=2.0)
+    assert "consistency" not in base["guidance"]
+    assert changed == base | {"guidance": base["guidance"] | {"consistency": 2.0}}
 
 
 def test_the_guides_losses_carry_the_term(vit, tmp_path):
-    settings = SynthSettings.model_validate({"teacher": {"name": vit}, "prior": {"cfg": 1.0}, "device": "cpu"})
+    given = {"teacher": {"name": vit}, "prior": {"cfg": 1.0}, "guidance": {"decoder": "full"}, "device": "cpu"}
+    settings = SynthSettings.model_validate(given)
     teacher = ShardWorker(settings, str(tmp_path), "f" * 64).teacher
     images, labels = torch.rand(6, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 0])
 
