@@ -32,7 +32,7 @@ from pipeline.recipe import resolve
 from stages.synth import image_writer
 from stages.synth.groups import Group, make_group
 from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.prior import State
+from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, Models, Work
 from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import ShardWorker, load_models

@@ -9,7 +9,7 @@ from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
 from pipeline.text import flop, plain, plain_block, size
 from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.priors import FAMILIES, NotFetched
+from stages.synth.priors.families import FAMILIES, NotFetched
 from stages.synth.settings import SynthSettings
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers

@@ -18,14 +18,14 @@ from stages.models.blank import blank_teacher
 from stages.models.identity import resolve
 from stages.models.teacher import Teacher
 from stages.synth import fitted_decoder
-from stages.synth.diffusion import DiffusionPrior
 from stages.synth.fitted_decoder import FittedDecoder, misfit, pull_back, trajectories, visited
 from stages.synth.groups import make_group
 from stages.synth.guidance import guided
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.inversion_cost import inversion_cost
-from stages.synth.prior import Prediction, State, VariationPrior
-from stages.synth.priors import load_prior
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.families import load_prior
+from stages.synth.priors.prior import Prediction, State, VariationPrior
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
 
@@ -198,7 +198,7 @@ def score_flops(teacher: Teacher | None) -> int:
 def step_kinds(settings: SynthSettings, varies: bool = False) -> Iterator[tuple[int, int, bool]]:
     """For each kind of denoising step: one such step, how many there are, whether it is guided.
 
-    ``varies``: the prior is a :class:`~stages.synth.prior.VariationPrior`.
+    ``varies``: the prior is a :class:`~stages.synth.priors.prior.VariationPrior`.
     """
     steps = settings.prior.steps
     begin = settings.dda.first_step(steps, varies) if settings.method == "dda" else 0

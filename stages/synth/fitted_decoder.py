@@ -19,10 +19,10 @@ from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
-from stages.synth.diffusion import DiffusionPrior
 from stages.synth.plan_inputs import DECODER_VERSION
-from stages.synth.prior import Prior, State
-from stages.synth.priors import prior_identity
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.families import prior_identity
+from stages.synth.priors.prior import Prior, State
 from stages.synth.prompts import prompt_for
 from stages.synth.sampler import Decode
 from stages.synth.seeds import torch_rng

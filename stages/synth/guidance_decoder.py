@@ -16,10 +16,10 @@ from manifests.storage import Storage
 from stages.micro_batches import in_micro_batches
 from stages.models.inputs import resized
 from stages.models.teacher import Teacher
-from stages.synth.diffusion import DTYPES, DiffusionPrior, frozen, load_network
 from stages.synth.fitted_decoder import conditions, draw_latents, fitted_decoder, pull_back
-from stages.synth.prior import Prior
-from stages.synth.priors import tiny_decoder
+from stages.synth.priors.diffusion import DTYPES, DiffusionPrior, frozen, load_network
+from stages.synth.priors.families import tiny_decoder
+from stages.synth.priors.prior import Prior
 from stages.synth.sampler import Decode, Guide
 from stages.synth.settings import GuidanceSettings, SynthSettings
 

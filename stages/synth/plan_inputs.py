@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.models.identity import teacher_identity
-from stages.synth.priors import check_labels, folder_sha256, prior_identity, tiny_decoder
+from stages.synth.priors.families import check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images

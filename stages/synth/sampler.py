@@ -11,7 +11,7 @@ from stages.models.teacher import Teacher
 from stages.synth.groups import Group
 from stages.synth.guidance import Losses, cropped, guided, shifted, teacher_losses, two_views, update
 from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
-from stages.synth.prior import Prediction, Prior
+from stages.synth.priors.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentMixSettings
 

@@ -25,7 +25,7 @@ from stages.synth.image_writer import ImageWriter, Sample
 from stages.synth.images import to_pixels
 from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.sampler import Frame, Models, Work
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings

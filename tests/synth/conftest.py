@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from stages.synth import fitted_decoder
+from stages.synth.priors.text import TextPrior
 from stages.synth.settings import PriorSettings
-from stages.synth.text_prior import TextPrior
 from tests.synth.tiny import save_stable_diffusion
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from pipeline.recipe import resolve
 from stages.synth import fitted_decoder
+from stages.synth.priors.text import PROMPTS
 from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import ShardWorker
-from stages.synth.text_prior import PROMPTS
 
 STEPS, SIZE = 20, 4  # of the demo recipe; trajectories of a group
 

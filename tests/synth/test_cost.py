@@ -16,7 +16,7 @@ from stages.synth.cost import step_kinds, synth_cost
 from stages.synth.groups import make_group
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
 from tests.synth.test_guidance_decoder import save_tiny

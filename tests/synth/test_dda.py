@@ -21,7 +21,7 @@ from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
 from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods import dda
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.sampler import Work, denoise
 from stages.synth.scores import filtered
 from stages.synth.settings import PriorSettings, SynthSettings

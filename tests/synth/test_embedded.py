@@ -7,7 +7,7 @@ from pipeline.recipe import resolve
 from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
 from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import PriorSettings
 

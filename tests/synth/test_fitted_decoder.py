@@ -14,7 +14,7 @@ from stages.models.loading import load_teacher
 from stages.synth import fitted_decoder as fd
 from stages.synth.cost import synth_cost
 from stages.synth.guidance_decoder import fidelity, load_decoder
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.settings import PriorSettings, SynthSettings
 from stages.synth.worker import build_worker
 from tests.synth.tiny import save_ddpm

@@ -12,7 +12,7 @@ from stages.synth.groups import Group
 from stages.synth.latent_cutmix import draw_box
 from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
 from stages.synth.latent_window import cells, draw_window
-from stages.synth.prior import Prediction
+from stages.synth.priors.prior import Prediction
 from stages.synth.seeds import python_rng
 from stages.synth.settings import LatentMixSettings
 

@@ -16,7 +16,7 @@ from stages.micro_batches import in_micro_batches, out_of_memory
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group
 from stages.synth.guidance import teacher_losses
-from stages.synth.prior import State
+from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
 from stages.synth.worker import build_worker

@@ -8,7 +8,7 @@ from manifests.errors import NumericsError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.synth.groups import Group
-from stages.synth.prior import State
+from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, Work, denoise, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
 from stages.synth.shard_worker import ShardWorker, check_skipped

@@ -6,10 +6,10 @@ import torch
 from stages.models.blank import blank_teacher
 from stages.models.settings import ModelSettings
 from stages.synth.groups import Group
-from stages.synth.prior import Prediction, State
+from stages.synth.priors.prior import Prediction, State
+from stages.synth.priors.text import TextPrior
 from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
 from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings
-from stages.synth.text_prior import TextPrior
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))

@@ -15,7 +15,7 @@ from stages.seeds import derive
 from stages.synth.groups import Group
 from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods.cmi import Inversion
-from stages.synth.prior import Prior, VariationPrior
+from stages.synth.priors.prior import Prior, VariationPrior
 from stages.synth.sampler import Frame, Guide, Models, Work, denoise
 from stages.synth.settings import SynthSettings
 

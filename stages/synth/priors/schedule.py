@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from manifests.errors import DataError, UsageError
-from stages.synth.prior import Prediction, State
+from stages.synth.priors.prior import Prediction, State
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 # Schedulers whose networks see plain (scaled) latents and any number of steps. Distilled (LCM, TCD), EDM-preconditioned

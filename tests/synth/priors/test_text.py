@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.synth.prior import State
-from stages.synth.priors import load_prior, locate, prior_identity
+from stages.synth.priors.families import load_prior, locate, prior_identity
+from stages.synth.priors.prior import State
 from stages.synth.settings import PriorSettings
 
 

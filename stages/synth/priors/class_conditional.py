@@ -7,8 +7,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from stages.synth.diffusion import VAES, DiffusionPrior, load_part
-from stages.synth.priors import check_labels
+from stages.synth.priors.diffusion import VAES, DiffusionPrior, load_part
+from stages.synth.priors.families import check_labels
 
 
 class ClassPrior(DiffusionPrior):

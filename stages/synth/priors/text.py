@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stages.synth.diffusion import VAES, DiffusionPrior, frozen, load_encoder, load_part, load_tokenizer
+from stages.synth.priors.diffusion import VAES, DiffusionPrior, frozen, load_encoder, load_part, load_tokenizer
 from stages.synth.settings import PriorSettings
 
 PROMPTS = 1024

@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stages.synth.diffusion import frozen, load_encoder, load_part, load_tokenizer
-from stages.synth.text_prior import TextPrior, token_ids
+from stages.synth.priors.diffusion import frozen, load_encoder, load_part, load_tokenizer
+from stages.synth.priors.text import TextPrior, token_ids
 
 
 class TextPriorXL(TextPrior):

@@ -13,8 +13,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from manifests.errors import DataError, UsageError
 from stages.micro_batches import in_micro_batches
-from stages.synth.diffusion import frozen, load_encoder, load_part
-from stages.synth.text_prior import TextPrior
+from stages.synth.priors.diffusion import frozen, load_encoder, load_part
+from stages.synth.priors.text import TextPrior
 
 
 class TextPriorUnclip(TextPrior):

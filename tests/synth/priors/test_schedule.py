@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from manifests.errors import DataError, UsageError
 from stages.synth.latent_mix import Mix, mixing
-from stages.synth.prior import Prediction
-from stages.synth.schedule import Schedule
+from stages.synth.priors.prior import Prediction
+from stages.synth.priors.schedule import Schedule
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import PriorSettings
 

@@ -14,8 +14,8 @@ from manifests.storage import Storage
 from stages.models.identity import teacher_identity
 from stages.synth.groups import Group
 from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.prior import State
-from stages.synth.priors import check_labels, load_prior, prior_identity
+from stages.synth.priors.families import check_labels, load_prior, prior_identity
+from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, denoise
 from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.worker import build_worker

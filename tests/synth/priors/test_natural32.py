@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from stages.synth.groups import Group
-from stages.synth.priors import load_prior
+from stages.synth.priors.families import load_prior
 from stages.synth.sampler import denoise
 from stages.synth.settings import PriorSettings
 
-FOLDER = Path(__file__).resolve().parents[2] / "priors" / "natural32"
+FOLDER = Path(__file__).resolve().parents[3] / "priors" / "natural32"
 pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reason=f"no prior at {FOLDER}")
 
 

@@ -13,7 +13,7 @@ from manifests.errors import DataError, UsageError
 from stages.synth.settings import PriorSettings
 
 if TYPE_CHECKING:
-    from stages.synth.diffusion import DiffusionPrior
+    from stages.synth.priors.diffusion import DiffusionPrior
 
 log = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
@@ -31,7 +31,7 @@ class Family:
     network: str
     vae: str | None
     tiny: str | None = None  # hub id of the AutoencoderTiny that was distilled from this VAE
-    image_encoder: str | None = None  # what makes it a :class:`~stages.synth.prior.VariationPrior`
+    image_encoder: str | None = None  # what makes it a :class:`~stages.synth.priors.prior.VariationPrior`
 
 
 FAMILIES = {
@@ -204,26 +204,26 @@ def load_prior(settings: PriorSettings, device: str) -> "DiffusionPrior":
     """The prior on ``device``, frozen and in eval mode."""
     folder, name, family = find_prior(settings)
     if name == "StableDiffusionXLPipeline":
-        from stages.synth.text_prior_xl import TextPriorXL
+        from stages.synth.priors.text_xl import TextPriorXL
 
         return TextPriorXL(folder, settings, device)
     if name == "IFPipeline":
-        from stages.synth.text_prior_if import TextPriorIF
+        from stages.synth.priors.text_if import TextPriorIF
 
         return TextPriorIF(folder, settings, device)
     if family.image_encoder:
-        from stages.synth.text_prior_unclip import TextPriorUnclip
+        from stages.synth.priors.text_unclip import TextPriorUnclip
 
         return TextPriorUnclip(folder, settings, device)
     if family.conditioning == "text":
-        from stages.synth.text_prior import TextPrior
+        from stages.synth.priors.text import TextPrior
 
         return TextPrior(folder, settings, device)
     if family.conditioning == "class":
-        from stages.synth.class_prior import ClassPrior
+        from stages.synth.priors.class_conditional import ClassPrior
 
         return ClassPrior(folder, settings, device)
-    from stages.synth.free_prior import FreePrior
+    from stages.synth.priors.unconditional import FreePrior
 
     if settings.cfg != 1:
         log.warning("prior %s is unconditional: prior.cfg does not apply", settings.path)

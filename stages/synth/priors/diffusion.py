@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
 from stages.micro_batches import in_micro_batches
-from stages.synth.attention import use_attention
-from stages.synth.prior import Prediction, State
-from stages.synth.priors import FAMILIES, geometry, read_index
-from stages.synth.schedule import Schedule
+from stages.synth.priors.attention import use_attention
+from stages.synth.priors.families import FAMILIES, geometry, read_index
+from stages.synth.priors.prior import Prediction, State
+from stages.synth.priors.schedule import Schedule
 from stages.synth.settings import PriorSettings
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiffusionPrior(ABC):
-    """:class:`~stages.synth.prior.Prior` over a diffusers folder, all but loading and conditioning.
+    """:class:`~stages.synth.priors.prior.Prior` over a diffusers folder, all but loading and conditioning.
 
     On the device ``meta`` it has shapes and no weights: for counting. Raises :class:`DataError` where a component is
     missing, damaged or of a kind that cannot be guided.
@@ -72,7 +72,7 @@ class DiffusionPrior(ABC):
 
     @abstractmethod
     def encode(self, conditions: Sequence[str]) -> Any:
-        """See :class:`~stages.synth.prior.Prior`; where CFG is on, the unconditional half comes first."""
+        """See :class:`~stages.synth.priors.prior.Prior`; where CFG is on, the unconditional half comes first."""
 
     @abstractmethod
     def evaluate(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import Tensor
 
 from manifests.errors import DataError
-from stages.synth.diffusion import DiffusionPrior, load_part
-from stages.synth.priors import FAMILIES
+from stages.synth.priors.diffusion import DiffusionPrior, load_part
+from stages.synth.priors.families import FAMILIES
 from stages.synth.settings import PriorSettings
 
 

@@ -20,8 +20,8 @@ from pipeline.synth import run_synth
 from stages.synth.groups import make_group
 from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods.dda import begin
-from stages.synth.prior import State, VariationPrior
-from stages.synth.priors import load_prior, prior_identity
+from stages.synth.priors.families import load_prior, prior_identity
+from stages.synth.priors.prior import State, VariationPrior
 from stages.synth.sampler import denoise
 from stages.synth.settings import PriorSettings, SynthSettings
 from tests.synth.tiny import save_unclip
