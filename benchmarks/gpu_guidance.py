@@ -36,7 +36,7 @@ from stages.synth.sampler import Work
 from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import load_models
 
-FEW = {"steps": 20, "scheduler": "dpmsolver++"}
+FEW = {"steps": 20}
 LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps
 PUBLISHED = "published, 50 steps, one image at a time"
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the prior, of guidance (None: unguided)
@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the pr
     "full VAE, 50 steps guided": ({}, {"decoder": "full"}),
     "tiny decoder, 50 steps guided": ({}, {"decoder": "tiny"}),
     "fitted decoder, 50 steps guided": ({}, {"decoder": "fitted"}),
-    "fitted decoder, 20 steps guided": (FEW, {"decoder": "fitted"}),
+    "fitted decoder, 20 steps guided (the defaults)": (FEW, {"decoder": "fitted"}),
     "fitted decoder, 8 of 20 steps guided": (FEW, {"decoder": "fitted", **LATE}),
     "fitted decoder, 8 of 20 steps guided, CFG on half": (
         FEW | {"cfg_interval": [0.5, 1.0]},
