@@ -243,6 +243,14 @@ def main() -> None:
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.rates and not args.cpu_seconds:
+        parser.error("--rates needs --cpu-seconds, the time that the rates are multiplied by")
+    if args.rates and not args.rates.is_file():
+        parser.error(f"--rates {args.rates}: no such file; --measure makes one")
+    if args.rates and (unknown := set(args.rows) - REAL.keys() - json.loads(args.rates.read_text()).keys()):
+        parser.error(f"--rates {args.rates} has no rate of {', '.join(sorted(unknown))}: measure it with --measure")
+    if args.measure and (real := REAL.keys() & set(args.rows)):
+        parser.error(f"--measure: {', '.join(sorted(real))} synthesises nothing, so it has no rate")
     args.bench = Path(os.environ["FACTORY_BENCH_DIR"]) if "FACTORY_BENCH_DIR" in os.environ else None
     if why := absent(args):
         print(f"skipped: {why}")

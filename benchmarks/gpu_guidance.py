@@ -169,7 +169,7 @@ def main() -> None:
                 for key, form in (("peak_gib", "{:.1f}"), ("share_of_peak", "{:.1%}"), ("waits", "{}")):
                     text += "| – " if made[key] is None else f"| {form.format(made[key])} "
                 print(text + "|", flush=True)
-                if args.json:  # after every row: a machine may be lent for a while only
+                if args.json:  # after every row, so that a run cut off keeps what it measured
                     args.json.write_text(
                         json.dumps({"device": args.device, "batch": args.batch, "rows": found}, indent=1)
                     )

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import cifar10
 import cifar_data
 from train_cifar_teacher import augmented
 
@@ -57,3 +59,27 @@ def test_without_data_the_benchmark_says_why(tmp_path, bench):
         f"skipped: {tmp_path} lacks cifar10-train.parquet" if bench else "skipped: FACTORY_BENCH_DIR names no folder"
     )
     assert done.stdout.startswith(wanted) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rates", "RATES"], "--rates needs --cpu-seconds"),
+        (["--rates", "absent.json", "--cpu-seconds", "9"], "--rates absent.json: no such file"),
+        (["--rates", "RATES", "--cpu-seconds", "9", "--rows", "guided", "real"], "has no rate of guided"),
+        (["--measure", "RATES", "--rows", "real-kd", "guided"], "real-kd synthesises nothing"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, complaint):
+    (tmp_path / "rates.json").write_text('{"unguided": 4.0}')
+    flags = [str(tmp_path / "rates.json") if flag == "RATES" else flag for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["cifar10.py", "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        cifar10.main()
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_trajectories_of_a_rate_need_whole_groups_and_the_rest_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "synthesise", lambda recipe, shards, folder: (f"{shards} shards", 1.0))
+    recipe = cifar10.resolve(str(SCRIPT.with_suffix(".yaml")))  # groups of 250, one a shard
+    assert cifar10.of_trajectories(recipe, 2151, tmp_path) == ("9 shards", 1.0, "trajectory < 2151")
