@@ -16,14 +16,16 @@ from stages.distill.run import begin, prepare
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, distil
 from tests.distill.short import settings
+from tests.pipeline.executors.slow import slow_work
 
 pytestmark = pytest.mark.timeout(600)
 TWO = ExecutorSettings(workers=2, gpus_per_worker=0.0)
 
 
-def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cluster, tmp_path):
-    from pipeline.executors.ray_train import train_on_ray
+def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cluster, tmp_path, monkeypatch):
+    from pipeline.executors import ray_train
 
+    monkeypatch.setattr(ray_train, "work", slow_work)  # a whole run would take a minute: it cannot end before the stop
     manifest, out = write_dataset(tmp_path / "d"), str(tmp_path / "out")
     asked = settings(epochs=60, checkpoint_seconds=0.2)
     begin(prepare(asked, [(manifest, 1.0)], None), Storage(out), lambda kind, **fields: None, 2)
@@ -39,7 +41,7 @@ def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cl
             os.kill(workers[1], signal.SIGKILL)
 
     with pytest.raises(Interrupted, match="interrupted in epoch .* of 60; the same command resumes"):
-        train_on_ray(
+        ray_train.train_on_ray(
             job | {"test_data": None}, TWO, on_event, lambda *_: None, lambda: "run_resumed" in events
         )  # asked to stop once a lost worker was replaced
     assert events.count("worker_started") == 4
