@@ -16,6 +16,7 @@ from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.answers import Answers
 from stages.distill.batches import Batch, Batches
+from stages.distill.precision import autocast
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import Ints
 from stages.distill.schedule import lr_factor
@@ -90,7 +91,8 @@ def _train(run: Training, layers: list[str]) -> None:
     for batch in _timed(run, run.batches.stream(run.step, run.total)):
         epoch = run.step // run.batches.steps
         started = time.monotonic()
-        targets = run.answers.targets(batch) if run.answers else teacher_targets(run.teacher, batch.x, loss, layers)
+        with autocast(run.settings.dtype, run.device):
+            targets = run.answers.targets(batch) if run.answers else teacher_targets(run.teacher, batch.x, loss, layers)
         x = spec(batch.x)
         students = run.learning
         reasons = [_learn(run, student, x, batch, targets) for student in students]

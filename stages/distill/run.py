@@ -23,6 +23,7 @@ from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import evaluate_net
 from stages.distill.loop import Training, best_weights, train
 from stages.distill.pixels import open_pixels
+from stages.distill.precision import complaint
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
 from stages.distill.settings import PLACE, DistillSettings
@@ -91,6 +92,8 @@ def prepare(
     device = ranks.device or _device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.other_teacher, device)
+    if settings.channels_last:
+        teacher.to(memory_format=torch.channels_last)
     rows = select_rows(manifests, settings)
     fit, held = split_held_out(rows, settings.held_out, settings.seed)
     configs = [student_config(name, settings, teacher) for name in settings.students]
@@ -129,6 +132,8 @@ def train_students(prepared: Prepared, storage: Storage, test_data: str | None, 
                 watcher.on_event("note", message=f"{student.name}: stem fit to {size} px images: {adapted}")
         for wrong in filter(None, rows.bad):
             watcher.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
+        if slow := complaint(settings.dtype, prepared.device):
+            watcher.on_event("warning", message=slow)
         pixels = open_pixels(rows, settings.memory_gb, prepared.device)
         batches = Batches(rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.fit) if ranks.first else {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
+from stages.distill.precision import autocast
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.schedule import lr_factor
 from stages.distill.settings import DistillSettings, OptimiserSettings
@@ -94,8 +95,7 @@ class Student:
         """Forward and backward; the loss and its terms ``[1 + terms]``."""
         if self.settings.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        mixed = self.settings.dtype == "bf16" and x.device.type == "cuda"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+        with autocast(self.settings.dtype, x.device):
             terms = student_terms(self.forward, x, batch, targets, self.settings.loss, self.layers)
             loss = weighted(terms, self.settings.loss)
         loss.backward()

@@ -60,7 +60,7 @@ class BlackBox(Teacher):
             raise DataError(f"{self.what} fails on images of {shape}: {reason}") from error
         return self
 
-    def to(self, device: str | torch.device) -> "BlackBox":
+    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> "BlackBox":
         """Nothing to move; answers go to the device of the images."""
         return self
 

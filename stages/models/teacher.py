@@ -153,9 +153,11 @@ class Teacher:
             logits = self._logits(x)
         return logits, [seen[path] for path in paths]
 
-    def to(self, device: str | torch.device) -> "Teacher":
-        """Move the network; returns self."""
+    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> "Teacher":
+        """Move the network, or lay its weights out anew (its inputs follow them); returns self."""
         self.net.to(device)
+        if memory_format is not None:
+            self.net.to(memory_format=memory_format)
         return self
 
 

@@ -8,7 +8,7 @@ import torch
 
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
-from stages.distill import checkpoint, student
+from stages.distill import checkpoint, loop, precision, student
 from stages.distill.run import run_distill
 from stages.models.identity import config_json
 from stages.models.loading import load_model
@@ -113,6 +113,36 @@ def test_channels_last_learns_the_same_to_rounding(dataset, tmp_path):
     plain, last = (safetensors.torch.load(weights(tmp_path / run)) for run in ("plain", "last"))
     for name, value in plain.items():
         assert torch.allclose(value.float(), last[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+def test_bf16_learns_nearly_the_same_and_keeps_weights_in_fp32(dataset, tmp_path):
+    asked = {"epochs": 4, "loss": {"kd": 1.0, "cam": 0.5, "gradcam": 0.5}}
+    answers = []
+    original = loop.teacher_targets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "teacher_targets", lambda *args: answers.append(original(*args)) or answers[-1])
+        full = run_distill(settings(**asked), [(dataset, 1.0)], str(tmp_path / "full"))
+        half = run_distill(settings(**asked, dtype="bf16"), [(dataset, 1.0)], str(tmp_path / "half"))
+    first, other = answers[0], answers[len(answers) // 2]
+    assert not torch.equal(first.logits, other.logits)  # the same batch, in less precision
+    for one, two in ((first.logits, other.logits), *zip(first.gradcams, other.gradcams, strict=True)):
+        assert torch.allclose(one, two.float(), rtol=0.05, atol=0.05)
+    plain, mixed = (safetensors.torch.load(weights(tmp_path / run)) for run in ("full", "half"))
+    assert all(value.dtype == plain[name].dtype for name, value in mixed.items())
+    assert weights(tmp_path / "full") != weights(tmp_path / "half")
+    ends = [run["students"]["digits-cnn-small"]["held_out"]["agreement"] for run in (full, half)]
+    assert abs(ends[0] - ends[1]) < 0.25
+
+
+def test_bf16_warns_where_the_cpu_is_slower_at_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False}, raising=False)
+    assert "fp32 is faster here" in precision.complaint("bf16", cpu)
+    assert precision.complaint("fp32", cpu) == precision.complaint("bf16", gpu) == ""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
+    assert precision.complaint("bf16", cpu) == ""
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert precision.complaint("bf16", cpu) == ""  # not known, nothing said
 
 
 def test_a_compiled_student_is_saved_under_plain_names(dataset, tmp_path, monkeypatch):
