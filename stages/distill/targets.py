@@ -40,7 +40,12 @@ def paired_layers(settings: LossSettings, teacher: nn.Module, student: nn.Module
 
 
 def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers: list[str]) -> Targets:
-    """The teacher's answers to images ``[n, 3, h, w]`` in [−1, 1]; gradients only where Grad-CAM needs them."""
+    """The teacher's answers to images ``[n, 3, h, w]`` in [−1, 1]; gradients only where Grad-CAM needs them.
+
+    It is not asked where no term compares with it (labels alone): logits are then ``[n, 0]``.
+    """
+    if not (settings.kd or settings.cam or settings.gradcam):
+        return Targets(x.new_zeros(len(x), 0), None, [])
     if not settings.cam and not settings.gradcam:
         with torch.no_grad():
             return Targets(teacher.logits(x), None, [])

@@ -66,6 +66,18 @@ def test_targets_carry_no_graph(teacher, batch):
     assert not any(g.requires_grad for g in (targets.cam, *targets.gradcams))
 
 
+def test_labels_alone_do_not_ask_the_teacher(teacher, batch, monkeypatch):
+    monkeypatch.setattr(teacher, "logits", lambda x: pytest.fail("asked"))
+    only = LossSettings(kd=0, ce=1, derived=1)
+    targets = teacher_targets(teacher, batch.x, only, [])
+    student = registry.build("resnet8", 10, 1)
+    terms = student_terms(student, teacher.input(batch.x), batch, targets, only, [])
+    weighted(terms, only).backward()
+    assert student.conv1.weight.grad.abs().sum() > 0
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        teacher_targets(teacher, batch.x, LossSettings(kd=1), [])
+
+
 def test_region_terms_reach_the_student_across_sizes(teacher, batch):
     student = registry.build("resnet8", 10, 1)
     teacher_layers, layers = paired_layers(EVERY, teacher.net, student)
