@@ -1,17 +1,15 @@
 """The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.answers import Answers
@@ -29,7 +27,6 @@ from stages.micro_batches import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 
-BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
 
 
@@ -185,11 +182,9 @@ def _end_epoch(run: Training, epoch: int) -> None:
         if run.look and run.ranks.first and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
             line["test_accuracy"] = run.look(student)["accuracy"]
         student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
-        if len(run.held) and line["held_out"]["agreement"] >= student.best:
+        if run.settings.keep == "best" and line["held_out"]["agreement"] >= student.best:
             student.best = line["held_out"]["agreement"]
-            best = safetensors.torch.save(_weights(student))
-            student.best_sha256 = hashlib.sha256(best).hexdigest()
-            _write(run, f"{student.name}/{BEST}", best)
+            student.best_weights = {name: value.clone() for name, value in student.result.state_dict().items()}
         text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
         _write(run, f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
@@ -220,10 +215,6 @@ def _write(run: Training, name: str, data: bytes) -> None:
         run.storage.write(name, data)
 
 
-def _weights(student: Student) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in student.result.state_dict().items()}
-
-
 def _checkpoint(run: Training) -> None:
     if not run.ranks.first:
         return
@@ -244,14 +235,3 @@ def _resume(run: Training) -> None:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise checkpoint.damaged(run.storage, error) from None
     run.watcher.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
-
-
-def best_weights(run: Training, student: Student) -> dict[str, Tensor]:
-    """The weights with the highest held-out agreement. Raises DataError where their file was altered."""
-    name = f"{student.name}/{BEST}"
-    data = run.storage.read(name)
-    if hashlib.sha256(data).hexdigest() != student.best_sha256:
-        raise DataError(
-            f"{run.storage.path(name)} was altered: delete {run.storage.path(checkpoint.STATE)} to train again"
-        )
-    return safetensors.torch.load(data)

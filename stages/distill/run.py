@@ -4,7 +4,7 @@ OUT/run.json            what decides the result: settings, manifests, teacher
 OUT/checkpoint.pt       state of the run, replaced atomically
 OUT/results.json        what this module returns
 OUT/teacher-cache/      the teacher's answers, where they are kept
-OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl, best.safetensors
+OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 """
 
 import json
@@ -21,7 +21,7 @@ from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
 from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import evaluate_net
-from stages.distill.loop import Training, best_weights, train
+from stages.distill.loop import Training, train
 from stages.distill.pixels import open_pixels
 from stages.distill.precision import complaint
 from stages.distill.ranks import ALONE, Ranks
@@ -175,7 +175,7 @@ def _finish(prepared: Prepared, run: Training, student: Student, test_data: str 
     """Write one student's folder; its results."""
     net, scores = student.result, student.metrics[-1].get("held_out")
     if run.settings.keep == "best":
-        net.load_state_dict(best_weights(run, student))
+        net.load_state_dict(student.best_weights)
         scores = max(student.metrics, key=lambda line: (line["held_out"]["agreement"], line["epoch"]))["held_out"]
     facts: dict[str, Any] = {
         "folder": run.storage.path(student.name),

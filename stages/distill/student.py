@@ -43,7 +43,7 @@ class Student:
         self.sums: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.best = -1.0  # highest held-out agreement so far
-        self.best_sha256 = ""  # of the weights kept from then
+        self.best_weights: dict[str, Tensor] = {}  # those of then
         self.parked: str | None = None  # why it takes no further part
 
     @property
@@ -130,13 +130,13 @@ class Student:
             "sums": dict(self.sums),
             "metrics": list(self.metrics),
             "best": self.best,
-            "best_sha256": self.best_sha256,
+            "best_weights": dict(self.best_weights),
             "parked": self.parked,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`. Raises what torch raises, or TypeError, where it is another one's."""
-        kinds = {"net": dict, "optimiser": dict, "sums": dict, "metrics": list, "best": float, "best_sha256": str}
+        kinds = {"net": dict, "optimiser": dict, "sums": dict, "metrics": list, "best": float, "best_weights": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
         wrong += [] if all(map(_is_epoch, state["metrics"])) else ["metrics"]
         if wrong or not isinstance(state["parked"], str | None):
@@ -146,7 +146,7 @@ class Student:
             self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
-        self.best, self.best_sha256, self.parked = state["best"], state["best_sha256"], state["parked"]
+        self.best, self.best_weights, self.parked = state["best"], state["best_weights"], state["parked"]
 
 
 def _is_epoch(line: Any) -> bool:

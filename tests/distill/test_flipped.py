@@ -1,6 +1,5 @@
 """One flipped byte in anything that stage 2 keeps: noticed before it is used, or without any effect."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -78,16 +77,3 @@ def test_a_flipped_description_of_the_run_is_noticed(run, data):
         return
     finally:
         (run / checkpoint.RUN).write_bytes(whole)
-
-
-def test_altered_best_weights_are_not_made_a_student(run, dataset):
-    path = run / STUDENT / "best.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    try:
-        with pytest.raises(DataError, match=r"best\.safetensors was altered: delete .*checkpoint\.pt"):
-            run_distill(short.settings(epochs=1, keep="best"), [(dataset, 1.0)], str(run))
-    finally:
-        path.write_bytes(whole)
-    run_distill(short.settings(epochs=1, keep="best"), [(dataset, 1.0)], str(run))
-    assert hashlib.sha256((run / STUDENT / WEIGHTS).read_bytes()).digest() == hashlib.sha256(whole).digest()
