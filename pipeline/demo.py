@@ -20,6 +20,7 @@ from pipeline.progress import say
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
 from pipeline.text import duration, plain
+from stages.distill.settings import student_name
 
 MINUTES = 2
 UNGUIDED = "dmkd"
@@ -50,7 +51,7 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1) -> dict[str, 
         runs[name]["distill"] = run_distill(
             recipe, sources, root.path(f"{name}/distill"), test_data=test, title=f"{name} student"
         )
-    student = guided.distill.students[0]
+    student = student_name(guided.distill.students[0])
     return {
         "out": root.url,
         "teacher": runs["guided"]["distill"]["teacher_accuracy"],

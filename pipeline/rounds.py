@@ -20,6 +20,7 @@ from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe
 from pipeline.text import duration, plain
+from stages.distill.settings import student_name
 from stages.models.settings import ModelSettings
 from stages.synth.settings import SynthSettings
 
@@ -56,7 +57,7 @@ def run_rounds(
             title=f"round {number} student",
             quiet=quiet,
         )
-        reports.append(round_report(number, made, learnt, adversary, recipe.distill.students[0]))
+        reports.append(round_report(number, made, learnt, adversary, student_name(recipe.distill.students[0])))
         adversary = reports[-1]["student"]
     return {
         "out": root.url,

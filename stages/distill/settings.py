@@ -1,10 +1,20 @@
 """Settings of stage 2 (``factory run distill``), beside their owner. Imports no torch."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.models.settings import InputSettings, Settings
+
+
+def student_name(architecture: str) -> str:
+    """How a student is called in results, and its folder.
+
+    >>> student_name("timm:resnet18")
+    'timm-resnet18'
+    """
+    return re.sub(r"[^\w.-]+", "-", architecture)
 
 
 class LossSettings(Settings):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from stages.distill.batches import Batch
 from stages.distill.precision import autocast
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.schedule import lr_factor
-from stages.distill.settings import DistillSettings, OptimiserSettings
+from stages.distill.settings import DistillSettings, OptimiserSettings, student_name
 from stages.distill.targets import Targets, student_terms, weighted
 from stages.micro_batches import out_of_memory
 from stages.models import registry
@@ -30,7 +29,7 @@ class Student:
 
     def __init__(self, config: ModelConfig, settings: DistillSettings, device: torch.device, ranks: Ranks = ALONE):
         self.config, self.settings, self.ranks = config, settings, ranks
-        self.name = re.sub(r"[^\w.-]+", "-", config.architecture)  # also its folder: timm:x is kept in timm-x
+        self.name = student_name(config.architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
             self.net = registry.build_net(config, named=True).to(device)
