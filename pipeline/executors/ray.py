@@ -28,7 +28,7 @@ import ray  # noqa: E402
 
 from manifests.errors import FactoryError, UsageError  # noqa: E402
 from pipeline.executors.settings import ExecutorSettings  # noqa: E402
-from pipeline.executors.worker import Finished, Worker, WorkerSpec, attempt, failure, start_error  # noqa: E402
+from pipeline.executors.worker import Finished, Worker, WorkerSpec, attempt, enter, failure, start_error  # noqa: E402
 
 OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
 START_ATTEMPTS = 3
@@ -38,12 +38,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class _Actor:
     """The process around one worker."""
 
-    def __init__(self, threads: int, hide_gpus: bool):
+    def __init__(self, threads: int, hide_gpus: bool, folder: str):
         # Before anything imports torch: OpenMP and CUDA read these once.
         for name in THREAD_VARIABLES:
             os.environ[name] = str(threads)
         if hide_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        enter(folder)
         self._worker: Worker | None = None
 
     def start(self, factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class RayPool:
 
     def _spawn(self, number: int) -> None:
         threads, hide = self._settings.threads, not self._options["num_gpus"]
-        actor: Any = ray.remote(_Actor).options(**self._options).remote(threads, hide)
+        actor: Any = ray.remote(_Actor).options(**self._options).remote(threads, hide, os.getcwd())
         slot = _Slot(number, actor, f"w{number}", time.monotonic())
         self._calls[actor.start.remote(self._spec.factory, self._spec.kwargs)] = slot
 

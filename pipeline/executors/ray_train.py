@@ -17,7 +17,7 @@ from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from pipeline.executors.ray import actor_options, reason  # first: it sets what ray reads when imported
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import start_error
+from pipeline.executors.worker import enter, start_error
 
 for _name, _value in {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -104,6 +104,7 @@ def work(job: dict[str, Any]) -> None:
     from stages.distill.watcher import Watcher
     from stages.models.settings import ModelSettings
 
+    enter(job["folder"])
     desk = job["desk"]
     try:
         if ray.get(desk.ended.remote()):
@@ -147,7 +148,7 @@ def train_on_ray(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         trainer = ray.train.torch.TorchTrainer(
             work,
-            train_loop_config=job | {"desk": desk, "gpu": options["num_gpus"] > 0},
+            train_loop_config=job | {"desk": desk, "gpu": options["num_gpus"] > 0, "folder": os.getcwd()},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=place.workers,
                 use_gpu=options["num_gpus"] > 0,

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,12 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Stop every worker at once."""
+
+
+def enter(folder: str) -> None:
+    """Let relative paths mean here what they mean to the driver, where this machine has the driver's ``folder``."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
 
 
 def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:

@@ -50,6 +50,13 @@ def test_one_worker_on_a_cluster_is_an_actor(run, cluster, unbroken):
     assert {event["worker"].split("@")[0] for event in run.events("shard_done")} == {"w0"}
 
 
+def test_relative_paths_mean_to_actors_what_they_mean_here(run, cluster, monkeypatch):
+    monkeypatch.chdir(run.folder.parent)  # the cluster was started elsewhere
+    monkeypatch.setattr(run, "marks", run.marks.relative_to(run.folder.parent))
+    assert run.execute(2, {"0": "raise-once"}, workers=2).done == {0, 1}
+    assert run.marks.joinpath("0").exists()
+
+
 def test_actors_have_the_plans_threads_no_gpu_and_no_torch_before_they_need_it(run, cluster):
     run.execute(2, workers=2, threads=2)
     for event in run.events("shard_done"):

@@ -88,6 +88,16 @@ def test_workers_that_do_not_fit_the_cluster_are_refused(cluster, recipe, tmp_pa
         run_distill(recipe(device="cuda"), [(manifest, 1.0)], str(tmp_path / "gpu"), place=TWO, quiet=True)
 
 
+def test_relative_paths_mean_to_workers_what_they_mean_here(cluster, recipe, tmp_path, monkeypatch):
+    write_dataset(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)  # the cluster was started elsewhere
+    found = run_distill(
+        recipe(epochs=1), [("d/m.parquet", 1.0)], "out", teacher="d/teacher", test_data="d", place=TWO, quiet=True
+    )
+    assert found["workers"] == 2 and found["teacher_accuracy"] > 0
+    assert (tmp_path / "out/digits-cnn-small/model.safetensors").exists()
+
+
 def test_an_image_altered_meanwhile_ends_the_run_with_its_name(cluster, recipe, tmp_path):
     """Only the workers read images: what they raise reaches the driver, and is not tried again."""
     manifest, out = write_dataset(tmp_path / "d", shards=1), str(tmp_path / "out")
