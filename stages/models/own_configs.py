@@ -88,7 +88,9 @@ def hf_facts(folder: Path) -> Facts:
 
 
 def processor_input(processor: Facts, channels: int) -> InputSettings | None:
-    """What an image processor prepares, None where that is not one of our input rules."""
+    """What an image processor prepares, None where that is not one of our input rules, or not all of it is said."""
+    if processor.get("do_flip_channel_order") or processor.get("do_normalize") is None:
+        return None  # transformers leaves out what is None, and no file holds the defaults of a class
     size = processor.get("size")
     if processor.get("do_center_crop") and processor.get("crop_size"):
         size = processor["crop_size"]
@@ -100,7 +102,7 @@ def processor_input(processor: Facts, channels: int) -> InputSettings | None:
     if not isinstance(size, int) or not scaled or resize is None:
         return None
     mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not processor.get("do_normalize", True):
+    if not processor["do_normalize"]:
         mean, std = [0.0] * channels, [1.0] * channels
     try:
         return InputSettings.model_validate(

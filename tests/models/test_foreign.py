@@ -1,6 +1,7 @@
 """Classifiers from elsewhere: built, loaded, tapped, or refused with one clear line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from manifests.errors import DataError, UsageError
 from stages.models import registry
 from stages.models.identity import ModelConfig, resolve, teacher_identity
 from stages.models.loading import load_model, load_teacher, save_model, teacher_from
+from stages.models.own_configs import processor_input, read_json
 from stages.models.schemes import default_stem, source_file, split_name
 from stages.models.settings import InputSettings, ModelSettings
 from stages.models.taps import head_of, outputs_of, stage_paths
@@ -245,15 +247,14 @@ class TestTimm:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny ViT as transformers saves it."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     folder = tmp_path_factory.mktemp("hf")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
     vit = ViTConfig(image_size=8, patch_size=4, id2label=dict(enumerate("abcde")), **small)
     ViTForImageClassification(vit).save_pretrained(folder)
-    processor = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_std=[0.25] * 3).save_pretrained(folder)
     return folder
 
 
@@ -269,6 +270,27 @@ class TestTransformers:
         assert x.grad.abs().sum() > 0
         again = teacher.with_features(IMAGES)[1] @ teacher.class_weights.T + teacher.net.classifier.bias
         torch.testing.assert_close(again, logits.detach())
+
+    @pytest.mark.parametrize("kind", ["ViT", "ConvNext", "Bit", "MobileNetV2"])
+    def test_ordinary_processors_are_understood(self, kind, tmp_path):
+        import transformers
+
+        own = getattr(transformers, f"{kind}ImageProcessor")()
+        own.save_pretrained(tmp_path)
+        found = processor_input(read_json(tmp_path / "preprocessor_config.json"), 3)
+        assert (found.mean, found.std) == (tuple(own.image_mean), tuple(own.image_std))
+
+    def test_an_input_that_is_not_ours_or_not_said_is_asked_for(self, folder, tmp_path):
+        from transformers import MobileViTImageProcessor
+
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        MobileViTImageProcessor(crop_size={"height": 8, "width": 8}).save_pretrained(tmp_path)  # BGR in [0, 1]
+        with pytest.raises(UsageError, match="do not tell input: the recipe must"):
+            resolve(ModelSettings(name=f"hf:{tmp_path}"))
+        said = read_json(folder / "preprocessor_config.json")
+        for other in ({"do_normalize": None}, {"do_flip_channel_order": True}):
+            assert processor_input(said | other, 3) is None
+        assert processor_input(said | {"do_normalize": False}, 3).mean == (0.0,) * 3
 
     def test_students_come_back(self, folder, tmp_path):
         named = config(f"hf:{folder}", classes=3)
