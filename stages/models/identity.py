@@ -37,7 +37,8 @@ class Source:
     """A classifier at hand: its configuration, and the files that belong to it.
 
     ``code`` is the user's own Python file (also ``weights``, where it brings its own); ``named`` tells that the user
-    wrote the architecture's name, not a file; ``recorded`` is the sha256 that a model folder tells of its weights.
+    wrote the architecture's name, not a file; ``recorded`` is the sha256 that a model folder tells of its weights;
+    ``cast`` tells that its files ask for another precision than the float32 that it runs in.
     """
 
     config: ModelConfig
@@ -45,6 +46,7 @@ class Source:
     code: Path | None = None
     named: bool = False
     recorded: str | None = None
+    cast: bool = False
 
     def read(self) -> bytes:
         """The weights file; empty where code brings its own. Raises DataError if it cannot be read or was altered."""
@@ -57,7 +59,7 @@ class Source:
         return data
 
     def identity(self, weights: bytes) -> dict[str, Any]:
-        """JSON-able identity with these ``weights``: their sha256, or that of code and weights together."""
+        """JSON-able identity with these ``weights``: their sha256, or that of what else decides the answers with it."""
         found = identity_of(self.config, weights)
         if self.code:
             try:
@@ -65,6 +67,8 @@ class Source:
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{own} {found['sha256']}".encode()).hexdigest()
+        if self.cast:  # data made in the precision of the files is another teacher's
+            found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
         return found
 
 
@@ -133,7 +137,7 @@ def resolve(settings: ModelSettings) -> Source:
     code = source_file(rest) if scheme == "code" else None
     weights_file = path or code
     assert weights_file is not None
-    return Source(config, weights_file, code, named=True)
+    return Source(config, weights_file, code, named=True, cast=facts.get("cast", False))
 
 
 def _from_file(settings: ModelSettings) -> ModelSettings:

@@ -8,7 +8,7 @@ from typing import Any
 from manifests.errors import DataError
 from stages.models.settings import InputSettings
 
-Facts = dict[str, Any]  # any of architecture, num_classes, channels, class_names, input; what is unknown is absent
+Facts = dict[str, Any]  # any of architecture, num_classes, class_names, input, cast; what is unknown is absent
 _RESAMPLE = {2: "bilinear", 3: "bicubic", 4: "area"}  # PIL's numbers
 _INTERPOLATION = ("bilinear", "bicubic")
 
@@ -71,7 +71,7 @@ def timm_facts(folder: Path) -> Facts:
 def hf_facts(folder: Path) -> Facts:
     """From ``config.json`` and ``preprocessor_config.json`` of a transformers image classifier."""
     config = read_json(folder / "config.json")
-    facts: Facts = {}
+    facts: Facts = {"cast": config.get("dtype", config.get("torch_dtype")) not in (None, "float32")}
     labels = config.get("id2label")
     if isinstance(labels, Mapping) and labels:
         try:

@@ -1,5 +1,6 @@
 """Classifiers from elsewhere: built, loaded, tapped, or refused with one clear line."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -270,6 +271,21 @@ class TestTransformers:
         assert x.grad.abs().sum() > 0
         again = teacher.with_features(IMAGES)[1] @ teacher.class_weights.T + teacher.net.classifier.bias
         torch.testing.assert_close(again, logits.detach())
+
+    def test_half_precision_checkpoints_run_in_float32(self, folder, tmp_path):
+        from transformers import ViTForImageClassification
+
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        half = ViTForImageClassification.from_pretrained(folder).half()
+        half.save_pretrained(tmp_path)
+        settings = ModelSettings(name=f"hf:{tmp_path}")
+        teacher = load_teacher(settings)
+        assert torch.equal(teacher.logits(IMAGES), half.float()(teacher.input(IMAGES)).logits)
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        assert teacher.identity == teacher_identity(settings)
+        assert teacher.identity["sha256"] != hashlib.sha256(weights).hexdigest()  # what it made in fp16 is not resumed
+        weights = (folder / "model.safetensors").read_bytes()
+        assert teacher_identity(ModelSettings(name=f"hf:{folder}"))["sha256"] == hashlib.sha256(weights).hexdigest()
 
     @pytest.mark.parametrize("kind", ["ViT", "ConvNext", "Bit", "MobileNetV2"])
     def test_ordinary_processors_are_understood(self, kind, tmp_path):
