@@ -53,6 +53,9 @@ class TestNames:
         for name in ("__init__", "net"):
             (tmp_path / "boom" / f"{name}.py").write_text("raise SystemExit('was run')")
         assert source_file("boom.net:f") == tmp_path / "boom" / "net.py"
+        (tmp_path / "no_init" / "inner").mkdir(parents=True)
+        (tmp_path / "no_init" / "inner" / "net.py").touch()
+        assert source_file("no_init.inner.net:f") == tmp_path / "no_init" / "inner" / "net.py"
         with pytest.raises(DataError, match=r"no Python file for module boom\.other"):
             source_file("boom.other:f")
 
