@@ -96,9 +96,15 @@ def stored_config(values: Any, where: str) -> ModelConfig:
         raise DataError(f"{where} is no model config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if len(config.class_names) != config.num_classes:
         raise DataError(f"{where}: {len(config.class_names)} class names for {config.num_classes} classes")
-    if not 0 < config.num_classes <= MAX_CLASSES:
-        raise DataError(f"{where}: {config.num_classes} classes; expected 1 to {MAX_CLASSES}")
+    class_count(config.num_classes, where)
     return config
+
+
+def class_count(value: Any, where: str) -> int:
+    """``value``, which ``where`` gives as the number of classes. Raises DataError where there is no choice."""
+    if not isinstance(value, int) or not 1 < value <= MAX_CLASSES:
+        raise DataError(f"{where}: number of classes is {value!r}; expected 2 to {MAX_CLASSES}")
+    return value
 
 
 def resolve(settings: ModelSettings) -> Source:
@@ -170,8 +176,8 @@ def _require(settings: ModelSettings, facts: Facts, weights: bool) -> None:
 
 
 def _config(settings: ModelSettings, facts: Facts) -> ModelConfig:
-    wanted, count = settings.input or facts["input"], facts.get("num_classes") or settings.num_classes
-    assert count is not None  # see _require
+    wanted = settings.input or facts["input"]  # one of them is there, see _require
+    count = class_count(facts.get("num_classes") or settings.num_classes, settings.name)
     return ModelConfig(
         architecture=facts.get("architecture", settings.name),
         num_classes=count,

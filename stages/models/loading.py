@@ -52,7 +52,8 @@ def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
         raise DataError(f"{where} is truncated or no safetensors file: {error}") from None
     except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
         raise DataError(f"{where} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise DataError(f"{where} holds no table of named tensors")
     return unwrapped(state)
 

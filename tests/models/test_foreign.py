@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -216,6 +217,14 @@ class TestTimm:
         with pytest.raises(UsageError, match="the files beside its weights do not tell input: the recipe must"):
             resolve(ModelSettings(name=f"timm:{tmp_path}"))
 
+    @pytest.mark.parametrize("count", ["ten", 1, [10]])
+    def test_a_count_of_classes_that_is_none_is_refused(self, tmp_path, count):
+        self.save(tmp_path, "timm:test_resnet", label_names=3)
+        content = json.loads((tmp_path / "config.json").read_text()) | {"num_classes": count}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=rf"number of classes is {re.escape(repr(count))}; expected 2 to"):
+            resolve(ModelSettings(name=f"timm:{tmp_path}"))
+
     def test_a_vision_transformer_has_no_batchnorm_and_no_maps(self):
         net = registry.build_net(config("timm:test_vit", size=32))  # 2×2 patches
         with pytest.raises(UsageError, match="cam and gradcam"):
@@ -307,9 +316,17 @@ class TestTransformers:
         with pytest.raises(UsageError, match="do not tell input: the recipe must"):
             resolve(ModelSettings(name=f"hf:{tmp_path}"))
         said = read_json(folder / "preprocessor_config.json")
-        for other in ({"do_normalize": None}, {"do_flip_channel_order": True}):
+        malformed = ({"rescale_factor": None}, {"resample": []}, {"image_mean": "half"}, {"size": {"height": []}})
+        for other in ({"do_normalize": None}, {"do_flip_channel_order": True}, *malformed):
             assert processor_input(said | other, 3) is None
         assert processor_input(said | {"do_normalize": False}, 3).mean == (0.0,) * 3
+
+    def test_one_label_leaves_nothing_to_choose(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        content = read_json(folder / "config.json") | {"id2label": {"0": "a"}, "label2id": {"a": 0}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match="number of classes is 1; expected 2 to"):
+            resolve(ModelSettings(name=f"hf:{tmp_path}"))
 
     def test_students_come_back(self, folder, tmp_path):
         named = config(f"hf:{folder}", classes=3)

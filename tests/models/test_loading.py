@@ -63,6 +63,20 @@ def test_missing_weights_and_missing_folder(folder):
         load_teacher(ModelSettings(name=str(folder / "nowhere")))
 
 
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"epoch": 3}, [torch.zeros(1)]])
+def test_checkpoints_without_named_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"w\.pt holds no table of named tensors"):
+        load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "w.pt"), input=INPUT, num_classes=3))
+
+
+def test_one_class_leaves_nothing_to_choose(tmp_path):
+    one = CONFIG.model_copy(update={"num_classes": 1, "class_names": ("a",)})
+    save_model(tmp_path, registry.build("digits-cnn-small", 1, 1), one)
+    with pytest.raises(DataError, match=r"config\.json: number of classes is 1; expected 2 to 100000"):
+        load_model(tmp_path)
+
+
 def test_pickled_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
