@@ -44,15 +44,28 @@ def _manifest(url: str) -> Iterator[Sample]:
 
 
 def _folder(path: str, class_names: Sequence[str]) -> Iterator[Sample]:
-    """One sub-folder a class: named as the model's classes are, or numbered by their sorted names."""
-    folders = sorted(entry for entry in Path(path).iterdir() if entry.is_dir())
+    """One sub-folder a class: named as the model's classes are, or one for each, numbered by their sorted names.
+
+    Folders whose names begin with a dot are left out. Raises DataError where only some are named as classes are, or
+    none is and their number is another.
+    """
+    folders = sorted(f for f in Path(path).iterdir() if f.is_dir() and not f.name.startswith("."))
     known = {name: number for number, name in enumerate(class_names)}
-    numbers = {f: known[f.name] for f in folders} if all(f.name in known for f in folders) else None
+    unknown = [folder.name for folder in folders if folder.name not in known]
+    if unknown and len(unknown) < len(folders):
+        raise DataError(f"{path} has sub-folders that are no class ({_some(class_names)}): {_some(unknown)}")
+    if unknown and len(folders) != len(class_names):
+        wanted = f"the model's {len(class_names)} classes ({_some(class_names)}), or one for each in their order"
+        raise DataError(f"{path} has {len(folders)} sub-folders ({_some(unknown)}); expected some named as {wanted}")
     for order, folder in enumerate(folders):
-        label = numbers[folder] if numbers is not None else order
+        label = known.get(folder.name, order)
         for file in sorted(folder.iterdir()):
             if file.suffix.lower()[1:] in IMAGES:
                 yield f"{folder.name}/{file.name}", file.read_bytes(), label
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _tar(storage: Storage, name: str) -> Iterator[Sample]:

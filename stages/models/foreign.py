@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from manifests.errors import DataError, UsageError
@@ -41,7 +42,7 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def build_hf(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """A transformers classifier around ``state``, whose names may be those of older versions."""
+    """A transformers classifier in float32 around ``state``, whose names may be those of older versions."""
     return finish(_hf(config, state, where), config)
 
 
@@ -138,8 +139,9 @@ def _hf(config: ModelConfig, state: Mapping[str, Tensor] | None, where: str) -> 
         if state is None:
             return _made(kind, own)
         net, told = kind.from_pretrained(
-            None, config=own, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            None, config=own, state_dict=dict(state), dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except KeyError:
         raise UsageError(f"{folder}: transformers has no image classifier of type '{own.model_type}'") from None
     except (ValueError, OSError, RuntimeError) as error:

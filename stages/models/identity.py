@@ -37,7 +37,8 @@ class Source:
     """A classifier at hand: its configuration, and the files that belong to it.
 
     ``code`` is the user's own Python file (also ``weights``, where it brings its own); ``named`` tells that the user
-    wrote the architecture's name, not a file; ``recorded`` is the sha256 that a model folder tells of its weights.
+    wrote the architecture's name, not a file; ``recorded`` is the sha256 that a model folder tells of its weights;
+    ``cast`` tells that its files ask for another precision than the float32 that it runs in.
     """
 
     config: ModelConfig
@@ -45,6 +46,7 @@ class Source:
     code: Path | None = None
     named: bool = False
     recorded: str | None = None
+    cast: bool = False
 
     def read(self) -> bytes:
         """The weights file; empty where code brings its own. Raises DataError if it cannot be read or was altered."""
@@ -57,7 +59,7 @@ class Source:
         return data
 
     def identity(self, weights: bytes) -> dict[str, Any]:
-        """JSON-able identity with these ``weights``: their sha256, or that of code and weights together."""
+        """JSON-able identity with these ``weights``: their sha256, or that of what else decides the answers with it."""
         found = identity_of(self.config, weights)
         if self.code:
             try:
@@ -65,6 +67,8 @@ class Source:
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{own} {found['sha256']}".encode()).hexdigest()
+        if self.cast:  # data made in the precision of the files is another teacher's
+            found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
         return found
 
 
@@ -92,9 +96,15 @@ def stored_config(values: Any, where: str) -> ModelConfig:
         raise DataError(f"{where} is no model config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if len(config.class_names) != config.num_classes:
         raise DataError(f"{where}: {len(config.class_names)} class names for {config.num_classes} classes")
-    if not 0 < config.num_classes <= MAX_CLASSES:
-        raise DataError(f"{where}: {config.num_classes} classes; expected 1 to {MAX_CLASSES}")
+    class_count(config.num_classes, where)
     return config
+
+
+def class_count(value: Any, where: str) -> int:
+    """``value``, which ``where`` gives as the number of classes. Raises DataError where there is no choice."""
+    if not isinstance(value, int) or not 1 < value <= MAX_CLASSES:
+        raise DataError(f"{where}: number of classes is {value!r}; expected 2 to {MAX_CLASSES}")
+    return value
 
 
 def resolve(settings: ModelSettings) -> Source:
@@ -133,7 +143,7 @@ def resolve(settings: ModelSettings) -> Source:
     code = source_file(rest) if scheme == "code" else None
     weights_file = path or code
     assert weights_file is not None
-    return Source(config, weights_file, code, named=True)
+    return Source(config, weights_file, code, named=True, cast=facts.get("cast", False))
 
 
 def _from_file(settings: ModelSettings) -> ModelSettings:
@@ -166,8 +176,8 @@ def _require(settings: ModelSettings, facts: Facts, weights: bool) -> None:
 
 
 def _config(settings: ModelSettings, facts: Facts) -> ModelConfig:
-    wanted, count = settings.input or facts["input"], facts.get("num_classes") or settings.num_classes
-    assert count is not None  # see _require
+    wanted = settings.input or facts["input"]  # one of them is there, see _require
+    count = class_count(facts.get("num_classes") or settings.num_classes, settings.name)
     return ModelConfig(
         architecture=facts.get("architecture", settings.name),
         num_classes=count,

@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -40,19 +41,24 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
-    """Named tensors of a safetensors or ``torch.save`` file. Raises DataError if it is damaged or holds code."""
+    """Named tensors of a safetensors or ``torch.save`` file, told apart by content, not by name.
+
+    Raises DataError if it is damaged or holds code.
+    """
     try:
-        if Path(where).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        if data[8:9] == b"{" or where.endswith(".safetensors"):  # a JSON object after its length, as no pickle or zip
+            state: Any = safetensors.torch.load(data)
+        else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             for key in NESTED:
                 state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
-        else:
-            state = safetensors.torch.load(data)
     except SafetensorError as error:
         raise DataError(f"{where} is truncated or no safetensors file: {error}") from None
     except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
-        raise DataError(f"{where} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # EOFError says nothing
+        raise DataError(f"{where} is damaged or holds more than weights: {reason}") from None
+    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise DataError(f"{where} holds no table of named tensors")
     return unwrapped(state)
 

@@ -8,7 +8,7 @@ from typing import Any
 from manifests.errors import DataError
 from stages.models.settings import InputSettings
 
-Facts = dict[str, Any]  # any of architecture, num_classes, channels, class_names, input; what is unknown is absent
+Facts = dict[str, Any]  # any of architecture, num_classes, class_names, input, cast; what is unknown is absent
 _RESAMPLE = {2: "bilinear", 3: "bicubic", 4: "area"}  # PIL's numbers
 _INTERPOLATION = ("bilinear", "bicubic")
 
@@ -50,13 +50,13 @@ def timm_facts(folder: Path) -> Facts:
     if not isinstance(config.get("architecture"), str) or not isinstance(own, Mapping):
         raise DataError(f"{path} is no timm config: it has no architecture and pretrained_cfg")
     if config.get("model_args"):
-        raise DataError(f"{path} has model_args {sorted(config['model_args'])}: build it with module.path:function")
+        raise DataError(f"{path} has model_args {config['model_args']}: build it with module.path:function")
     facts: Facts = {"architecture": f"timm:{config['architecture']}"}
     classes = config.get("num_classes", own.get("num_classes"))
     if classes:
         facts["num_classes"] = classes
     names = config.get("label_names") or own.get("label_names")
-    if names:
+    if isinstance(names, list) and names:
         facts["class_names"] = tuple(map(str, names))
     try:
         channels, size, width = own["input_size"]
@@ -71,7 +71,7 @@ def timm_facts(folder: Path) -> Facts:
 def hf_facts(folder: Path) -> Facts:
     """From ``config.json`` and ``preprocessor_config.json`` of a transformers image classifier."""
     config = read_json(folder / "config.json")
-    facts: Facts = {}
+    facts: Facts = {"cast": config.get("dtype", config.get("torch_dtype")) not in (None, "float32")}
     labels = config.get("id2label")
     if isinstance(labels, Mapping) and labels:
         try:
@@ -88,23 +88,24 @@ def hf_facts(folder: Path) -> Facts:
 
 
 def processor_input(processor: Facts, channels: int) -> InputSettings | None:
-    """What an image processor prepares, None where that is not one of our input rules."""
-    size = processor.get("size")
-    if processor.get("do_center_crop") and processor.get("crop_size"):
-        size = processor["crop_size"]
-    if isinstance(size, Mapping):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-        size = sides.pop() if len(sides) == 1 else None
-    scaled = processor.get("do_rescale", True) and abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6
-    resize = _RESAMPLE.get(processor.get("resample", 2))
-    if not isinstance(size, int) or not scaled or resize is None:
-        return None
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not processor.get("do_normalize", True):
-        mean, std = [0.0] * channels, [1.0] * channels
+    """What an image processor prepares, None where that is not one of our input rules, or not all of it is said."""
+    if processor.get("do_flip_channel_order") or processor.get("do_normalize") is None:
+        return None  # transformers leaves out what is None, and no file holds the defaults of a class
     try:
-        return InputSettings.model_validate(
-            {"size": size, "channels": channels, "mean": mean, "std": std, "resize": resize}
-        )
-    except ValueError:
+        size = processor.get("size")
+        if processor.get("do_center_crop") and processor.get("crop_size"):
+            size = processor["crop_size"]
+        if isinstance(size, Mapping):
+            sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
+            size = sides.pop() if len(sides) == 1 else None
+        scaled = processor.get("do_rescale", True) and abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6
+        resize = _RESAMPLE.get(processor.get("resample", 2))
+        if not isinstance(size, int) or not scaled or resize is None:
+            return None
+        mean, std = processor.get("image_mean"), processor.get("image_std")
+        if not processor["do_normalize"]:
+            mean, std = (0.0,) * channels, (1.0,) * channels
+        values = {"size": size, "channels": channels, "mean": mean, "std": std, "resize": resize}
+        return InputSettings.model_validate(values)
+    except (TypeError, ValueError):  # null, or a text for a number
         return None

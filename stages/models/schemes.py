@@ -61,8 +61,8 @@ def source_file(name: str) -> Path:
     module = name.partition(":")[0]
     path: list[str] | None = [str(Path.cwd()), *sys.path]
     spec = None
-    for end in range(1, module.count(".") + 2):
-        spec = PathFinder.find_spec(".".join(module.split(".")[:end]), path) if path is not None else None
+    for part in module.split("."):  # not the full name: namespace packages look for their parent in sys.modules
+        spec = PathFinder.find_spec(part, path) if path is not None else None
         if spec is None:
             break
         path = list(spec.submodule_search_locations) if spec.submodule_search_locations is not None else None

@@ -85,6 +85,18 @@ def test_folder_names_decide_where_they_are_the_models(samples, tmp_path):
     assert [label for _, _, label in labelled_images(numbered, NAMES)] == [0, 0, 1, 1, 2, 2, 2]
 
 
+def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
+    path = write_folder(tmp_path / "a", samples, NAMES)
+    before = list(labelled_images(path, NAMES))
+    (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
+    assert list(labelled_images(path, NAMES)) == before
+    (tmp_path / "a" / "left").rename(tmp_path / "a" / "lfet")
+    with pytest.raises(DataError, match=r"a has sub-folders that are no class \(left, right, top\): lfet"):
+        list(labelled_images(path, NAMES))
+    with pytest.raises(DataError, match=r"a has 3 sub-folders \(lfet, right, top\); expected .* the model's 2 classes"):
+        list(labelled_images(path, ("x", "y")))
+
+
 def test_our_own_manifest_is_labelled_data_too(dataset, model):
     found = evaluate(model, dataset, teacher=ModelSettings(name=model))
     assert found["images"] == 48

@@ -34,15 +34,15 @@ def test_saved_model_comes_back_equal(folder, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", ["pt", "pth.tar", "safetensors"])
 def test_wrapper_prefixes_and_nesting_are_stripped(folder, tmp_path, kind):
     state = safetensors.torch.load_file(folder / "model.safetensors")
     wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
     path = tmp_path / f"w.{kind}"
-    if kind == "pt":
-        torch.save({"state_dict": wrapped, "epoch": 3}, path)
-    else:
+    if kind == "safetensors":
         safetensors.torch.save_file(wrapped, path)
+    else:
+        torch.save({"state_dict": wrapped, "epoch": 3}, path)
     teacher = load_teacher(ModelSettings(name="digits-cnn-small", weights=str(path), input=INPUT, num_classes=3))
     assert torch.equal(teacher.class_weights, state["classifier.weight"])
     assert teacher.class_names == ("class 0", "class 1", "class 2")
@@ -61,6 +61,28 @@ def test_missing_weights_and_missing_folder(folder):
         load_teacher(ModelSettings(name=str(folder)))
     with pytest.raises(DataError, match="does not exist"):
         load_teacher(ModelSettings(name=str(folder / "nowhere")))
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"epoch": 3}, [torch.zeros(1)]])
+def test_checkpoints_without_named_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"w\.pt holds no table of named tensors"):
+        load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "w.pt"), input=INPUT, num_classes=3))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "model_best.pth.tar", "w"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all"])
+def test_files_that_are_no_weights(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} is (truncated or no safetensors file|damaged or holds more)"):
+        load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / name), input=INPUT, num_classes=3))
+
+
+def test_one_class_leaves_nothing_to_choose(tmp_path):
+    one = CONFIG.model_copy(update={"num_classes": 1, "class_names": ("a",)})
+    save_model(tmp_path, registry.build("digits-cnn-small", 1, 1), one)
+    with pytest.raises(DataError, match=r"config\.json: number of classes is 1; expected 2 to 100000"):
+        load_model(tmp_path)
 
 
 def test_pickled_code_is_refused(tmp_path):
