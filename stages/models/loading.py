@@ -95,9 +95,7 @@ def build_from(config: ModelConfig, weights: bytes, where: str, named: bool = Fa
 
 
 def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """``net`` with the weights in ``state``; as it is where there are none, since code may bring its own."""
-    if not state:
-        return net
+    """``net`` with the weights in ``state``."""
     if config.architecture in CIFAR_NAMES:
         state = torchvision_names(state)
     head = state.get(f"{head_path(net)}.weight")
@@ -142,7 +140,9 @@ def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") ->
                 what = "weights cannot be loaded into it" if data else "expected a network or a function"
                 raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
             return BlackBox(made, config.input, config.class_names, identity).check()
-        net = filled(foreign.finish(made, config), config, parse_weights(data, where) if data else {}, where)
+        net = foreign.finish(made, config)
+        if source.weights != source.code:  # otherwise it brings its own
+            net = filled(net, config, parse_weights(data, where), where)
     else:
         net = build_from(config, data, where, source.named)
     return Teacher(net.to(device), config.input, config.class_names, identity).check()

@@ -89,7 +89,8 @@ def hf_facts(folder: Path) -> Facts:
 
 def processor_input(processor: Facts, channels: int) -> InputSettings | None:
     """What an image processor prepares, None where that is not one of our input rules, or not all of it is said."""
-    if processor.get("do_flip_channel_order") or processor.get("do_normalize") is None:
+    others = ("do_flip_channel_order", "do_color_quantize", "rescale_offset")
+    if any(map(processor.get, others)) or processor.get("do_normalize") is None:
         return None  # transformers leaves out what is None, and no file holds the defaults of a class
     try:
         size = processor.get("size")

@@ -317,7 +317,7 @@ class TestTransformers:
             resolve(ModelSettings(name=f"hf:{tmp_path}"))
         said = read_json(folder / "preprocessor_config.json")
         malformed = ({"rescale_factor": None}, {"resample": []}, {"image_mean": "half"}, {"size": {"height": []}})
-        for other in ({"do_normalize": None}, {"do_flip_channel_order": True}, *malformed):
+        for other in ({"do_normalize": None}, {"do_flip_channel_order": True}, {"rescale_offset": True}, *malformed):
             assert processor_input(said | other, 3) is None
         assert processor_input(said | {"do_normalize": False}, 3).mean == (0.0,) * 3
 

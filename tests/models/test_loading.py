@@ -78,6 +78,13 @@ def test_files_that_are_no_weights(tmp_path, name, content):
         load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / name), input=INPUT, num_classes=3))
 
 
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}])
+def test_a_checkpoint_without_weights_is_no_random_network(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"w\.pt does not fit DigitsCNN: missing: "):
+        load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "w.pt"), input=INPUT, num_classes=3))
+
+
 def test_one_class_leaves_nothing_to_choose(tmp_path):
     one = CONFIG.model_copy(update={"num_classes": 1, "class_names": ("a",)})
     save_model(tmp_path, registry.build("digits-cnn-small", 1, 1), one)
