@@ -168,6 +168,9 @@ def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_fol
         (["run", "synth", "--set", "seed=x"], 2, "--set seed=x: synth.seed"),
         (["run", "synth", "--shards", "0"], 2, "--shards: synth.shards: input should be greater than 0, got 0"),
         (["run", "synth", "--workers", "0", *NOISE], 2, "--workers: workers: input should be greater than 0, got 0"),
+        (["demo", "--workers", "0"], 2, "--workers: workers: input should be greater than 0, got 0"),
+        (["demo", "--out", "memory://x/demo"], 2, "the demo needs a local folder"),
+        (["run", "synth", "--gpus-per-worker", "1", *NOISE], 2, "--gpus-per-worker: one worker in this process"),
         (["run", "synth", "--prior", "./nowhere"], 3, "no such folder"),
         (["run", "synth", "--teacher", "./nowhere", *NOISE], 3, "nowhere does not exist"),
         (["run", "distill", "-m", "missing/m.parquet"], 3, "missing/m.parquet"),
@@ -189,6 +192,20 @@ def test_bad_input_is_one_line_with_its_exit_code_and_writes_nothing(factory, tm
     assert len(err.splitlines()) == 1
     assert out == ""
     assert [path.name for path in tmp_path.rglob("*")] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("command", ["run synth", "run rounds", "demo"])
+def test_what_tells_to_retry_takes_the_flag(factory, tmp_path, monkeypatch, command):
+    """Every command whose shards may end in quarantine can take them out."""
+
+    def look(recipe, out, place, **_):
+        raise FactoryError(f"retry {place.retry_failed}")
+
+    monkeypatch.setattr("pipeline.synth.run_synth", look)
+    monkeypatch.setattr("pipeline.demo.run_synth", look)
+    args = (*command.split(), "--out", tmp_path / "out")
+    assert factory(*args)[2].splitlines()[-1] == "retry False"
+    assert factory(*args, "--retry-failed")[2].splitlines()[-1] == "retry True"
 
 
 def test_where_that_cannot_work(factory, run_folder):
