@@ -42,6 +42,14 @@ def test_eval_writes_a_picture(student, dataset, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])
+def test_a_device_that_cannot_compute_is_refused_in_one_line(student, dataset, device):
+    for command in (("eval", student, dataset), ("run", "distill", "-m", dataset, *SHORT)):
+        refused = factory(*command, "--device", device).exception
+        assert isinstance(refused, UsageError)
+        assert str(refused).startswith(f"device '{device}' cannot be used: ") and "\n" not in str(refused)
+
+
 def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
     path = write_dataset(tmp_path / "d")
     sorted((tmp_path / "d" / "shards").glob("*.tar"))[1].unlink()
