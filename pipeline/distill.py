@@ -190,27 +190,30 @@ def dry_run(
     teacher: str | None,
     place: ExecutorSettings = INLINE,
 ) -> dict[str, Any]:
-    """What ``run_distill`` would train on, for how long and at what cost; writes nothing."""
+    """What ``run_distill`` would train on, for how long and at what cost; writes nothing, and reads no image."""
+    from stages.distill.batches import batch_bounds
+    from stages.distill.rows import EpochOrder, select_rows, split_held_out
+
     settings = recipe.distill
-    rows, batches, described = 0, 0, []
-    for url, weight in sources:
-        manifest = Manifest.open(url, skip_bad=settings.skip_bad)
-        count = len(manifest.select(settings.where, kept=settings.kept))
-        used = max(1, round(count * min(weight, 1.0))) if weight != 1 else count
-        rows += used
-        described.append({"manifest": url, "weight": weight, "rows": manifest.num_rows, "selected": count})
-    batches = -(-rows // settings.batch_size)
+    manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
+    images = EpochOrder(rows, split_held_out(rows, settings.held_out, settings.seed)[0], settings).length
+    batches = len(batch_bounds(images, settings.batch_size)) - 1
+    manifest = manifests[0][0]
     return {
         "out": Storage(out).url,
         "settings": settings.model_dump(mode="json"),
-        "sources": described,
+        "sources": [
+            {"manifest": each.url, "weight": weight, "rows": each.num_rows, "selected": len(selection)}
+            for (each, weight), selection in zip(manifests, rows.selections, strict=True)
+        ],
         "teacher": teacher or manifest.info.teacher.get("architecture"),
-        "images_per_epoch": rows,
+        "images_per_epoch": images,
         "steps_per_epoch": batches,
         "steps": batches * settings.epochs,
         "students": list(settings.students),
         "workers": place.workers,
-        "cost": cost(settings, manifest, teacher, rows),
+        "cost": cost(settings, manifest, teacher, images),
     }
 
 

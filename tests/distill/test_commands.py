@@ -88,6 +88,16 @@ def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_p
     assert (tmp_path / "out" / "digits-cnn-small" / "model.safetensors").exists()
 
 
+def test_the_dry_run_counts_the_steps_of_the_run(dataset, tmp_path):
+    other = write_dataset(tmp_path / "other", count=20, seed=1)
+    args = ("run", "distill", "-m", f"{dataset}@2.5", "-m", f"{other}@0.3", "-o", tmp_path / "out", *SHORT, "--json")
+    shown = json.loads(factory(*args, "--dry-run").stdout)
+    assert factory(*args).exit_code == 0
+    lines = (tmp_path / "out/digits-cnn-small/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-1] == shown["steps"]
+    assert shown["images_per_epoch"] > 2 * 48 * 0.8
+
+
 def test_the_dry_run_tells_of_workers(dataset):
     shown = factory("run", "distill", "-m", dataset, *SHORT, "--workers", "2", "--dry-run")
     assert "workers   2 through Ray Train, about 4 images of each batch for one" in shown.stdout

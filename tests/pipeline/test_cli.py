@@ -109,7 +109,8 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert code == 0 and "removed 0 unreferenced" in out
     code, out, _ = factory("run", "distill", "--manifest", run / "m.parquet", "--dry-run", "--json", "--epochs", 3)
     assert code == 0
-    assert json.loads(out)["images_per_epoch"] == 32
+    assert json.loads(out)["sources"][0]["selected"] == 32
+    assert json.loads(out)["images_per_epoch"] == 30  # the others are held out
     assert json.loads(out)["settings"]["epochs"] == 3
 
 
