@@ -14,6 +14,7 @@ from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.signals import StopSignals
+from pipeline.folders import refuse_file
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.plan import RESOLVED
@@ -81,15 +82,16 @@ def run_distill(
     """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
-    Raises DataError where data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C,
-    FactoryError while another process trains in ``out``.
+    Raises UsageError where ``out`` is a file, DataError where data, teacher and folder do not fit, Interrupted (after a
+    checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
+    storage = Storage(out)
+    refuse_file(storage)
     from stages.distill.run import begin, prepare, train_students
     from stages.distill.watcher import Watcher
 
-    storage = Storage(out)
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
         EventLog(storage) as events,

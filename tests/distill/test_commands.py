@@ -71,6 +71,12 @@ def test_one_process_at_a_time_trains_in_a_folder(dataset, tmp_path):
     assert factory("run", "distill", "-m", dataset, "-o", out, *SHORT).exit_code == 0
 
 
+def test_out_that_is_a_file_is_refused(dataset, tmp_path):
+    (tmp_path / "out").write_text("x")
+    refused = factory("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT).exception
+    assert isinstance(refused, UsageError) and "out is a file; --out names a folder" in str(refused)
+
+
 def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_path, monkeypatch):
     from stages.distill import student as module
 
