@@ -1,6 +1,7 @@
 """The command line as a user meets it: help without torch, exit codes, one-line errors, JSON on stdout."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -248,9 +249,10 @@ def test_a_second_driver_is_refused(factory, run_folder):
     assert code == 1 and "in use by another driver" in err
 
 
-def spawn(run, *args):
+def spawn(run, *args, **environment):
     command = [sys.executable, "-m", "pipeline.cli", "run", "synth", "--out", str(run), "--method", "noise", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for_a_shard(run):
@@ -262,10 +264,10 @@ def wait_for_a_shard(run):
 
 def test_killed_and_run_again_it_equals_an_unbroken_run(tmp_path):
     args = ("--shards", "6", "--set", "group_size=30")
-    killed = spawn(tmp_path / "run", *args)
-    wait_for_a_shard(tmp_path / "run")
-    killed.send_signal(signal.SIGKILL)
+    killed = spawn(tmp_path / "run", *args, FACTORY_FAULT="checked:3")
     killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "run/done").iterdir())) == 3
     assert not (tmp_path / "run/m.parquet").exists()
     again, whole = spawn(tmp_path / "run", *args), spawn(tmp_path / "whole", *args)
     _, err = again.communicate()
