@@ -13,7 +13,8 @@ from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import run_distill
-from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.settings import synth_place
+from pipeline.folders import local_folder
 from pipeline.inspect import samples
 from pipeline.pictures import beside, contact_sheet, png
 from pipeline.progress import say
@@ -28,21 +29,25 @@ PICTURE = "guidance.png"
 PICTURES_PER_CLASS = 6
 
 
-def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1) -> dict[str, Any]:
-    """Run everything into ``out`` (resuming what is there); returns the table's numbers and the paths. JSON-able."""
+def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed: bool = False) -> dict[str, Any]:
+    """Run everything into ``out`` (resuming what is there); returns the table's numbers and the paths. JSON-able.
+
+    Raises UsageError, before anything runs, for an ``out`` that is no local folder and for ``workers`` below 1.
+    """
+    guided = resolve("demo", sets=sets)
+    flags = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
+    place = synth_place(guided.synth, flags)
+    root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()
-    guided = resolve("demo", sets=sets)
     unguided = guided.model_copy(
         update={
             "synth": guided.synth.model_copy(update={"method": UNGUIDED}),
             "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
         }
     )
-    root = Storage(out)
     runs: dict[str, dict[str, Any]] = {}
     for name, recipe in (("guided", guided), ("unguided", unguided)):
-        place = ExecutorSettings(workers=workers, threads=recipe.synth.threads)
         runs[name] = {"synth": run_synth(recipe, root.path(name), place, title=f"{name} images")}
     root.write(PICTURE, picture(root.path("unguided"), root.path("guided")))
     test = _test_digits(root)

@@ -14,6 +14,7 @@ from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.executors.signals import StopSignals
+from pipeline.folders import refuse_file
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.plan import RESOLVED
@@ -81,15 +82,16 @@ def run_distill(
     """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
-    Raises DataError where data, teacher and folder do not fit, Interrupted (after a checkpoint) on the first Ctrl-C,
-    FactoryError while another process trains in ``out``.
+    Raises UsageError where ``out`` is a file, DataError where data, teacher and folder do not fit, Interrupted (after a
+    checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
+    storage = Storage(out)
+    refuse_file(storage)
     from stages.distill.run import begin, prepare, train_students
     from stages.distill.watcher import Watcher
 
-    storage = Storage(out)
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
         EventLog(storage) as events,
@@ -190,27 +192,30 @@ def dry_run(
     teacher: str | None,
     place: ExecutorSettings = INLINE,
 ) -> dict[str, Any]:
-    """What ``run_distill`` would train on, for how long and at what cost; writes nothing."""
+    """What ``run_distill`` would train on, for how long and at what cost; writes nothing, and reads no image."""
+    from stages.distill.batches import batch_bounds
+    from stages.distill.rows import EpochOrder, select_rows, split_held_out
+
     settings = recipe.distill
-    rows, batches, described = 0, 0, []
-    for url, weight in sources:
-        manifest = Manifest.open(url, skip_bad=settings.skip_bad)
-        count = len(manifest.select(settings.where, kept=settings.kept))
-        used = max(1, round(count * min(weight, 1.0))) if weight != 1 else count
-        rows += used
-        described.append({"manifest": url, "weight": weight, "rows": manifest.num_rows, "selected": count})
-    batches = -(-rows // settings.batch_size)
+    manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
+    images = EpochOrder(rows, split_held_out(rows, settings.held_out, settings.seed)[0], settings).length
+    batches = len(batch_bounds(images, settings.batch_size)) - 1
+    manifest = manifests[0][0]
     return {
         "out": Storage(out).url,
         "settings": settings.model_dump(mode="json"),
-        "sources": described,
+        "sources": [
+            {"manifest": each.url, "weight": weight, "rows": each.num_rows, "selected": len(selection)}
+            for (each, weight), selection in zip(manifests, rows.selections, strict=True)
+        ],
         "teacher": teacher or manifest.info.teacher.get("architecture"),
-        "images_per_epoch": rows,
+        "images_per_epoch": images,
         "steps_per_epoch": batches,
         "steps": batches * settings.epochs,
         "students": list(settings.students),
         "workers": place.workers,
-        "cost": cost(settings, manifest, teacher, rows),
+        "cost": cost(settings, manifest, teacher, images),
     }
 
 

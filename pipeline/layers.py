@@ -158,7 +158,8 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     """One pydantic problem as a line: place, key, what is wrong, what would be right."""
     path = tuple(str(part) for part in problem["loc"])
     key = ".".join(path)
-    head = f"{layer.origin(path)}: {key}" if key else layer.origin(path)
+    where = layer.origin(path[:-1] if problem["type"] == "missing" else path)  # what is missing was set nowhere
+    head = f"{where}: {key}" if key else where
     if problem["type"] == "extra_forbidden":
         return f"{head}: unknown key; {suggest(path[-1], fields_at(model, path[:-1]))}"
     if problem["type"] == "missing":

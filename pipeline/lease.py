@@ -78,11 +78,14 @@ class Lease:
         now = time.time()
         pid = os.getpid()
         self._me = Holder(socket.gethostname(), pid, _machine(), _started(pid), secrets.token_hex(8), now, now)
-        if not self._storage.create(_name(number), self._me.dump()):
-            rival = current(self._storage)
-            raise FactoryError(_refusal(self._storage, rival[1] if rival else self._me))
+        _held.add(self._me.token)  # before another thread of this process can read the file
+        with contextlib.ExitStack() as undo:
+            undo.callback(_held.discard, self._me.token)
+            if not self._storage.create(_name(number), self._me.dump()):
+                rival = current(self._storage)
+                raise FactoryError(_refusal(self._storage, rival[1] if rival else self._me))
+            undo.pop_all()
         self._number, self.after_crash = number, taken_over
-        _held.add(self._me.token)
         if before is not None and taken_over:
             line = f"taking over {self._storage.url}: its driver ({before[1]}) stopped without releasing it"
             self._on_event("warning", message=line)

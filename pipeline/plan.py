@@ -16,6 +16,7 @@ from manifests.info import MAX_SHARD, is_count, is_sha256
 from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from pipeline.failures import quarantined, release
+from pipeline.folders import refuse_file
 from pipeline.lease import live
 from pipeline.recipe import Recipe, to_yaml
 from stages.synth.plan_inputs import SynthInputs, semantics
@@ -86,6 +87,7 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
     if not storage.exists(PLAN):
+        refuse_file(storage)
         _refuse_foreign(storage)
         if storage.create(PLAN, plan.to_json()):
             return
@@ -164,8 +166,6 @@ def versions() -> dict[str, str]:
 
 def _refuse_foreign(storage: Storage) -> None:
     """A folder without a plan must hold nothing else, so that no user's files end up inside a dataset."""
-    if storage.is_local and os.path.exists(storage.url) and not os.path.isdir(storage.url):
-        raise UsageError(f"{storage.url} is a file; --out names the dataset's folder")
     found = sorted(os.listdir(storage.url)) if storage.is_local and os.path.isdir(storage.url) else storage.list("")
     staged = storage.path("tmp")
     if found == ["tmp"] and os.path.isdir(staged) and all(name.startswith("write-") for name in os.listdir(staged)):

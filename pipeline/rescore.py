@@ -39,8 +39,8 @@ def rescore(
     """Write a manifest like ``url`` with the teacher columns of ``teacher`` (default: the one that the dataset
     carries) and ``kept`` by ``threshold`` (default: the manifest's own). Returns a report.
 
-    Raises UsageError where neither is given or ``out`` lies elsewhere, DataError where the file exists already, the
-    teacher has other classes, or images are damaged.
+    Raises UsageError where neither is given, ``out`` lies elsewhere or ``device`` cannot be used, DataError where the
+    file exists already, the teacher has other classes, or images are damaged.
     """
     if teacher is None and threshold is None:
         raise UsageError("say what shall change: --teacher, --threshold or both")
@@ -52,10 +52,12 @@ def rescore(
     settings = ModelSettings(name=teacher) if teacher else None
     copy = prepare(settings, teacher_identity(settings)).apart() if settings else None
     least = own_threshold(manifest.info) if threshold is None else threshold
+    from stages.device import find_device
     from stages.models.carried import carried_teacher, check_classes
     from stages.models.loading import load_teacher
     from stages.synth.rescore import rescored
 
+    device = str(find_device(device))
     model = load_teacher(settings, device) if settings else carried_teacher(manifest, device)
     check_classes(model, manifest)  # before anything is written
     info = described(manifest, copy, least)

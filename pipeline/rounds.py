@@ -18,6 +18,7 @@ from pipeline import estimate
 from pipeline import synth as stage
 from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.folders import local_folder
 from pipeline.recipe import Recipe
 from pipeline.text import duration, plain
 from stages.distill.settings import student_name
@@ -74,8 +75,7 @@ def check(recipe: Recipe, out: str) -> None:
         raise UsageError(f"method {recipe.synth.method} follows no adversary, so rounds would repeat: use diffdfkd")
     if recipe.synth.adversary is not None:
         raise UsageError("rounds choose their adversary themselves: leave synth.adversary and guidance.adversarial out")
-    if not Storage(out).is_local:
-        raise UsageError(f"--out {out}: rounds need a local folder, since each reads the student of the one before")
+    local_folder(out, "rounds need a local folder, since each reads the student of the one before")
 
 
 def round_name(number: int) -> str:

@@ -29,6 +29,9 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Show resolved settings, sizes and cost; write nothing.", rich_help_panel=RESULT),
 ]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Try quarantined shards again.", rich_help_panel=PLACE)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder of stage 1 (path or URL).", show_default=False)

@@ -28,7 +28,7 @@ def rescore(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Teacher columns and kept flags again, for another teacher or threshold. Makes a new manifest, no new images."""

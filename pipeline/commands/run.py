@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, SetOption, answer
+from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, RetryOption, SetOption, answer
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it; or both in turn.")
 
@@ -38,15 +38,14 @@ def synth(
     memory_per_worker: Annotated[float | None, _place(help="GiB that each worker reserves.")] = None,
     time_limit: Annotated[float | None, _place(help="Seconds that a shard may take.")] = None,
     device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
-    retry_failed: Annotated[bool, _place("--retry-failed", help="Try quarantined shards again.")] = False,
+    retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesise a dataset. The same command again resumes; a larger --shards adds."""
     from pipeline import estimate
     from pipeline import synth as stage
-    from pipeline.executors.settings import ExecutorSettings
-    from pipeline.layers import flag_layer, validate
+    from pipeline.executors.settings import synth_place
     from pipeline.recipe import DEFAULT, resolve
 
     flags = {
@@ -66,9 +65,8 @@ def synth(
         "memory_per_worker": ("--memory-per-worker", memory_per_worker),
         "time_limit": ("--time-limit", time_limit),
         "retry_failed": ("--retry-failed", retry_failed),
-        "threads": ("synth.threads", resolved.synth.threads),
     }
-    place = validate(ExecutorSettings, flag_layer(places))
+    place = synth_place(resolved.synth, places)
     folder = out or f"runs/{resolved.name}"
     if dry_run:
         answer(estimate.dry_run(resolved, folder, place), as_json, estimate.dry_run_lines)
@@ -154,13 +152,13 @@ def rounds(
         int | None, _place(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
     ] = None,
     device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Both stages in turn: later images avoid what the student already knows. The same command again resumes."""
     from pipeline import rounds as stages
-    from pipeline.executors.settings import ExecutorSettings
-    from pipeline.layers import flag_layer, validate
+    from pipeline.executors.settings import synth_place
     from pipeline.recipe import DEFAULT, resolve
 
     flags = {
@@ -169,8 +167,8 @@ def rounds(
         "distill.device": ("--device", device),
     }
     resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
-    places = {"workers": ("--workers", workers), "threads": ("synth.threads", resolved.synth.threads)}
-    place = validate(ExecutorSettings, flag_layer(places))
+    places = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
+    place = synth_place(resolved.synth, places)
     if dry_run:
         answer(stages.dry_run(resolved, out, place), as_json, stages.dry_run_lines)
     else:

@@ -22,7 +22,7 @@ def evaluate(
     confusion: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Confusion matrix to write (PNG).", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy, calibration and confusions of a model folder on labelled images; agreement with a teacher."""

@@ -1,8 +1,14 @@
 """Where and how the stages run: nothing that enters a fingerprint, or that a resumed run must share."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
+from manifests.errors import UsageError
+from pipeline.layers import flag_layer, validate
 from stages.models.settings import Settings
+from stages.synth.settings import SynthSettings
 
 
 class ExecutorSettings(Settings):
@@ -26,3 +32,19 @@ class ExecutorSettings(Settings):
     def inline(self) -> bool:
         """True if no Ray is needed."""
         return self.workers == 1 and self.address is None
+
+
+def synth_place(synth: SynthSettings, flags: Mapping[str, tuple[str, Any]]) -> ExecutorSettings:
+    """Where a run of ``synth`` works: ``{"workers": ("--workers", 8)}``, with the plan's threads.
+
+    Raises UsageError for values that cannot be, and for a reservation where nothing is reserved.
+    """
+    place = validate(ExecutorSettings, flag_layer({**flags, "threads": ("synth.threads", synth.threads)}))
+    for name in ("gpus_per_worker", "memory_per_worker"):
+        if place.inline and getattr(place, name) is not None:
+            raise UsageError(
+                f"{flags[name][0]}: one worker in this process reserves nothing; add --workers or --address"
+            )
+    if synth.device == "cpu" and place.gpus_per_worker is None:
+        place = place.model_copy(update={"gpus_per_worker": 0.0})
+    return place

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manifests.errors import DataError
 from manifests.images import decode
+from stages.device import find_device
 from stages.distill.labelled import Sample, labelled_images
 from stages.distill.threads import torch_threads
 from stages.models.identity import ModelConfig
@@ -29,12 +30,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
-    Raises DataError where either does not fit.
+    Raises DataError where either does not fit, UsageError where ``device`` cannot be used.
     """
+    place = find_device(device)
     with torch_threads(threads):
         net, config = load_model(model)
-        judge = load_teacher(teacher, device) if teacher else None
-        return evaluate_net(net.to(device), config, data, judge)
+        judge = load_teacher(teacher, place) if teacher else None
+        return evaluate_net(net.to(place), config, data, judge)
 
 
 def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> dict[str, Any]:

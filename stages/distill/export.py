@@ -3,6 +3,7 @@
 Used by ``factory export``.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -67,14 +68,38 @@ def _exported(
     net, config = load_model(student)
     deployable = Deployable(net, config).eval()
     shape = (config.channels, config.input.size, config.input.size)
-    generator = torch.Generator().manual_seed(0)
     target = Path(file)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):  # Path.is_dir raises where a name is too long
         raise UsageError(f"{file}: folder {target.parent} does not exist")
+    if os.path.isdir(target):
+        raise UsageError(f"{file} is a folder: name the file to write in it")
+    try:
+        worst = _written(deployable, shape, target, kind, write, read)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+    return {
+        "student": str(student),
+        "file": str(target),
+        "format": kind,
+        "bytes": target.stat().st_size,
+        "input": ["batch", *shape],
+        "classes": config.num_classes,
+        "largest_difference": worst,
+    }
+
+
+def _written(
+    deployable: Deployable,
+    shape: tuple[int, int, int],
+    target: Path,
+    kind: str,
+    write: Callable[[Deployable, Tensor, Path], None],
+    read: Callable[[Path], Callable[[Tensor], Tensor]],
+) -> float:
+    """Write ``target`` once its answers are PyTorch's, for images ``[n, *shape]``; the largest difference."""
+    generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-        part = Path(folder) / target.name
-        if not part.suffix:
-            part = part.with_suffix(".pt2" if kind == "torch.export" else ".onnx")
+        part = Path(folder) / ("student.pt2" if kind == "torch.export" else "student.onnx")
         write(deployable, torch.rand(2, *shape, generator=generator), part)
         other, worst = read(part), 0.0
         for size in SIZES:
@@ -87,12 +112,4 @@ def _exported(
                 f"{kind} answers differ from PyTorch's by {worst:.2g} (at most {TOLERANCE:g}): not written"
             )
         part.replace(target)
-    return {
-        "student": str(student),
-        "file": str(target),
-        "format": kind,
-        "bytes": target.stat().st_size,
-        "input": ["batch", *shape],
-        "classes": config.num_classes,
-        "largest_difference": worst,
-    }
+    return worst

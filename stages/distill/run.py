@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from stages.device import find_device
 from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
 from stages.distill.batches import Batches, check_parts
@@ -89,7 +89,7 @@ def prepare(
     ranks: Ranks = ALONE,
 ) -> Prepared:
     """Open and check everything; the same in every process of ``ranks``."""
-    device = ranks.device or _device(settings.device)
+    device = ranks.device or find_device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.other_teacher, device)
     if settings.channels_last:
@@ -206,14 +206,3 @@ def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> Mo
         class_names=teacher.class_names,
         stem=default_stem(name, wanted.size, student=True),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device

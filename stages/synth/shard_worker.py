@@ -15,6 +15,7 @@ from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
+from stages.device import find_device
 from stages.micro_batches import free_memory, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
@@ -42,9 +43,7 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
 
     ``run`` is the run's folder, through which its workers share what they fit.
     """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(find_device(settings.device))
     teacher = load_teacher(settings.teacher, device)
     if settings.method != "dmkd":
         if not teacher.differentiable:

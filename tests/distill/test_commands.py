@@ -42,6 +42,14 @@ def test_eval_writes_a_picture(student, dataset, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])
+def test_a_device_that_cannot_compute_is_refused_in_one_line(student, dataset, device):
+    for command in (("eval", student, dataset), ("run", "distill", "-m", dataset, *SHORT)):
+        refused = factory(*command, "--device", device).exception
+        assert isinstance(refused, UsageError)
+        assert str(refused).startswith(f"device '{device}' cannot be used: ") and "\n" not in str(refused)
+
+
 def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
     path = write_dataset(tmp_path / "d")
     sorted((tmp_path / "d" / "shards").glob("*.tar"))[1].unlink()
@@ -63,6 +71,12 @@ def test_one_process_at_a_time_trains_in_a_folder(dataset, tmp_path):
     assert factory("run", "distill", "-m", dataset, "-o", out, *SHORT).exit_code == 0
 
 
+def test_out_that_is_a_file_is_refused(dataset, tmp_path):
+    (tmp_path / "out").write_text("x")
+    refused = factory("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT).exception
+    assert isinstance(refused, UsageError) and "out is a file; --out names a folder" in str(refused)
+
+
 def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_path, monkeypatch):
     from stages.distill import student as module
 
@@ -78,6 +92,16 @@ def test_a_parked_student_fails_the_command_and_the_others_finish(dataset, tmp_p
     assert done.exit_code == 1
     assert "resnet8: parked, loss is nan at step 0" in done.stdout
     assert (tmp_path / "out" / "digits-cnn-small" / "model.safetensors").exists()
+
+
+def test_the_dry_run_counts_the_steps_of_the_run(dataset, tmp_path):
+    other = write_dataset(tmp_path / "other", count=20, seed=1)
+    args = ("run", "distill", "-m", f"{dataset}@2.5", "-m", f"{other}@0.3", "-o", tmp_path / "out", *SHORT, "--json")
+    shown = json.loads(factory(*args, "--dry-run").stdout)
+    assert factory(*args).exit_code == 0
+    lines = (tmp_path / "out/digits-cnn-small/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][-1] == shown["steps"]
+    assert shown["images_per_epoch"] > 2 * 48 * 0.8
 
 
 def test_the_dry_run_tells_of_workers(dataset):

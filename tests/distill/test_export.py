@@ -63,9 +63,18 @@ def test_answers_that_differ_are_not_written(student, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_cannot_be_written_is_said(student, tmp_path):
+    for file, says in (
+        (tmp_path / "no" / "s.pt2", "does not exist"),
+        (tmp_path, "is a folder: name the file to write in it"),
+        (tmp_path / ("s" * 300), "cannot be written: File name too long"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            export.export_torch(student, str(file))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_said(student, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="does not exist"):
-        export.export_torch(student, str(tmp_path / "no" / "s.pt2"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UsageError, match=r"needs onnxruntime: pip install 'dfkd-factory\[onnx\]'"):
         export.export_onnx(student, str(tmp_path / "s.onnx"))

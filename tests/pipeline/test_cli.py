@@ -1,6 +1,7 @@
 """The command line as a user meets it: help without torch, exit codes, one-line errors, JSON on stdout."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert code == 0 and "removed 0 unreferenced" in out
     code, out, _ = factory("run", "distill", "--manifest", run / "m.parquet", "--dry-run", "--json", "--epochs", 3)
     assert code == 0
-    assert json.loads(out)["images_per_epoch"] == 32
+    assert json.loads(out)["sources"][0]["selected"] == 32
+    assert json.loads(out)["images_per_epoch"] == 30  # the others are held out
     assert json.loads(out)["settings"]["epochs"] == 3
 
 
@@ -168,6 +170,12 @@ def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_fol
         (["run", "synth", "--set", "seed=x"], 2, "--set seed=x: synth.seed"),
         (["run", "synth", "--shards", "0"], 2, "--shards: synth.shards: input should be greater than 0, got 0"),
         (["run", "synth", "--workers", "0", *NOISE], 2, "--workers: workers: input should be greater than 0, got 0"),
+        (["demo", "--workers", "0"], 2, "--workers: workers: input should be greater than 0, got 0"),
+        (["demo", "--out", "memory://x/demo"], 2, "the demo needs a local folder"),
+        (["demo", "--out", "notes.txt"], 2, "notes.txt is a file; --out names a folder"),
+        (["run", "rounds", "--out", "notes.txt"], 2, "notes.txt is a file; --out names a folder"),
+        (["run", "synth", "--out", "notes.txt/run", *NOISE], 2, "notes.txt is a file; --out names a folder"),
+        (["run", "synth", "--gpus-per-worker", "1", *NOISE], 2, "--gpus-per-worker: one worker in this process"),
         (["run", "synth", "--prior", "./nowhere"], 3, "no such folder"),
         (["run", "synth", "--teacher", "./nowhere", *NOISE], 3, "nowhere does not exist"),
         (["run", "distill", "-m", "missing/m.parquet"], 3, "missing/m.parquet"),
@@ -189,6 +197,20 @@ def test_bad_input_is_one_line_with_its_exit_code_and_writes_nothing(factory, tm
     assert len(err.splitlines()) == 1
     assert out == ""
     assert [path.name for path in tmp_path.rglob("*")] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("command", ["run synth", "run rounds", "demo"])
+def test_what_tells_to_retry_takes_the_flag(factory, tmp_path, monkeypatch, command):
+    """Every command whose shards may end in quarantine can take them out."""
+
+    def look(recipe, out, place, **_):
+        raise FactoryError(f"retry {place.retry_failed}")
+
+    monkeypatch.setattr("pipeline.synth.run_synth", look)
+    monkeypatch.setattr("pipeline.demo.run_synth", look)
+    args = (*command.split(), "--out", tmp_path / "out")
+    assert factory(*args)[2].splitlines()[-1] == "retry False"
+    assert factory(*args, "--retry-failed")[2].splitlines()[-1] == "retry True"
 
 
 def test_where_that_cannot_work(factory, run_folder):
@@ -227,9 +249,10 @@ def test_a_second_driver_is_refused(factory, run_folder):
     assert code == 1 and "in use by another driver" in err
 
 
-def spawn(run, *args):
+def spawn(run, *args, **environment):
     command = [sys.executable, "-m", "pipeline.cli", "run", "synth", "--out", str(run), "--method", "noise", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for_a_shard(run):
@@ -241,10 +264,10 @@ def wait_for_a_shard(run):
 
 def test_killed_and_run_again_it_equals_an_unbroken_run(tmp_path):
     args = ("--shards", "6", "--set", "group_size=30")
-    killed = spawn(tmp_path / "run", *args)
-    wait_for_a_shard(tmp_path / "run")
-    killed.send_signal(signal.SIGKILL)
+    killed = spawn(tmp_path / "run", *args, FACTORY_FAULT="checked:3")
     killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "run/done").iterdir())) == 3
     assert not (tmp_path / "run/m.parquet").exists()
     again, whole = spawn(tmp_path / "run", *args), spawn(tmp_path / "whole", *args)
     _, err = again.communicate()

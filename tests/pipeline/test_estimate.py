@@ -95,7 +95,7 @@ def test_stage_two_counts_the_teacher_once_where_its_answers_are_cached(run_fold
         )
         for sets in ([], cached)
     )
-    assert plain["images_per_epoch"] == 32
+    assert plain["images_per_epoch"] == 30
     assert plain["cost"]["teacher"] == 5 * stored["cost"]["teacher"] > 0
     assert plain["cost"]["students"] == stored["cost"]["students"]
     assert any(line.startswith("compute") and "counted" in line for line in distill.dry_run_lines(plain))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import UsageError
-from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, validate, yaml_layer
+from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, validate, yaml_layer
 from stages.models.settings import Settings
 
 
@@ -25,6 +25,19 @@ class Outer(Settings):
 class Root(Settings):
     one: Outer = Outer()
     two: Outer = Outer()
+
+
+class Needy(Settings):
+    mean: float
+    size: int = 8
+
+
+class HasNeedy(Outer):
+    needy: Needy | None = None
+
+
+class Needing(Settings):
+    one: HasNeedy = HasNeedy()
 
 
 def message(call) -> str:
@@ -66,6 +79,14 @@ def test_unknown_set_key_and_bad_value_name_the_flag():
 def test_a_setting_of_another_layer_is_blamed_on_that_layer():
     layer = set_layer(["seed=x"], Root, "two").over(yaml_layer("one: {seed: 1}", "fine.yaml"))
     assert message(lambda: validate(Root, layer)).startswith("--set seed=x: two.seed")
+
+
+def test_a_missing_key_is_blamed_on_what_last_set_its_neighbours():
+    stored = mapping_layer({"one": {"optional": None, "needy": None}}, "stored")
+    layer = set_layer(["needy.size=28"], Needing, "one").over(stored)
+    assert message(lambda: validate(Needing, layer)) == "--set needy.size=28: one.needy.mean: this key is needed"
+    layer = yaml_layer("one:\n  needy: {}\n", "r.yaml").over(stored)
+    assert message(lambda: validate(Needing, layer)) == "r.yaml:2: one.needy.mean: this key is needed"
 
 
 def test_several_problems_are_counted():

@@ -13,7 +13,7 @@ import pytest
 
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
-from pipeline.lease import Holder, Lease, current, live
+from pipeline.lease import Holder, Lease, _held, current, live
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -43,6 +43,24 @@ def test_held_then_released(storage):
     number, last = current(storage)
     assert (number, last.released) == (2, True)
     assert storage.list("lease") == ["lease/000002.json"]
+
+
+def test_whoever_reads_a_new_lease_at_once_finds_it_alive(storage, monkeypatch):
+    create, seen = storage.create, []
+
+    def look(name: str, data: bytes) -> bool:
+        made = create(name, data)
+        seen.append(live(storage))
+        return made
+
+    monkeypatch.setattr(storage, "create", look)
+    with Lease(storage):
+        assert seen == [current(storage)[1]]
+    refused = Lease(storage)
+    monkeypatch.setattr(storage, "create", lambda *_: False)
+    with pytest.raises(FactoryError, match="in use"):
+        refused.__enter__()
+    assert refused._me.token not in _held
 
 
 def test_second_driver_of_this_process_is_refused(storage):
@@ -78,11 +96,13 @@ def test_silent_driver_elsewhere_is_taken_over_with_an_event_and_a_line(storage)
 def test_slow_clock_elsewhere_does_not_cost_a_live_driver_its_lease(storage):
     """Its beats look an hour old by our clock, but they keep coming."""
     stale = held_by(storage, beat_at=time.time() - 3600)
-    beat = threading.Timer(0.1, lambda: storage.write("lease/000001.json", replace(stale, beat=1).dump()))
-    beat.start()
+
+    def beat(line: str) -> None:
+        assert "waiting 0.1 s for a sign of life" in line
+        storage.write("lease/000001.json", replace(stale, beat=1).dump())
+
     with pytest.raises(FactoryError, match="in use by another driver"):
-        Lease(storage, beat_every=0.2).__enter__()
-    beat.join()
+        Lease(storage, beat_every=0.05, on_line=beat).__enter__()
 
 
 def test_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
@@ -153,18 +173,21 @@ def test_heartbeats_change_the_record(storage):
 
 
 def test_store_that_fails_for_a_while_costs_nothing_then_the_lease(storage, monkeypatch):
-    lease = Lease(storage, beat_every=0.02, stale_after=0.2)
+    lease = Lease(storage, beat_every=0.02)
     lease.__enter__()
-    broken = FactoryError("store is down")
+    failed = threading.Semaphore(0)
 
     def fail(*_: object) -> None:
-        raise broken
+        failed.release()
+        raise FactoryError("store is down")
 
     monkeypatch.setattr(storage, "write", fail)
-    time.sleep(0.1)
+    for _ in range(3):
+        assert failed.acquire(timeout=10)
     lease.check()
-    time.sleep(0.5)
-    with pytest.raises(FactoryError, match=r"no heartbeat reached .* for 0.2 s: store is down"):
+    lease._stale_after = 0.1
+    lease._thread.join(10)  # it ends by itself once the lease is lost
+    with pytest.raises(FactoryError, match=r"no heartbeat reached .* for 0.1 s: store is down"):
         lease.check()
     lease.__exit__()
 

@@ -108,6 +108,7 @@ def test_refusals_write_nothing(tmp_path, manifest, other):
         (UsageError, "0 to 1", {"threshold": float("nan")}),
         (UsageError, "beside its tars", {"threshold": 0.5, "out": str(tmp_path / "x.parquet")}),
         (UsageError, "not m.parquet", {"threshold": 0.5, "out": "m.parquet"}),
+        (UsageError, "device 'foo' cannot be used", {"threshold": 0.5, "device": "foo"}),
         (UsageError, "ends in .parquet", {"threshold": 0.5, "out": "plan.json"}),
         (DataError, "has 3 classes, the teacher 4", {"teacher": str(tmp_path / "four")}),
         (DataError, "in another order", {"teacher": str(tmp_path / "turned")}),
@@ -115,7 +116,7 @@ def test_refusals_write_nothing(tmp_path, manifest, other):
         with pytest.raises(error, match=says):
             rescore(manifest, quiet=True, **arguments)
     assert files(tmp_path / "d") == before
-    rescore(manifest, threshold=0.5, quiet=True)
+    rescore(manifest, threshold=0.5, device="auto", quiet=True)
     with pytest.raises(DataError, match="exists already"):
         rescore(manifest, threshold=0.6, quiet=True)
     with Lease(Storage(tmp_path / "d")), pytest.raises(FactoryError, match="in use"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 
+from manifests.errors import UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.models.identity import resolve
@@ -120,6 +121,11 @@ def test_teacher_columns_hand_computed():
     assert first["confidence"] == pytest.approx(0.75) and first["margin"] == pytest.approx(0.5)
     assert first["entropy"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
     assert first["kept"] and not second["kept"] and second["reject_reason"] == "teacher gives its class 0.250 < 0.5"
+
+
+def test_a_device_that_cannot_compute_is_refused(prior_folder, tmp_path):
+    with pytest.raises(UsageError, match="device 'foo' cannot be used"):
+        build_worker(settings(prior_folder, device="foo"), str(tmp_path), "f" * 64)
 
 
 def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):

@@ -35,8 +35,8 @@ class Run:
     def spec(self, faults: dict[str, str] | None = None, pause: float = 0.0) -> dict[str, Any]:
         return {"marks": str(self.marks), "faults": faults or {}, "pause": pause}
 
-    def execute(self, shards: int, faults: dict[str, str] | None = None, **settings: Any) -> Outcome:
-        spec = WorkerSpec(FACTORY, self.spec(faults) | {"storage": self.storage.url})
+    def execute(self, shards: int, faults: dict[str, str] | None = None, meet: int = 0, **settings: Any) -> Outcome:
+        spec = WorkerSpec(FACTORY, self.spec(faults) | {"storage": self.storage.url, "meet": meet})
         place = ExecutorSettings(**{"retry_delay": 0, **settings})
         return execute(spec, range(shards), place, EventLog(self.storage), self.storage)
 
@@ -53,11 +53,12 @@ class Run:
         shards: int,
         faults: dict[str, str] | None = None,
         pause: float = 0.0,
+        meet: int = 0,
         ray: Any = None,
         environment: dict[str, str] | None = None,
         **settings: Any,
     ) -> "Driver":
-        spec = self.spec(faults, pause) | ({"environment": environment} if environment else {})
+        spec = self.spec(faults, pause) | {"meet": meet, "environment": environment}
         job = {"storage": self.storage.url, "shards": shards, "spec": spec, "settings": settings}
         return Driver(self, job | ({"ray": ray} if ray else {}))
 

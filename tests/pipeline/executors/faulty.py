@@ -15,13 +15,18 @@ FINGERPRINT = "f" * 64
 
 
 class Faulty:
-    """``faults`` maps a shard (as text) to what happens there; those that end in ``-once`` leave ``marks``."""
+    """``faults`` maps a shard (as text) to what happens there; those that end in ``-once`` leave ``marks``. No shard
+    goes on before ``meet`` workers have one."""
 
-    def __init__(self, inner: Worker, faults: dict[str, str], marks: Path, pause: float) -> None:
-        self.inner, self.faults, self.marks, self.pause = inner, faults, marks, pause
+    def __init__(self, inner: Worker, faults: dict[str, str], marks: Path, pause: float, meet: int) -> None:
+        self.inner, self.faults, self.marks, self.pause, self.meet = inner, faults, marks, pause, meet
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         time.sleep(self.pause)
+        if self.meet:
+            (self.marks / f"worker-{os.getpid()}").touch()
+        while len(list(self.marks.glob("worker-*"))) < self.meet:
+            time.sleep(0.02)
         fault, _, once = self.faults.get(str(shard), "").partition("-")
         mark = self.marks / str(shard)
         if fault and not (once and mark.exists()):
@@ -62,7 +67,12 @@ class Faulty:
 
 
 def build_faulty(
-    storage: str, marks: str, faults: dict[str, str], pause: float = 0.0, environment: dict[str, str] | None = None
+    storage: str,
+    marks: str,
+    faults: dict[str, str],
+    pause: float = 0.0,
+    meet: int = 0,
+    environment: dict[str, str] | None = None,
 ) -> Worker:
     """A :class:`Faulty` worker; the fault ``build`` breaks the factory itself."""
     os.environ.update(environment or {})
@@ -71,4 +81,4 @@ def build_faulty(
         raise DataError("teacher.safetensors: no such file")
     if broken == "bug":
         raise RuntimeError("cannot even start")
-    return Faulty(build_worker(SETTINGS, storage, FINGERPRINT), faults, Path(marks), pause)
+    return Faulty(build_worker(SETTINGS, storage, FINGERPRINT), faults, Path(marks), pause, meet)

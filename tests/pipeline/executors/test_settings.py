@@ -1,0 +1,25 @@
+"""From flags to where stage 1 runs."""
+
+import pytest
+
+from manifests.errors import UsageError
+from pipeline.executors.settings import synth_place
+from stages.synth.settings import SynthSettings
+
+
+def place(device="auto", **flags):
+    given = {name: (f"--{name.replace('_', '-')}", value) for name, value in flags.items()}
+    return synth_place(SynthSettings(device=device, threads=3), given)
+
+
+def test_workers_on_the_cpu_reserve_no_gpu_unless_told_to():
+    assert (place(workers=8).gpus_per_worker, place(workers=8).threads) == (None, 3)
+    assert place("cpu", workers=8).gpus_per_worker == 0
+    assert place("cpu", workers=8, gpus_per_worker=0.5).gpus_per_worker == 0.5
+
+
+@pytest.mark.parametrize("name", ["gpus_per_worker", "memory_per_worker"])
+def test_a_reservation_needs_workers_of_ray(name):
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: .* add --workers or --address$"):
+        place(**{name: 1.0})
+    assert getattr(place(**{name: 1.0}, workers=2), name) == getattr(place(**{name: 1.0}, address="auto"), name) == 1
