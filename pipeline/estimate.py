@@ -5,6 +5,7 @@ from typing import Any
 
 from manifests.storage import Storage
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.folders import refuse_file
 from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
 from pipeline.text import flop, plain, plain_block, size
@@ -22,6 +23,7 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
     from pipeline.executors.driver import committed
 
     synth, storage = recipe.synth, Storage(out)
+    refuse_file(storage)
     inputs: SynthInputs | None = None
     unknown = None
     try:

@@ -175,6 +175,7 @@ def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_fol
         (["demo", "--out", "notes.txt"], 2, "notes.txt is a file; --out names a folder"),
         (["run", "rounds", "--out", "notes.txt"], 2, "notes.txt is a file; --out names a folder"),
         (["run", "synth", "--out", "notes.txt/run", *NOISE], 2, "notes.txt is a file; --out names a folder"),
+        (["run", "synth", "--out", "notes.txt", "--dry-run", *NOISE], 2, "notes.txt is a file; --out names a folder"),
         (["run", "synth", "--gpus-per-worker", "1", *NOISE], 2, "--gpus-per-worker: one worker in this process"),
         (["run", "synth", "--prior", "./nowhere"], 3, "no such folder"),
         (["run", "synth", "--teacher", "./nowhere", *NOISE], 3, "nowhere does not exist"),
