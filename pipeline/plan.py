@@ -97,13 +97,16 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
 
 def settle(storage: Storage, plan: Plan) -> Plan:
     """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
-    that was never started (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
+    of which no shard was done (its prior was damaged, say) is replaced and what it left deleted. Errors as
+    :func:`open_or_create`.
     """
     stored = read_plan(storage)
     _check(storage, stored, plan)
     settled = stored
     if stored.fingerprint != plan.fingerprint:
         release(storage, quarantined(storage))
+        for name in storage.list("shards"):  # of attempts cut short: a tar does not tell which plan it is of
+            storage.delete(name)
         settled = plan
     elif plan.shards > stored.shards:
         settled = replace(stored, shards=plan.shards, recipe=plan.recipe)

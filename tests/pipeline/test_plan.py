@@ -86,15 +86,16 @@ def test_shards_only_grow(tmp_path):
         open_or_create(storage, plan_of())
 
 
-def test_a_plan_that_was_never_started_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
+def test_a_plan_of_which_no_shard_is_done_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())
     quarantine(storage, Failure(0, 3, "the prior was damaged"))
+    storage.write("shards/000000-0123456789ab.tar", b"of an attempt that was killed")
     with Lease(storage), pytest.raises(DataError, match="another plan"):
         open_or_create(storage, plan_of("seed=4"))
     open_or_create(storage, plan_of("seed=4", "shards=1"))
     assert settle(storage, plan_of("seed=4", "shards=1")).shards == 1
-    assert not quarantined(storage)
+    assert not quarantined(storage) and not storage.list("shards")
     storage.write("done/000000.json", b"{}")
     with pytest.raises(DataError, match="another plan"):
         settle(storage, plan_of("seed=5"))
