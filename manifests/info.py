@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,6 +57,16 @@ class TarInfo:
             raise ValueError(f"shard {self.shard}: {self.rows} rows do not fit {self.bytes} bytes")
         if self.name != file_name(self.shard, self.sha256, "tar"):
             raise ValueError(f"shard {self.shard}: {self.name!r} is not the name of a tar with this content")
+
+
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names to tell classes apart by: the label behind a name that several have (ImageNet has two cranes).
+
+    >>> unique_names(["crane", "dog", "crane"])
+    ('crane (0)', 'dog', 'crane (2)')
+    """
+    count = Counter(names)
+    return tuple(f"{name} ({label})" if count[name] > 1 else name for label, name in enumerate(names))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ version of Arrow the rebuilt files equal the lost ones byte for byte.
 """
 
 import re
-import uuid
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from manifests.errors import DataError
 from manifests.info import DATASET, DatasetInfo, file_name
@@ -32,27 +33,23 @@ def rebuild(storage: Storage, info: DatasetInfo | None = None) -> Rebuilt:
     """Write tables, done records and manifest from the tars in ``shards/``.
 
     ``info`` describes the dataset; without it the existing manifest or ``dataset.json`` must still be readable. A shard
-    without an intact tar loses its done record, so that the next ``factory run synth`` makes it again. Raises
-    :class:`DataError` where there is nothing to rebuild from.
+    without an intact tar, or with several of which none is known to be the dataset's, loses its done record, so that
+    the next ``factory run synth`` makes it again. Raises :class:`DataError` where there is nothing to rebuild from.
     """
     known = info or _known(storage)
+    listed = {tar.shard: tar.name for tar in known.tars}
     tars: dict[int, list[str]] = {}
     for name in storage.list("shards"):
         if match := _TAR.match(name):
             tars.setdefault(int(match[1]), []).append(name)
     whole, damaged = [], {}
     for shard, names in sorted(tars.items()):
-        flaws = []
-        for name in _preferred(storage, shard, names):
-            try:
-                _rebuild_shard(storage, shard, name, known.fingerprint)
-                whole.append(shard)
-                break
-            except DataError as error:
-                flaws.append(str(error))
-        else:
+        try:
+            _rebuild_shard(storage, shard, names, _winner(storage, shard) or listed.get(shard), known.fingerprint)
+            whole.append(shard)
+        except DataError as error:
             storage.delete(done_name(shard))
-            damaged[shard] = "; ".join(flaws)
+            damaged[shard] = str(error)
     if not whole:
         reason = next(iter(damaged.values()), "no tars in shards/")
         raise DataError(f"{storage.url}: nothing to rebuild from: {reason}")
@@ -68,25 +65,49 @@ def _known(storage: Storage) -> DatasetInfo:
     return DatasetInfo.from_json(storage.read(DATASET), storage.path(DATASET))
 
 
-def _preferred(storage: Storage, shard: int, names: list[str]) -> list[str]:
-    """The tar that the done record names first: a killed attempt may have left another one."""
+def _winner(storage: Storage, shard: int) -> str | None:
+    """The tar that the done record names."""
     try:
-        winner = DoneRecord.from_json(storage.read(done_name(shard)), done_name(shard)).tar
+        return DoneRecord.from_json(storage.read(done_name(shard)), done_name(shard)).tar
     except DataError:
-        return names
-    return sorted(names, key=lambda name: name != winner)
+        return None
 
 
-def _rebuild_shard(storage: Storage, shard: int, name: str, fingerprint: str) -> None:
+def _rebuild_shard(storage: Storage, shard: int, names: list[str], winner: str | None, fingerprint: str) -> None:
+    """Table and done record from ``winner`` if it is intact, else from the only intact tar of ``names``.
+
+    A killed attempt, or one at an earlier plan, may have left another tar. A tar does not tell its plan, but the table
+    beside it does: its name follows from rows and ``fingerprint``. Raises DataError where nothing decides.
+    """
+    with TemporaryDirectory(prefix="rebuild-", dir=storage.scratch()) as folder:
+        intact: list[tuple[DoneRecord, Path]] = []
+        flaws = []
+        for name in sorted(names, key=lambda name: name != winner):
+            path = Path(folder) / f"{len(intact)}.parquet"
+            try:
+                intact.append((_read_tar(storage, shard, name, path, fingerprint), path))
+            except DataError as error:
+                flaws.append(str(error))
+            if name == winner and intact:
+                break
+        own = [(record, path) for record, path in intact if storage.exists(record.table)]
+        if not intact:
+            raise DataError("; ".join(flaws))
+        if len(intact) > 1 and not own:
+            found = ", ".join(record.tar for record, _ in intact)
+            raise DataError(
+                f"{storage.url}: shard {shard} has {len(intact)} intact tars and none is known to be it: {found}"
+            )
+        record, path = (own or intact)[0]
+        publish(storage, path, record.table)
+    storage.write(done_name(shard), record.to_json())
+
+
+def _read_tar(storage: Storage, shard: int, name: str, table: Path, fingerprint: str) -> DoneRecord:
+    """The done record of an intact tar, whose table is written to ``table``."""
     rows, sha256, size = tar_rows(storage, name, shard)
     if name != file_name(shard, sha256, "tar"):
         raise DataError(f"{storage.path(name)}: altered: its sha256 begins with {sha256[:12]}")
-    path = storage.scratch() / f"rebuild-{uuid.uuid4().hex}.parquet"
-    try:
-        with writing(path):
-            write_shard_table(to_table(rows), path, shard, fingerprint)
-        record = make_record(shard, sha256, size, path, rows, fingerprint)
-        publish(storage, path, record.table)
-    finally:
-        path.unlink(missing_ok=True)
-    storage.write(done_name(shard), record.to_json())
+    with writing(table):
+        write_shard_table(to_table(rows), table, shard, fingerprint)
+    return make_record(shard, sha256, size, table, rows, fingerprint)

@@ -192,13 +192,13 @@ class ShardWriter:
         where = f"shard {self.shard} as written"
         if not read_table(self._table_path.read_bytes(), where).equals(table):
             raise DataError(f"{where}: the table reads back differently")
-        count = 0
         with open(self._tar_path, "rb") as file:
-            for count, (sample, row) in enumerate(zip(walk(file, where), self._rows, strict=True), start=1):  # noqa: B007
-                if sample.offset != row["offset"] or xxhash.xxh3_128_digest(sample.image) != row["xxh3"]:
-                    raise DataError(f"{where}: sample {row['key']} reads back differently")
-        if count != len(self._rows):
-            raise DataError(f"{where}: {count} samples read back, {len(self._rows)} written")
+            found = [(sample.offset, xxhash.xxh3_128_digest(sample.image)) for sample in walk(file, where)]
+        if len(found) != len(self._rows):
+            raise DataError(f"{where}: {len(found)} samples read back, {len(self._rows)} written")
+        for place, row in zip(found, self._rows, strict=True):
+            if place != (row["offset"], row["xxh3"]):
+                raise DataError(f"{where}: sample {row['key']} reads back differently")
 
 
 def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str) -> None:

@@ -166,7 +166,11 @@ class _Check:
                 yield Problem(self.name, str(error).removeprefix(f"{manifest.url}: "))
                 return
             while held.num_rows < theirs.num_rows:
-                held = pa.concat_tables([held, load_shard_table(self.storage, self.tables[next(pending)])])
+                shard = next(pending, None)
+                if shard is None:
+                    yield Problem(self.name, "holds more rows than its shards' tables")
+                    return
+                held = pa.concat_tables([held, load_shard_table(self.storage, self.tables[shard])])
             ours, held = held.slice(0, theirs.num_rows), held.slice(theirs.num_rows)
             ours, theirs = ours.select(compared).combine_chunks(), theirs.select(compared)
             if not theirs.equals(ours.cast(theirs.schema)):

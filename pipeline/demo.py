@@ -22,6 +22,7 @@ from pipeline.recipe import resolve
 from pipeline.synth import run_synth
 from pipeline.text import duration, plain
 from stages.distill.settings import student_name
+from stages.synth.settings import SynthSettings
 
 MINUTES = 2
 UNGUIDED = "dmkd"
@@ -42,7 +43,7 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     started = time.monotonic()
     unguided = guided.model_copy(
         update={
-            "synth": guided.synth.model_copy(update={"method": UNGUIDED}),
+            "synth": without_guidance(guided.synth),
             "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
         }
     )
@@ -68,6 +69,13 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
         "student": runs["guided"]["distill"]["students"][student]["folder"],
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def without_guidance(synth: SynthSettings) -> SynthSettings:
+    """The same prior, seeds and number of images; nothing that :data:`UNGUIDED` would refuse as unused."""
+    guidance = synth.guidance.model_copy(update={"adversarial": 0.0})
+    lca = synth.lca.model_copy(update={"every": 0})
+    return synth.model_copy(update={"method": UNGUIDED, "guidance": guidance, "lca": lca, "adversary": None})
 
 
 def picture(unguided: str, guided: str) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from manifests.info import unique_names
 from manifests.reader import Manifest
 from pipeline.pictures import contact_sheet, png
 from pipeline.text import plain
@@ -18,7 +19,8 @@ def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
     """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
     chosen = manifest.select(where, kept=False)
     kept = np.asarray(chosen.column("kept"), dtype=bool)
-    names = [manifest.info.class_names[int(label)] for label in chosen.labels]
+    unique = unique_names(manifest.info.class_names)
+    names = [unique[int(label)] for label in chosen.labels]
     rows, kept_rows = Counter(names), Counter(name for name, keep in zip(names, kept, strict=True) if keep)
     return {
         "manifest": manifest.url,

@@ -99,7 +99,7 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
 
 def settle(storage: Storage, plan: Plan) -> Plan:
     """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
-    that was never started (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
+    of which nothing was made (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
     """
     stored = read_plan(storage)
     _check(storage, stored, plan)
@@ -120,6 +120,8 @@ def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
     if stored.fingerprint != plan.fingerprint:
         if storage.list("done"):
             raise _another_plan(storage, stored, plan)
+        if storage.list("shards"):  # a tar does not tell its plan: beside this one's it could be taken for one of them
+            raise _another_plan(storage, stored, plan, " (or delete its unfinished shards with factory gc)")
     elif plan.shards < stored.shards:
         raise UsageError(
             f"{storage.url} is planned for {stored.shards} shards, {plan.shards} asked for: shards can only grow "
@@ -127,8 +129,8 @@ def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
         )
 
 
-def _another_plan(storage: Storage, stored: Plan, plan: Plan) -> DataError:
-    head = f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there)"
+def _another_plan(storage: Storage, stored: Plan, plan: Plan, way_out: str = "") -> DataError:
+    head = f"{storage.url} holds another plan; give another --out, or its own settings ({RESOLVED} there){way_out}"
     return DataError("\n".join([head, *(f"  {line}" for line in differences(_described(stored), _described(plan)))]))
 
 

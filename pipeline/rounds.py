@@ -23,9 +23,8 @@ from pipeline.recipe import Recipe
 from pipeline.text import duration, plain
 from stages.distill.settings import student_name
 from stages.models.settings import ModelSettings
-from stages.synth.settings import SynthSettings
+from stages.synth.settings import MAX_SEED, UNSTEERED, SynthSettings
 
-UNSTEERED = ("dmkd", "noise")
 SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds: each starts from new noise, and runs with seeds 0, 1, 2 … never share any."""
 
@@ -75,6 +74,8 @@ def check(recipe: Recipe, out: str) -> None:
         raise UsageError(f"method {recipe.synth.method} follows no adversary, so rounds would repeat: use diffdfkd")
     if recipe.synth.adversary is not None:
         raise UsageError("rounds choose their adversary themselves: leave synth.adversary and guidance.adversarial out")
+    if recipe.synth.seed > (most := MAX_SEED - SEED_STRIDE * (recipe.rounds.count - 1)):
+        raise UsageError(f"synth.seed {recipe.synth.seed} leaves later rounds no seeds: use at most {most}")
     local_folder(out, "rounds need a local folder, since each reads the student of the one before")
 
 

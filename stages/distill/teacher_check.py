@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from manifests.info import unique_names
 from stages.distill.batches import Batches
 from stages.distill.rows import Ints, Rows
 from stages.models.teacher import Teacher
@@ -40,7 +41,7 @@ def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> dict[str, A
         "images": len(some),
         "agreement": float((answers == labels).mean()),
         "confidence": confidence / len(some),
-        "classes": dict(zip(teacher.class_names, sizes.tolist(), strict=True)),
+        "classes": dict(zip(unique_names(teacher.class_names), sizes.tolist(), strict=True)),
         "as_recorded": float((answers == recorded)[recorded >= 0].mean()) if (recorded >= 0).any() else None,
         "commonest": [teacher.class_names[answered.argmax()], float(answered.max() / len(some))],
         "reordered": float(counts.max(1).sum() / len(some)) if len(set(renamed)) == len(renamed) else None,

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manifests.errors import DataError, FactoryError
+from manifests.errors import DataError, FactoryError, NumericsError
 from manifests.storage import Storage
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
@@ -131,7 +132,7 @@ def misfit(
 def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
     """A map to ``size`` pixels (shrunk by ``rule``), a pure function of the arguments up to hardware and threads.
 
-    Raises DataError where the prior's own decoder gives NaN.
+    Raises DataError where the prior's own decoder gives NaN, NumericsError where the fit diverges.
     """
     channels, side, _ = prior.latent_shape
     latents = draw_latents(prior, wanted, VISITS, seed=0)
@@ -157,7 +158,14 @@ def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> F
         misfit(net, *batch, scale, slope).backward()
         optimiser.step()
         schedule.step()
+    if not finite(net):
+        raise NumericsError(f"the decoder fitted to prior {prior.folder} is not finite; set guidance.decoder=full")
     return net
+
+
+def finite(net: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(weight.isfinite().all()) for weight in net.parameters())
 
 
 def fitted_decoder(
@@ -193,27 +201,51 @@ def fitted_decoder(
         log.warning("guidance fits a decoder of %d pixels to this prior, once: later runs find it", size)
         return safetensors.torch.save({k: v.cpu() for k, v in fit(prior, wanted, size, rule).state_dict().items()})
 
-    data = shared(places, name, make)
-    where = places[0].path(name)
-    fill(net, parse_weights(data, where), where)
+    def load(data: bytes, where: str) -> None:
+        fill(net, parse_weights(data, where), where)
+        if not finite(net):
+            raise DataError(f"{where} holds weights that are not finite")
+
+    data = shared(places, name, make, load)
+    load(data, places[0].path(name))
     net.sha256 = hashlib.sha256(data).hexdigest()
     return net
 
 
-def shared(places: Sequence[Storage], name: str, make: Callable[[], bytes]) -> bytes:
+def shared(
+    places: Sequence[Storage], name: str, make: Callable[[], bytes], check: Callable[[bytes, str], None]
+) -> bytes:
     """The file ``name`` of the first of ``places`` that has it, else what ``make`` returns; left in all of them.
 
-    Who comes first decides: its bytes are what everybody gets, also those who made their own meanwhile.
+    Who comes first decides: its bytes are what everybody gets, also those who made their own meanwhile. The last place
+    is the cache: what ``check(data, where)`` refuses there, with a DataError, is dropped.
     """
-    data = next((place.read(name) for place in places if place.exists(name)), None) or make()
+    *others, cache = places
+    found = next((place.read(name) for place in others if place.exists(name)), None)
+    data = found or cached(cache, name, check) or make()
     for place in places:
         try:
             place.create(name, data)
         except FactoryError as error:
-            if place is not places[-1]:
+            if place is not cache:
                 raise
             log.warning("the fitted decoder is not kept for the next run: %s", error)
     return places[0].read(name) if places[0].exists(name) else data
+
+
+def cached(cache: Storage, name: str, check: Callable[[bytes, str], None]) -> bytes | None:
+    """The file ``name`` if it is there and sound; a damaged one is deleted, with a line."""
+    if not cache.exists(name):
+        return None
+    try:
+        data = cache.read(name)
+        check(data, cache.path(name))
+    except DataError as error:
+        log.warning("%s: dropped, a decoder is fitted again", error)
+        with suppress(FactoryError):
+            cache.delete(name)
+        return None
+    return data
 
 
 def cache_folder() -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stages.synth.labels import group_labels
 from stages.synth.prompts import prompt_for
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import SynthSettings
@@ -28,17 +29,6 @@ class Group:
         """Initial latents ``[n, *shape]``, one generator per trajectory."""
         draws = (torch_rng(seed, "noise", trajectory) for trajectory in self.trajectories)
         return torch.stack([torch.randn(tuple(shape), generator=rng) for rng in draws])
-
-
-def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:
-    """Classes of a group: as many as fit with at least two trajectories each, rotating so that the run is balanced.
-
-    >>> group_labels(0, 5, 2), group_labels(1, 5, 2), group_labels(1, 4, 10)
-    ((0, 1, 0, 1, 0), (1, 0, 1, 0, 1), (2, 3, 2, 3))
-    """
-    distinct = min(classes, size // 2)
-    start = index * (size if distinct == classes else distinct)
-    return tuple((start + i % distinct) % classes for i in range(size))
 
 
 def make_group(settings: SynthSettings, index: int, class_names: Sequence[str]) -> Group:

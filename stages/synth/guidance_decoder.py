@@ -60,7 +60,7 @@ def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Tea
     (made, slope), (wished, slope_wished) = (guidance_gradient(d, latents, guide) for d in (decode, prior.decode))
     error = (resized(made, size, rule) - (full := resized(wished, size, rule))).square().mean() / full.var()
     cosine = F.cosine_similarity(slope.flatten(1), slope_wished.flatten(1)).mean()
-    if cosine < POOR:
+    if not cosine >= POOR:  # NaN neither
         kind = settings.guidance.decoder
         log.warning("guidance.decoder=%s: its gradients have a cosine of %.2f with the full decoder's", kind, cosine)
     return {"pixel_error": round(error.item(), 4), "gradient_cosine": round(cosine.item(), 4)}

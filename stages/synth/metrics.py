@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manifests.info import unique_names
 from manifests.selection import Selection
 from stages.models.carried import check_classes
 from stages.models.teacher import Teacher
@@ -97,6 +98,7 @@ def measure(
     chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
     total, done = sum(map(len, chosen.values())), 0
     moments, classes, right = Moments(), {}, 0
+    names = unique_names(selection.manifest.info.class_names)
     for label, rows in chosen.items():
         found = []
         for start in range(0, len(rows), BATCH):
@@ -107,9 +109,7 @@ def measure(
             found += [] if features is None else [features]
             done += len(images)
             on_images(done, total)
-        classes[selection.manifest.info.class_names[label]] = diversity(torch.cat(found) if found else None, same) | {
-            "images": len(rows)
-        }
+        classes[names[label]] = diversity(torch.cat(found) if found else None, same) | {"images": len(rows)}
     alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
     return {
         "images": total,

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.models.identity import teacher_identity
+from stages.synth.labels import uneven_lap
 from stages.synth.priors.families import check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
+GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these would get other classes
 
 FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
 """Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
@@ -69,6 +71,8 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         covered["tiny_decoder"] = inputs.tiny_decoder
     if settings.guides and settings.guidance.decoder == "fitted":
         covered["fitted_decoder"] = DECODER_VERSION
+    if settings.method != "noise" and uneven_lap(settings.group_size, len(inputs.class_names)):
+        covered["groups"] = GROUPS_VERSION
     return covered
 
 

@@ -23,6 +23,17 @@ UNGUIDABLE = {
 }
 
 
+UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
+MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    """Raises ValueError where ``interval`` is no part of the steps, from 0 = first to 1 = last."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"{name} must satisfy 0 <= start < end <= 1, got {low}, {high}")
+
+
 class PriorSettings(Settings):
     """The diffusion prior and how it is sampled."""
 
@@ -49,9 +60,7 @@ class PriorSettings(Settings):
 
     @model_validator(mode="after")
     def _cfg_interval(self) -> "PriorSettings":
-        low, high = self.cfg_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"cfg_interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
+        check_interval("cfg_interval", self.cfg_interval)
         return self
 
     @model_validator(mode="after")
@@ -117,9 +126,7 @@ class GuidanceSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GuidanceSettings":
-        low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"interval must satisfy 0 <= start < end <= 1, got {low}, {high}")
+        check_interval("interval", self.interval)
         if self.through == "zt" and self.inner > 1:
             raise ValueError("inner > 1 needs through: z0 (each z_t update costs a pass through the denoiser)")
         if self.tiny_decoder and self.decoder != "tiny":
@@ -137,6 +144,11 @@ class LatentMixSettings(Settings):
     interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which it may happen")
     probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
     alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
+
+    @model_validator(mode="after")
+    def _interval(self) -> "LatentMixSettings":
+        check_interval("interval", self.interval)
+        return self
 
 
 class ImageSettings(Settings):
@@ -169,7 +181,7 @@ class SynthSettings(Settings):
     shards: int = Field(4, gt=0, le=1 << 24, description="shards in total; growing it later only adds")
     groups_per_shard: int = Field(4, gt=0)
     group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     threads: int = Field(1, gt=0, description="CPU threads per worker; part of the plan, since sums depend on it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     min_confidence: float = Field(0.0, ge=0, le=1, description="keep images whose class gets at least this")
@@ -181,6 +193,20 @@ class SynthSettings(Settings):
             raise ValueError("guidance.adversarial > 0 needs an adversary: the model folder of a student")
         if self.adversary is not None and not self.guidance.adversarial:
             raise ValueError("an adversary without weight does nothing: set guidance.adversarial, e.g. to 1")
+        if self.adversary is not None and self.method in UNSTEERED:
+            raise ValueError(f"{self.method} follows no adversary: leave adversary and guidance.adversarial out")
+        return self
+
+    @model_validator(mode="after")
+    def _denoising(self) -> "SynthSettings":
+        steps, (low, high) = self.prior.steps, self.guidance.interval
+        most = max(1, steps - 1)  # as :func:`stages.synth.sampler.intermediate_steps` spreads them
+        if self.method in ("diffdfkd", "dmkd") and self.images.intermediates > most:
+            raise ValueError(f"images.intermediates {self.images.intermediates}: {steps} steps have at most {most}")
+        if self.guides and not any(low <= step / steps < high for step in range(steps)):
+            raise ValueError(f"guidance.interval {low:g}, {high:g} contains no step of {steps}: widen it")
+        if self.lca.every and self.method not in ("diffdfkd", "noise"):
+            raise ValueError(f"{self.method} mixes no latents: leave lca.every at 0")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from stages.device import find_device
 from stages.micro_batches import free_memory, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
+from stages.models.teacher import Teacher
 from stages.synth.groups import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import fidelity, load_decoder
@@ -55,11 +56,22 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
-    if adversary and adversary.num_classes != teacher.num_classes:
-        raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
+    if adversary:
+        check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
     return Models(prior, teacher, adversary, device, decode)
+
+
+def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
+    """Raises UsageError where ``adversary`` gives no gradient, DataError where it knows other classes than ``teacher``,
+    or the same ones in another order."""
+    if not adversary.differentiable:
+        raise UsageError(f"{adversary.what} gives no gradient and cannot be an adversary: name a network")
+    if adversary.num_classes != teacher.num_classes:
+        raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
+    if adversary.class_names != teacher.class_names and {*adversary.class_names} == {*teacher.class_names}:
+        raise DataError("the adversary and the teacher have the same classes in another order")
 
 
 def news(models: Models, settings: SynthSettings) -> dict[str, Any]:

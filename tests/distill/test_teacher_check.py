@@ -34,6 +34,11 @@ def check(tmp_path, answers, **columns):
     return check_teacher(Answers(answers), batches, np.arange(12))
 
 
+def test_classes_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(Answers, "class_names", ("crane", "crane", "top"))
+    assert check(tmp_path, [0, 1, 2] * 4)["classes"] == {"crane (0)": 4, "crane (1)": 4, "top": 4}
+
+
 def test_the_numbers(tmp_path):
     found = check(tmp_path, [0, 1, 2] * 3 + [0, 0, 0], teacher_label=lambda i: 0 if i < 3 else None)
     assert found["agreement"] == pytest.approx(10 / 12)

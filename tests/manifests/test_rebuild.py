@@ -9,7 +9,7 @@ from manifests.shard import done_name, done_records
 from manifests.storage import Storage
 from manifests.tars import TarStream
 from manifests.verify import verify
-from tests.manifests.samples import INFO, all_files, flip, make_dataset, write_shard
+from tests.manifests.samples import FINGERPRINT, INFO, all_files, flip, make_dataset, write_shard
 
 
 @pytest.mark.parametrize("lost", [("m.parquet",), ("done/",), (".parquet",), ("m.parquet", "done/", ".parquet")])
@@ -80,6 +80,40 @@ def test_of_two_tars_the_one_that_was_declared_done_counts(tmp_path: Path) -> No
     storage.write(record.tar, other.read(record.tar))
     rebuild(storage, INFO)
     assert {name: data for name, data in all_files(storage).items() if name in before} == before
+
+
+def with_another_tar(folder: Path, fingerprint: str = FINGERPRINT) -> tuple[Storage, dict[str, bytes]]:
+    """A dataset and its files, and shard 0 once more: made with ``fingerprint``, first by name, no done record left."""
+    storage, other = make_dataset(folder), Storage(folder.parent / "other")
+    before, own = all_files(storage), done_records(storage)[0].tar
+    record = write_shard(other, 0, 3, fingerprint)
+    assert record.tar < own
+    for name in (record.tar, record.table):
+        storage.write(name, other.read(name))
+    storage.delete(done_name(0))
+    return storage, before
+
+
+def test_of_two_tars_the_one_whose_table_is_of_this_plan_counts(tmp_path: Path) -> None:
+    storage, before = with_another_tar(tmp_path / "set", "cd" * 32)
+    assert rebuild(storage, INFO).damaged == {}
+    assert all_files(storage).items() >= before.items()
+
+
+def test_of_two_tars_the_one_that_the_manifest_lists_counts(tmp_path: Path) -> None:
+    storage, before = with_another_tar(tmp_path / "set")
+    assert rebuild(storage).damaged == {}
+    assert all_files(storage).items() >= before.items()
+
+
+def test_of_two_tars_none_counts_where_nothing_decides(tmp_path: Path) -> None:
+    storage, _ = with_another_tar(tmp_path / "set", "cd" * 32)
+    for name in storage.list("shards"):
+        if name.endswith(".parquet"):
+            storage.delete(name)
+    result = rebuild(storage, INFO)
+    assert [*result.damaged] == [0] and "shard 0 has 2 intact tars" in result.damaged[0]
+    assert [*done_records(storage)] == [1, 2]
 
 
 def test_rows_of_another_sample_are_refused(tmp_path: Path) -> None:

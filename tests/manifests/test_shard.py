@@ -145,6 +145,18 @@ def test_what_did_not_reach_the_disk_is_never_declared_done(tmp_path: Path, monk
     assert storage.list("shards") == storage.list("tmp") == []
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_tar_of_fewer_or_more_samples_is_never_declared_done(tmp_path: Path, samples: int) -> None:
+    storage = Storage(tmp_path)
+    with ShardWriter(storage, 0, FINGERPRINT) as writer:
+        for index in range(samples):
+            writer.add(make_row(0, index), b"image")
+        writer._rows = [*writer._rows, *writer._rows][:2]
+        with pytest.raises(DataError, match=f"shard 0 as written: {samples} samples read back, 2 written"):
+            writer.commit()
+    assert done_records(storage) == {}
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -130,6 +130,25 @@ def test_a_manifest_that_disagrees_with_its_shards_is_named(tmp_path: Path) -> N
     assert lines(storage) == ["m.parquet: differs from the shards: column 'label' of shard 1, sample 000001-000002"]
 
 
+def test_the_manifest_of_a_larger_dataset_is_named(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path / "set")
+    storage.write("m.parquet", make_dataset(tmp_path / "larger", rows=9).read("m.parquet"))
+    assert "m.parquet: holds more rows than its shards' tables" in lines(storage)
+
+
+def test_a_row_that_cannot_be_written_is_a_problem_of_its_sample(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path)
+    for record in done_records(storage).values():
+        storage.delete(done_name(record.shard))
+    table = pq.read_table(storage.path("m.parquet"))
+    column = table.schema.get_field_index("lca")
+    mixes = [[None], *table["lca"].to_pylist()[1:]]
+    changed = table.set_column(column, SCHEMA.field("lca"), pa.array(mixes, SCHEMA.field("lca").type))
+    pq.write_table(changed, storage.path("m.parquet"), **write_options())
+    (line,) = lines(storage)
+    assert line.startswith("shard 0, sample 000000-000000: its row is none of ours: column 'lca': expected an object")
+
+
 def test_no_dataset_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no dataset here"):
         verify(tmp_path)

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from manifests.reader import Manifest
-from pipeline.demo import lines, run_demo
+from pipeline.demo import lines, run_demo, without_guidance
+from pipeline.recipe import resolve
+from stages.synth.settings import SynthSettings
 from tests.synth.tiny import save_stable_diffusion
 
 TINY = (
@@ -62,3 +64,11 @@ def test_again_it_takes_up_where_it_stopped(demo):
     after = run_demo(str(folder), sets)
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "guided/shards").iterdir()}
     assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+
+
+def test_the_unguided_half_leaves_out_what_it_would_not_use():
+    sets = ["lca.every=2", "adversary.name=x", "guidance.adversarial=1"]
+    guided = resolve("demo", section="synth", sets=sets, environ={}).synth
+    unguided = without_guidance(guided)
+    assert SynthSettings.model_validate(unguided.model_dump()) == unguided
+    assert (unguided.method, unguided.seed, unguided.prior) == ("dmkd", guided.seed, guided.prior)

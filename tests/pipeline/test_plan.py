@@ -86,7 +86,7 @@ def test_shards_only_grow(tmp_path):
         open_or_create(storage, plan_of())
 
 
-def test_a_plan_that_was_never_started_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
+def test_a_plan_of_which_nothing_was_made_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())
     quarantine(storage, Failure(0, 3, "the prior was damaged"))
@@ -95,6 +95,10 @@ def test_a_plan_that_was_never_started_may_be_replaced_unless_a_driver_is_at_it(
     open_or_create(storage, plan_of("seed=4", "shards=1"))
     assert settle(storage, plan_of("seed=4", "shards=1")).shards == 1
     assert not quarantined(storage)
+    storage.write("shards/000000-0123456789ab.tar", b"of an attempt that was killed")
+    with pytest.raises(DataError, match="another plan.*factory gc"):
+        settle(storage, plan_of("seed=5"))
+    assert storage.list("shards")
     storage.write("done/000000.json", b"{}")
     with pytest.raises(DataError, match="another plan"):
         settle(storage, plan_of("seed=5"))

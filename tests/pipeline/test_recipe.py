@@ -2,10 +2,14 @@
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from pipeline.layers import mapping_layer
 from pipeline.recipe import Recipe, packaged, resolve, to_yaml
+from stages.synth.sampler import intermediate_steps
+from stages.synth.settings import SynthSettings
 
 
 def refusal(*args, **kwargs) -> str:
@@ -78,6 +82,8 @@ def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
         ("guidance.scale=-1", "should be greater than or equal to 0, got -1"),
         ("method=magic", "'deepinversion' or 'noise', got 'magic'"),
         ("guidance.interval=[0.9, 0.1]", "interval must satisfy 0 <= start < end <= 1"),
+        ("lca.interval=[0.8, 0.2]", "interval must satisfy 0 <= start < end <= 1"),
+        ("seed=9223372036854775808", "should be less than or equal to 9223372036854775807"),
         ("prompts.template={who}", "template may use only"),
         ("prompts.template={subject.__class__}", "template may use only"),
         ("prompts.template={subject:>999999999999}", "template may use only"),
@@ -90,6 +96,30 @@ def test_bad_assignment_is_one_line_that_names_it(assignment, part):
     text = refusal("demo", section="synth", sets=[assignment])
     assert part in text
     assert text.startswith(f"--set {assignment}: synth.")
+
+
+@pytest.mark.parametrize(
+    ("sets", "part"),
+    [
+        (["images.intermediates=20"], "images.intermediates 20: 20 steps have at most 19"),
+        (["guidance.interval=[0.01, 0.04]"], "guidance.interval 0.01, 0.04 contains no step of 20"),
+        (["lca.every=2", "method=dmkd"], "dmkd mixes no latents: leave lca.every at 0"),
+        (["lca.every=2", "method=dda"], "dda mixes no latents"),
+        (["adversary.name=x", "guidance.adversarial=1", "method=dmkd"], "dmkd follows no adversary: leave adversary"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(sets, part):
+    assert part in refusal("demo", section="synth", sets=sets)
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_as_many_intermediates_as_are_stored_are_allowed(steps, count):
+    asked = {"prior": {"steps": steps}, "images": {"intermediates": count}}
+    if len(intermediate_steps(count, steps) & {*range(steps)}) == count:
+        assert SynthSettings.model_validate(asked).images_per_trajectory == count + 1
+    else:
+        with pytest.raises(ValueError, match="steps have at most"):
+            SynthSettings.model_validate(asked)
 
 
 def test_set_of_the_other_section_is_unknown_here():

@@ -110,6 +110,7 @@ def test_what_cannot_be_steered_is_refused_before_anything_is_written(done, tmp_
     for says, out, sets in (
         ("dmkd follows no adversary", tmp_path / "x", ["synth.method=dmkd"]),
         ("leave synth.adversary", tmp_path / "x", ["synth.adversary.name=a", "synth.guidance.adversarial=1"]),
+        ("leaves later rounds no seeds: use at most", tmp_path / "x", ["synth.seed=9223372036854775000"]),
         ("need a local folder", "memory://x/y", []),
     ):
         with pytest.raises(UsageError, match=says):

@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, NumericsError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.counting import Flops
@@ -37,6 +38,10 @@ def settings(folder, **kw):
 
 def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def accept(data, where):
+    """Any bytes are sound."""
 
 
 @pytest.mark.parametrize(("size", "rule"), [(4, "area"), (8, "bilinear"), (12, "bicubic"), (16, "bilinear")])
@@ -100,7 +105,8 @@ def test_the_full_decoder_is_its_own_equal_and_an_untrained_map_draws_a_warning(
     assert told == {"pixel_error": 0.0, "gradient_cosine": pytest.approx(1.0, abs=1e-3)}
     with caplog.at_level(logging.WARNING):
         fidelity(fd.FittedDecoder(4, 8, 8, "bilinear"), prior, asked, teacher)
-    assert "cosine" in caplog.text
+        fidelity(lambda z0: prior.decode(z0) * float("nan"), prior, asked, teacher)
+    assert caplog.text.count("cosine of") == 2 and "cosine of nan" in caplog.text
 
 
 def test_the_first_writer_decides_for_everybody(tmp_path):
@@ -110,9 +116,11 @@ def test_the_first_writer_decides_for_everybody(tmp_path):
         run.create("d", b"theirs")
         return b"mine"
 
-    assert fd.shared([run, cache], "d", late) == b"theirs"
+    assert fd.shared([run, cache], "d", late, accept) == b"theirs"
     (tmp_path / "cache").mkdir(exist_ok=True)
-    assert fd.shared([Storage(str(tmp_path / "next")), cache], "d", lambda: b"again") == b"mine"  # from the cache
+    assert (
+        fd.shared([Storage(str(tmp_path / "next")), cache], "d", lambda: b"again", accept) == b"mine"
+    )  # from the cache
     assert Storage(str(tmp_path / "next")).read("d") == b"mine"
 
 
@@ -120,7 +128,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line_a_run_folder_the_run(tmp_pa
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     run = Storage(str(tmp_path / "run"))
-    assert fd.shared([run, Storage(str(blocked))], "d", lambda: b"made") == b"made"
+    assert fd.shared([run, Storage(str(blocked))], "d", lambda: b"made", accept) == b"made"
     assert "not kept for the next run" in caplog.text and run.read("d") == b"made"
 
 
@@ -145,6 +153,30 @@ def test_damaged_weights_are_one_line(prior_folder, tmp_path):
     run.write(name, run.read(name)[:-8])
     with pytest.raises(DataError, match=f"{name} is truncated"):
         load_decoder(prior, asked, teacher, run)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "not finite"])
+def test_a_damaged_cache_is_dropped_and_never_reaches_a_run(prior_folder, tmp_path, caplog, damage):
+    asked, cache = settings(prior_folder), Storage(fd.cache_folder())
+    prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
+    before = weights(load_decoder(prior, asked, teacher))
+    (name,) = cache.list("decoder")
+    sound = cache.read(name)
+    nan = {key: value * float("nan") for key, value in safetensors.torch.load(sound).items()}
+    cache.write(name, sound[:-8] if damage == "cut off" else safetensors.torch.save(nan))
+    run = Storage(str(tmp_path / "run"))
+    assert torch.equal(weights(load_decoder(prior, asked, teacher, run)), before)
+    assert run.read(name) == cache.read(name) == sound
+    assert f"{cache.path(name)} " in caplog.text and "fitted again" in caplog.text
+
+
+def test_a_fit_that_diverges_is_one_line_and_not_kept(prior_folder, monkeypatch):
+    asked = settings(prior_folder)
+    prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
+    monkeypatch.setattr(fd, "misfit", lambda net, *a: sum(p.sum() for p in net.parameters()) * float("nan"))
+    with pytest.raises(NumericsError, match="not finite; set guidance.decoder=full"):
+        load_decoder(prior, asked, teacher)
+    assert not Storage(fd.cache_folder()).list("decoder")
 
 
 def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):

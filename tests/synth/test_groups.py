@@ -5,7 +5,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.synth.groups import group_labels, make_group
+from stages.synth.groups import make_group
+from stages.synth.labels import group_labels, uneven_lap
+from stages.synth.plan_inputs import GROUPS_VERSION, inspect_inputs, semantics
 from stages.synth.prompts import prompt_for
 from stages.synth.settings import PromptSettings, SynthSettings
 
@@ -17,10 +19,34 @@ def test_two_trajectories_per_class(index, size, classes):
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-@given(st.integers(2, 40), st.integers(2, 12))
+@given(st.integers(2, 60), st.integers(2, 40))
 def test_a_run_is_balanced_over_classes(size, classes):
-    counts = Counter(label for g in range(classes * 2) for label in group_labels(g, size, classes))
-    assert len(counts) == classes and max(counts.values()) - min(counts.values()) <= size
+    counts = Counter(label for g in range(classes) for label in group_labels(g, size, classes))
+    assert counts == dict.fromkeys(range(classes), size)
+
+
+@given(st.integers(0, 200), st.integers(2, 60), st.integers(2, 40))
+def test_groups_that_were_balanced_keep_their_classes_and_their_plan(index, size, classes):
+    """``before``: how plans without the version of their groups were made."""
+    distinct = min(classes, size // 2)
+
+    def before(g):
+        start = g * (size if distinct == classes else distinct)
+        return tuple((start + i % distinct) % classes for i in range(size))
+
+    counts = Counter(label for g in range(classes) for label in before(g))
+    uneven = len({*counts.values()}) > 1
+    assert uneven == bool(uneven_lap(size, classes))
+    assert uneven or group_labels(index, size, classes) == before(index)
+
+
+def test_the_plan_names_the_version_of_groups_that_were_not_balanced():
+    def covered(**kw):
+        parsed = SynthSettings(**kw)
+        return semantics(parsed, inspect_inputs(parsed))
+
+    assert covered(group_size=5)["groups"] == GROUPS_VERSION
+    assert not any("groups" in covered(**kw) for kw in ({"group_size": 7}, {}, {"group_size": 5, "method": "noise"}))
 
 
 def test_a_group_is_a_pure_function_of_the_plan():

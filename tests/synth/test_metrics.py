@@ -1,6 +1,7 @@
 """Dataset metrics against hand-computed values."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import DataError
+from manifests.merge import merge
 from manifests.reader import Manifest
+from pipeline.inspect import summarise
 from stages.models.carried import carried_teacher
 from stages.synth.guidance import feature_statistics
 from stages.synth.metrics import Moments, mean_pairwise_cosine, measure, near_duplicates, spread, vendi_score
@@ -84,6 +87,16 @@ def test_measures_the_kept_images_of_each_class(tmp_path):
     assert measure(manifest.select(), teacher, per_class=2)["images"] == 6
     assert measure(manifest.select(), teacher, same=0.0)["near_duplicates"] == 23 - 3
     assert measure(manifest.select(), teacher, same=1.1)["near_duplicates"] == 0
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path):
+    manifest = Manifest.open(write_dataset(tmp_path, 24))
+    merge(manifest.storage, replace(manifest.info, class_names=("crane", "crane", "top")))
+    manifest = Manifest.open(tmp_path)
+    found = measure(manifest.select(), carried_teacher(manifest), same=0.0)
+    assert {name: f["images"] for name, f in found["classes"].items()} == {"crane (0)": 8, "crane (1)": 8, "top": 8}
+    assert found["near_duplicates"] == 24 - 3
+    assert {name: f["rows"] for name, f in summarise(manifest)["classes"].items()} == dict.fromkeys(found["classes"], 8)
 
 
 def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 
-from manifests.errors import UsageError
+from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.models.identity import resolve
@@ -110,7 +110,7 @@ def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, t
 
 def test_unguided_rows_have_no_losses(prior_folder, tmp_path):
     storage = Storage(str(tmp_path))
-    build_worker(settings(prior_folder, method="dmkd", groups_per_shard=1), storage.url, "f" * 64).run(0)
+    build_worker(settings(prior_folder, method="dmkd", lca={}, groups_per_shard=1), storage.url, "f" * 64).run(0)
     rows = pq.read_table(storage.path(done_records(storage)[0].table)).to_pylist()
     assert all(row["loss_ce"] is None and row["lca"] == [] and row["method"] == "dmkd" for row in rows)
 
@@ -156,6 +156,19 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
         tars.append(record.tar_sha256)
     assert tars[0] != tars[1] and prints[0] != prints[1]
     assert all(row["loss_adv"] < 0 for row in rows)
+
+
+def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_order(prior_folder, tmp_path):
+    names = load_teacher(SynthSettings().teacher, "cpu").class_names
+    code = {"num_classes": 5, "input": {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    for adversary, error, line in (
+        ({"name": "tests.models.nets:scores"} | code, UsageError, "gives no gradient and cannot be an adversary"),
+        ({"name": "tests.models.nets:tiny"} | code, DataError, "the adversary has 5 classes, the teacher 10"),
+        ({"name": "embedded:digits", "class_names": names[::-1]}, DataError, "the same classes in another order"),
+    ):
+        given = settings(prior_folder, guidance={"adversarial": 1.0}, adversary=adversary)
+        with pytest.raises(error, match=line):
+            build_worker(given, str(tmp_path), "f" * 64)
 
 
 def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prior_folder):

@@ -23,7 +23,7 @@ class ClassPrior(DiffusionPrior):
 
     def encode(self, conditions: Sequence[str]) -> Tensor:
         """Labels ``[n]``, or ``[2n]`` with the null classes first where CFG is on."""
-        check_labels(self.settings, str(self.folder), self.classes, conditions)
+        check_labels(self.settings, str(self.folder), self.classes, [*dict.fromkeys(conditions)])
         labels = torch.tensor([self.settings.labels[name] for name in conditions], device=self.device)
         return labels if self.settings.cfg == 1 else torch.cat([torch.full_like(labels, self.classes), labels])
 

@@ -132,14 +132,21 @@ def geometry(folder: Path, family: Family) -> Geometry:
 
 
 def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequence[str]) -> None:
-    """Every class of the teacher needs a label that the prior knows; raises :class:`UsageError` listing the rest."""
+    """Every class of the teacher needs a label that the prior knows and a name of its own; raises :class:`UsageError`
+    listing the rest."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"prior {source} is class-conditional and labels go by name, but two of the teacher's classes are called "
+            f"{twice[0]}: give them different names in teacher.class_names"
+        )
     if settings.labels_by_index:
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if len(names) != classes or twice:
-            found = f"two of the teacher's are called {twice[0]}" if twice else f"the teacher knows {len(names)}"
-            raise UsageError(f"prior {source} knows {classes} classes, {found}: prior.labels_by_index cannot pair them")
+        if len(names) != classes:
+            raise UsageError(
+                f"prior {source} knows {classes} classes, the teacher knows {len(names)}: prior.labels_by_index cannot "
+                "pair them"
+            )
         return
-    missing = [name for name in dict.fromkeys(names) if name not in settings.labels]
+    missing = [name for name in names if name not in settings.labels]
     if missing:
         raise UsageError(
             f"prior {source} is class-conditional: prior.labels gives no label for {len(missing)} classes of the "

@@ -159,8 +159,9 @@ def test_labels_by_index_pair_equal_class_lists_alone(folders):
         inspect_inputs(SynthSettings.model_validate(base))
     five = PriorSettings(path=str(folders["dit"]), labels_by_index=True)
     check_labels(five, "x", 5, "abcde")
-    with pytest.raises(UsageError, match="two of the teacher's are called a"):
-        check_labels(five, "x", 5, ["a", "b", "a", "c", "d"])
+    for either in (five, PriorSettings(labels=dict(zip("abcd", range(4), strict=True)))):
+        with pytest.raises(UsageError, match="two of the teacher's classes are called a"):
+            check_labels(either, "x", 5, ["a", "b", "a", "c", "d"])
     assert load_prior(five.labelled("abcde"), "cpu").encode(["d", "a"]).tolist() == [5, 5, 3, 0]
     with pytest.raises(ValueError, match="exclude each other"):
         PriorSettings(labels={"a": 0}, labels_by_index=True)
