@@ -1,4 +1,4 @@
-"""``factory manifest rebuild``: tables, done records and ``m.parquet`` again from the tars alone.
+"""``factory rebuild``: tables, done records and ``m.parquet`` again from the tars alone.
 
 Every sample's row lies beside it in its tar and every tar's name holds the start of its checksum, so with the same
 version of Arrow the rebuilt files equal the lost ones byte for byte.

@@ -37,7 +37,7 @@ def resolve_distill(
     """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command.
 
     Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
-    is let through, or which code runs. Raises UsageError where a student comes from it that is not built in.
+    is let through, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
     """
     stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
     if isinstance(stored.get("distill"), dict):

@@ -1,7 +1,7 @@
 """Everyday words for the classes of Tiny-ImageNet, so that captions say "dog" as well as "Chihuahua".
 
-Written from the class names alone. Words in ``GROUPS`` without a class of their own name ("airplane", "horse") are
-absent: the prior does not know them.
+Written from the class names alone. Words that no class of Tiny-ImageNet stands for ("airplane", "horse") are absent:
+the prior does not know them.
 """
 
 GROUPS = {

@@ -3,7 +3,7 @@
     python tools/train_natural_prior.py --images tinyimagenet32-train.parquet --classes tinyimagenet32-classes.json \
         --out priors/natural32 --work build/natural32
 
-Three phases, each resumable from ``--work`` and each within its own budget of minutes (all its runs together): the VAE
+Three phases, resumable from ``--work``, first and last within a budget of minutes (all its runs together): the VAE
 (12×8×8 latents), the latents of every image and its mirror image, then UNet + text encoder (v-prediction on a cosine
 schedule, captions dropped for classifier-free guidance). Both keep averaged weights. On a GPU: ``--batch 1024
 --vae-batch 256 --vae-minutes 1 --denoiser-minutes 4``. ``--export-only`` saves what the checkpoints hold.

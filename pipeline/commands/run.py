@@ -82,7 +82,12 @@ def distill(
     recipe: RecipeOption = None,
     out: Annotated[
         str | None,
-        _made("--out", "-o", metavar="FOLDER", help="Where students go (default: distill/ beside the manifest)."),
+        _made(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Where students go (default: distill/ beside a local manifest, else runs/).",
+        ),
     ] = None,
     student: Annotated[
         list[str] | None, _made("--student", help="Architecture; repeatable, trained in one pass.")
@@ -100,7 +105,8 @@ def distill(
     workers: Annotated[
         int | None,
         _place(
-            help="1 trains in this process (default), more through Ray Train, a GPU each.", envvar="FACTORY_WORKERS"
+            help="1 trains in this process (default), more through Ray Train, each with a GPU if any.",
+            envvar="FACTORY_WORKERS",
         ),
     ] = None,
     address: Annotated[

@@ -106,7 +106,7 @@ class DistillSettings(Settings):
     eval_every: int = Field(0, ge=0, description="epochs between looks at the test data; 0: once, at the end")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of students and teacher; CPU: needs AMX")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of students and teacher; CPUs: AMX")
     channels_last: bool = Field(False, description="channels last in memory: faster on CPUs, and with bf16")
     compile: bool = Field(False, description="torch.compile of the students; excludes cam and gradcam")
     memory_gb: float = Field(4.0, ge=0, description="decoded images are kept in memory up to this; above, streamed")

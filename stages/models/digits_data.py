@@ -1,7 +1,8 @@
 """The real handwritten digits (scikit-learn's ``load_digits``) that the embedded example is measured on.
 
-Only the teacher's training script reads ``train`` and ``validation``; ``factory demo`` writes ``test`` once, at its
-very end, to score the student. Synthesis and distillation never import this module. scikit-learn is imported lazily.
+The teacher's training script and the benchmarks read ``train`` and ``validation``; ``factory demo`` writes ``test``
+after synthesis, to score its students. Synthesis and distillation never import this module; scikit-learn is imported
+lazily.
 """
 
 import io
