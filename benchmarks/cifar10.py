@@ -7,11 +7,11 @@
 
 The bench folder, ``FACTORY_BENCH_DIR``, holds ``cifar10-train.parquet`` and ``cifar10-test-a.tar``; the teacher is
 the model folder beside this script (see its card). 5,000 training rows are the validation split, for every choice;
-``--split test`` reads the test tar once a cell, for a frozen table. Every student takes the same number of steps.
-Rows are kept cell by cell, so a second call resumes and adds. Equal time on another machine: measure the rows' rates
-on the CPU first; as many trajectories as 900 CPU seconds make are then made wherever there is a faster device. Real
-images are read by the reference rows alone (``real``: labels, ``real-kd``: the teacher's answers), never by
-synthesis.
+``--split test`` reads the test tar once a cell, for a frozen table. Every student takes the same number of steps, to
+whole epochs. Rows are kept cell by cell, so a second call resumes and adds; other settings need another ``--out``.
+Equal time on another machine: measure the rows' rates on the CPU first; as many trajectories as 900 CPU seconds make
+are then made wherever there is a faster device. Real images are read by the reference rows alone (``real``: labels,
+``real-kd``: the teacher's answers), never by synthesis, and are the same ones for all seeds.
 """
 
 import argparse
@@ -32,80 +32,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import pyarrow.parquet as pq
 import torch
+from cifar10_rows import BASE, CEILING, MAPPED, REAL, ROWS, SWEPT, UNMAPPED
 from cifar_data import CLASS_NAMES, split_table, third_party
 from digits import interval, of_images, of_seconds, synthesise
 
 from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
-from manifests.shard import ShardWriter, done_records
+from manifests.shard import ShardWriter
 from manifests.storage import Storage
 from pipeline.distill import run_distill
 from pipeline.recipe import Recipe, resolve
+from stages.distill.batches import batch_bounds
+from stages.distill.checkpoint import differences
 from stages.models.identity import teacher_identity
 from stages.models.settings import ModelSettings
+from stages.synth.priors.families import prior_identity
 from stages.synth.shard_worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar")
 THIRD_PARTY = "cifar10-resnet20.safetensors"
-MAPPED = {  # everyday words of the prior's captions that mean the class
-    "automobile": "car",
-    "bird": "bird",
-    "cat": "cat",
-    "dog": "dog",
-    "frog": "frog",
-    "ship": "boat",
-    "truck": "truck",
-}
-UNMAPPED = {"airplane": "projectile", "deer": "gazelle", "horse": "ox"}  # unknown to the prior: the nearest it knows
-UNGUIDED, NAMED = ["synth.method=dmkd"], ["synth.prompts.class_names=true"]
-LCA, SELECT = ["synth.lca.every=4"], ["synth.min_confidence=0.5"]
-PAPER = ["synth.images.intermediates=3"]
-ROWS: dict[str, list[str]] = {
-    "unguided": UNGUIDED,
-    "unguided, named": [*UNGUIDED, *NAMED],
-    "unguided, named, selected": [*UNGUIDED, *NAMED, *SELECT],
-    "guided": [],
-    "guided + LCA": LCA,
-    "guided, named": NAMED,
-    "guided, named + LCA": [*NAMED, *LCA],
-    "guided, named, selected": [*NAMED, *SELECT],
-    "guided through z_t": ["synth.guidance.through=zt"],
-    "guided, fitted decoder": ["synth.guidance.decoder=fitted"],
-    "guided + mixup": [*LCA, "synth.lca.kind=mixup"],
-    "guided + traditional": [*LCA, "synth.lca.kind=traditional"],
-    "cmi": ["synth.method=cmi", "synth.cmi.flip=true"],
-    "deepinversion": ["synth.method=deepinversion", "synth.deepinversion.flip=true"],
-    "dda": ["synth.method=dda", "synth.cmi.flip=true"],
-    "unguided, 4 images": [*UNGUIDED, *PAPER],
-    "guided + LCA, 4 images": [*LCA, *PAPER],
-}
-SWEPT: dict[str, list[str]] = {  # changes of one setting at a time, to choose the base recipe by
-    **{f"guided, scale {v}": [f"synth.guidance.scale={v}"] for v in (0.05, 0.1, 0.2, 0.3, 0.6, 1.0)},
-    **{f"guided, bn {v}": [f"synth.guidance.bn={v}"] for v in (0, 1, 3, 10, 30, 100)},
-    **{
-        f"guided, interval {v}": [f"synth.guidance.interval=[{v}]"]
-        for v in ("0.0,0.8", "0.0,1.0", "0.4,1.0", "0.7,1.0")
-    },
-    **{f"guided, cfg {v}": [f"synth.prior.cfg={v}"] for v in (1, 2, 4)},
-    **{f"guided, groups of {v}": [f"synth.group_size={v}"] for v in (50, 100, 250)},
-    **{f"guided, {v} steps": [f"synth.prior.steps={v}"] for v in (10, 15, 25, 50)},
-    "guided, dpmsolver++ 15 steps": ["synth.prior.steps=15", "synth.prior.scheduler=dpmsolver++"],
-    "guided, two updates": ["synth.guidance.inner=2"],
-    "guided, every second step": ["synth.guidance.every=2"],
-    "guided, shifted views": ["synth.guidance.shift=0.125"],
-    "guided + LCA on 30 %": [*LCA, "synth.lca.probability=0.3"],
-    "guided + LCA, once": ["synth.lca.every=6", "synth.lca.interval=[0.0,0.4]"],
-    "guided, tau 1": ["distill.loss.tau=1"],
-    "guided, tau 10": ["distill.loss.tau=10"],
-    "guided, no mixed views": ["distill.views.cutmix=0", "distill.views.mixup=0"],
-    "guided, every view mixed": ["distill.views.cutmix=0.5", "distill.views.mixup=0.5"],
-    "guided, lr 0.3": ["distill.optimiser.lr=0.3"],
-    "guided + late LCA": ["synth.lca.every=3", "synth.lca.interval=[0.4,0.8]"],
-}
-REAL = {"real": ["distill.loss.kd=0", "distill.loss.ce=1"], "real-kd": []}
-BASE, CEILING = "unguided", "real-kd"
 
 
 def recipe_of(row: str, seed: int, args: argparse.Namespace) -> Recipe:
@@ -123,7 +70,7 @@ def real_dataset(args: argparse.Namespace) -> str:
     """Training rows (as many as synthetic images, else all) in the factory's own format: the manifest."""
     images = None if args.cpu_seconds else args.images
     storage, table = Storage(args.out / f"real-{images or 'all'}"), split_table(args.bench / NEEDED[0], "train")
-    if not done_records(storage):
+    if not storage.exists("m.parquet"):
         table = table.slice(0, images)
         with ShardWriter(storage, 0, "real") as writer:
             for number, (jpg, label) in enumerate(zip(table["jpg"], table["label"].to_pylist(), strict=True)):
@@ -157,16 +104,31 @@ def of_trajectories(recipe: Recipe, count: int, folder: Path) -> tuple[str, floa
     return manifest, seconds, f"trajectory < {count}"
 
 
+def meaning(row: str, recipe: Recipe, args: argparse.Namespace) -> dict:
+    """What decides a cell's numbers besides its name: a cell of another meaning is not this call's."""
+    meant = {"steps": args.steps, "teacher": teacher_identity(args.teacher)["sha256"]}
+    meant["distill"] = recipe.distill.model_dump(mode="json", exclude={"device"})
+    if row not in REAL:
+        synth = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
+        synth["prior"]["path"] = prior_identity(recipe.synth.prior)["sha256"]
+        meant |= {"synth": synth, "rate": json.loads(args.rates.read_text())[row] if args.rates else None}
+    return meant
+
+
 def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
     """One dataset and its students: accuracy of each, images, stage-1 CPU seconds, the teacher's agreement."""
     budget = args.cpu_seconds
     size = f"{budget:g}s" if budget else args.images or "all"
     folder = args.out / args.split / "".join(c if c.isalnum() else "_" for c in f"{row} {size} {seed}")
     done = folder / "cell.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    torch.set_num_threads(1)
     recipe = recipe_of(row, seed, args)
+    meant = meaning(row, recipe, args)
+    if done.exists():
+        made = json.loads(done.read_text())
+        if changed := differences(made.get("meant", {}), meant):
+            sys.exit(f"{done} was made with other settings ({'; '.join(changed[:3])}): use another --out, or delete it")
+        return made
+    torch.set_num_threads(1)
     if row in REAL:
         manifest, seconds, where = real_dataset(args), 0.0, "kept"
     elif budget and args.rates:
@@ -177,7 +139,8 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
     else:
         manifest, seconds, where = of_images(recipe, args.images, folder)
     count = len(Manifest.open(manifest).select(where))
-    epochs = max(1, round(args.steps / -(-count // recipe.distill.batch_size)))
+    steps = len(batch_bounds(count, recipe.distill.batch_size)) - 1
+    epochs = max(1, round(args.steps / steps))
     learning = {"where": where, "epochs": epochs, "min_agreement": 0.0}
     recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update=learning)})
     learnt = run_distill(
@@ -187,10 +150,12 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
         "row": row,
         "seed": seed,
         "images": count,
+        "steps": steps * epochs,
         "seconds": seconds,
         "accuracy": {name: student["test"]["accuracy"] for name, student in learnt["students"].items()},
         "agreement": learnt["teacher_check"]["agreement"],
         "teacher": learnt["teacher_accuracy"],
+        "meant": meant,
     }
     folder.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
@@ -201,7 +166,7 @@ def table_rows(row: str, made: list[dict], known: dict[str, list[dict]]) -> Sequ
     """A Markdown row a student: accuracy, and differences to unguided and to KD on real images, paired by seed."""
     for name in made[0]["accuracy"]:
         accuracy = [100 * c["accuracy"][name] for c in made]
-        text = f"| {row} | {name} | {mean(c['images'] for c in made):.0f} "
+        text = f"| {row} | {name} | {mean(c['images'] for c in made):.0f} | {mean(c['steps'] for c in made):.0f} "
         text += f"| {mean(accuracy):.1f} ± {interval(accuracy):.1f} "
         for other in (BASE, CEILING):
             base = {c["seed"]: c["accuracy"][name] for c in known.get(other, [])}
@@ -249,6 +214,8 @@ def main() -> None:
         parser.error(f"--rates {args.rates}: no such file; --measure makes one")
     if args.rates and (unknown := set(args.rows) - REAL.keys() - json.loads(args.rates.read_text()).keys()):
         parser.error(f"--rates {args.rates} has no rate of {', '.join(sorted(unknown))}: measure it with --measure")
+    if args.cpu_seconds and not args.rates and torch.cuda.is_available():
+        parser.error("--cpu-seconds on a GPU machine counts launches: measure --rates on the CPU, and name them here")
     if args.measure and (real := REAL.keys() & set(args.rows)):
         parser.error(f"--measure: {', '.join(sorted(real))} synthesises nothing, so it has no rate")
     args.bench = Path(os.environ["FACTORY_BENCH_DIR"]) if "FACTORY_BENCH_DIR" in os.environ else None
@@ -266,22 +233,24 @@ def main() -> None:
         test = args.out / "validation.parquet"
         pq.write_table(split_table(args.bench / NEEDED[0], "validation"), test)
     print(f"named track: {MAPPED}; unknown to the prior: {UNMAPPED}")
-    print(f"| row | student | images | {args.split} % | minus unguided | minus real-kd | agreement % | CPU s |")
-    print("|---|---|---|---|---|---|---|---|")
-    known: dict[str, list[dict]] = {}
-    if args.jobs > 1:  # every cell first; the table then reads them
+    asked = [(row, seed) for row in args.rows for seed in range(args.seeds)]
+    if args.jobs > 1:
         if any(row in REAL for row in args.rows):
             real_dataset(args)
         with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            cells = [pool.submit(cell, row, seed, str(test), args) for row in args.rows for seed in range(args.seeds)]
-            for future in cells:
+            for future in [pool.submit(cell, *each, str(test), args) for each in asked]:
                 future.result()
+    known: dict[str, list[dict]] = {row: [] for row in args.rows}
+    for row, seed in asked:  # every cell first: rows are compared with each other
+        known[row].append(cell(row, seed, str(test), args))
+        scores = [f"{name} {100 * value:.1f} %" for name, value in known[row][-1]["accuracy"].items()]
+        print(f"{row}, seed {seed}: {', '.join(scores)}", flush=True)
+    print(f"| row | student | images | steps | {args.split} % | minus unguided | minus real-kd | agreement % | CPU s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in args.rows:
-        known[row] = [cell(row, seed, str(test), args) for seed in range(args.seeds)]
         for line in table_rows(row, known[row], known):
-            print(line, flush=True)
+            print(line)
     print(f"teacher: {100 * mean(c['teacher'] for cells in known.values() for c in cells):.1f} %")
-    (args.out / args.split / "cells.json").write_text(json.dumps(known, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The real-data experiment: the split of CIFAR-10, the teacher's augmentation, and a reason where it cannot run."""
 
+import argparse
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -83,3 +85,25 @@ def test_trajectories_of_a_rate_need_whole_groups_and_the_rest_is_left_out(tmp_p
     monkeypatch.setattr(cifar10, "synthesise", lambda recipe, shards, folder: (f"{shards} shards", 1.0))
     recipe = cifar10.resolve(str(SCRIPT.with_suffix(".yaml")))  # groups of 250, one a shard
     assert cifar10.of_trajectories(recipe, 2151, tmp_path) == ("9 shards", 1.0, "trajectory < 2151")
+
+
+def test_a_cell_of_other_settings_is_not_reused_and_steps_are_those_that_are_taken(tmp_path, monkeypatch):
+    asked = argparse.Namespace(
+        set=["distill.batch_size=256"], steps=800, rates=None, cpu_seconds=None, images=2155, split="test",
+        prior=SCRIPT.parents[1] / "priors/natural32", students=["resnet8"], out=tmp_path,
+        teacher=cifar10.ModelSettings(name=str(SCRIPT.parent / "cifar10-teacher")),
+    )  # fmt: skip
+    learnt = {"students": {"resnet8": {"test": {"accuracy": 0.5}}}, "teacher_check": {"agreement": 1}}
+    epochs = []
+    monkeypatch.setattr(cifar10, "of_images", lambda *_: ("m.parquet", 1.0, "trajectory < 2155"))
+    monkeypatch.setattr(cifar10.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(2155)))
+    monkeypatch.setattr(
+        cifar10, "run_distill",
+        lambda recipe, *_, **__: epochs.append(recipe.distill.epochs) or learnt | {"teacher_accuracy": 0.9},
+    )  # fmt: skip
+    made = cifar10.cell("guided", 0, "test.tar", asked)
+    assert (made["steps"], epochs) == (800, [100])  # eight batches an epoch: each image once, none left over
+    assert cifar10.cell("guided", 0, "test.tar", asked) == made and len(epochs) == 1
+    for other in ({"steps": 900}, {"set": []}, {"set": [*asked.set, "synth.guidance.scale=0.2"]}):
+        with pytest.raises(SystemExit, match=r"cell\.json was made with other settings .*: use another --out"):
+            cifar10.cell("guided", 0, "test.tar", argparse.Namespace(**vars(asked) | other))
