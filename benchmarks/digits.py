@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import product
 from math import ceil, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,6 +32,7 @@ from pipeline.synth import run_synth
 from stages.models.digits_data import write_split
 from stages.synth.shard_worker import load_models
 
+CPU = ["synth.device=cpu", "distill.device=cpu"]  # whose seconds are counted
 FULL = ["synth.guidance.decoder=full"]  # of every row that names no other
 LCA = ["synth.lca.every=4", "synth.lca.interval=[0.0,0.5]"]
 FITTED = ["synth.guidance.decoder=fitted"]
@@ -72,7 +74,7 @@ BASE = "unguided"
 
 def recipe_of(row: str, seed: int) -> Recipe:
     """The demo recipe with the row's settings, one group a shard so that sizes are fine-grained."""
-    sets = ["synth.groups_per_shard=1", "distill.min_agreement=0", *FULL, *ROWS[row]]
+    sets = ["synth.groups_per_shard=1", "distill.min_agreement=0", *CPU, *FULL, *ROWS[row]]
     return resolve("demo", sets=[*sets, f"synth.seed={seed}", f"distill.seed={seed}"])
 
 
@@ -170,17 +172,19 @@ def main() -> None:
     args = parser.parse_args()
     test = str(write_split(args.split, args.out / f"{args.split}.parquet"))
     out, cells = args.out / args.split, []
-    load_models(resolve("demo").synth)  # imports are no part of a dataset's time
+    load_models(resolve("demo", sets=CPU).synth)  # imports are no part of a dataset's time
     print(f"| row | images | student, {args.split} % | minus unguided | teacher agreement % | synthesis CPU s |")
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|", flush=True)
     sizes = [(None, s) for s in args.cpu_seconds] if args.cpu_seconds else [(n, None) for n in args.images]
     for images, budget in sizes:
-        base: dict[int, dict] = {}
-        for row in args.rows:
-            made = [cell(row, seed, images, budget, test, out) for seed in range(args.seeds)]
-            base = {c["seed"]: c for c in made} if row == BASE else base
-            cells += made
-            print(table_row(row, made, base), flush=True)
+        made: dict[str, list[dict]] = {row: [] for row in args.rows}
+        for row, seed in product(made, range(args.seeds)):
+            made[row].append(cell(row, seed, images, budget, test, out))
+            print(f"{row}, seed {seed}: {made[row][-1]['accuracy']:.1%}", file=sys.stderr, flush=True)
+        base = {c["seed"]: c for c in made.get(BASE, [])}
+        for row, found in made.items():
+            print(table_row(row, found, base), flush=True)
+            cells += found
     (out / "cells.json").write_text(json.dumps(cells, indent=1))
 
 

@@ -107,6 +107,7 @@ def one_run(students: tuple[str, ...], manifest: str, teacher: str, out: Path, e
     clock = Clock(epochs)
     settings = DistillSettings.model_validate(
         {"students": students, "epochs": epochs, "held_out": 0, "checkpoint_seconds": 1e9, "other_teacher": True}
+        | {"device": "cpu"}
     )
     originals = loop.teacher_targets, loop._learn
     loop.teacher_targets, loop._learn = clock.timed("teacher", originals[0]), clock.timed("students", originals[1])

@@ -50,10 +50,18 @@ def moments(sums: Tensor, origin: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return origin + first, (second - first.square()).clamp_min(0)
 
 
+OUT_OF_MEMORY = (  # in RuntimeErrors of PyTorch's allocator on the CPU, oneDNN, cuBLAS, cuDNN before and since 9
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed; on the CPU that is an ordinary RuntimeError."""
-    on_cpu = ("DefaultCPUAllocator", "could not create a primitive")  # PyTorch's own, oneDNN's
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in on_cpu)
+    """Whether ``error`` says that an allocation failed, which not only PyTorch's own class of it does."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def free_memory() -> None:

@@ -76,9 +76,14 @@ def save_pipeline(
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What :func:`save_checkpoint` kept; empty where there is none."""
+    return torch.load(path, weights_only=True, map_location=device) if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,13 @@ def fit(
     report: Callable[[Fitted], str],
     every: float = 60.0,
     draws: str = "cpu",
+    more: dict[str, Any] | None = None,
 ) -> Fitted:
     """Minimise ``loss_of(generator)`` over ``nets``; ``generator``, on the device ``draws``, is seeded by the step, so
     a resumed run draws alike. The loop itself never waits for the device.
 
-    Every ``every`` seconds and at the end the state is kept at ``path`` and a line with ``report`` is printed; a second
-    call goes on from there.
+    Every ``every`` seconds and at the end the state, ``more`` beside it, is kept at ``path`` and a line with ``report``
+    is printed; a second call goes on from there.
     """
     parameters = [p for net in nets.values() for p in net.parameters()]
     device = parameters[0].device
@@ -157,8 +163,7 @@ def fit(
         parameters, recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99), fused=device.type == "cuda" or None
     )
     fitted = Fitted({k: {n: v.detach().clone() for n, v in net.state_dict().items()} for k, net in nets.items()})
-    if path.exists():
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    if state := load_checkpoint(path, device):
         for key, net in nets.items():
             net.load_state_dict(state["nets"][key])
         optimizer.load_state_dict(state["optimizer"])
@@ -187,7 +192,7 @@ def fit(
             reported, fitted.loss = fitted.seconds, running.item()
             states = {key: net.state_dict() for key, net in nets.items()}
             kept = {"nets": states, "optimizer": optimizer.state_dict(), "ema": fitted.ema, "step": fitted.step}
-            save_checkpoint(path, kept | {"seconds": fitted.seconds, "loss": fitted.loss})
+            save_checkpoint(path, (more or {}) | kept | {"seconds": fitted.seconds, "loss": fitted.loss})
             pace = (fitted.seconds - before) / (fitted.step - begun)
             done = budget.progress(fitted.step, fitted.seconds)
             print(

@@ -10,12 +10,14 @@ schedule, captions dropped for classifier-free guidance). Both keep averaged wei
 """
 
 import argparse
+import hashlib
 import io
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import natural_groups
 import numpy as np
@@ -34,6 +36,7 @@ from prior_training import (
     build_text_encoder,
     build_tokenizer,
     fit,
+    load_checkpoint,
     save_checkpoint,
     save_pipeline,
     token_ids,
@@ -140,14 +143,38 @@ def train_vae(pool: Pool, budget: Budget, args: argparse.Namespace) -> tuple[Aut
     return codec, fitted, pca
 
 
+def refusal(work: Path, budget: Budget) -> str | None:
+    """Why the denoiser begun in ``work`` cannot go on: ``vae.pt`` is not the one it learned, or would not stay it."""
+    vae, denoiser = (load_checkpoint(work / name) for name in ("vae.pt", "denoiser.pt"))
+    if not denoiser:
+        return None
+    step = vae.get("step", 0)
+    begun = denoiser.get("vae_step", step)
+    line = f"--work {work}: denoiser.pt was begun on step {begun} of the VAE"
+    if step != begun:
+        return f"{line}, vae.pt holds step {step}: delete denoiser.pt to begin it again"
+    if budget.progress(step, vae.get("seconds", 0.0)) < 1:
+        return f"{line}, --vae-minutes {budget.minutes:g} would train that on: give fewer, or delete denoiser.pt"
+    return None
+
+
 @torch.no_grad()
-def cache_latents(vae: AutoencoderDC, images: Tensor, path: Path, device: str) -> Tensor:
-    """fp16 ``[n, 2, 12, 8, 8]``: every image and its mirror image; kept at ``path``."""
-    if not path.exists():
+def cache_latents(
+    vae: AutoencoderDC, images: Tensor, path: Path, source: dict[str, Any], device: str, keep: bool
+) -> Tensor:
+    """fp16 ``[n, 2, 12, 8, 8]``: every image and its mirror image.
+
+    Those at ``path`` where they have this ``source`` (the VAE's step, the images' checksum); else made, and kept there
+    if ``keep``.
+    """
+    found = load_checkpoint(path)
+    if any(found.get(key) != value for key, value in source.items()):
         pairs = (torch.stack([part, part.flip(-1)], 1).flatten(0, 1) for part in images.split(125))
-        found = [vae.encode(pixels(pair, device)).latent.half().unflatten(0, (-1, 2)) for pair in pairs]
-        save_checkpoint(path, {"latents": torch.cat(found)})
-    return torch.load(path, weights_only=True, map_location=device)["latents"]
+        made = [vae.encode(pixels(pair, device)).latent.half().unflatten(0, (-1, 2)) for pair in pairs]
+        found = source | {"latents": torch.cat(made)}
+        if keep:
+            save_checkpoint(path, found)
+    return found["latents"].to(device)
 
 
 @torch.no_grad()
@@ -163,7 +190,7 @@ def sample(unet, text, vae, ids: Tensor, empty: Tensor, device: str, cfg: float 
     return (vae.decode(z / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def train_denoiser(nets, vae, latents: Tensor, pool: Pool, tokenizer, budget: Budget, args) -> Fitted:
+def train_denoiser(nets, vae, vae_step: int, latents: Tensor, pool: Pool, tokenizer, budget: Budget, args) -> Fitted:
     """Mean squared error of v (Salimans & Ho 2022), uniform times; reports held-out loss and draws a grid."""
     unet, text, device, scheduler = nets["unet"], nets["text"], args.device, build_scheduler()
     alphas, empty = scheduler.alphas_cumprod.to(device), token_ids(tokenizer, [""]).to(device)
@@ -197,7 +224,8 @@ def train_denoiser(nets, vae, latents: Tensor, pool: Pool, tokenizer, budget: Bu
             return f"held-out {loss_on(held, torch.Generator(device).manual_seed(0), 0.0):.4f}"
 
     recipe = Recipe(lr=args.lr, warmup=500, ema=0.9995 if args.batch > 256 else 0.999)
-    return fit(nets, loss_of, budget, recipe, args.work / "denoiser.pt", report, 3 * args.log_seconds, device)
+    path, more = args.work / "denoiser.pt", {"vae_step": vae_step}
+    return fit(nets, loss_of, budget, recipe, path, report, 3 * args.log_seconds, device, more)
 
 
 def main() -> None:
@@ -219,6 +247,9 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export-only", action="store_true", help="save what the checkpoints hold now")
     args = parser.parse_args()
+    budgets = [Budget(minutes=0 if args.export_only else m) for m in (args.vae_minutes, args.denoiser_minutes)]
+    if refused := refusal(args.work, budgets[0]):
+        parser.error(refused)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -229,12 +260,13 @@ def main() -> None:
     text = build_text_encoder(tokenizer, TEXT_WIDTH).to(args.device)
     unet = build_unet(args.channels).to(args.device, memory_format=torch.channels_last)
 
-    minutes = (0, 0) if args.export_only else (args.vae_minutes, args.denoiser_minutes)
-    vae, coded, pca = train_vae(pool, Budget(minutes=minutes[0]), args)
-    latents = cache_latents(vae, pool.images, args.work / "latents.pt", args.device)
+    vae, coded, pca = train_vae(pool, budgets[0], args)
+    source = {"vae_step": coded.step, "images": hashlib.sha256(pool.images.numpy()).hexdigest()}
+    path, keep = args.work / "latents.pt", not args.export_only
+    latents = cache_latents(vae, pool.images, path, source, args.device, keep)
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
     nets = {"unet": unet, "text": text}
-    drawn = train_denoiser(nets, vae, latents, pool, tokenizer, Budget(minutes=minutes[1]), args)
+    drawn = train_denoiser(nets, vae, coded.step, latents, pool, tokenizer, budgets[1], args)
     drawn.load_into(nets)
     error = unexplained(vae, pixels(pool.images[-HELD_OUT:], args.device))
     save_pipeline(args.out, vae, unet, text, tokenizer, build_scheduler())

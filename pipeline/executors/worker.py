@@ -91,8 +91,9 @@ def failure(error: Exception) -> dict[str, Any]:
         "stops_run": getattr(error, "stops_run", False)
         or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
         "store_failed": any(isinstance(e, StoreError) for e in chain),
-        # after such an error every later CUDA call of the process fails too
-        "poisoned": type(error).__name__ == "AcceleratorError" or "CUDA error" in line,
+        # after such an error every later CUDA call of the process fails too, unless cuBLAS only found no memory
+        "poisoned": type(error).__name__ == "AcceleratorError"
+        or ("CUDA error" in line and "CUBLAS_STATUS_ALLOC_FAILED" not in line),
     }
 
 

@@ -1,7 +1,8 @@
-"""The benchmarks of guidance run through, on networks small enough for that, and their clocks and counts add up."""
+"""The benchmarks run through, on networks small enough for that; their clocks, counts and comparisons add up."""
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -60,7 +61,45 @@ def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path
     assert list(found) == rows and all(row["images_per_s"] > 0 for row in found.values())
     assert found[rows[1]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
     assert found[rows[2]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
-    assert "| unguided, 50 steps |" in capsys.readouterr().out
+    assert re.search(r"\| unguided, 50 steps \| [\d.]+ \| 1.00 \|", capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--rows", rows[1]])
+    gpu.main()
+    assert re.search(r"\| tiny decoder, 50 steps guided \| [\d.]+ \| – \|", capsys.readouterr().out)
+
+
+def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(script, tmp_path, monkeypatch, capsys):
+    digits = script("digits")
+    accuracy = {"guided": 0.9, "unguided": 0.8}
+
+    def cell(row, seed, images, *_):
+        return {"row": row, "seed": seed, "images": images, "seconds": 1, "accuracy": accuracy[row], "agreement": 1}
+
+    monkeypatch.setattr(digits, "cell", cell)
+    monkeypatch.setattr(digits, "load_models", lambda settings: None)
+    (tmp_path / "validation").mkdir()
+    options = ["--rows", "guided", "unguided", "--seeds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["digits.py", *options])
+    digits.main()
+    assert "| guided | 400 | 90.0 ± 0.0 | +10.0 ± 0.0 |" in capsys.readouterr().out
+    recipe = digits.recipe_of("guided", 0)
+    assert recipe.synth.device == recipe.distill.device == "cpu"
+
+
+def test_students_train_where_their_seconds_are_counted(script, tmp_path, monkeypatch):
+    asked = []
+
+    def run_distill(settings, *_, **__):
+        asked.append(settings.device)
+        raise InterruptedError
+
+    for module, call in (
+        (script("many_students"), lambda m: m.one_run(m.STUDENTS, "m", "t", tmp_path, 2)),
+        (script("teacher_cache"), lambda m: m.seconds("m", "t", tmp_path, 1, 1, True)),
+    ):
+        monkeypatch.setattr(module, "run_distill", run_distill)
+        with pytest.raises(InterruptedError):
+            call(module)
+    assert asked == ["cpu", "cpu"]
 
 
 def test_the_sweep_holds_the_defaults_and_every_row_of_it_is_a_recipe(script, tmp_path, monkeypatch, capsys):

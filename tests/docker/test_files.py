@@ -97,6 +97,7 @@ def test_pip_always_keeps_to_the_constraints():
     commands = [rest for word, rest in instructions() if word == "RUN" and "pip install" in rest]
     assert len(commands) == 4
     assert all("-c constraints.txt" in command for command in commands)
+    assert not any(re.search(r"(?<!-extra)-index-url", command) for command in commands)  # PyPI has the pins
 
 
 def test_compose_refers_to_what_exists():
@@ -182,6 +183,8 @@ def test_kuberay_jobs_end_and_retry(name):
     for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
+        if any("persistentVolumeClaim" in volume for volume in pod.get("volumes", [])):
+            assert pod["securityContext"]["fsGroup"] == 1000
         for container in pod["containers"]:
             assert container["image"] == "dfkd-factory:cuda"
             assert container["resources"]["limits"] == container["resources"]["requests"]

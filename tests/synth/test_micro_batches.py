@@ -94,6 +94,9 @@ def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)  # how the CPU's allocator really says it
     assert out_of_memory(caught.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    for status in ("CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"):
+        assert out_of_memory(RuntimeError(f"cuDNN error: {status}"))
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 

@@ -14,7 +14,7 @@ from manifests.errors import DataError, FactoryError, Interrupted
 from manifests.storage import Storage
 from pipeline.executors.driver import Outcome, execute
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
+from pipeline.executors.worker import WorkerSpec, failure
 from pipeline.failures import failures
 
 ROOT = Path(__file__).parents[3]
@@ -121,6 +121,13 @@ def test_shards_that_all_fail_stop_the_run_instead_of_filling_the_quarantine(run
 def test_a_lost_gpu_stops_this_process(run):
     with pytest.raises(FactoryError, match="shard 000000: .*CUDA error.*new process"):
         run.execute(2, {"0": "cuda"})
+
+
+def test_a_gpu_without_memory_for_cublas_is_not_lost():
+    line = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    accelerator_error = type("AcceleratorError", (RuntimeError,), {})
+    assert not failure(RuntimeError(line))["poisoned"] and failure(accelerator_error(line))["poisoned"]
+    assert failure(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))["poisoned"]
 
 
 def test_a_worker_that_cannot_start_keeps_its_error(run):
