@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-PAUSE = 0.2
+PAUSE = 0.5
 
 
 def slow_work(job: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cl
 
     monkeypatch.setattr(ray_train, "work", slow_work)  # a whole run would take a minute: it cannot end before the stop
     manifest, out = write_dataset(tmp_path / "d"), str(tmp_path / "out")
-    asked = settings(epochs=60, checkpoint_seconds=0.2)
+    asked = settings(epochs=20, checkpoint_seconds=0.2)
     begin(prepare(asked, [(manifest, 1.0)], None), Storage(out), lambda kind, **fields: None, 2)
     job = {"settings": asked.model_dump(mode="json"), "sources": [(manifest, 1.0)], "teacher": None, "out": out}
     workers, events = {}, []
@@ -40,7 +40,7 @@ def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cl
             events.append("killed")
             os.kill(workers[1], signal.SIGKILL)
 
-    with pytest.raises(Interrupted, match="interrupted in epoch .* of 60; the same command resumes"):
+    with pytest.raises(Interrupted, match="interrupted in epoch .* of 20; the same command resumes"):
         ray_train.train_on_ray(
             job | {"test_data": None}, TWO, on_event, lambda *_: None, lambda: "run_resumed" in events
         )  # asked to stop once a lost worker was replaced
