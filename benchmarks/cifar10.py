@@ -132,7 +132,7 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
     if row in REAL:
         manifest, seconds, where = real_dataset(args), 0.0, "kept"
     elif budget and args.rates:
-        count = int(budget * json.loads(args.rates.read_text())[row])
+        count = int(budget * meant["rate"])
         manifest, seconds, where = of_trajectories(recipe, count, folder)
     elif budget:
         manifest, seconds, where = of_seconds(recipe, budget, folder)
