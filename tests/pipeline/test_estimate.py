@@ -65,7 +65,7 @@ def test_a_prior_that_cannot_be_fetched_leaves_what_the_recipe_tells(tmp_path, m
     def offline(*_, **__):
         raise OSError("no network here")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.model_info", offline)
     recipe = resolve("demo", section="synth", sets=["prior.path=org/name", "images.size=32"], environ={})
     found = dry_run(recipe, str(tmp_path / "run"), INLINE)
     assert (found["images"], found["image_size"], found["fingerprint"], found["cost"]) == (400, 32, None, None)

@@ -18,6 +18,7 @@ from manifests.errors import DataError
 from stages.micro_batches import in_micro_batches
 from stages.synth.priors.attention import use_attention
 from stages.synth.priors.families import FAMILIES, geometry, read_index
+from stages.synth.priors.files import loading
 from stages.synth.priors.prior import Prediction, State
 from stages.synth.priors.schedule import Schedule
 from stages.synth.settings import PriorSettings
@@ -156,7 +157,7 @@ def load_part(prior: DiffusionPrior, name: str, classes: dict[str, Any]) -> Any:
     _, kind = prior.index.get(name) or (None, None)
     if kind not in classes:
         raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
-    where = {"subfolder": name, "variant": prior.settings.variant}
+    where = {"subfolder": name, **loading(prior.folder / name, prior.settings.variant)}
     return load_network(classes[kind], prior.folder, DTYPES[prior.settings.dtype], prior.device, **where)
 
 
@@ -166,7 +167,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **whe
         config = kind.load_config(str(folder), **where)
         with torch.device("meta"):
             return torch.nn.Module.to(kind.from_config(config), dtype)
-    return kind.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, **where)
+    return kind.from_pretrained(str(folder), torch_dtype=dtype, **where)
 
 
 def load_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
@@ -176,9 +177,8 @@ def load_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
         config = kind.config_class.from_pretrained(str(prior.folder), **where)
         with torch.device("meta"):
             return kind(config).to(dtype)
-    return kind.from_pretrained(
-        str(prior.folder), dtype=dtype, variant=prior.settings.variant, use_safetensors=True, **where
-    )
+    where |= loading(prior.folder / name, prior.settings.variant)
+    return kind.from_pretrained(str(prior.folder), dtype=dtype, **where)
 
 
 def load_tokenizer(prior: DiffusionPrior, name: str, kind: Any) -> Any:

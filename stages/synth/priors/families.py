@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import DataError, UsageError
+from stages.synth.priors.files import files_read
 from stages.synth.settings import PriorSettings
 
 if TYPE_CHECKING:
     from stages.synth.priors.diffusion import DiffusionPrior
 
 log = logging.getLogger(__name__)
-WEIGHTS = (".safetensors", ".json", ".txt", ".model")  # what decides a prior's output; pickled weights are never read
 
 
 class NotFetched(DataError):
@@ -55,8 +55,8 @@ class Geometry:
     classes: int
 
 
-def locate(path: str, what: str = "prior") -> Path:
-    """The local folder of a prior; a hub id is downloaded (safetensors and configs only) or found in the cache.
+def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
+    """The local folder of a prior; of a hub id the files that are read are downloaded, or found in the cache.
     ``what`` names the thing in errors.
 
     Raises:
@@ -76,16 +76,28 @@ def locate(path: str, what: str = "prior") -> Path:
         raise DataError(
             f"{what} {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in WEIGHTS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return _download(path, variant)
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise NotFetched(
             f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})"
         ) from error
+
+
+def _download(name: str, variant: str | None) -> Path:
+    """What is read of hub repository ``name``, in the hub's cache; as cached where the hub gives no answer."""
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        files = [file.rfilename for file in model_info(name).siblings or ()]
+    except Exception as error:  # no such repository, no access, or any error of the HTTP library that the hub uses
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise OSError(str(error) or type(error).__name__) from error
+    return Path(snapshot_download(name, allow_patterns=files_read(files, variant)))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -162,7 +174,7 @@ def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
 
     Raises UsageError where CFG is asked of an unconditional prior; the default scale just does not apply to it.
     """
-    folder = locate(settings.path)
+    folder = locate(settings.path, variant=settings.variant)
     name = read_index(folder)["_class_name"]
     if FAMILIES[name].conditioning == "none" and settings.cfg not in (1, PriorSettings().cfg):
         raise UsageError(
@@ -181,16 +193,17 @@ def prior_identity(settings: PriorSettings) -> dict[str, Any]:
         "pipeline": name,
         "conditioning": family.conditioning,
         "image_size": shape.image_size,
-        "sha256": folder_sha256(folder),
+        "sha256": folder_sha256(folder, settings.variant),
     } | ({"classes": shape.classes} if shape.classes else {})
 
 
-def folder_sha256(folder: Path) -> str:
+def folder_sha256(folder: Path, variant: str | None = None) -> str:
     """sha256 over names and contents of the files in a model folder that decide what it computes."""
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    for name in files_read(names, variant):
+        digest.update(name.encode() + b"\0")
+        with (folder / name).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 

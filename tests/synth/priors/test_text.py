@@ -96,12 +96,3 @@ def test_truncated_weights_are_a_data_error(prior_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(DataError, match="cannot be loaded"):
         load_prior(PriorSettings(path=str(copy)), "cpu")
-
-
-def test_pickled_weights_are_never_read(prior_folder, tmp_path):
-    copy = shutil.copytree(prior_folder, tmp_path / "pickled")
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
-    weights.unlink()
-    with pytest.raises(DataError, match="cannot be loaded"):
-        load_prior(PriorSettings(path=str(copy)), "cpu")

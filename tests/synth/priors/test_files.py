@@ -1,0 +1,114 @@
+"""Of what a hub holds one format and variant of each network is fetched, hashed and loaded; pickles run no code."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manifests.errors import DataError
+from stages.synth.priors.families import load_prior, prior_identity
+from stages.synth.priors.files import files_read
+from stages.synth.settings import PriorSettings
+
+NETWORK = "diffusion_pytorch_model"
+HUB = [  # as Stable Diffusion 1.5 lies on its hub, in short
+    "model_index.json", "README.md", "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt",
+    "scheduler/scheduler_config.json", "safety_checker/config.json", "safety_checker/model.safetensors",
+    "tokenizer/vocab.json", "tokenizer/merges.txt",
+    *(f"unet/{NETWORK}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin")),
+    *(f"vae/{NETWORK}{kind}" for kind in (".safetensors", ".bin")), "vae/config.json", "unet/config.json",
+]  # fmt: skip
+
+
+def weights(names):
+    return [name for name in names if name.endswith((".safetensors", ".bin", ".ckpt"))]
+
+
+def test_of_a_pipeline_only_what_loading_reads():
+    plain, half = files_read(HUB, None), files_read(HUB, "fp16")
+    assert weights(plain) == [f"unet/{NETWORK}.safetensors", f"vae/{NETWORK}.safetensors"]
+    assert weights(half) == [f"unet/{NETWORK}.fp16.safetensors", f"vae/{NETWORK}.safetensors"]  # the VAE has no other
+    configs = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer/vocab.json"]
+    assert [name for name in plain if name not in weights(plain)] == sorted(
+        [*configs, "unet/config.json", "vae/config.json"]
+    )
+
+
+def test_weights_in_parts_and_folders_without_safetensors():
+    parts = [f"unet/{NETWORK}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    halves = [f"unet/{NETWORK}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert files_read([*parts, *halves, "model_index.json"], None) == ["model_index.json", *parts]
+    assert files_read([*parts, *halves, "model_index.json"], "fp16") == ["model_index.json", *halves]
+    assert files_read(["model_index.json", f"unet/{NETWORK}.bin"], "fp16") == [
+        "model_index.json",
+        f"unet/{NETWORK}.bin",
+    ]
+    assert files_read(["config.json", f"{NETWORK}.bin", f"{NETWORK}.safetensors"], None) == [  # an AutoencoderTiny
+        "config.json",
+        f"{NETWORK}.safetensors",
+    ]
+
+
+def test_a_hub_is_asked_for_no_more(monkeypatch, prior_folder):
+    asked = {}
+
+    def snapshot(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(prior_folder)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in HUB]
+    monkeypatch.setattr("huggingface_hub.model_info", lambda _: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    prior_identity(PriorSettings(path="org/name", variant="fp16"))
+    assert asked == {"org/name": files_read(HUB, "fp16")}
+
+
+def test_what_is_not_read_is_not_the_priors_identity(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "more")
+    sha256 = prior_identity(PriorSettings(path=str(copy)))["sha256"]
+    (copy / "checkpoint.safetensors").write_bytes(b"another format of the same")
+    (copy / "unet" / f"{NETWORK}.fp16.safetensors").write_bytes(b"another variant")
+    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] == sha256
+    assert prior_identity(PriorSettings(path=str(copy), variant="fp16"))["sha256"] != sha256
+
+
+def test_weights_as_bin_load_the_same(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "bin")
+    for file in copy.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if file.name == "model.safetensors" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    there, here = (load_prior(PriorSettings(path=str(f)), "cpu") for f in (copy, prior_folder))
+    for a, b in ((there.network, here.network), (there.vae, here.vae), (there.encoders[0], here.encoders[0])):
+        torch.testing.assert_close(dict(a.state_dict()), dict(b.state_dict()), rtol=0, atol=0)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pickled-code-ran",)
+
+
+@pytest.mark.parametrize("file", [f"unet/{NETWORK}", "text_encoder/model"])
+def test_pickled_code_does_not_run(prior_folder, tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(prior_folder, tmp_path / "pickled")
+    (copy / f"{file}.safetensors").unlink()
+    torch.save(
+        {"weight": Evil()},
+        (copy / file).with_name(f"{'pytorch_' if file.endswith('/model') else ''}{(copy / file).name}.bin"),
+    )
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_prior(PriorSettings(path=str(copy)), "cpu")
+    assert not (tmp_path / "pickled-code-ran").exists()
+
+
+def test_weights_of_other_variants_alone_are_named(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "half")
+    plain = copy / "unet" / f"{NETWORK}.safetensors"
+    plain.rename(plain.with_name(f"{NETWORK}.fp16.safetensors"))
+    with pytest.raises(DataError, match="only weights of the variant fp16: name it"):
+        load_prior(PriorSettings(path=str(copy)), "cpu")
+    assert load_prior(PriorSettings(path=str(copy), variant="fp16"), "cpu").latent_shape
