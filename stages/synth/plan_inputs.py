@@ -1,13 +1,16 @@
 """What a plan needs to know of stage 1 before it runs: identities, fingerprinted semantics, sizes. No torch."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from stages.models.identity import teacher_identity
+from stages.models.settings import ModelSettings
 from stages.synth.labels import uneven_lap
 from stages.synth.priors.families import check_labels, folder_sha256, prior_identity, tiny_decoder
-from stages.synth.settings import SynthSettings
+from stages.synth.settings import PriorSettings, SynthSettings
 
+log = logging.getLogger(__name__)
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
 GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these would get other classes
@@ -38,6 +41,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "noise":
         return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
     prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
+    if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
+        log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
     tiny = None

@@ -1,7 +1,9 @@
 """Plans: the fingerprint's reach, create or resume, refusal with a diff."""
 
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -38,6 +40,14 @@ def test_shards_and_device_do_not_enter_but_method_and_seed_do():
     assert plan_of("shards=9", "device=cpu").fingerprint == base
     for change in ("seed=1", "group_size=11", "guidance.scale=0.3", "prompts.styles=[x]"):
         assert plan_of(change).fingerprint != base
+
+
+def test_pen_strokes_for_another_teacher_are_warned_of(tmp_path, caplog):
+    plan_of()
+    assert not caplog.records
+    copy = shutil.copytree(Path(__file__).parents[2] / "stages/assets/digits-teacher", tmp_path / "mine")
+    plan_of(f"teacher.name={copy}", "method=dmkd")
+    assert "prior embedded:strokes32 draws pen strokes alone" in caplog.text
 
 
 def test_created_once_then_reopened(tmp_path):

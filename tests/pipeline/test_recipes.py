@@ -31,6 +31,16 @@ PAPER = {  # images and stored side as the paper (or the recipe's header) gives 
 TWINS = {"diffdfkd-twin": (200, 8), "dmkd-twin": (40, 8), "dda-twin": (160, 8)}
 
 
+def test_the_readmes_recipe_for_ones_own_teacher_passes_a_dry_run(tmp_path):
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text().split("```yaml\n# mine.yaml")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    weights = root / "benchmarks/cifar10-teacher/model.safetensors"
+    sets = [f"synth.prior.path={root / 'priors/natural32'}", f"synth.teacher.weights={weights}"]
+    found = dry_run(resolve(str(tmp_path / "mine.yaml"), sets=sets, environ={}), str(tmp_path / "run"), INLINE)
+    assert (found["classes"], found["image_size"], found["prior"]["name"][-9:]) == (10, 32, "natural32")
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """Where things lie on this machine: tiny priors by the hub id they stand for, a tiny decoder, some weights."""
