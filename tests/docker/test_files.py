@@ -16,7 +16,9 @@ from pipeline.executors.settings import ExecutorSettings
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-JOBS = {path.stem: yaml.safe_load(path.read_text()) for path in (DOCKER / "kuberay").glob("*.yaml")}
+KUBERAY = DOCKER / "kuberay"
+JOBS = {name: yaml.safe_load((KUBERAY / f"{name}.yaml").read_text()) for name in ("synth", "distill")}
+CLAIMS = {claim["metadata"]["name"] for claim in yaml.safe_load_all((KUBERAY / "volumes.yaml").read_text())}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -108,7 +110,8 @@ def test_compose_refers_to_what_exists():
         assert ":" in service["image"], name
         assert set(service.get("depends_on", {})) <= services.keys()
         for volume in service.get("volumes", []):
-            assert volume.split(":")[0] in COMPOSE["volumes"]
+            folder = re.fullmatch(r"\$\{FACTORY_FILES:-(\S+)\}:/files:ro", volume)
+            assert (DOCKER / folder[1]).is_dir() if folder else volume.split(":")[0] in COMPOSE["volumes"]
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), "nothing of a trial cluster is offered to the network"
         if "build" in service:
@@ -183,7 +186,9 @@ def test_kuberay_jobs_end_and_retry(name):
     for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
-        if any("persistentVolumeClaim" in volume for volume in pod.get("volumes", [])):
+        claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        assert set(claims) <= CLAIMS
+        if claims:
             assert pod["securityContext"]["fsGroup"] == 1000
         for container in pod["containers"]:
             assert container["image"] == "dfkd-factory:cuda"
