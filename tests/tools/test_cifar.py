@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import cifar10
 import cifar_data
+import make_cifar_bench
 from train_cifar_teacher import augmented
+
+from stages.distill.labelled import labelled_images
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cifar10.py"
 
@@ -38,6 +41,29 @@ def test_training_and_validation_rows_are_apart_and_always_the_same(tmp_path, mo
     images, labels = cifar_data.tensors(held)
     assert images.shape == (3, 3, 32, 32) and images.unique().tolist() == [200]
     assert [str(label) for label in labels.tolist()] == keys[1]
+
+
+def test_the_hubs_cifar_becomes_what_the_benchmark_reads(tmp_path, monkeypatch):
+    def png(value):
+        with io.BytesIO() as buffer:
+            Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(buffer, "PNG")
+            return {"bytes": buffer.getvalue(), "path": None}
+
+    for name, rows in (("train", 12), ("test", 6)):
+        table = pa.table({"img": [png(10 * i) for i in range(rows)], "label": [i % 10 for i in range(rows)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(cifar_data, "VALIDATION", 3)
+    monkeypatch.setattr(make_cifar_bench, "HALF", 4)
+    flags = [f"--{name}={tmp_path / name}.parquet" for name in ("train", "test")]
+    monkeypatch.setattr(sys, "argv", ["make_cifar_bench.py", *flags, f"--out={tmp_path / 'bench'}"])
+    make_cifar_bench.main()
+    images, labels = cifar_data.tensors(cifar_data.split_table(tmp_path / "bench/cifar10-train.parquet", "train"))
+    assert len(images) == 9 and all(
+        image.float().mean() in (10 * label, 10 * label + 100)
+        for image, label in zip(images, labels.tolist(), strict=True)
+    )
+    test = labelled_images(str(tmp_path / "bench/cifar10-test-a.tar"), cifar_data.CLASS_NAMES)
+    assert [label for _, _, label in test] == [0, 1, 2, 3]
 
 
 def test_augmented_images_are_shifted_and_mirrored_never_else():
