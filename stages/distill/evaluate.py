@@ -14,6 +14,7 @@ from manifests.images import decode
 from stages.device import find_device
 from stages.distill.labelled import Sample, labelled_images
 from stages.distill.threads import torch_threads
+from stages.models.carried import check_class_names
 from stages.models.identity import ModelConfig
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher
@@ -30,12 +31,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
-    Raises DataError where either does not fit, UsageError where ``device`` cannot be used.
+    Raises DataError where either does not fit or ``teacher`` knows other classes, UsageError where ``device`` cannot be
+    used.
     """
     place = find_device(device)
     with torch_threads(threads):
         net, config = load_model(model)
         judge = load_teacher(teacher, place) if teacher else None
+        if judge:
+            check_class_names(judge, config.class_names, model)
         return evaluate_net(net.to(place), config, data, judge)
 
 

@@ -104,6 +104,13 @@ def test_our_own_manifest_is_labelled_data_too(dataset, model):
     assert found["teacher_accuracy"] == found["accuracy"]
 
 
+def test_a_teacher_of_other_classes_is_no_judge(dataset, model):
+    with pytest.raises(DataError, match=f"{model} has 3 classes, the teacher 10"):
+        evaluate(model, dataset, ModelSettings(name="embedded:digits"))
+    with pytest.raises(DataError, match=f"{model} and the teacher have the same classes in another order"):
+        evaluate(model, dataset, ModelSettings(name=model, class_names=NAMES[::-1]))
+
+
 def test_images_of_unequal_size(samples, model, tmp_path):
     large = write_parquet(tmp_path / "a.parquet", [(k, resized(d, 8 + i), c) for i, (k, d, c) in enumerate(samples)])
     assert evaluate(model, large)["images"] == 7
