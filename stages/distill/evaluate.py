@@ -13,6 +13,7 @@ from manifests.errors import DataError
 from manifests.images import decode
 from stages.device import find_device
 from stages.distill.labelled import Sample, labelled_images
+from stages.distill.pixels import images_at_once
 from stages.distill.threads import torch_threads
 from stages.models.carried import check_class_names
 from stages.models.identity import ModelConfig
@@ -22,7 +23,6 @@ from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
 BATCH = 256
-BATCH_BYTES = 256 << 20
 BINS = 15
 
 
@@ -80,7 +80,7 @@ def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int
         if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
-        most = min(BATCH, max(1, BATCH_BYTES // image.numel()))
+        most = images_at_once(BATCH, image.numel())
         labels.append(sample[2])
         images.append(image)
     if images:

@@ -8,12 +8,12 @@ import torch
 
 from manifests.errors import DataError, FactoryError, Interrupted
 from manifests.storage import Storage
-from stages.distill import checkpoint, loop, precision, student
+from stages.distill import checkpoint, loop, pixels, precision, student
 from stages.distill.run import run_distill
 from stages.models.identity import config_json
 from stages.models.loading import load_model
 from stages.models.settings import ModelSettings
-from tests.distill.drawn import TEACHER, teacher_files, write_dataset
+from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
 
@@ -69,6 +69,18 @@ def diverging(monkeypatch, *names):
 
     counts: dict = {}
     monkeypatch.setattr(student, "student_terms", terms)
+
+
+def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
+    asked = settings(cache={"use": True}, views={"fixed": 2, "cutmix": 0, "mixup": 0})
+    taken, take = [], pixels.CachedPixels.take
+    monkeypatch.setattr(pixels.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
+    for out, at_once, most in (("all", pixels.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
+        monkeypatch.setattr(pixels, "AT_ONCE", at_once)
+        run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))
+        assert max(taken) == most
+        taken.clear()
+    assert weights(tmp_path / "all") == weights(tmp_path / "few")
 
 
 def test_a_diverged_student_is_parked_and_the_others_go_on(dataset, tmp_path, monkeypatch):
