@@ -54,6 +54,14 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     return metrics(found[1], found[0], config.class_names, found[2] if teacher else None)
 
 
+def check_data(data: str, class_names: tuple[str, ...]) -> None:
+    """Raises DataError where ``data`` cannot be evaluated on, as far as its first image and its files' names tell."""
+    first = next(labelled_images(data, class_names), None)
+    if first is None:
+        raise DataError(f"{data} holds no labelled image")
+    _decoded(first, data, len(class_names))
+
+
 @torch.no_grad()
 def run_models(
     data: str, class_names: tuple[str, ...], models: list[Callable[[Tensor], Tensor]], device: torch.device

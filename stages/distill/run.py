@@ -20,7 +20,7 @@ from stages.device import find_device
 from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
 from stages.distill.batches import Batches, check_parts
-from stages.distill.evaluate import evaluate_net
+from stages.distill.evaluate import check_data, evaluate_net
 from stages.distill.loop import Training, train
 from stages.distill.pixels import open_pixels
 from stages.distill.precision import complaint
@@ -125,6 +125,8 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
 def train_students(prepared: Prepared, storage: Storage, test_data: str | None, watcher: Watcher) -> dict[str, Any]:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
     settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
+    if test_data and ranks.first:
+        check_data(test_data, teacher.class_names)  # now, not after the training
     with torch_threads(settings.threads):
         for student in prepared.students:
             if adapted := adaptation_of(student.net):
