@@ -215,12 +215,15 @@ def dry_run(
         "steps": batches * settings.epochs,
         "students": list(settings.students),
         "workers": place.workers,
-        "cost": cost(settings, manifest, teacher, images),
+        "cost": cost(settings, manifest, teacher, images, len(rows)),
     }
 
 
-def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int) -> dict[str, Any] | None:
-    """Counted FLOPs of the whole training, and bytes; None where the teacher is not at hand or a black box."""
+def cost(
+    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
+) -> dict[str, Any] | None:
+    """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
+    bytes; None where the teacher is not at hand or a black box."""
     from stages.distill.cost import distill_cost
     from stages.models.blank import blank, blank_teacher
     from stages.models.carried import carried_config
@@ -235,7 +238,7 @@ def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, ima
         return None
     found = distill_cost(settings, shape, manifest.info.image_size)
     seen = images * settings.epochs
-    asked = images * min(settings.views.fixed, settings.epochs) if settings.cache.use else seen
+    asked = rows * settings.views.fixed if settings.cache.use else seen
     return {
         "teacher": found.teacher * asked,
         "students": {name: value * seen for name, value in found.students.items()},
