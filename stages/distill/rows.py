@@ -163,6 +163,8 @@ def split_held_out(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
     every = np.arange(len(rows))
     if share == 0:
         return every, every[:0]
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} row is left after selection; training needs 2, and held_out one more")
     family = family_numbers(links_of(rows))
     count = int(family.max()) + 1
     if count < 2:

@@ -21,7 +21,7 @@ def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> dict[str, A
     ``agreement`` with the labels; mean ``confidence``; ``classes``: images per class of all ``rows``; ``as_recorded``:
     share of the answers that synthesis recorded and that come out the same now (None where it recorded none);
     ``commonest``: the most frequent answer and its share; ``reordered``: agreement if every class were renamed to
-    the teacher's most frequent answer to it (None where two classes share one).
+    the teacher's most frequent answer to it (None where two classes share one, or one alone has images).
     """
     classes = teacher.num_classes
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).round().astype(np.int64)]
@@ -44,7 +44,7 @@ def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> dict[str, A
         "classes": dict(zip(unique_names(teacher.class_names), sizes.tolist(), strict=True)),
         "as_recorded": float((answers == recorded)[recorded >= 0].mean()) if (recorded >= 0).any() else None,
         "commonest": [teacher.class_names[answered.argmax()], float(answered.max() / len(some))],
-        "reordered": float(counts.max(1).sum() / len(some)) if len(set(renamed)) == len(renamed) else None,
+        "reordered": float(counts.max(1).sum() / len(some)) if len(set(renamed)) == len(renamed) > 1 else None,
     }
 
 
@@ -65,7 +65,7 @@ def causes(check: dict[str, Any]) -> str:
             f"only {check['as_recorded']:.1%} of its answers are those recorded with the data: "
             "other weights or another normalisation"
         )
-    if len(check["classes"]) > 1 and share >= MOST:
+    if sum(count > 0 for count in check["classes"].values()) > 1 and share >= MOST:
         return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalisation"
     if check["as_recorded"] is not None:
         return "its answers are those recorded with the data, which was made with too little guidance or none"

@@ -78,6 +78,12 @@ def test_one_family_cannot_be_split(tmp_path):
     assert len(split_held_out(rows, 0.0, 0)[0]) == 6
 
 
+def test_one_row_is_too_few(linked):
+    rows = select_rows([(linked, 1.0)], DistillSettings(where="trajectory == 2 and not kept", kept=False))
+    with pytest.raises(DataError, match="1 row is left after selection; training needs 2"):
+        split_held_out(rows, 0.5, 0)
+
+
 def order_of(manifests, **settings):
     settings = DistillSettings(**settings)
     rows = select_rows(manifests, settings)

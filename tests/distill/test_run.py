@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import checkpoint, loop, pixels, precision, student
 from stages.distill.run import run_distill
@@ -286,6 +286,16 @@ def test_bad_images_are_left_out_on_request(tmp_path):
     first.write_bytes(data)  # other rows than the checkpoint's
     with pytest.raises(DataError, match="manifests"):
         run_distill(settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"))
+
+
+def test_settings_that_do_nothing_are_told_and_refused_where_nothing_trains(dataset, tmp_path):
+    said = []
+    asked = settings(epochs=1, eval_every=1, loss={"kd": 1.0, "derived": 1.0})
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path), on_event=lambda kind, **f: said.append(f.get("message", "")))
+    assert any("loss.derived does nothing: no image" in line for line in said)
+    assert any("eval_every does nothing without --test-data" in line for line in said)
+    with pytest.raises(UsageError, match=r"nothing to learn from: loss.derived does nothing: .*; set loss.kd"):
+        run_distill(settings(loss={"kd": 0.0, "derived": 1.0}), [(dataset, 1.0)], str(tmp_path / "out"))
 
 
 def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypatch):

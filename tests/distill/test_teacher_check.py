@@ -57,11 +57,12 @@ def test_the_numbers(tmp_path):
         ([0, 0, 0] * 4, {}, "answers 'left' to 100.0% of the images"),
         ([0, 2, 0, 1, 0, 1] * 2, {"teacher_label": lambda i: i % 3}, "only 16.7% of its answers are those recorded"),
         ([1, 1, 1, 0, 0, 0] * 2, {"teacher_label": lambda i: 1 - i // 3 % 2}, "with too little guidance or none"),
+        ([1] * 12, {"label": lambda i: 0}, "wrong weights, normalisation or class order"),
         ([1, 1, 1, 0, 0, 0] * 2, {}, "wrong weights, normalisation or class order, or data made without guidance"),
     ],
 )
 def test_likely_causes(tmp_path, answers, columns, words):
-    (line,) = complaints(check(tmp_path, answers, **columns), 0.9)
+    line = complaints(check(tmp_path, answers, **columns), 0.9)[0]
     assert words in line
 
 
