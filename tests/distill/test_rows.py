@@ -5,7 +5,7 @@ import pytest
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from stages.distill.rows import EpochOrder, family_numbers, links_of, select_rows, split_held_out
+from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_held_out
 from stages.distill.settings import DistillSettings
 from tests.distill.drawn import NAMES, write_dataset
 
@@ -60,6 +60,13 @@ def test_where_and_kept(linked):
         select_rows([(linked, 1.0)], DistillSettings(where="colour == 1"))
     with pytest.raises(DataError, match="none of its"):
         select_rows([(linked, 1.0)], DistillSettings(where="confidence > 2"))
+
+
+@pytest.mark.parametrize("key", ["999999999999-000000", "000000-999999999999", "000000-00000", "0" * 9000 + "-000000"])
+def test_keys_that_stage_1_never_writes(key):
+    with pytest.raises(DataError, match=f"^m.parquet: '{key[:80]}' is no key of a sample"):
+        place_of(key, "m.parquet")
+    assert place_of("000002-000345", "") == (2 << 32) + 345
 
 
 def test_derived_rows_follow_their_source(tmp_path):
