@@ -106,9 +106,12 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
 
 
 def markdown(text: object) -> str:
-    """``text`` as Markdown shows it: no HTML, links, pictures, code or further lines come out of a class name."""
+    """``text`` as Markdown shows it: no HTML, web links, pictures, code or further lines come out of a class name.
+
+    GitHub makes links of bare ``https://…`` and ``www.…`` as well.
+    """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-    return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(shown, quote=False))
+    return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))
 
 
 def _plain(values: tuple[float, ...]) -> str:
