@@ -162,9 +162,11 @@ def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSe
 def check_line(check: Mapping[str, Any]) -> str:
     """The teacher check for people."""
     counts = check["classes"].values()
+    gap = "" if check["bn_gap"] is None else f"BatchNorm gap {check['bn_gap']:.2f}; "
     return (
         f"teacher agrees with {check['agreement']:.1%} of the labels, mean confidence {check['confidence']:.1%} "
-        f"({check['images']} images looked at); {min(counts)} to {max(counts)} images in each of {len(counts)} classes"
+        f"({check['images']} images looked at); {gap}{min(counts)} to {max(counts)} images in each of "
+        f"{len(counts)} classes"
     )
 
 
