@@ -63,6 +63,15 @@ def mixed_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
     return chosen[epoch_order(len(chosen), seed, epoch, combined_digest(digests))] if len(chosen) else chosen
 
 
+def spread(rows: Order, most: int) -> Order:
+    """At most ``most`` of ``rows``, evenly spread: which to look at where all would take too long.
+
+    >>> spread(np.arange(10), 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
+
+
 def _window(n: int, count: int, seed: int, epoch: int, digest: str) -> Order:
     """Entries ``epoch * count`` up to ``(epoch + 1) * count`` of the endless sequence of passes over ``0..n-1``."""
     if n == 0 or count <= 0:

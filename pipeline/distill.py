@@ -162,9 +162,11 @@ def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSe
 def check_line(check: Mapping[str, Any]) -> str:
     """The teacher check for people."""
     counts = check["classes"].values()
+    gap = "" if check["bn_gap"] is None else f"BatchNorm gap {check['bn_gap']:.2f}; "
     return (
         f"teacher agrees with {check['agreement']:.1%} of the labels, mean confidence {check['confidence']:.1%} "
-        f"({check['images']} images looked at); {min(counts)} to {max(counts)} images in each of {len(counts)} classes"
+        f"({check['images']} images looked at); {gap}{min(counts)} to {max(counts)} images in each of "
+        f"{len(counts)} classes"
     )
 
 
@@ -215,12 +217,15 @@ def dry_run(
         "steps": batches * settings.epochs,
         "students": list(settings.students),
         "workers": place.workers,
-        "cost": cost(settings, manifest, teacher, images),
+        "cost": cost(settings, manifest, teacher, images, len(rows)),
     }
 
 
-def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int) -> dict[str, Any] | None:
-    """Counted FLOPs of the whole training, and bytes; None where the teacher is not at hand or a black box."""
+def cost(
+    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
+) -> dict[str, Any] | None:
+    """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
+    bytes; None where the teacher is not at hand or a black box."""
     from stages.distill.cost import distill_cost
     from stages.models.blank import blank, blank_teacher
     from stages.models.carried import carried_config
@@ -235,7 +240,7 @@ def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, ima
         return None
     found = distill_cost(settings, shape, manifest.info.image_size)
     seen = images * settings.epochs
-    asked = images * min(settings.views.fixed, settings.epochs) if settings.cache.use else seen
+    asked = rows * settings.views.fixed if settings.cache.use else seen
     return {
         "teacher": found.teacher * asked,
         "students": {name: value * seen for name, value in found.students.items()},

@@ -22,6 +22,8 @@ from pipeline.folders import local_folder
 from pipeline.recipe import Recipe
 from pipeline.text import duration, plain
 from stages.distill.settings import student_name
+from stages.models.identity import WEIGHTS, resolve
+from stages.models.schemes import only_named
 from stages.models.settings import ModelSettings
 from stages.synth.settings import MAX_SEED, UNSTEERED, SynthSettings
 
@@ -44,7 +46,8 @@ def run_rounds(
     reports = []
     for number in range(1, recipe.rounds.count + 1):
         folder = root.path(round_name(number))
-        current = recipe.model_copy(update={"synth": round_settings(recipe, number, adversary)})
+        frozen = adversary_settings(recipe.distill.students[0], adversary) if adversary else None
+        current = recipe.model_copy(update={"synth": round_settings(recipe, number, frozen)})
         made = stage.run_synth(current, folder, place, title=f"round {number} images", quiet=quiet)
         sources.append((made["manifest"], 1.0))
         carried = Manifest.open(made["manifest"]).info.teacher.get("kind") == "builtin"
@@ -84,12 +87,21 @@ def round_name(number: int) -> str:
     return f"round-{number:03d}"
 
 
-def round_settings(recipe: Recipe, number: int, adversary: str | None) -> SynthSettings:
-    """Stage 1 of round ``number`` (from 1): new noise, and steered by the student in the folder ``adversary``."""
+def adversary_settings(architecture: str, folder: str) -> ModelSettings:
+    """The student in ``folder``; what no file may name is named here, as the recipe does."""
+    if not only_named(architecture):
+        return ModelSettings(name=folder)
+    config = resolve(ModelSettings(name=folder)).config
+    known = {key: getattr(config, key) for key in ("input", "num_classes", "class_names", "stem")}
+    return ModelSettings(name=architecture, weights=f"{folder}/{WEIGHTS}", **known)
+
+
+def round_settings(recipe: Recipe, number: int, adversary: ModelSettings | None) -> SynthSettings:
+    """Stage 1 of round ``number`` (from 1): new noise, and steered by the ``adversary``."""
     values = recipe.synth.model_dump()
     values["seed"] += SEED_STRIDE * (number - 1)
     if adversary is not None:
-        values["adversary"] = ModelSettings(name=adversary).model_dump()
+        values["adversary"] = adversary.model_dump()
         values["guidance"]["adversarial"] = recipe.rounds.adversarial
     return SynthSettings.model_validate(values)
 

@@ -11,7 +11,8 @@ from pipeline.commands.options import JsonOption, answer
 
 def export(
     student: Annotated[
-        str, typer.Argument(metavar="STUDENT", help="Model folder, e.g. RUN/distill/student.", show_default=False)
+        str,
+        typer.Argument(metavar="STUDENT", help="Model folder, e.g. RUN/distill/student, or .yaml.", show_default=False),
     ],
     onnx: Annotated[str | None, typer.Option(metavar="FILE", help="Write ONNX.", show_default=False)] = None,
     torch_export: Annotated[

@@ -11,7 +11,8 @@ from pipeline.commands.options import JsonOption, answer
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder, e.g. RUN/distill/student.", show_default=False)
+        str,
+        typer.Argument(metavar="MODEL", help="Model folder, e.g. RUN/distill/student, or .yaml.", show_default=False),
     ],
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)

@@ -129,10 +129,11 @@ def _computed(teacher: Teacher, batches: Batches, top: int, watcher: Watcher) ->
     small = torch.int16 if teacher.num_classes <= torch.iinfo(torch.int16).max else torch.int32
     classes = torch.zeros(views, rows, top, dtype=small)
     total = batches.settings.epochs * batches.steps
+    chunk = batches.chunk(CHUNK)
     for turn in range(views):
-        for together in range(0, rows, CHUNK * ranks.size):  # a chunk for each process
-            start = together + CHUNK * ranks.rank
-            some = np.arange(start, min(start + CHUNK, rows))
+        for together in range(0, rows, chunk * ranks.size):  # a chunk for each process
+            start = together + chunk * ranks.rank
+            some = np.arange(start, min(start + chunk, rows))
             if len(some):
                 logits = teacher.logits(batches.fixed(some, turn)).clamp(-HALF_MAX, HALF_MAX)
                 here = slice(start, start + len(some))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import UsageError
-from stages.distill.pixels import Pixels
+from stages.distill.pixels import Pixels, images_at_once
 from stages.distill.ranks import ALONE, Ranks
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.settings import DistillSettings
@@ -140,8 +140,13 @@ class Batches:
         views = draw_views(self.settings.views, self.side, self.settings.seed, 0, self.rows.ids[rows], taken)
         return to_unit(apply_views(self.pixels.take(rows), views.to(self.device)))
 
-    def plain(self, rows: Ints, size: int = 512) -> Iterator[tuple[Ints, Tensor]]:
+    def chunk(self, most: int = 512) -> int:
+        """How many images to look at at once outside of training: ``most``, fewer where they are large."""
+        return images_at_once(most, 3 * self.side**2)
+
+    def plain(self, rows: Ints) -> Iterator[tuple[Ints, Tensor]]:
         """``rows`` unaugmented, as (row numbers, images ``[n, 3, h, w]`` in [−1, 1])."""
+        size = self.chunk()
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             yield some, to_unit(self.pixels.take(some))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.models.identity import ModelConfig
+from stages.models.schemes import only_named
 
 CARD = """---
 library_name: pytorch
@@ -30,8 +31,12 @@ safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s),
 - **Held-out synthetic images**: {held_out_score}
 - **Test data** (read once, at the end): {test}
 
-Load it with `stages.distill.saved.load_student(FOLDER)` (images `[n, 3, h, w]` in [0, 1] in, logits out); score it
-with `factory eval FOLDER DATA`; write it for other runtimes with `factory export FOLDER --onnx FILE`.
+Load it with `stages.distill.saved.load_student({model})` (images `[n, 3, h, w]` in [0, 1] in, logits out); score it
+with `factory eval {model} DATA`; write it for other runtimes with `factory export {model} --onnx FILE`.{named}
+"""
+NAMED = """
+No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
+`num_classes`, `class_names`, `input` and `stem` as they are in `config.json` into it.
 """
 
 
@@ -63,9 +68,10 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
     spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
     weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "tau"}
     names = [markdown(name) for name in config.class_names[:10]]
+    architecture, by_name = markdown(config.architecture), only_named(config.architecture)
     held, test = facts.get("held_out"), facts.get("test")
     return CARD.format(
-        architecture=markdown(config.architecture),
+        architecture=architecture,
         parameters=facts["parameters"],
         mflop=facts["mflop"],
         kilobytes=facts["bytes"] / 1e3,
@@ -94,13 +100,18 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}"
         if test
         else "not given",
+        model="MODEL.yaml" if by_name else "FOLDER",
+        named=NAMED.rstrip("\n").format(architecture=architecture) if by_name else "",
     )
 
 
 def markdown(text: object) -> str:
-    """``text`` as Markdown shows it: no HTML, links, pictures, code or further lines come out of a class name."""
+    """``text`` as Markdown shows it: no HTML, web links, pictures, code or further lines come out of a class name.
+
+    GitHub makes links of bare ``https://…`` and ``www.…`` as well.
+    """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-    return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(shown, quote=False))
+    return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))
 
 
 def _plain(values: tuple[float, ...]) -> str:

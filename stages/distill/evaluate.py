@@ -13,7 +13,9 @@ from manifests.errors import DataError
 from manifests.images import decode
 from stages.device import find_device
 from stages.distill.labelled import Sample, labelled_images
+from stages.distill.pixels import images_at_once
 from stages.distill.threads import torch_threads
+from stages.models.carried import check_class_names
 from stages.models.identity import ModelConfig
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher
@@ -21,7 +23,6 @@ from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
 BATCH = 256
-BATCH_BYTES = 256 << 20
 BINS = 15
 
 
@@ -30,12 +31,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
-    Raises DataError where either does not fit, UsageError where ``device`` cannot be used.
+    Raises DataError where either does not fit or ``teacher`` knows other classes, UsageError where ``device`` cannot be
+    used.
     """
     place = find_device(device)
     with torch_threads(threads):
         net, config = load_model(model)
         judge = load_teacher(teacher, place) if teacher else None
+        if judge:
+            check_class_names(judge, config.class_names, model)
         return evaluate_net(net.to(place), config, data, judge)
 
 
@@ -48,6 +52,14 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
         data, config.class_names, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device
     )
     return metrics(found[1], found[0], config.class_names, found[2] if teacher else None)
+
+
+def check_data(data: str, class_names: tuple[str, ...]) -> None:
+    """Raises DataError where ``data`` cannot be evaluated on, as far as its first image and its files' names tell."""
+    first = next(labelled_images(data, class_names), None)
+    if first is None:
+        raise DataError(f"{data} holds no labelled image")
+    _decoded(first, data, len(class_names))
 
 
 @torch.no_grad()
@@ -76,7 +88,7 @@ def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int
         if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
-        most = min(BATCH, max(1, BATCH_BYTES // image.numel()))
+        most = images_at_once(BATCH, image.numel())
         labels.append(sample[2])
         images.append(image)
     if images:

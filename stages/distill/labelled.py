@@ -47,8 +47,17 @@ def _folder(path: str, class_names: Sequence[str]) -> Iterator[Sample]:
     """One sub-folder a class: named as the model's classes are, or one for each, numbered by their sorted names.
 
     Folders whose names begin with a dot are left out. Raises DataError where only some are named as classes are, or
-    none is and their number is another.
+    none is and their number is another, or a file cannot be read: before the first image where that shows.
     """
+    try:
+        for key, file, label in _files(path, class_names):
+            yield key, file.read_bytes(), label
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+
+def _files(path: str, class_names: Sequence[str]) -> list[tuple[str, Path, int]]:
+    """(key, file, label) of every image; each can be opened."""
     folders = sorted(f for f in Path(path).iterdir() if f.is_dir() and not f.name.startswith("."))
     known = {name: number for number, name in enumerate(class_names)}
     unknown = [folder.name for folder in folders if folder.name not in known]
@@ -57,11 +66,16 @@ def _folder(path: str, class_names: Sequence[str]) -> Iterator[Sample]:
     if unknown and len(folders) != len(class_names):
         wanted = f"the model's {len(class_names)} classes ({_some(class_names)}), or one for each in their order"
         raise DataError(f"{path} has {len(folders)} sub-folders ({_some(unknown)}); expected some named as {wanted}")
-    for order, folder in enumerate(folders):
-        label = known.get(folder.name, order)
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower()[1:] in IMAGES:
-                yield f"{folder.name}/{file.name}", file.read_bytes(), label
+    files = [
+        (f"{folder.name}/{file.name}", file, known.get(folder.name, order))
+        for order, folder in enumerate(folders)
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower()[1:] in IMAGES
+    ]
+    for _, file, _ in files:
+        with file.open("rb"):
+            pass
+    return files
 
 
 def _some(names: Sequence[str]) -> str:

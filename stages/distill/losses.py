@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifests.errors import UsageError
+from stages.distill.precision import full_precision
 
 
 def kd(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -35,7 +36,8 @@ def class_activation_maps(features: Tensor, weights: Tensor) -> Tensor:
             f"the last feature map has {features.shape[1]} channels, the last linear layer takes {weights.shape[1]}: "
             "class activation maps need a head right after pooling; set loss.cam to 0"
         )
-    return torch.einsum("nkhw,ck->nchw", features.float(), weights.detach().float())
+    with full_precision(features.device):  # autocast would round what einsum is given
+        return torch.einsum("nkhw,ck->nchw", features.float(), weights.detach().float())
 
 
 def gradcam(logits: Tensor, classes: Tensor, features: list[Tensor]) -> list[Tensor]:

@@ -12,6 +12,8 @@ from manifests.images import decode
 from stages.distill.rows import Ints, Rows
 
 CHUNK = 1024
+AT_ONCE = 256 << 20
+"""Bytes of decoded images that a network is shown at once, where nothing else bounds them."""
 
 
 class Pixels(Protocol):
@@ -47,6 +49,11 @@ class StreamedPixels:
         encoded = zip(rows.tolist(), self.rows.read(rows), strict=True)
         images = self._pool.map(lambda pair: _checked(self.rows, pair[0], pair[1], self.side), encoded)
         return torch.from_numpy(np.stack(list(images))).to(self.device)
+
+
+def images_at_once(most: int, size: int) -> int:
+    """How many images of ``size`` bytes, decoded, a network is shown at once: ``most``, fewer where they are large."""
+    return min(most, max(1, AT_ONCE // size))
 
 
 def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manifests.errors import DataError, UsageError
+from manifests.info import MAX_SHARD
 from manifests.order import combined_digest, mixed_order
 from manifests.reader import Manifest
 from manifests.schema import KEY
@@ -104,11 +105,11 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
 
 def place_of(key: str, where: str) -> int:
     """Shard and index of a sample's key as one number. Raises DataError for a key that stage 1 never writes."""
-    match = re.fullmatch(KEY, key, re.ASCII)
-    if match is None or len(key) > 19:
-        raise DataError(f"{where}: {key[:80]!r} is no key of a sample")
-    shard, index = key.split("-")
-    return int(shard) << 32 | int(index)
+    if re.fullmatch(KEY, key, re.ASCII) and len(key) <= 19:
+        shard, index = map(int, key.split("-"))
+        if shard < MAX_SHARD and index < 1 << 32:
+            return shard << 32 | index
+    raise DataError(f"{where}: {key[:80]!r} is no key of a sample")
 
 
 def rows_digest(rows: Ints) -> str:
@@ -163,6 +164,8 @@ def split_held_out(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
     every = np.arange(len(rows))
     if share == 0:
         return every, every[:0]
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} row is left after selection; training needs 2, and held_out one more")
     family = family_numbers(links_of(rows))
     count = int(family.max()) + 1
     if count < 2:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.device import find_device
 from stages.distill import card, checkpoint
 from stages.distill.answers import open_answers
 from stages.distill.batches import Batches, check_parts
-from stages.distill.evaluate import evaluate_net
+from stages.distill.evaluate import check_data, evaluate_net
 from stages.distill.loop import Training, train
 from stages.distill.pixels import open_pixels
 from stages.distill.precision import complaint
@@ -40,6 +41,7 @@ from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
 RESULTS = "results.json"
+NO_DERIVED = "loss.derived does nothing: no image to train on was made from another, as method dda makes them"
 COMPARED: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
 """Settings left out of what a resumed run must share with its beginning."""
 
@@ -96,6 +98,8 @@ def prepare(
         teacher.to(memory_format=torch.channels_last)
     rows = select_rows(manifests, settings)
     fit, held = split_held_out(rows, settings.held_out, settings.seed)
+    if settings.loss.active == ("derived",) and not rows.derived[fit].any():
+        raise UsageError(f"loss: nothing to learn from: {NO_DERIVED}; set loss.kd")
     configs = [student_config(name, settings, teacher) for name in settings.students]
     spec = {
         "settings": settings.model_dump(mode="json", exclude=COMPARED),
@@ -125,6 +129,8 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
 def train_students(prepared: Prepared, storage: Storage, test_data: str | None, watcher: Watcher) -> dict[str, Any]:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
     settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
+    if test_data and ranks.first:
+        check_data(test_data, teacher.class_names)  # now, not after the training
     with torch_threads(settings.threads):
         for student in prepared.students:
             if adapted := adaptation_of(student.net):
@@ -134,6 +140,10 @@ def train_students(prepared: Prepared, storage: Storage, test_data: str | None, 
             watcher.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
         if slow := complaint(settings.dtype, prepared.device):
             watcher.on_event("warning", message=slow)
+        if settings.loss.derived and not rows.derived[prepared.fit].any():
+            watcher.on_event("warning", message=NO_DERIVED)
+        if settings.eval_every and not test_data:
+            watcher.on_event("warning", message="eval_every does nothing without --test-data")
         pixels = open_pixels(rows, settings.memory_gb, prepared.device)
         batches = Batches(rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.fit) if ranks.first else {}

@@ -46,8 +46,12 @@ def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
 
 def check_classes(teacher: Teacher, manifest: Manifest) -> None:
     """Raises DataError where ``teacher`` does not know the classes of ``manifest``, in their order."""
-    names = manifest.info.class_names
+    check_class_names(teacher, manifest.info.class_names, manifest.url)
+
+
+def check_class_names(teacher: Teacher, names: tuple[str, ...], where: str) -> None:
+    """Raises DataError where ``teacher`` does not know the classes ``names`` of ``where``, in their order."""
     if len(names) != teacher.num_classes:
-        raise DataError(f"{manifest.url} has {len(names)} classes, the teacher {teacher.num_classes}")
+        raise DataError(f"{where} has {len(names)} classes, the teacher {teacher.num_classes}")
     if names != teacher.class_names and set(names) == set(teacher.class_names):
-        raise DataError(f"{manifest.url} and the teacher have the same classes in another order")
+        raise DataError(f"{where} and the teacher have the same classes in another order")

@@ -29,10 +29,10 @@ def build(config: ModelConfig) -> nn.Module:
     if scheme == "code":
         made = call_code(config)
         if not isinstance(made, nn.Module):
-            raise UsageError(f"'{rest}' returns {type(made).__name__}: only a torch.nn.Module can be trained")
+            raise UsageError(f"'{rest}' returns {type(made).__name__}: expected a torch.nn.Module")
         return finish(made, config)
     if scheme == "onnx":
-        raise UsageError(f"'{rest}' is a black box: it scores images, but cannot be trained")
+        raise UsageError(f"'{rest}' is a black box: it scores images as a teacher, and nothing else")
     if scheme == "hf":
         return finish(_hf(config, None, rest), config)
     net = _timm(rest, config) if scheme == "timm" else _torchvision(rest, config)

@@ -138,6 +138,8 @@ def resolve(settings: ModelSettings) -> Source:
         facts, path = timm_facts(home), path or home / WEIGHTS
     elif scheme == "onnx":
         path = Path(rest)
+    if settings.weights and settings.num_classes not in (None, facts.get("num_classes", settings.num_classes)):
+        facts = {key: facts[key] for key in facts.keys() - {"num_classes", "class_names"}}  # those of other weights
     _require(settings, facts, path is not None or scheme == "code")
     config = _overridden(_config(settings, facts), settings)
     code = source_file(rest) if scheme == "code" else None

@@ -117,13 +117,18 @@ def stem_hint(config: ModelConfig) -> str:
     return f" (built with stem: {config.stem}; if it was trained with the other one, set stem: {other})"
 
 
-def load_model(folder: str | Path) -> tuple[nn.Module, ModelConfig]:
-    """The network saved in ``folder`` (on the CPU, eval mode) and its configuration.
+def load_model(name: str | Path) -> tuple[nn.Module, ModelConfig]:
+    """The network of a model folder, or of a YAML file that names one, on the CPU in eval mode; its configuration.
 
-    Raises UsageError where its architecture is the user's own code: that is loaded by name only (``load_teacher``).
+    Raises UsageError where the folder names the user's own code or a hub id: those are loaded by name only.
     """
-    source = resolve(ModelSettings(name=str(folder)))
-    return build_from(source.config, source.read(), str(source.weights)).eval(), source.config
+    source = resolve(ModelSettings(name=str(name)))
+    config, data = source.config, source.read()
+    if source.named and (split_name(config.architecture)[0] == "onnx" or source.weights == source.code):
+        net = registry.build_net(config, named=True)  # without weights, or with its own
+    else:
+        net = build_from(config, data, str(source.weights), source.named)
+    return net.eval(), config
 
 
 def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") -> Teacher:

@@ -28,18 +28,25 @@ def split_name(name: str) -> tuple[Scheme, str]:
     return ("code", name) if _CODE.fullmatch(name) and prefix != "embedded" else ("builtin", name)
 
 
-def check_stored(name: str, where: str) -> None:
-    """Refuse to build what a stored file names unless that runs no foreign code and fetches nothing.
+def only_named(name: str) -> bool:
+    """Whether only the user may name it: loading it runs foreign code, or fetches something.
 
-    Built-in, timm and torchvision architectures are built without weights; ``hf:`` only from a local folder.
-    Raises UsageError saying how to load it by name instead.
+    Built-in, timm and torchvision architectures are built without weights; ``hf:`` from a local folder.
     """
     scheme, rest = split_name(name)
-    if scheme in ("code", "onnx") or (scheme == "hf" and not Path(rest).is_dir()):
-        what = "is your own code" if scheme == "code" else "is not at hand here"
+    return scheme in ("code", "onnx") or (scheme == "hf" and not Path(rest).is_dir())
+
+
+def check_stored(name: str, where: str) -> None:
+    """Refuse to build what a stored file names where that is :func:`only_named`.
+
+    Raises UsageError saying how to load it by name instead.
+    """
+    if only_named(name):
+        what = "is your own code" if split_name(name)[0] == "code" else "is not at hand here"
         raise UsageError(
             f"{where} names '{name}', which {what} and is never loaded because a file says so: "
-            f"name it yourself, with name: {name}, weights, input and num_classes"
+            f"name it yourself, in a FILE.yaml with name: {name}, weights, input and num_classes"
         )
 
 

@@ -3,7 +3,7 @@
 Used by ``factory inspect --metrics``. Classes are measured one after the other, so memory does not grow with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifests.info import unique_names
+from manifests.order import spread
 from manifests.selection import Selection
 from stages.models.carried import check_classes
+from stages.models.moments import Moments
 from stages.models.teacher import Teacher
 from stages.synth.stored import BATCH, stored_images
 
@@ -48,39 +50,6 @@ def near_duplicates(features: Tensor, threshold: float) -> int:
     """How many rows of ``[n, D]`` have a cosine above ``threshold`` with an earlier row."""
     unit = F.normalize(features.double(), dim=1)
     return int(((unit @ unit.T).tril(-1) > threshold).any(1).sum())
-
-
-class Moments:
-    """Mean and biased variance per channel of what each BatchNorm layer sees, over all images added."""
-
-    def __init__(self) -> None:
-        self.count: list[int] = []
-        self.sums: list[Tensor] = []
-        self.squares: list[Tensor] = []
-
-    def add(self, inputs: Sequence[Tensor]) -> None:
-        """``inputs`` of a batch: ``[n, c, …]`` for each layer."""
-        for layer, x in enumerate(inputs):
-            flat = x.detach().transpose(0, 1).flatten(1).double()
-            if layer == len(self.count):
-                self.count.append(0)
-                self.sums.append(flat.new_zeros(len(flat)))
-                self.squares.append(flat.new_zeros(len(flat)))
-            self.count[layer] += flat.shape[1]
-            self.sums[layer] += flat.sum(1)
-            self.squares[layer] += flat.square().sum(1)
-
-    def gap(self, running: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-        """Distance to the ``running`` (mean, variance): mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²),
-        what guidance calls ``bn`` (DiffDFKD, equation 6), here over the dataset. None without BatchNorm layers."""
-        terms = []
-        for count, total, square, (mean, variance) in zip(self.count, self.sums, self.squares, running, strict=True):
-            own_mean = total / count
-            own_variance = square / count - own_mean.square()
-            scale = variance.double().clamp_min(1e-5)
-            shift, spread = (own_mean - mean) / scale.sqrt(), (own_variance - variance) / scale
-            terms.append(shift.square().mean().sqrt() + spread.square().mean().sqrt())
-        return float(torch.stack(terms).mean()) if terms else None
 
 
 @torch.no_grad()
@@ -130,12 +99,3 @@ def diversity(features: Tensor | None, same: float) -> dict[str, Any]:
         "vendi": vendi_score(features),
         "near_duplicates": near_duplicates(features, same),
     }
-
-
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most ``most`` of ``rows``, evenly spread.
-
-    >>> spread(np.arange(10), 4).tolist()
-    [0, 3, 6, 9]
-    """
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]

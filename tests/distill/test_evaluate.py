@@ -14,10 +14,12 @@ import torch
 from manifests.errors import DataError
 from stages.distill.evaluate import calibration_error, evaluate, metrics
 from stages.distill.labelled import labelled_images
+from stages.distill.run import run_distill
 from stages.models.digits_data import load_split, write_split
 from stages.models.identity import EMBEDDED
 from stages.models.settings import ModelSettings
 from tests.distill.drawn import NAMES, square, teacher_files
+from tests.distill.short import settings
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +99,32 @@ def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
         list(labelled_images(path, ("x", "y")))
 
 
+def test_files_that_cannot_be_read_are_named_before_the_training(samples, model, dataset, tmp_path):
+    path = write_folder(tmp_path / "a", samples, NAMES)
+    for spoil in (lambda file: file.symlink_to("nowhere"), lambda file: file.mkdir()):
+        bad = tmp_path / "a/top/z.png"
+        spoil(bad)
+        with pytest.raises(DataError, match=f"^cannot read {bad}: (No such file|Is a directory)"):
+            next(labelled_images(path, NAMES))
+        with pytest.raises(DataError, match=f"^cannot read {bad}: "):
+            run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), test_data=path)
+        assert not (tmp_path / "out/checkpoint.pt").exists()
+        bad.rmdir() if bad.is_dir() else bad.unlink()
+    assert evaluate(model, path)["images"] == 7
+
+
 def test_our_own_manifest_is_labelled_data_too(dataset, model):
     found = evaluate(model, dataset, teacher=ModelSettings(name=model))
     assert found["images"] == 48
     assert found["agreement"] == 1.0
     assert found["teacher_accuracy"] == found["accuracy"]
+
+
+def test_a_teacher_of_other_classes_is_no_judge(dataset, model):
+    with pytest.raises(DataError, match=f"{model} has 3 classes, the teacher 10"):
+        evaluate(model, dataset, ModelSettings(name="embedded:digits"))
+    with pytest.raises(DataError, match=f"{model} and the teacher have the same classes in another order"):
+        evaluate(model, dataset, ModelSettings(name=model, class_names=NAMES[::-1]))
 
 
 def test_images_of_unequal_size(samples, model, tmp_path):

@@ -250,11 +250,12 @@ class TestText:
         card = (tmp_path / "out/digits-cnn-small/README.md").read_text()
         line = next(line for line in card.splitlines() if line.startswith("- **Classes**"))
         assert "&lt;script&gt;\\\\x1b\\[31m\\\\nx\\\\u202e" in line
-        assert "!\\[x\\](http://evil), \\`code\\` &lt;img src=x&gt;" in line
+        assert "!\\[x\\](http\\://evil), \\`code\\` &lt;img src=x&gt;" in line
         assert "\x1b" not in card and "<script" not in card
 
     def test_markdown(self):
         assert markdown("zero") == "zero"
+        assert markdown("https://a.b: WWW.a.b, www.a") == "https\\://a.b: WWW\\.a.b, www\\.a"
         assert markdown("[a](b)\n# c") == "\\[a\\](b)\\\\n# c"
 
     def test_equal_class_names_are_told_apart(self):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from stages.distill import losses
+from stages.distill.precision import autocast
 
 LOG3 = math.log(3)
 
@@ -56,6 +57,13 @@ def test_class_activation_map_by_hand():
     cam = losses.class_activation_maps(features, weights)
     assert cam.tolist() == [[[[1.0, 2.0]], [[-2.0, -2.0]]]]
     assert not cam.requires_grad  # the classifier is a constant
+
+
+def test_class_activation_maps_stay_fp32_under_autocast():
+    features, weights = torch.rand(2, 5, 3, 3), torch.randn(4, 5)
+    with autocast("bf16", features.device):
+        found = losses.class_activation_maps(features, weights)
+    assert torch.equal(found, losses.class_activation_maps(features, weights))
 
 
 def test_mean_of_the_map_is_the_logit_without_bias():

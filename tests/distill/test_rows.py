@@ -5,7 +5,7 @@ import pytest
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from stages.distill.rows import EpochOrder, family_numbers, links_of, select_rows, split_held_out
+from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_held_out
 from stages.distill.settings import DistillSettings
 from tests.distill.drawn import NAMES, write_dataset
 
@@ -62,6 +62,13 @@ def test_where_and_kept(linked):
         select_rows([(linked, 1.0)], DistillSettings(where="confidence > 2"))
 
 
+@pytest.mark.parametrize("key", ["999999999999-000000", "000000-999999999999", "000000-00000", "0" * 9000 + "-000000"])
+def test_keys_that_stage_1_never_writes(key):
+    with pytest.raises(DataError, match=f"^m.parquet: '{key[:80]}' is no key of a sample"):
+        place_of(key, "m.parquet")
+    assert place_of("000002-000345", "") == (2 << 32) + 345
+
+
 def test_derived_rows_follow_their_source(tmp_path):
     path = write_dataset(tmp_path / "d", count=6, shards=1, source_key=lambda i: "000000-000000" if i > 3 else None)
     rows = select_rows([(Manifest.open(path), 1.0)], DistillSettings())
@@ -76,6 +83,12 @@ def test_one_family_cannot_be_split(tmp_path):
     with pytest.raises(UsageError, match="use held_out 0"):
         split_held_out(rows, 0.5, 0)
     assert len(split_held_out(rows, 0.0, 0)[0]) == 6
+
+
+def test_one_row_is_too_few(linked):
+    rows = select_rows([(linked, 1.0)], DistillSettings(where="trajectory == 2 and not kept", kept=False))
+    with pytest.raises(DataError, match="1 row is left after selection; training needs 2"):
+        split_held_out(rows, 0.5, 0)
 
 
 def order_of(manifests, **settings):

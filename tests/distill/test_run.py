@@ -6,14 +6,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from manifests.errors import DataError, FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
-from stages.distill import checkpoint, loop, precision, student
+from stages.distill import checkpoint, loop, pixels, precision, student
 from stages.distill.run import run_distill
 from stages.models.identity import config_json
 from stages.models.loading import load_model
 from stages.models.settings import ModelSettings
-from tests.distill.drawn import TEACHER, teacher_files, write_dataset
+from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
 
@@ -69,6 +69,18 @@ def diverging(monkeypatch, *names):
 
     counts: dict = {}
     monkeypatch.setattr(student, "student_terms", terms)
+
+
+def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
+    asked = settings(cache={"use": True}, views={"fixed": 2, "cutmix": 0, "mixup": 0})
+    taken, take = [], pixels.CachedPixels.take
+    monkeypatch.setattr(pixels.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
+    for out, at_once, most in (("all", pixels.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
+        monkeypatch.setattr(pixels, "AT_ONCE", at_once)
+        run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))
+        assert max(taken) == most
+        taken.clear()
+    assert weights(tmp_path / "all") == weights(tmp_path / "few")
 
 
 def test_a_diverged_student_is_parked_and_the_others_go_on(dataset, tmp_path, monkeypatch):
@@ -274,6 +286,16 @@ def test_bad_images_are_left_out_on_request(tmp_path):
     first.write_bytes(data)  # other rows than the checkpoint's
     with pytest.raises(DataError, match="manifests"):
         run_distill(settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"))
+
+
+def test_settings_that_do_nothing_are_told_and_refused_where_nothing_trains(dataset, tmp_path):
+    said = []
+    asked = settings(epochs=1, eval_every=1, loss={"kd": 1.0, "derived": 1.0})
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path), on_event=lambda kind, **f: said.append(f.get("message", "")))
+    assert any("loss.derived does nothing: no image" in line for line in said)
+    assert any("eval_every does nothing without --test-data" in line for line in said)
+    with pytest.raises(UsageError, match=r"nothing to learn from: loss.derived does nothing: .*; set loss.kd"):
+        run_distill(settings(loss={"kd": 0.0, "derived": 1.0}), [(dataset, 1.0)], str(tmp_path / "out"))
 
 
 def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypatch):

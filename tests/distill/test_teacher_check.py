@@ -10,13 +10,16 @@ from stages.distill.pixels import open_pixels
 from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.settings import DistillSettings
 from stages.distill.teacher_check import check_teacher, complaints
-from tests.distill.drawn import NAMES, write_dataset
+from stages.models.carried import carried_teacher
+from stages.models.inputs import InputSpec
+from stages.synth.stored import stored_images
+from tests.distill.drawn import NAMES, TEACHER, write_dataset
 
 
 class Answers:
     """A teacher that answers what it is told to: ``answers[i]`` to the i-th image of class order 0, 1, 2, 0, …"""
 
-    class_names, num_classes = NAMES, 3
+    class_names, num_classes, has_batchnorm = NAMES, 3, False
 
     def __init__(self, answers):
         self.answers = torch.tensor(answers)
@@ -26,12 +29,16 @@ class Answers:
 
 
 def check(tmp_path, answers, **columns):
+    return check_as(tmp_path, Answers(answers), **columns)
+
+
+def check_as(tmp_path, teacher, **columns):
     path = write_dataset(tmp_path / "d", count=12, shards=1, **columns)
     settings, cpu = DistillSettings(held_out=0), torch.device("cpu")
     rows = select_rows([(Manifest.open(path), 1.0)], settings)
     order = EpochOrder(rows, np.arange(12), settings)
     batches = Batches(rows, order, open_pixels(rows, 1.0, cpu), settings, cpu)
-    return check_teacher(Answers(answers), batches, np.arange(12))
+    return check_teacher(teacher, batches, np.arange(12))
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path, monkeypatch):
@@ -57,12 +64,35 @@ def test_the_numbers(tmp_path):
         ([0, 0, 0] * 4, {}, "answers 'left' to 100.0% of the images"),
         ([0, 2, 0, 1, 0, 1] * 2, {"teacher_label": lambda i: i % 3}, "only 16.7% of its answers are those recorded"),
         ([1, 1, 1, 0, 0, 0] * 2, {"teacher_label": lambda i: 1 - i // 3 % 2}, "with too little guidance or none"),
+        ([1] * 12, {"label": lambda i: 0}, "wrong weights, normalisation or class order"),
         ([1, 1, 1, 0, 0, 0] * 2, {}, "wrong weights, normalisation or class order, or data made without guidance"),
     ],
 )
 def test_likely_causes(tmp_path, answers, columns, words):
-    (line,) = complaints(check(tmp_path, answers, **columns), 0.9)
+    line = complaints(check(tmp_path, answers, **columns), 0.9)[0]
     assert words in line
+
+
+def test_statistics_unlike_the_teachers_are_told(tmp_path):
+    path = write_dataset(tmp_path / "m", count=12, shards=1)
+    teacher = carried_teacher(Manifest.open(path))
+    assert check(tmp_path / "none", [0, 1, 2] * 4)["bn_gap"] is None
+    images = stored_images(Manifest.open(path).select(), range(12))
+    norms = [module for module in teacher.net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:  # as if it had been trained on these images
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    teacher.logits(images)
+    teacher.net.eval()
+    right = check_as(tmp_path / "right", teacher)
+    assert right["bn_gap"] == pytest.approx(0, abs=0.01) and not complaints(right, 0.0)
+    teacher.input = InputSpec(TEACHER.input.model_copy(update={"mean": (0.9,), "std": (0.1,)}))
+    wrong = check_as(tmp_path / "wrong", teacher)
+    assert complaints(wrong, 0.0) == [
+        f"the teacher's BatchNorm gap is {wrong['bn_gap']:.2f} (1 or more): wrong weights or "
+        "normalisation, in synthesis as well if it was given the same, or images unlike those it was trained on"
+    ]
 
 
 def test_classes_without_images(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests.order import combined_digest, epoch_order, mixed_order, remaining, stripe
+from manifests.order import combined_digest, epoch_order, mixed_order, remaining, spread, stripe
 
 SIZES = st.integers(0, 300)
 
@@ -73,6 +73,11 @@ def test_weights_are_shares_of_each_manifest() -> None:
     assert np.array_equal(np.bincount(order[order < 10]), np.full(10, 2))
     assert np.sum(order >= 10) == 30
     assert order.max() < 110
+
+
+def test_rows_are_spread_evenly() -> None:
+    assert spread(np.arange(9), 3).tolist() == [0, 4, 8]
+    assert spread(np.arange(2), 3).tolist() == [0, 1]
 
 
 def test_impossible_arguments_are_refused() -> None:

@@ -101,6 +101,9 @@ def test_students_come_back(folder, tmp_path):
     save_model(tmp_path, net, config("hf:no/where", classes=3))
     with pytest.raises(UsageError, match="never loaded because a file says so"):
         load_model(tmp_path)
+    weights = str(tmp_path / "model.safetensors")  # of 3 classes, where the named files have 5
+    settings = ModelSettings(name=f"hf:{folder}", weights=weights, num_classes=3)
+    assert torch.equal(load_teacher(settings).net(IMAGES), net(IMAGES))
 
 
 def test_keys_that_do_not_fit_are_named(folder, tmp_path):

@@ -89,13 +89,13 @@ def test_a_black_box_cannot_guide_and_the_dry_run_says_so(tmp_path, monkeypatch)
 def test_stage_two_counts_the_teacher_once_where_its_answers_are_cached(run_folder):
     manifest = Manifest.open(run_folder)
     cached = ["views.fixed=2", "views.cutmix=0", "views.mixup=0", "cache.use=true"]
-    plain, stored = (
-        distill.dry_run(
-            distill.resolve_distill(manifest, None, ["epochs=10", *sets], {}), [(manifest.url, 1.0)], "out", None
-        )
-        for sets in ([], cached)
+    plain, stored, short = (
+        distill.dry_run(distill.resolve_distill(manifest, None, sets, {}), [(manifest.url, 1.0)], "out", None)
+        for sets in (["epochs=10"], ["epochs=10", *cached], ["epochs=1", *cached])
     )
-    assert plain["images_per_epoch"] == 30
-    assert plain["cost"]["teacher"] == 5 * stored["cost"]["teacher"] > 0
+    rows = plain["sources"][0]["selected"]
+    assert plain["images_per_epoch"] == 30 < rows
+    assert plain["cost"]["teacher"] * rows * 2 == stored["cost"]["teacher"] * 30 * 10 > 0
+    assert short["cost"]["teacher"] == stored["cost"]["teacher"]  # every view of every row, held-out ones included
     assert plain["cost"]["students"] == stored["cost"]["students"]
     assert any(line.startswith("compute") and "counted" in line for line in distill.dry_run_lines(plain))

@@ -128,6 +128,13 @@ def test_a_student_that_is_not_built_in_steers_as_well(done, tmp_path):
     assert result["rounds"][1]["adversary"] == str(tmp_path / "out/round-001/distill/timm-test_resnet")
 
 
+def test_a_student_of_own_code_steers_as_well(done, tmp_path):
+    _, recipe, _ = done
+    student = "distill.students=['tests.models.nets:tiny']"
+    result = run_rounds(recipe(2, student, "synth.group_size=4"), str(tmp_path / "out"), INLINE, quiet=True)
+    assert result["rounds"][1]["adversary"] == str(tmp_path / "out/round-001/distill/tests.models.nets-tiny")
+
+
 def test_a_diverged_student_ends_the_rounds():
     learnt = {"parked": {"net": "loss is NaN"}, "students": {}}
     with pytest.raises(FactoryError, match="round 3: net was parked: loss is NaN"):

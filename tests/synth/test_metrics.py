@@ -13,8 +13,7 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from pipeline.inspect import summarise
 from stages.models.carried import carried_teacher
-from stages.synth.guidance import feature_statistics
-from stages.synth.metrics import Moments, mean_pairwise_cosine, measure, near_duplicates, spread, vendi_score
+from stages.synth.metrics import mean_pairwise_cosine, measure, near_duplicates, vendi_score
 from tests.distill.drawn import write_dataset
 
 RIGHT_ANGLES = torch.tensor([[2.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 1.0]])
@@ -47,30 +46,6 @@ def test_near_duplicates_count_all_but_the_first_of_a_kind():
     assert near_duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [9.0, 0.0]]), 0.9) == 2
     assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.59) == 1
     assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.61) == 0
-
-
-def test_gap_by_hand():
-    moments = Moments()
-    moments.add([torch.tensor([[[1.0, 3.0]]])])
-    moments.add([torch.tensor([[[5.0, 7.0]]])])  # mean 4, variance 5
-    assert moments.gap([(torch.tensor([2.0]), torch.tensor([4.0]))]) == pytest.approx(2 / 2 + 1 / 4)
-    assert moments.gap([(torch.tensor([4.0]), torch.tensor([5.0]))]) == pytest.approx(0)
-    assert Moments().gap([]) is None
-
-
-def test_gap_of_batches_is_that_of_guidance_for_all_at_once():
-    torch.manual_seed(0)
-    inputs = [torch.randn(6, 3, 4, 4), torch.randn(6, 5)]
-    running = [(torch.randn(3), torch.rand(3) + 0.5), (torch.randn(5), torch.rand(5) + 0.5)]
-    moments = Moments()
-    for part in (slice(0, 1), slice(1, 6)):
-        moments.add([x[part] for x in inputs])
-    assert moments.gap(running) == pytest.approx(float(feature_statistics(inputs, running)), rel=1e-5)
-
-
-def test_images_are_spread_over_the_dataset():
-    assert spread(torch.arange(9).numpy(), 3).tolist() == [0, 4, 8]
-    assert spread(torch.arange(2).numpy(), 3).tolist() == [0, 1]
 
 
 def test_measures_the_kept_images_of_each_class(tmp_path):
