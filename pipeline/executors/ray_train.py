@@ -199,9 +199,12 @@ def _follow(
         told, reached, outcome = ray.get(desk.read.remote(stopping))
         for kind, fields in told:
             on_event(kind, **fields)
+            if kind == "worker_started":
+                begun = True
+            elif kind == "worker_lost":  # all start again, where there are still nodes for them
+                begun, since = False, time.monotonic()
         if reached:
             on_progress(*reached)
-        begun = begun or bool(told)
         if not begun and stopping:
             raise Interrupted("interrupted before the workers started; the same command resumes")
         if not begun and time.monotonic() - since > place.start_limit:
