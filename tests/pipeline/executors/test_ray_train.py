@@ -167,6 +167,13 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
         follow(Fit(), desk)
     assert progress == [(3, 4, "epoch 1/1")]
 
+    def gone(answer):
+        raise ray_train.ray.exceptions.RayActorError
+
+    monkeypatch.setattr(ray_train.ray, "get", gone)
+    with pytest.raises(FactoryError, match="lost touch with the workers: .*; the same command resumes"):
+        follow(Fit(), ray_train.Desk())
+
 
 def test_the_failure_that_came_first_is_told():
     from pipeline.executors.ray_train import _first
