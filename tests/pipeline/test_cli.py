@@ -223,6 +223,13 @@ def test_where_that_cannot_work(factory, run_folder):
     assert not (run_folder / "distill").exists()
 
 
+def test_students_do_not_go_into_the_folder_of_a_run(factory, run_folder):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    code, _, err = factory("run", "distill", "-m", run_folder / "m.parquet", "-o", run_folder)
+    assert (code, len(err.splitlines())) == (2, 1) and f"a run of stage 1 is there; use {run_folder}/distill" in err
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+
+
 def test_another_plan_is_refused_with_a_diff(factory, run_folder):
     code, _, err = factory("run", "synth", "--out", run_folder, *NOISE, "--seed", 9, "--shards", 2)
     assert code == 3
