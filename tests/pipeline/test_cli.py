@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert json.loads(out)["sources"][0]["selected"] == 32
     assert json.loads(out)["images_per_epoch"] == 30  # the others are held out
     assert json.loads(out)["settings"]["epochs"] == 3
+
+
+def test_inspect_writes_a_sheet_and_nothing_else_or_answers_without_it(factory, run_folder, tmp_path):
+    shutil.rmtree(run_folder / "tmp")
+    before = set(run_folder.rglob("*"))
+    assert factory("inspect", run_folder / "m.parquet", "--sheet", tmp_path / "new" / "s.png")[0] == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.png"]
+    assert factory("inspect", run_folder)[0] == 0
+    assert set(run_folder.rglob("*")) == before | {run_folder / "sheet.png"}
+    (run_folder / "sheet.png").unlink()
+    (run_folder / "sheet.png").mkdir()  # as little to be written as in a folder that is read-only
+    code, out, err = factory("inspect", run_folder, "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 40)
+    assert "sheet.png: cannot write: Is a directory; --sheet FILE puts it elsewhere" in err
+    code, _, err = factory("inspect", run_folder, "--sheet", run_folder / "sheet.png")
+    assert (code, len(err.splitlines())) == (1, 1)
 
 
 def test_a_damaged_tar_is_named_and_exits_3(factory, run_folder):
