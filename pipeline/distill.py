@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from manifests.errors import DataError, Interrupted, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
@@ -151,6 +151,14 @@ def run_distill(
             "test_data": test_data,
         }
         return train_on_ray(job, place, on_event, shown, should_stop)
+
+
+def learnt_by(student: str, result: dict[str, Any], title: str) -> dict[str, Any]:
+    """What ``result`` of :func:`run_distill` tells of ``student``. Raises FactoryError where it was parked."""
+    if student in result["parked"]:
+        raise FactoryError(f"{title}: {student} was parked: {result['parked'][student]}")
+    facts: dict[str, Any] = result["students"][student]
+    return facts
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:
