@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,20 @@ def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(scrip
     assert "| guided | 400 | 90.0 ± 0.0 | +10.0 ± 0.0 |" in capsys.readouterr().out
     recipe = digits.recipe_of("guided", 0)
     assert recipe.synth.device == recipe.distill.device == "cpu"
+
+
+def test_a_cell_of_digits_is_kept_for_its_own_settings_alone(script, tmp_path, monkeypatch):
+    digits = script("digits")
+    learnt = {"students": {"s": {"test": {"accuracy": 0.5}}}, "teacher_check": {"agreement": 1}}
+    monkeypatch.setattr(digits, "of_images", lambda _, images, folder: folder.mkdir() or ("m.parquet", 1.0, "kept"))
+    monkeypatch.setattr(digits.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(40)))
+    monkeypatch.setattr(digits, "run_distill", lambda *_, **__: learnt)
+    asked = ("guided", 0, 40, None, "test.parquet", tmp_path)
+    made = digits.cell(*asked)
+    assert digits.cell(*asked) == made
+    monkeypatch.setitem(digits.ROWS, "guided", ["synth.guidance.scale=0.3"])
+    with pytest.raises(SystemExit, match=r"cell\.json was made with other settings \(.*scale: .* -> 0.3\): use"):
+        digits.cell(*asked)
 
 
 def test_students_train_where_their_seconds_are_counted(script, tmp_path, monkeypatch):
