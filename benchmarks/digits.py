@@ -6,9 +6,9 @@
 Every cell is one ``run synth`` and one ``run distill`` in its own folder, so a second call resumes and adds; other
 settings need another ``--out``. Equal images counts stored, kept images. Equal time counts stage 1 from loading the
 models to the merged manifest in CPU seconds (other work on the machine then does not matter); how many shards fit
-follows from the first shard's cost.
-Use the validation split to choose settings; the test split is for a frozen table. Prints a Markdown table (mean ± 95 %
-interval over seeds, Student's t) and writes the cells to ``cells.json``.
+follows from the first shard's cost. It leaves out fitting a guidance decoder, which a prior needs once and which takes
+longer than a small budget. Use the validation split to choose settings; the test split is for a frozen table. Prints a
+Markdown table (mean ± 95 % interval over seeds, Student's t) and writes the cells to ``cells.json``.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     test = str(write_split(args.split, args.out / f"{args.split}.parquet"))
     out, cells = args.out / args.split, []
-    load_models(resolve("demo", sets=CPU).synth)  # imports are no part of a dataset's time
+    load_models(resolve("demo", sets=CPU).synth)  # imports are no part of a dataset's time, nor is the decoder's fit
     print(f"| row | images | student, {args.split} % | minus unguided | teacher agreement % | synthesis CPU s |")
     print("|---|---|---|---|---|---|", flush=True)
     sizes = [(None, s) for s in args.cpu_seconds] if args.cpu_seconds else [(n, None) for n in args.images]
