@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,18 @@ def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path
     monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--rows", rows[1]])
     gpu.main()
     assert re.search(r"\| tiny decoder, 50 steps guided \| [\d.]+ \| – \|", capsys.readouterr().out)
+
+
+def test_the_gpu_benchmark_counts_published_work_as_the_counted_rows_do(script, tmp_path):
+    gpu, counted = script("gpu_guidance"), script("counted_work")
+    small = {"transformer": counted.DIT | gpu.SMALL["DIT"], "vae": counted.VAE | gpu.SMALL["VAE"]}
+    prior = {"path": str(counted.write_prior(tmp_path / "dit", "DiTPipeline", small))}
+    prior["labels"] = {name: i for i, name in enumerate(counted.TEACHER["class_names"])}
+    (_, free, *_), (_, published, *_) = islice(counted.rows(prior, ""), 2)
+    for row, flops in ((gpu.BASE, free), (gpu.PUBLISHED, published)):
+        sampled, guidance = gpu.ROWS[row]
+        chosen = counted.settings(prior | sampled, guidance or {}, method="diffdfkd" if guidance else "dmkd")
+        assert gpu.counted(chosen, row == gpu.PUBLISHED) == flops
 
 
 def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(script, tmp_path, monkeypatch, capsys):
