@@ -30,11 +30,12 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
+import digits
 import pyarrow.parquet as pq
 import torch
 from cifar10_rows import BASE, CEILING, MAPPED, REAL, ROWS, SWEPT, UNMAPPED
 from cifar_data import CLASS_NAMES, split_table, third_party
-from digits import interval, of_images, of_seconds, synthesise
+from digits import finished, interval, of_images, of_seconds, synthesise
 
 from manifests.info import DatasetInfo
 from manifests.merge import merge
@@ -44,10 +45,8 @@ from manifests.storage import Storage
 from pipeline.distill import run_distill
 from pipeline.recipe import Recipe, resolve
 from stages.distill.batches import batch_bounds
-from stages.distill.checkpoint import differences
 from stages.models.identity import teacher_identity
 from stages.models.settings import ModelSettings
-from stages.synth.priors.families import prior_identity
 from stages.synth.shard_worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
@@ -105,13 +104,10 @@ def of_trajectories(recipe: Recipe, count: int, folder: Path) -> tuple[str, floa
 
 
 def meaning(row: str, recipe: Recipe, args: argparse.Namespace) -> dict:
-    """What decides a cell's numbers besides its name: a cell of another meaning is not this call's."""
-    meant = {"steps": args.steps, "teacher": teacher_identity(args.teacher)["sha256"]}
-    meant["distill"] = recipe.distill.model_dump(mode="json", exclude={"device"})
+    """As :func:`digits.meaning`, with what is this script's own."""
+    meant = digits.meaning(recipe, row not in REAL) | {"steps": args.steps}
     if row not in REAL:
-        synth = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
-        synth["prior"]["path"] = prior_identity(recipe.synth.prior)["sha256"]
-        meant |= {"synth": synth, "rate": json.loads(args.rates.read_text())[row] if args.rates else None}
+        meant["rate"] = json.loads(args.rates.read_text())[row] if args.rates else None
     return meant
 
 
@@ -123,10 +119,7 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
     done = folder / "cell.json"
     recipe = recipe_of(row, seed, args)
     meant = meaning(row, recipe, args)
-    if done.exists():
-        made = json.loads(done.read_text())
-        if changed := differences(made.get("meant", {}), meant):
-            sys.exit(f"{done} was made with other settings ({'; '.join(changed[:3])}): use another --out, or delete it")
+    if made := finished(done, meant):
         return made
     torch.set_num_threads(1)
     if row in REAL:

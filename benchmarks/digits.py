@@ -3,11 +3,12 @@
     python benchmarks/digits.py --rows guided unguided --images 400 --seeds 5 --split validation --out runs/digits
     python benchmarks/digits.py --rows guided unguided --cpu-seconds 20 --seeds 5 --out runs/digits
 
-Every cell is one ``run synth`` and one ``run distill`` in its own folder, so a second call resumes and adds. Equal
-images counts stored, kept images. Equal time counts stage 1 from loading the models to the merged manifest in CPU
-seconds (other work on the machine then does not matter); how many shards fit follows from the first shard's cost.
-Use the validation split to choose settings; the test split is for a frozen table. Prints a Markdown table (mean ± 95 %
-interval over seeds, Student's t) and writes the cells to ``cells.json``.
+Every cell is one ``run synth`` and one ``run distill`` in its own folder, so a second call resumes and adds; other
+settings need another ``--out``. Equal images counts stored, kept images. Equal time counts stage 1 from loading the
+models to the merged manifest in CPU seconds (other work on the machine then does not matter); how many shards fit
+follows from the first shard's cost. It leaves out fitting a guidance decoder, which a prior needs once and which takes
+longer than a small budget. Use the validation split to choose settings; the test split is for a frozen table. Prints a
+Markdown table (mean ± 95 % interval over seeds, Student's t) and writes the cells to ``cells.json``.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
+from stages.distill.checkpoint import differences
 from stages.models.digits_data import write_split
+from stages.models.identity import teacher_identity
+from stages.synth.priors.families import prior_identity
 from stages.synth.shard_worker import load_models
 
 CPU = ["synth.device=cpu", "distill.device=cpu"]  # whose seconds are counted
@@ -122,13 +126,34 @@ def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float,
         shards = min(fitting, 4 * shards)
 
 
+def meaning(recipe: Recipe, synthetic: bool = True) -> dict:
+    """What decides a cell's numbers besides its name: a cell of another meaning is not this call's."""
+    meant = {"distill": recipe.distill.model_dump(mode="json", exclude={"device"})}
+    meant["teacher"] = teacher_identity(recipe.synth.teacher)["sha256"]
+    if synthetic:
+        meant["synth"] = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
+        meant["synth"]["prior"]["path"] = prior_identity(recipe.synth.prior)["sha256"]
+    return meant
+
+
+def finished(done: Path, meant: dict) -> dict | None:
+    """The cell in ``done``, None where there is none yet; ends the script where its settings were not ``meant``."""
+    if not done.exists():
+        return None
+    made = json.loads(done.read_text())
+    if changed := differences(made.get("meant", {}), meant):
+        sys.exit(f"{done} was made with other settings ({'; '.join(changed[:3])}): use another --out, or delete it")
+    return made
+
+
 def cell(row: str, seed: int, images: int | None, budget: float | None, test: str, out: Path) -> dict:
     """One dataset and one student: accuracy, kept images, stage-1 CPU seconds, the teacher's agreement."""
     folder = out / "".join(c if c.isalnum() else "_" for c in f"{row} {images or f'{budget:g}s'} {seed}")
     done = folder / "cell.json"
-    if done.exists():
-        return json.loads(done.read_text())
     recipe = recipe_of(row, seed)
+    meant = meaning(recipe)
+    if made := finished(done, meant):
+        return made
     manifest, seconds, where = of_images(recipe, images, folder) if images else of_seconds(recipe, budget, folder)
     recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"where": where})})
     learnt = run_distill(recipe, [(manifest, 1.0)], str(folder / "distill"), test_data=test, quiet=True)
@@ -140,6 +165,7 @@ def cell(row: str, seed: int, images: int | None, budget: float | None, test: st
         "seconds": seconds,
         "accuracy": student["test"]["accuracy"],
         "agreement": learnt["teacher_check"]["agreement"],
+        "meant": meant,
     }
     done.write_text(json.dumps(result))
     return result
@@ -172,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     test = str(write_split(args.split, args.out / f"{args.split}.parquet"))
     out, cells = args.out / args.split, []
-    load_models(resolve("demo", sets=CPU).synth)  # imports are no part of a dataset's time
+    load_models(resolve("demo", sets=CPU).synth)  # imports are no part of a dataset's time, nor is the decoder's fit
     print(f"| row | images | student, {args.split} % | minus unguided | teacher agreement % | synthesis CPU s |")
     print("|---|---|---|---|---|---|", flush=True)
     sizes = [(None, s) for s in args.cpu_seconds] if args.cpu_seconds else [(n, None) for n in args.images]

@@ -12,7 +12,7 @@ from typing import Any
 from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from pipeline.distill import run_distill
+from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import synth_place
 from pipeline.folders import local_folder
 from pipeline.inspect import samples
@@ -33,7 +33,8 @@ PICTURES_PER_CLASS = 6
 def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed: bool = False) -> dict[str, Any]:
     """Run everything into ``out`` (resuming what is there); returns the table's numbers and the paths. JSON-able.
 
-    Raises UsageError, before anything runs, for an ``out`` that is no local folder and for ``workers`` below 1.
+    Raises UsageError, before anything runs, for an ``out`` that is no local folder and for ``workers`` below 1,
+    FactoryError where the first student was parked.
     """
     guided = resolve("demo", sets=sets)
     flags = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
@@ -52,21 +53,22 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
         runs[name] = {"synth": run_synth(recipe, root.path(name), place, title=f"{name} images")}
     root.write(PICTURE, picture(root.path("unguided"), root.path("guided")))
     test = _test_digits(root)
+    students: dict[str, dict[str, Any]] = {}
     for name, recipe in (("guided", guided), ("unguided", unguided)):
         sources = [(root.path(f"{name}/{MANIFEST}"), 1.0)]
         runs[name]["distill"] = run_distill(
             recipe, sources, root.path(f"{name}/distill"), test_data=test, title=f"{name} student"
         )
-    student = student_name(guided.distill.students[0])
+        students[name] = learnt_by(student_name(recipe.distill.students[0]), runs[name]["distill"], f"{name} student")
     return {
         "out": root.url,
         "teacher": runs["guided"]["distill"]["teacher_accuracy"],
-        "guided": runs["guided"]["distill"]["students"][student]["test"]["accuracy"],
-        "unguided": runs["unguided"]["distill"]["students"][student]["test"]["accuracy"],
+        "guided": students["guided"]["test"]["accuracy"],
+        "unguided": students["unguided"]["test"]["accuracy"],
         "images": runs["guided"]["synth"]["kept"],
         "images_unguided": runs["unguided"]["synth"]["kept"],
         "picture": root.path(PICTURE),
-        "student": runs["guided"]["distill"]["students"][student]["folder"],
+        "student": students["guided"]["folder"],
         "seconds": round(time.monotonic() - started, 1),
     }
 

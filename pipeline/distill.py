@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from manifests.errors import DataError, Interrupted, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
@@ -17,7 +17,7 @@ from pipeline.executors.signals import StopSignals
 from pipeline.folders import refuse_file
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
-from pipeline.plan import RESOLVED
+from pipeline.plan import PLAN, RESOLVED
 from pipeline.progress import progress, say
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.text import duration, flop, plain, plain_block, size
@@ -82,13 +82,15 @@ def run_distill(
     """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
-    Raises UsageError where ``out`` is a file, DataError where data, teacher and folder do not fit, Interrupted (after a
-    checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
+    Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
+    Interrupted (after a checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     storage = Storage(out)
     refuse_file(storage)
+    if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
+        raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
     from stages.distill.run import begin, prepare, train_students
     from stages.distill.watcher import Watcher
 
@@ -149,6 +151,14 @@ def run_distill(
             "test_data": test_data,
         }
         return train_on_ray(job, place, on_event, shown, should_stop)
+
+
+def learnt_by(student: str, result: dict[str, Any], title: str) -> dict[str, Any]:
+    """What ``result`` of :func:`run_distill` tells of ``student``. Raises FactoryError where it was parked."""
+    if student in result["parked"]:
+        raise FactoryError(f"{title}: {student} was parked: {result['parked'][student]}")
+    facts: dict[str, Any] = result["students"][student]
+    return facts
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:

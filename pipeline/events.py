@@ -19,8 +19,9 @@ from manifests.storage import Storage
 from pipeline.progress import say
 
 LOCAL = "events.jsonl"
-REMOTE = "events"  # object stores cannot append: one object per driver, rewritten
+REMOTE = "events"  # object stores cannot append: objects of a driver's own, the last of them rewritten
 REWRITE_SECONDS = 5.0
+FULL = 1000  # lines after which a driver begins another object, so that what it rewrites stays small
 URGENT = frozenset({"run_started", "run_finished", "run_interrupted", "run_failed", "shard_quarantined", "warning"})
 
 
@@ -30,7 +31,7 @@ class EventLog:
     def __init__(self, storage: Storage, clock: Callable[[], float] = time.time) -> None:
         self.storage, self.clock = storage, clock
         self._lines: list[bytes] = []
-        self._name = f"{REMOTE}/{int(clock() * 1000):015d}-{os.getpid()}.jsonl"
+        self._stem, self._part = f"{REMOTE}/{int(clock() * 1000):015d}-{os.getpid()}", 0
         self._flushed = 0.0
         self._pending = False
         if storage.is_local:
@@ -54,8 +55,10 @@ class EventLog:
         if self._pending:
             self._flushed = self.clock()
             with suppress(StoreError):
-                self.storage.write(self._name, b"".join(self._lines))
+                self.storage.write(f"{self._stem}-{self._part:05d}.jsonl", b"".join(self._lines))
                 self._pending = False
+                if len(self._lines) >= FULL:
+                    self._lines, self._part = [], self._part + 1
 
     def __enter__(self) -> "EventLog":
         return self
@@ -91,7 +94,7 @@ def read_events(storage: Storage) -> list[dict[str, Any]]:
     """Every event of a run folder in order of time. A torn last line (a killed driver) is passed over, like any
     other that is no event."""
     blobs = [storage.read(LOCAL)] if storage.exists(LOCAL) else []
-    blobs += [storage.read(name) for name in storage.list(REMOTE) if name.endswith(".jsonl")]
+    blobs += storage.read_many(name for name in storage.list(REMOTE) if name.endswith(".jsonl"))
     events = [event for blob in blobs for line in blob.splitlines() if (event := _parse(line)) is not None]
     return sorted(events, key=lambda event: event["time"])
 

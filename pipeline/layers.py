@@ -36,6 +36,18 @@ class Layer:
         below = {path: origin for path, origin in lower.origins.items() if path not in self.origins}
         return Layer(_merge(lower.values, self.values), {**below, **self.origins})
 
+    def value(self, path: Path) -> Any:
+        """What ``path`` is set to, None where it is not."""
+        found: Any = self.values
+        for part in path:
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def without(self, path: Path) -> "Layer":
+        """This layer without ``path`` and what lies below it."""
+        kept = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
+        return Layer(_without(self.values, path), kept)
+
     def origin(self, path: Path) -> str:
         """The place that last set ``path`` or something below it, or else the nearest key above it."""
         inside = [origin for key, origin in self.origins.items() if key[: len(path)] == path]
@@ -210,6 +222,14 @@ def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _without(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    head, *rest = path
+    left = {key: value for key, value in values.items() if key != head}
+    if rest and isinstance(inner := values.get(head), dict):
+        return {**left, head: _without(inner, tuple(rest))}
+    return left
 
 
 def _nested(path: Path, value: Any) -> dict[str, Any]:

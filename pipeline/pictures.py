@@ -1,11 +1,12 @@
-"""Contact sheets: rows of samples with their names, as one PNG. Used by ``factory inspect`` and ``factory demo``."""
+"""Contact sheets: rows of samples with their names, as one PNG. Used by ``factory inspect``, ``eval`` and ``demo``."""
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from manifests.errors import DataError
+from manifests.errors import DataError, StoreError
 from manifests.images import decode
 
 GAP = 2
@@ -56,6 +57,15 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write an encoded picture, and nothing beside it. Raises StoreError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def printable(text: str) -> str:

@@ -16,11 +16,14 @@ from pydantic import Field
 from manifests.errors import UsageError
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
 from stages.distill.settings import DistillSettings
+from stages.models.schemes import tells_all
 from stages.models.settings import Settings
 from stages.synth.settings import SynthSettings
 
 DEFAULT = "demo"
 SECTIONS = ("synth", "distill", "rounds")
+MODELS = ("synth.teacher.name", "synth.adversary.name")
+"""Keys that name a classifier; their siblings say what cannot be known from it."""
 
 
 class RoundsSettings(Settings):
@@ -107,8 +110,13 @@ def given(
     environ: Mapping[str, str] | None = None,
 ) -> Layer:
     """What the user says: the file, under the environment, ``--set`` and flags. ``--set`` and the environment reach
-    ``section`` only (every section when None). Errors as :func:`resolve`."""
+    ``section`` only (every section when None). Where a flag names another classifier than the file, one whose own files
+    tell all of it, nothing that the file says of its classifier stays. Errors as :func:`resolve`."""
     layer = EMPTY if source is None else read(source)
+    for key, (_, value) in (flags or {}).items():
+        path = tuple(key.split("."))
+        if key in MODELS and value is not None and tells_all(value) and layer.value(path) != value:
+            layer = layer.without(path[:-1])
     sections = (section,) if section else SECTIONS
     layer = env_layer(os.environ if environ is None else environ, Recipe, sections).over(layer)
     layer = set_layer(sets, Recipe, section).over(layer)

@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from manifests.errors import FactoryError, UsageError
+from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline import estimate
 from pipeline import synth as stage
-from pipeline.distill import run_distill
+from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.folders import local_folder
 from pipeline.recipe import Recipe
@@ -110,9 +110,7 @@ def round_report(
     number: int, made: dict[str, Any], learnt: dict[str, Any], adversary: str | None, student: str
 ) -> dict[str, Any]:
     """What came of a round. Raises FactoryError where its student diverged, since the next one would need it."""
-    if student in learnt["parked"]:
-        raise FactoryError(f"round {number}: {student} was parked: {learnt['parked'][student]}")
-    facts = learnt["students"][student]
+    facts = learnt_by(student, learnt, f"round {number}")
     return {
         "round": number,
         "adversary": adversary,

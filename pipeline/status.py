@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from manifests.errors import DataError
 from manifests.merge import MANIFEST
+from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import read_events
 from pipeline.executors.driver import committed
@@ -29,7 +31,7 @@ def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
     failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
     events = read_events(storage)
     holder = live(storage)
-    merged = storage.exists(MANIFEST) and len(done) == plan.shards
+    merged = holder is None and len(done) == plan.shards and _in_manifest(storage) == plan.shards
     running = _running(events, done) if holder else {}
     rate = _rate(events, now, holder is not None)
     left = plan.shards - len(done) - len(failed)
@@ -76,6 +78,14 @@ def lines(result: dict[str, Any], now: float | None = None) -> Iterator[str]:
     for error in result["last_errors"]:
         ago = duration(now - error["time"])
         yield f"error    {ago} ago, shard {error['shard']}, attempt {error['attempt']}: {plain(error['error'])}"
+
+
+def _in_manifest(storage: Storage) -> int:
+    """Shards that the manifest names, from its footer alone; 0 where there is none to be read."""
+    try:
+        return len(Manifest(storage, MANIFEST).info.tars)
+    except DataError:
+        return 0
 
 
 def _running(events: Sequence[dict[str, Any]], done: set[int]) -> dict[int, dict[str, Any]]:

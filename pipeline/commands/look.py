@@ -1,4 +1,4 @@
-"""``factory status``, ``inspect`` and ``verify``: read a dataset, change nothing."""
+"""``factory status``, ``inspect`` and ``verify``: read a dataset, change nothing in it; ``inspect`` adds a picture."""
 
 import time
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from pipeline.commands.options import JsonOption, RunArgument, answer
 
+SHEET = "sheet.png"
 ManifestArgument = Annotated[
     str, typer.Argument(metavar="MANIFEST", help="m.parquet (path or URL).", show_default=False)
 ]
@@ -42,7 +43,7 @@ def inspect(
     ] = None,
     sheet: Annotated[
         Path | None,
-        typer.Option(help="Contact sheet to write (PNG) (default: beside the manifest).", show_default=False),
+        typer.Option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).", show_default=False),
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
     metrics: Annotated[
@@ -51,9 +52,11 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
+    from manifests.errors import StoreError
     from manifests.reader import Manifest
-    from manifests.storage import Storage
     from pipeline import inspect as look
+    from pipeline.pictures import save
+    from pipeline.progress import say
 
     opened = Manifest.open(manifest)
     summary = look.summarise(opened, where)
@@ -61,12 +64,17 @@ def inspect(
         summary["metrics"] = look.metrics(opened, where) if summary["kept"] else None
     if summary["kept"]:
         picture = look.sheet(opened, where, columns)
-        if sheet is None:
-            opened.storage.write("sheet.png", picture)
-            summary["sheet"] = opened.storage.path("sheet.png")
-        else:
-            Storage(sheet.resolve().parent).write(sheet.name, picture)
-            summary["sheet"] = str(sheet)
+        target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
+        try:
+            if sheet is not None or opened.storage.is_local:
+                save(picture, Path(target))
+            else:
+                opened.storage.write(SHEET, picture)
+            summary["sheet"] = target
+        except StoreError as error:
+            if sheet is not None:
+                raise
+            say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
     answer(summary, as_json, look.lines)
 
 

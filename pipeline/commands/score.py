@@ -44,10 +44,10 @@ def evaluate(
 
     result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
     if confusion is not None:
-        from manifests.storage import Storage
+        from pipeline.pictures import save
         from stages.distill.confusion import confusion_picture
 
         picture = confusion_picture(result["confusion"], [plain(name) for name in result["per_class"]])
-        Storage(confusion.resolve().parent).write(confusion.name, picture)
+        save(picture, confusion)
         result["picture"] = str(confusion)
     answer(result, as_json, lines)

@@ -111,18 +111,19 @@ def execute(
     """
     wanted = set(shards)
     done = committed(storage) & wanted
-    failed = {shard: known.error for shard, known in failures(storage).items() if shard in wanted - done}
+    missing = wanted - done
+    failed = {shard: known.error for shard, known in failures(storage).items() if shard in missing}
     if settings.retry_failed:
         release(storage, failed)
         failed = {}
-    todo = sorted(wanted - done - failed.keys())
+    todo = sorted(missing - failed.keys())
     run = _Run(len(wanted), iter(todo), done, failed)
     interrupted = False
     if todo:
         driver = _Driver(run, settings, events, storage, on_progress or (lambda done, total, note: None), lease)
         interrupted = driver.drive(spec)
-    missing = frozenset(wanted - run.done - run.failed.keys())
-    return Outcome(frozenset(run.done), dict(sorted(run.failed.items())), missing, interrupted and bool(missing))
+    left = frozenset(wanted - run.done - run.failed.keys())
+    return Outcome(frozenset(run.done), dict(sorted(run.failed.items())), left, interrupted and bool(left))
 
 
 class _Driver:

@@ -253,10 +253,11 @@ def actor_options(settings: ExecutorSettings, nodes: list[dict[str, float]]) -> 
         min(floor(node.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount) for node in nodes
     )
     if fit < settings.workers:
+        takes = ["threads", *(["GPUs (--device cpu: none)"] if gpus else []), *(["memory"] if need["memory"] else [])]
         raise UsageError(
             f"{settings.workers} workers with {_amounts(need)} each were asked for, the cluster holds {fit} such "
-            f"(its nodes: {'; '.join(_amounts(node) for node in nodes) or 'none'}): lower --workers, "
-            "--gpus-per-worker, --memory-per-worker or the plan's threads"
+            f"(its nodes: {'; '.join(_amounts(node) for node in nodes) or 'none'}): lower --workers "
+            f"or each one's {' or '.join(takes)}"
         )
     options: dict[str, Any] = {"num_cpus": settings.threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     if need["memory"]:
@@ -274,7 +275,7 @@ def _amounts(resources: dict[str, float]) -> str:
 def reason(error: Exception) -> str:
     """The telling part of Ray's many lines about a dead actor."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "killed by Ray because its machine ran out of memory: reserve more with --memory-per-worker"
+        return "its machine ran out of memory: lower --workers, or raise --memory-per-worker of run synth"
     text = " ".join(str(error).split())
     if "connection error code" in text:
         return "its process ended without a word (killed, out of memory, or crashed in native code)"

@@ -30,6 +30,7 @@ for _name, _value in {
 
 import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 TICK = 0.3
 """Seconds between two looks at the desk, from either side."""
@@ -139,11 +140,13 @@ def train_on_ray(
     """Run ``job`` (arguments of :func:`work`) with ``place.workers`` workers of the connected cluster; its results.
 
     Raises what the training raised, UsageError where the cluster cannot hold the workers, FactoryError where they did
-    not start in time or were lost more often than ``place.attempts`` allows.
+    not start in time, were lost more often than ``place.attempts`` allows, or the desk was lost.
     """
     options = actor_options(place, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     each = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
-    desk: Any = ray.remote(num_cpus=0)(Desk).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Desk)
+    desk = actor.options(num_cpus=0, scheduling_strategy=here).remote()  # here: no other node's loss takes it along
     callbacks: list[Any] = [_Losses(desk)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         trainer = ray.train.torch.TorchTrainer(
@@ -196,12 +199,18 @@ def _follow(
     while True:
         running = fit.is_alive()
         stopping = should_stop()
-        told, reached, outcome = ray.get(desk.read.remote(stopping))
+        try:
+            told, reached, outcome = ray.get(desk.read.remote(stopping))
+        except ray.exceptions.RayActorError as error:
+            raise FactoryError(f"lost touch with the workers: {reason(error)}; the same command resumes") from error
         for kind, fields in told:
             on_event(kind, **fields)
+            if kind == "worker_started":
+                begun = True
+            elif kind == "worker_lost":  # all start again, where there are still nodes for them
+                begun, since = False, time.monotonic()
         if reached:
             on_progress(*reached)
-        begun = begun or bool(told)
         if not begun and stopping:
             raise Interrupted("interrupted before the workers started; the same command resumes")
         if not begun and time.monotonic() - since > place.start_limit:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from manifests.errors import UsageError
 from pipeline.layers import flag_layer, validate
 from stages.models.settings import Settings
 from stages.synth.settings import SynthSettings
+
+MIN_GPU = 0.0001
+"""The smallest share of a GPU that Ray can reserve."""
 
 
 class ExecutorSettings(Settings):
@@ -27,6 +30,13 @@ class ExecutorSettings(Settings):
     retry_delay: float = Field(1.0, ge=0, description="seconds before a failed shard's next attempt")
     retry_failed: bool = Field(False, description="take shards out of quarantine and try them again")
     stop_after: int = Field(20, gt=0, description="stop when this many shards in a row ended in quarantine")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _an_amount_that_ray_can_give(cls, value: float | None) -> float | None:
+        if value and (value < MIN_GPU or (value > 1 and value != int(value))):
+            raise ValueError(f"expected 0, a fraction from {MIN_GPU:g} on or a whole number, got {value:g}")
+        return value
 
     @property
     def inline(self) -> bool:

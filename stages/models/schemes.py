@@ -28,6 +28,18 @@ def split_name(name: str) -> tuple[Scheme, str]:
     return ("code", name) if _CODE.fullmatch(name) and prefix != "embedded" else ("builtin", name)
 
 
+def tells_all(name: str) -> bool:
+    """True where the files that ``name`` stands for tell weights, input and classes by themselves.
+
+    >>> tells_all("embedded:digits"), tells_all("hf:microsoft/resnet-18"), tells_all("resnet20")
+    (True, True, False)
+    """
+    scheme, rest = split_name(name)
+    if scheme == "timm":
+        return "." in rest or Path(rest).is_dir()
+    return scheme == "hf" or name.startswith("embedded:") or name.endswith((".yaml", ".yml")) or Path(name).is_dir()
+
+
 def only_named(name: str) -> bool:
     """Whether only the user may name it: loading it runs foreign code, or fetches something.
 

@@ -4,7 +4,9 @@ import importlib
 import json
 import re
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +69,18 @@ def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path
     assert re.search(r"\| tiny decoder, 50 steps guided \| [\d.]+ \| – \|", capsys.readouterr().out)
 
 
+def test_the_gpu_benchmark_counts_published_work_as_the_counted_rows_do(script, tmp_path):
+    gpu, counted = script("gpu_guidance"), script("counted_work")
+    small = {"transformer": counted.DIT | gpu.SMALL["DIT"], "vae": counted.VAE | gpu.SMALL["VAE"]}
+    prior = {"path": str(counted.write_prior(tmp_path / "dit", "DiTPipeline", small))}
+    prior["labels"] = {name: i for i, name in enumerate(counted.TEACHER["class_names"])}
+    (_, free, *_), (_, published, *_) = islice(counted.rows(prior, ""), 2)
+    for row, flops in ((gpu.BASE, free), (gpu.PUBLISHED, published)):
+        sampled, guidance = gpu.ROWS[row]
+        chosen = counted.settings(prior | sampled, guidance or {}, method="diffdfkd" if guidance else "dmkd")
+        assert gpu.counted(chosen, row == gpu.PUBLISHED) == flops
+
+
 def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(script, tmp_path, monkeypatch, capsys):
     digits = script("digits")
     accuracy = {"guided": 0.9, "unguided": 0.8}
@@ -83,6 +97,20 @@ def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(scrip
     assert "| guided | 400 | 90.0 ± 0.0 | +10.0 ± 0.0 |" in capsys.readouterr().out
     recipe = digits.recipe_of("guided", 0)
     assert recipe.synth.device == recipe.distill.device == "cpu"
+
+
+def test_a_cell_of_digits_is_kept_for_its_own_settings_alone(script, tmp_path, monkeypatch):
+    digits = script("digits")
+    learnt = {"students": {"s": {"test": {"accuracy": 0.5}}}, "teacher_check": {"agreement": 1}}
+    monkeypatch.setattr(digits, "of_images", lambda _, images, folder: folder.mkdir() or ("m.parquet", 1.0, "kept"))
+    monkeypatch.setattr(digits.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(40)))
+    monkeypatch.setattr(digits, "run_distill", lambda *_, **__: learnt)
+    asked = ("guided", 0, 40, None, "test.parquet", tmp_path)
+    made = digits.cell(*asked)
+    assert digits.cell(*asked) == made
+    monkeypatch.setitem(digits.ROWS, "guided", ["synth.guidance.scale=0.3"])
+    with pytest.raises(SystemExit, match=r"cell\.json was made with other settings \(.*scale: .* -> 0.3\): use"):
+        digits.cell(*asked)
 
 
 def test_students_train_where_their_seconds_are_counted(script, tmp_path, monkeypatch):

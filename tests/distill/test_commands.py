@@ -35,11 +35,13 @@ def test_export(student, tmp_path):
 
 
 def test_eval_writes_a_picture(student, dataset, tmp_path):
-    done = factory("eval", student, dataset, "--teacher", student, "--confusion", tmp_path / "c.png", "--json")
+    args = ("eval", student, dataset, "--teacher", student, "--confusion", tmp_path / "new" / "c.png", "--json")
+    done = factory(*args)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["agreement"] == 1
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.png"]
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,22 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert json.loads(out)["settings"]["epochs"] == 3
 
 
+def test_inspect_writes_a_sheet_and_nothing_else_or_answers_without_it(factory, run_folder, tmp_path):
+    shutil.rmtree(run_folder / "tmp")
+    before = set(run_folder.rglob("*"))
+    assert factory("inspect", run_folder / "m.parquet", "--sheet", tmp_path / "new" / "s.png")[0] == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.png"]
+    assert factory("inspect", run_folder)[0] == 0
+    assert set(run_folder.rglob("*")) == before | {run_folder / "sheet.png"}
+    (run_folder / "sheet.png").unlink()
+    (run_folder / "sheet.png").mkdir()  # as little to be written as in a folder that is read-only
+    code, out, err = factory("inspect", run_folder, "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 40)
+    assert "sheet.png: cannot write: Is a directory; --sheet FILE puts it elsewhere" in err
+    code, _, err = factory("inspect", run_folder, "--sheet", run_folder / "sheet.png")
+    assert (code, len(err.splitlines())) == (1, 1)
+
+
 def test_a_damaged_tar_is_named_and_exits_3(factory, run_folder):
     tar = sorted((run_folder / "shards").glob("000001-*.tar"))[0]
     data = bytearray(tar.read_bytes())
@@ -221,6 +238,13 @@ def test_where_that_cannot_work(factory, run_folder):
     code, _, err = factory(*args, "label == 77")
     assert code == 3 and len(err.splitlines()) == 1
     assert not (run_folder / "distill").exists()
+
+
+def test_students_do_not_go_into_the_folder_of_a_run(factory, run_folder):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    code, _, err = factory("run", "distill", "-m", run_folder / "m.parquet", "-o", run_folder)
+    assert (code, len(err.splitlines())) == (2, 1) and f"a run of stage 1 is there; use {run_folder}/distill" in err
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
 
 def test_another_plan_is_refused_with_a_diff(factory, run_folder):

@@ -5,6 +5,7 @@ import io
 import pytest
 from PIL import Image
 
+from manifests.errors import FactoryError
 from manifests.reader import Manifest
 from pipeline.demo import lines, run_demo, without_guidance
 from pipeline.recipe import resolve
@@ -64,6 +65,17 @@ def test_again_it_takes_up_where_it_stopped(demo):
     after = run_demo(str(folder), sets)
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "guided/shards").iterdir()}
     assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+
+
+def test_a_first_student_that_was_parked_is_one_line(demo, monkeypatch):
+    folder, sets, _ = demo
+
+    def learn(recipe, sources, out, **_):
+        return {"parked": {"digits-cnn-small": "loss is nan at step 0"}, "students": {"resnet8": {}}}
+
+    monkeypatch.setattr("pipeline.demo.run_distill", learn)
+    with pytest.raises(FactoryError, match="^guided student: digits-cnn-small was parked: loss is nan at step 0$"):
+        run_demo(str(folder), sets)
 
 
 def test_the_unguided_half_leaves_out_what_it_would_not_use():

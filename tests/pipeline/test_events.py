@@ -51,6 +51,16 @@ def test_remote_events_are_buffered_and_kept_per_driver():
     assert [e["kind"] for e in read_events(storage)] == ["run_started"] + 3 * ["shard_done"] + ["run_finished"]
 
 
+def test_a_remote_log_is_rewritten_in_small_parts(monkeypatch):
+    monkeypatch.setattr("pipeline.events.FULL", 3)
+    storage = Storage("memory://events-test/parts")
+    with EventLog(storage, clock=lambda: 100.0) as log:
+        for shard in range(7):
+            log.write("warning", shard=shard)  # urgent: written at once
+    assert [len(storage.read(name).splitlines()) for name in storage.list("events")] == [3, 3, 1]
+    assert [event["shard"] for event in read_events(storage)] == [*range(7)]
+
+
 def test_a_line_is_json_with_time_and_kind(tmp_path):
     EventLog(Storage(tmp_path), clock=lambda: 1.23456).write("warning", message="schöne\nZeile")
     lines = (tmp_path / LOCAL).read_text().splitlines()

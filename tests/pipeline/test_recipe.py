@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from manifests.errors import UsageError
 from pipeline.layers import mapping_layer
 from pipeline.recipe import Recipe, packaged, resolve, to_yaml
+from stages.models.settings import ModelSettings
 from stages.synth.sampler import intermediate_steps
 from stages.synth.settings import SynthSettings
 
@@ -55,6 +56,33 @@ def test_resolved_yaml_gives_the_same_recipe_again(tmp_path):
     (tmp_path / "resolved.yaml").write_bytes(to_yaml(recipe))
     assert resolve(str(tmp_path / "resolved.yaml"), environ={}) == recipe
     assert yaml.safe_load(to_yaml(recipe))["distill"]["where"] == "label == 3"
+
+
+INPUT = "{size: 32, channels: 3, mean: [0, 0, 0], std: [1, 1, 1]}"
+
+
+def test_a_flag_that_names_a_whole_model_brings_nothing_of_the_files_one(tmp_path):
+    (tmp_path / "net2").mkdir()
+    told = f"{{name: resnet20, weights: net1.pt, num_classes: 10, input: {INPUT}}}"
+    (tmp_path / "mine.yaml").write_text(
+        f"synth:\n  teacher: {told}\n  adversary: {told}\n  guidance: {{adversarial: 1}}\n"
+    )
+
+    def named(name, *sets):
+        flags = {f"synth.{model}.name": (f"--{model}", name) for model in ("teacher", "adversary")}
+        recipe = resolve(str(tmp_path / "mine.yaml"), section="synth", sets=sets, flags=flags, environ={})
+        return recipe.synth.teacher, recipe.synth.adversary
+
+    for name in (str(tmp_path / "net2"), "embedded:digits", "mine2.yaml", "hf:org/net", "timm:resnet18.a1"):
+        assert named(name) == (ModelSettings(name=name), ModelSettings(name=name))
+    teacher, adversary = named("embedded:digits", "teacher.weights=mine.pt")
+    assert (teacher.weights, teacher.input, adversary.weights) == ("mine.pt", None, None)
+    for name in ("resnet20", "timm:resnet18"):  # needs what the file says
+        assert [(m.name, m.weights, m.num_classes) for m in named(name)] == [(name, "net1.pt", 10)] * 2
+    (tmp_path / "mine.yaml").write_text(
+        "synth: {teacher: {name: embedded:digits, stem: native}, guidance: {adversarial: 1}}"
+    )
+    assert named("embedded:digits")[0].stem == "native"  # the same one
 
 
 def test_unknown_recipe_name():

@@ -11,7 +11,7 @@ from pipeline.status import lines, status
 from pipeline.synth import run_synth
 from stages.synth.plan_inputs import inspect_inputs
 from tests.pipeline.conftest import INLINE, small_recipe
-from tests.pipeline.fake_worker import POISON
+from tests.pipeline.fake_worker import FACTORY, POISON
 
 
 @pytest.fixture
@@ -40,6 +40,22 @@ def test_a_complete_run(run_folder):
     assert (found["state"], found["done"], found["shards"], found["missing"]) == ("complete", 2, 2, 0)
     assert (found["rows"], found["failed"], found["driver"]) == (40, [], None)
     assert "complete, 2 of 2 shards done" in next(lines(found))
+
+
+def test_a_run_that_grew_is_complete_once_its_manifest_holds_the_new_shards(run_folder, monkeypatch):
+    def stopped(*_):
+        raise FactoryError("the disk is full")
+
+    monkeypatch.setattr("pipeline.synth.merge", stopped)
+    with pytest.raises(FactoryError):
+        run_synth(small_recipe("shards=3"), str(run_folder), INLINE, worker=FACTORY, quiet=True)
+    found = status(Storage(run_folder))
+    assert (found["state"], found["done"], found["shards"]) == ("stopped", 3, 3)
+    monkeypatch.undo()
+    run_synth(small_recipe("shards=3"), str(run_folder), INLINE, worker=FACTORY, quiet=True)
+    assert status(Storage(run_folder))["state"] == "complete"
+    (run_folder / "m.parquet").write_bytes(b"PAR1")
+    assert status(Storage(run_folder))["state"] == "stopped"
 
 
 def test_no_run(tmp_path):

@@ -203,8 +203,10 @@ def test_workers_must_fit_the_nodes_not_just_their_sum(asked, fits):
         options = actor_options(ExecutorSettings(workers=fits, **asked), NODES)
         assert options["num_gpus"] == asked.get("gpus_per_worker", 1)
         assert (options["max_restarts"], options["max_task_retries"]) == (0, 0)
-    with pytest.raises(UsageError, match=f"the cluster holds {fits} such"):
+    with pytest.raises(UsageError, match=f"the cluster holds {fits} such .* lower --workers or each one's") as caught:
         actor_options(ExecutorSettings(workers=fits + 1, **asked), NODES)
+    gpus = asked.get("gpus_per_worker") != 0  # named by what every command has
+    assert ("--device cpu" in str(caught.value), "per-worker" in str(caught.value)) == (gpus, False)
 
 
 def test_no_gpu_is_reserved_where_there_is_none():

@@ -122,13 +122,14 @@ class Near:
 
 
 class Fit:
-    """A training that goes on, or that ended with an error."""
+    """A training that goes on for a few looks, or that ended with an error."""
 
     def __init__(self, error=""):
-        self.error = error
+        self.error, self.looks = error, 0 if error else 3
 
     def is_alive(self):
-        return not self.error
+        self.looks -= 1
+        return self.looks >= 0
 
     def join(self, seconds):
         pass
@@ -150,6 +151,12 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
         follow(Fit(), ray_train.Desk(), TWO.model_copy(update={"start_limit": 0.0}))
     with pytest.raises(Interrupted, match="interrupted before the workers started"):
         follow(Fit(), ray_train.Desk(), stop=True)
+    for limit, stop, message in ((0.0, False, "the 2 workers were not ready"), (600.0, True, "before the workers")):
+        desk = ray_train.Desk()  # they had started, and one was lost with its node: nothing may come after that
+        desk.tell("worker_started", {})
+        desk.lost("worker 1: its node is gone")
+        with pytest.raises(FactoryError, match=message):
+            follow(Fit(), desk, TWO.model_copy(update={"start_limit": limit}), stop)
     desk = ray_train.Desk()
     desk.reach((3, 4, "epoch 1/1"))
     desk.end({"error": "no student is left: a: loss is nan", "exit_code": 1})
@@ -159,6 +166,13 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
     with pytest.raises(FactoryError, match="no student is left: a: loss is nan"):
         follow(Fit(), desk)
     assert progress == [(3, 4, "epoch 1/1")]
+
+    def gone(answer):
+        raise ray_train.ray.exceptions.RayActorError
+
+    monkeypatch.setattr(ray_train.ray, "get", gone)
+    with pytest.raises(FactoryError, match="lost touch with the workers: .*; the same command resumes"):
+        follow(Fit(), ray_train.Desk())
 
 
 def test_the_failure_that_came_first_is_told():

@@ -18,6 +18,13 @@ def test_workers_on_the_cpu_reserve_no_gpu_unless_told_to():
     assert place("cpu", workers=8, gpus_per_worker=0.5).gpus_per_worker == 0.5
 
 
+@pytest.mark.parametrize("amount", [1.5, 2.25, 0.00001])
+def test_gpus_that_ray_cannot_give_are_refused(amount):
+    with pytest.raises(UsageError, match=f"^--gpus-per-worker: .*whole number, got {amount:g}$"):
+        place(workers=2, gpus_per_worker=amount)
+    assert [place(workers=2, gpus_per_worker=fine).gpus_per_worker for fine in (0, 0.0001, 1, 3)] == [0, 0.0001, 1, 3]
+
+
 @pytest.mark.parametrize("name", ["gpus_per_worker", "memory_per_worker"])
 def test_a_reservation_needs_workers_of_ray(name):
     with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: .* add --workers or --address$"):
