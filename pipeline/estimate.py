@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.folders import refuse_file
@@ -20,8 +21,6 @@ RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy i
 def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
     """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be fetched:
     what would need it is None, and ``unknown`` says why."""
-    from pipeline.executors.driver import committed
-
     synth, storage = recipe.synth, Storage(out)
     refuse_file(storage)
     inputs: SynthInputs | None = None

@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from manifests.merge import MANIFEST
+from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.events import read_events
-from pipeline.executors.driver import committed
 from pipeline.failures import quarantined
 from pipeline.lease import live
 from pipeline.plan import read_plan
