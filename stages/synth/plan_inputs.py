@@ -11,6 +11,7 @@ from stages.synth.settings import SynthSettings
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
 GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these would get other classes
+LOSSY_VERSION = 2  # of jpg and webp alone: 1 asked the teacher about the pixels before they were encoded
 
 FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
 """Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
@@ -73,6 +74,8 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         covered["fitted_decoder"] = DECODER_VERSION
     if settings.method != "noise" and uneven_lap(settings.group_size, len(inputs.class_names)):
         covered["groups"] = GROUPS_VERSION
+    if settings.method != "noise" and settings.images.format != "png":
+        covered["lossy"] = LOSSY_VERSION
     return covered
 
 

@@ -24,7 +24,7 @@ from stages.synth.groups import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import fidelity, load_decoder
 from stages.synth.image_writer import ImageWriter, Sample
-from stages.synth.images import to_pixels
+from stages.synth.images import as_stored, to_pixels
 from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
 from stages.synth.priors.families import load_prior
@@ -91,10 +91,10 @@ def bn_weight(settings: SynthSettings) -> float:
 
 @dataclass(frozen=True)
 class Stored:
-    """A frame as it is stored: ``pixels [n, side, side, 3]`` in uint8, the same as ``images [n, 3, side, side]`` in
-    [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
+    """A frame as it is stored: what the writer takes of each image, and as they are read back ``images [n, 3, side,
+    side]`` in [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
 
-    pixels: torch.Tensor
+    files: Sequence[torch.Tensor | bytes]
     images: torch.Tensor
     columns: list[dict[str, Any]]
     features: torch.Tensor | None
@@ -173,7 +173,7 @@ class ShardWorker:
             free_memory()  # after the except block, which held the failed attempt's tensors
 
     def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
-        """Synthesise a group: manifest row and pixels of each stored sample, trajectory by trajectory.
+        """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
 
         ``key`` names samples by number; the group's begin at ``first``.
         """
@@ -187,7 +187,7 @@ class ShardWorker:
                 if frame.source is not None:
                     row["source_key"] = key(first + i * len(frames) + frame.source)
                     row |= filtered(row, self.settings.dda.cosine)
-                made[i].append((row, own.pixels[i]))
+                made[i].append((row, own.files[i]))
         return [sample for trajectory in made for sample in trajectory]
 
     def cosines(self, frame: Frame, own: "Stored", stored: Sequence["Stored"], group: Group) -> list[dict[str, Any]]:
@@ -213,7 +213,7 @@ class ShardWorker:
                 f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
                 "try prior.dtype=fp32 or a smaller guidance.scale"
             )
-        pixels = to_pixels(frame.images, self.side)
+        pixels, files = as_stored(to_pixels(frame.images, self.side), self.settings.images.format)
         images = to_unit(pixels).to(self.device)
         with torch.no_grad():
             logits, features = self.teacher.with_features(images)
@@ -221,7 +221,7 @@ class ShardWorker:
         if self.settings.store_logits:
             for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
                 column["logits"] = values
-        return Stored(pixels, images, columns, features)
+        return Stored(files, images, columns, features)
 
     def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
         """The columns that tell how a sample was made."""

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,15 +13,19 @@ import webdataset
 from PIL import Image
 
 from manifests.errors import DataError, UsageError
+from manifests.merge import merge
+from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.models.identity import resolve
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
-from stages.synth.plan_inputs import DECODER_VERSION, inspect_inputs, semantics
+from stages.synth.plan_inputs import DECODER_VERSION, LOSSY_VERSION, inspect_inputs, semantics
+from stages.synth.rescore import rescored
 from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
+from tests.manifests.samples import INFO
 
 
 def settings(prior_folder, **kw):
@@ -94,6 +99,30 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
         other = teacher.class_weights[row["label"]] if is_final else features[final[row["trajectory"]]]
         assert row["cosine"] == pytest.approx(F.cosine_similarity(features[i], other, dim=0).item(), abs=1e-3)
         assert row["cosine_space"] == "teacher"
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_teacher_columns_are_of_what_a_lossy_file_holds(prior_folder, tmp_path, kind):
+    storage, teacher = Storage(tmp_path), load_teacher(SynthSettings().teacher)
+    given = settings(prior_folder, images={"format": kind, "intermediates": 1}, groups_per_shard=1)
+    build_worker(given, storage.url, INFO.fingerprint).run(0)
+    merge(storage, replace(INFO, image_size=16, class_names=teacher.class_names))
+    manifest = Manifest.open(storage.url)
+    rows, again = (table.to_pylist() for table in (manifest.group(0), next(rescored(manifest, teacher, 0.1))))
+    for row, other in zip(rows, again, strict=True):
+        assert (row["teacher_label"], row["kept"]) == (other["teacher_label"], other["kept"])
+        for name in ("confidence", "entropy", "margin", "cosine", "logits"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+
+
+def test_a_plan_tells_whether_columns_are_of_lossy_files(prior_folder):
+    def covered(**kw):
+        parsed = SynthSettings.model_validate(settings(prior_folder, **kw))
+        return semantics(parsed, inspect_inputs(parsed))
+
+    assert covered(images={"format": "jpg"})["lossy"] == LOSSY_VERSION
+    noise = {"method": "noise", "images": {"format": "jpg"}}
+    assert "lossy" not in covered() and "lossy" not in covered(**noise)
 
 
 def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, tmp_path):
