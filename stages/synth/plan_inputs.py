@@ -63,11 +63,11 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         "algorithm": ALGORITHM_VERSION,
         "settings": {name: value for name, value in chosen.items() if value != {}},
         "prior": inputs.prior["sha256"],
-        "teacher": _network(inputs.teacher),
+        "teacher": network(inputs.teacher),
         "class_names": list(inputs.class_names),
     }
     if inputs.adversary:
-        covered["adversary"] = _network(inputs.adversary)
+        covered["adversary"] = network(inputs.adversary)
     if inputs.tiny_decoder:
         covered["tiny_decoder"] = inputs.tiny_decoder
     if settings.guides and settings.guidance.decoder == "fitted":
@@ -93,7 +93,7 @@ def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> N
                 chosen.setdefault(section, {})[name] = value
 
 
-def _network(identity: dict[str, Any]) -> dict[str, Any]:
+def network(identity: dict[str, Any]) -> dict[str, Any]:
     """What of a classifier changes the images: its weights, the network around them, and how it sees."""
     config = identity["config"]
     return {

@@ -27,7 +27,8 @@ from stages.synth.image_writer import ImageWriter, Sample
 from stages.synth.images import as_stored, to_pixels
 from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
-from stages.synth.priors.families import load_prior
+from stages.synth.planned import Planned, check_folder, check_network
+from stages.synth.priors.families import load_prior, tiny_decoder
 from stages.synth.sampler import Frame, Models, Work
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings
@@ -39,13 +40,15 @@ MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
 
-def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
-    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method.
+def load_models(settings: SynthSettings, run: Storage | None = None, planned: Planned | None = None) -> Models:
+    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method, or
+    are not the ``planned`` ones.
 
     ``run`` is the run's folder, through which its workers share what they fit.
     """
-    device = str(find_device(settings.device))
+    planned, device = planned or {}, str(find_device(settings.device))
     teacher = load_teacher(settings.teacher, device)
+    check_network(planned, "teacher", settings.teacher.name, teacher.identity)
     if settings.method != "dmkd":
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
@@ -56,9 +59,14 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
-    if adversary:
+    if settings.adversary and adversary:
+        check_network(planned, "adversary", settings.adversary.name, adversary.identity)
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
+    if prior:
+        check_folder(planned, "prior", prior.folder)
+    if "tiny_decoder" in planned:
+        check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
     return Models(prior, teacher, adversary, device, decode)
 
@@ -103,11 +111,11 @@ class Stored:
 class ShardWorker:
     """Implements :class:`stages.synth.worker.Worker` for every method that asks the teacher."""
 
-    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str) -> None:
+    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str, planned: Planned | None = None) -> None:
         self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(settings, self.storage)
+        self.models = load_models(settings, self.storage, planned)
         self.teacher, self.device = self.models.teacher, self.models.device
         self.news = news(self.models, settings)
         self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels

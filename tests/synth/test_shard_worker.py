@@ -21,6 +21,7 @@ from stages.models.identity import resolve
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
 from stages.synth.plan_inputs import DECODER_VERSION, LOSSY_VERSION, inspect_inputs, semantics
+from stages.synth.planned import planned_models
 from stages.synth.rescore import rescored
 from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
@@ -185,6 +186,24 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
         tars.append(record.tar_sha256)
     assert tars[0] != tars[1] and prints[0] != prints[1]
     assert all(row["loss_adv"] < 0 for row in rows)
+
+
+def test_models_are_compared_with_the_plan(prior_folder, tmp_path):
+    folder, teacher = shutil.copytree(prior_folder, tmp_path / "prior"), load_teacher(SynthSettings().teacher)
+    given = settings(folder, guidance={"adversarial": 1.0}, adversary={"name": str(tmp_path / "student")})
+    save_model(tmp_path / "student", teacher.net, resolve(SynthSettings().teacher).config)
+    parsed = SynthSettings.model_validate(given)
+    planned = planned_models(semantics(parsed, inspect_inputs(parsed)))
+    assert planned.keys() == {"prior", "teacher", "adversary"}
+    build_worker(given, str(tmp_path), "f" * 64, planned)
+    other = planned["teacher"] | {"input": None}
+    for name, changed, line in (
+        ("teacher", other, "its input is"),
+        ("adversary", other, "its input is"),
+        ("prior", "f" * 64, "its sha256 is"),
+    ):
+        with pytest.raises(DataError, match=f"^{name} .* on .* is not the one that the run was planned with: {line}"):
+            build_worker(given, str(tmp_path), "f" * 64, planned | {name: changed})
 
 
 def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_order(prior_folder, tmp_path):
