@@ -16,7 +16,7 @@ from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.device import find_device
-from stages.micro_batches import free_memory, out_of_memory
+from stages.micro_batches import free_memory, halving, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.teacher import Teacher
@@ -83,11 +83,19 @@ def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
 
 
 def news(models: Models, settings: SynthSettings) -> dict[str, Any]:
-    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one."""
+    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one, where there
+    is memory for the full one's gradients."""
     if models.decode is None or models.prior is None:
         return {}
-    facts = fidelity(models.decode, models.prior, settings, models.teacher)
-    return {"decoder": {"kind": settings.guidance.decoder, "sha256": getattr(models.decode, "sha256", None)} | facts}
+    kind, facts = settings.guidance.decoder, {}
+    try:
+        facts = fidelity(models.decode, models.prior, settings, models.teacher)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        log.warning("guidance.decoder=%s: no memory to compare its gradients with the full decoder's", kind)
+    free_memory()  # the comparison may have taken more than the run will
+    return {"decoder": {"kind": kind, "sha256": getattr(models.decode, "sha256", None)} | facts}
 
 
 def bn_weight(settings: SynthSettings) -> float:
@@ -163,22 +171,22 @@ class ShardWorker:
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
-        size, before = self.teacher.batch_limit or len(group.trajectories), asdict(work)
-        while True:
-            try:
-                return self.group_rows(group, work, key, first)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise FactoryError(
-                        f"group {group.index} does not fit the memory, not even one trajectory at a time "
-                        f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
-                    ) from error
+        before = asdict(work)
+
+        def limit(size: int) -> None:
             vars(work).update(before)
-            size = -(-size // 2)
             self.models.limit_batches(size)
-            free_memory()  # after the except block, which held the failed attempt's tensors
+
+        try:
+            size = self.teacher.batch_limit or len(group.trajectories)
+            return halving(lambda: self.group_rows(group, work, key, first), size, limit)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise FactoryError(
+                f"group {group.index} does not fit the memory, not even one trajectory at a time "
+                f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
+            ) from error
 
     def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
         """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
