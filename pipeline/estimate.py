@@ -10,8 +10,8 @@ from pipeline.folders import refuse_file
 from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
 from pipeline.text import flop, plain, plain_block, size
-from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.priors.families import FAMILIES, NotFetched
+from stages.synth.plan_inputs import SynthInputs, inspect_inputs, varies
+from stages.synth.priors.families import NotFetched
 from stages.synth.settings import SynthSettings
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
@@ -136,6 +136,6 @@ def denoiser_calls(synth: SynthSettings, inputs: SynthInputs | None) -> int:
     conditional = inputs is None or inputs.prior["conditioning"] != "none"
     times, first = 1, 0
     if synth.method == "dda":
-        varies = inputs is not None and FAMILIES[inputs.prior["pipeline"]].image_encoder is not None
-        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, varies)
+        alone = inputs is not None and varies(inputs.prior)
+        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, alone)
     return times * sum(1 + (conditional and prior.cfg_at(step) != 1) for step in range(first, prior.steps))

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from manifests.errors import UsageError
 from stages.models.identity import teacher_identity
 from stages.synth.labels import uneven_lap
-from stages.synth.priors.families import check_labels, folder_sha256, prior_identity, tiny_decoder
+from stages.synth.priors.families import FAMILIES, check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import SynthSettings
 
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
@@ -41,11 +42,32 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
+    if settings.method == "dda":
+        check_start(settings, varies(prior))
     tiny = None
     if settings.guides and settings.guidance.decoder == "tiny":
         tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
     return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, tiny)
+
+
+def varies(prior: dict[str, Any]) -> bool:
+    """Whether the prior of this identity varies images by itself, as DDA's paper does."""
+    return FAMILIES[prior["pipeline"]].image_encoder is not None
+
+
+def check_start(settings: SynthSettings, varies: bool) -> None:
+    """Raises UsageError where image-to-image leaves no step, or none to guide, for a method that asks for some."""
+    steps, first = settings.prior.steps, settings.dda.first_step(settings.prior.steps, varies)
+    if first == steps:
+        raise UsageError(
+            f"dda.strength {settings.dda.strength:g} leaves none of {steps} steps: set {1 / steps:g} or more"
+        )
+    if settings.dda.guided and not any(settings.guidance.at(step, steps) for step in range(first, steps)):
+        raise UsageError(
+            f"dda.guided steers nothing: variants begin at step {first} of {steps}, and guidance.interval, every and "
+            "scale allow none from there on"
+        )
 
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:

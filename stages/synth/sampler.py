@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stages.models.teacher import Teacher
 from stages.synth.groups import Group
-from stages.synth.guidance import Losses, cropped, guided, shifted, teacher_losses, two_views, update
-from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
+from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
+from stages.synth.latent_mix import Mix, draw_mixes, mixing
 from stages.synth.priors.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentMixSettings
@@ -157,7 +157,7 @@ def denoise(
     noise = group.noise(seed, prior.latent_shape).to(device)
     start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
     for step, timestep in list(enumerate(prior.timesteps))[first:]:
-        active = guide if guide and guided(guide.settings, step, steps) else None
+        active = guide if guide and guide.settings.at(step, steps) else None
         with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
             start.z.requires_grad_(torch.is_grad_enabled())
             state = prior.predict(start, condition)
@@ -169,7 +169,7 @@ def denoise(
             skipped += left_out
             work.guided_steps += 1
             work.updates += active.settings.inner
-        if lca and due(lca, step, steps):
+        if lca and lca.at(step, steps):
             drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
             state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))
             for position, mix in drawn.items():

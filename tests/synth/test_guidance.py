@@ -11,7 +11,6 @@ from stages.synth.guidance import (
     cropped,
     disagreement,
     feature_statistics,
-    guided,
     inconsistency,
     shifted,
     teacher_losses,
@@ -125,7 +124,7 @@ def test_update_is_a_share_of_unit_variance_and_shrinks_with_the_noise():
 
 def test_guided_steps_follow_interval_and_stride():
     def steps(**kw):
-        return [i for i in range(10) if guided(GuidanceSettings(**kw), i, 10)]
+        return [i for i in range(10) if GuidanceSettings(**kw).at(i, 10)]
 
     assert steps() == list(range(10))
     assert steps(interval=(0.5, 1.0)) == [5, 6, 7, 8, 9]
