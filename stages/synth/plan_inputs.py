@@ -1,6 +1,7 @@
 """What a plan needs to know of stage 1 before it runs: identities, fingerprinted semantics, sizes. No torch."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from manifests.errors import UsageError
@@ -12,6 +13,7 @@ from stages.synth.settings import SynthSettings
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
 GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these would get other classes
+STRIDE_VERSION = 2  # of intervals guided at every k-th step from where 1 rounded away from the first step alone
 LOSSY_VERSION = 2  # of jpg and webp alone: 1 asked the teacher about the pixels before they were encoded
 
 FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
@@ -96,9 +98,17 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         covered["fitted_decoder"] = DECODER_VERSION
     if settings.method != "noise" and uneven_lap(settings.group_size, len(inputs.class_names)):
         covered["groups"] = GROUPS_VERSION
+    if settings.guides and settings.guidance.every > 1 and rounded_away(settings):
+        covered["stride"] = STRIDE_VERSION
     if settings.method != "noise" and settings.images.format != "png":
         covered["lossy"] = LOSSY_VERSION
     return covered
+
+
+def rounded_away(settings: SynthSettings) -> bool:
+    """Whether ⌈start · steps⌉ in floating point, from which steps were once counted, is not the interval's first."""
+    low, steps = settings.guidance.interval[0], settings.prior.steps
+    return ceil(low * steps) != settings.guidance.first(steps)
 
 
 def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> None:

@@ -136,8 +136,12 @@ class GuidanceSettings(Settings):
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
         low, high = self.interval
-        first = -(-low * steps // 1)  # ceil
-        return self.scale > 0 and low <= step / steps < high and (step - int(first)) % self.every == 0
+        inside = self.scale > 0 and low <= step / steps < high
+        return inside and (step - self.first(steps)) % self.every == 0
+
+    def first(self, steps: int) -> int:
+        """The interval's first step of ``steps``."""
+        return next(step for step in range(steps + 1) if self.interval[0] <= step / steps)
 
 
 class LatentMixSettings(Settings):
