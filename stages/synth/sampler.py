@@ -1,12 +1,13 @@
 """The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manifests.errors import UsageError
 from stages.models.teacher import Teacher
 from stages.synth.groups import Group
 from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
@@ -92,6 +93,21 @@ def intermediate_steps(count: int, steps: int) -> set[int]:
     [10, 20, 30, 40]
     """
     return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
+
+
+def check_intermediates(count: int, timesteps: Sequence[int]) -> None:
+    """Raises UsageError where one of ``count`` x0-predictions would be stored at timestep 0 of a prior's ``timesteps``,
+    which tells final images."""
+
+    def clash(count: int) -> bool:
+        return any(timesteps[step] == 0 for step in intermediate_steps(count, len(timesteps)))
+
+    if clash(count):
+        most = next(fewer for fewer in range(count, -1, -1) if not clash(fewer))
+        raise UsageError(
+            f"images.intermediates {count}: the last of them is at timestep 0 of this prior's schedule, as only final "
+            f"images are; set at most {most}"
+        )
 
 
 def guide_step(

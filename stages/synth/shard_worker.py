@@ -29,7 +29,7 @@ from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
 from stages.synth.planned import Planned, check_folder, check_network
 from stages.synth.priors.families import load_prior, tiny_decoder
-from stages.synth.sampler import Frame, Models, Work
+from stages.synth.sampler import Frame, Models, Work, check_intermediates
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
@@ -65,6 +65,7 @@ def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pl
     prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
         check_folder(planned, "prior", prior.folder)
+        check_intermediates(settings.images.intermediates, prior.timesteps)
     if "tiny_decoder" in planned:
         check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None

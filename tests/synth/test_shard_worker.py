@@ -27,6 +27,7 @@ from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
 from tests.manifests.samples import INFO
+from tests.synth.tiny import save_ddpm
 
 
 def settings(prior_folder, **kw):
@@ -156,6 +157,15 @@ def test_teacher_columns_hand_computed():
 def test_a_device_that_cannot_compute_is_refused(prior_folder, tmp_path):
     with pytest.raises(UsageError, match="device 'foo' cannot be used"):
         build_worker(settings(prior_folder, device="foo"), str(tmp_path), "f" * 64)
+
+
+def test_no_intermediate_may_have_the_timestep_of_final_images(prior_folder, tmp_path):
+    grey = save_ddpm(tmp_path / "ddpm")  # its schedule ends at timestep 0, Stable Diffusion's at 1
+    for folder, count in ((grey, 2), (prior_folder, 4)):
+        build_worker(settings(folder, images={"intermediates": count}), str(tmp_path), "f" * 64)
+    for count in (3, 4):
+        with pytest.raises(UsageError, match=f"intermediates {count}: .* at timestep 0 .*; set at most 2"):
+            build_worker(settings(grey, images={"intermediates": count}), str(tmp_path), "f" * 64)
 
 
 def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):
