@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,10 +112,19 @@ class LocalBackend:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            staged = self.scratch() / f"copy-{uuid.uuid4().hex}"
-            shutil.copyfile(local, staged)
-            self.put_file(staged, path)
+            self._publish_copy(local, Path(path))
             local.unlink()
+
+    def _publish_copy(self, local: Path, target: Path) -> None:
+        """For a target on another file system than ``local``; a killed attempt leaves a hidden file beside it."""
+        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            shutil.copyfile(local, staged)
+            with open(staged, "rb") as file:
+                os.fsync(file.fileno())
+            self._publish(staged, target)
+        finally:
+            staged.unlink(missing_ok=True)
 
     def _publish(self, staged: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +133,16 @@ class LocalBackend:
 
     def sizes(self, path: str) -> dict[str, int]:
         try:
-            with os.scandir(path) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            entries = os.scandir(path)
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        found = {}
+        with entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # deleted since the listing began
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def delete(self, path: str) -> None:
         Path(path).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from manifests.inspection import tar_rows
 from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
 from manifests.schema import to_table
-from manifests.shard import DoneRecord, done_name, make_record, publish, write_shard_table
+from manifests.shard import DoneRecord, committed, done_name, make_record, publish, write_shard_table
 from manifests.storage import Storage, writing
 
 _TAR = re.compile(r"^shards/([0-9]{6,8})-[0-9a-f]{12}\.tar$", re.ASCII)
@@ -43,9 +43,10 @@ def rebuild(storage: Storage, info: DatasetInfo | None = None) -> Rebuilt:
         if match := _TAR.match(name):
             tars.setdefault(int(match[1]), []).append(name)
     whole, damaged = [], {}
-    for shard, names in sorted(tars.items()):
+    for shard in sorted({*tars, *listed} | committed(storage)):
+        winner = _winner(storage, shard) or listed.get(shard)
         try:
-            _rebuild_shard(storage, shard, names, _winner(storage, shard) or listed.get(shard), known.fingerprint)
+            _rebuild_shard(storage, shard, tars.get(shard, []), winner, known.fingerprint)
             whole.append(shard)
         except DataError as error:
             storage.delete(done_name(shard))
@@ -77,8 +78,11 @@ def _rebuild_shard(storage: Storage, shard: int, names: list[str], winner: str |
     """Table and done record from ``winner`` if it is intact, else from the only intact tar of ``names``.
 
     A killed attempt, or one at an earlier plan, may have left another tar. A tar does not tell its plan, but the table
-    beside it does: its name follows from rows and ``fingerprint``. Raises DataError where nothing decides.
+    beside it does: its name follows from rows and ``fingerprint``. Raises DataError where nothing decides, and where
+    there is no tar.
     """
+    if not names:
+        raise DataError(f"{storage.url}: the tar of shard {shard} is missing")
     with TemporaryDirectory(prefix="rebuild-", dir=storage.scratch()) as folder:
         intact: list[tuple[DoneRecord, Path]] = []
         flaws = []

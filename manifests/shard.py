@@ -84,6 +84,12 @@ def done_name(shard: int) -> str:
     return f"done/{shard:06d}.json"
 
 
+def committed(storage: Storage) -> set[int]:
+    """Shards with a done record, from the folder's listing alone."""
+    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list("done"))
+    return {int(name) for name in names if name.isdigit()}
+
+
 def done_record(storage: Storage, shard: int) -> DoneRecord | None:
     """The record of one complete shard, None where it is not complete."""
     name = done_name(shard)

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.folders import refuse_file
 from pipeline.plan import make_plan
 from pipeline.recipe import Recipe
 from pipeline.text import flop, plain, plain_block, size
-from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.priors.families import FAMILIES, NotFetched
+from stages.synth.plan_inputs import SynthInputs, inspect_inputs, varies
+from stages.synth.priors.families import NotFetched
 from stages.synth.settings import SynthSettings
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
@@ -20,8 +21,6 @@ RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy i
 def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
     """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be fetched:
     what would need it is None, and ``unknown`` says why."""
-    from pipeline.executors.driver import committed
-
     synth, storage = recipe.synth, Storage(out)
     refuse_file(storage)
     inputs: SynthInputs | None = None
@@ -137,6 +136,6 @@ def denoiser_calls(synth: SynthSettings, inputs: SynthInputs | None) -> int:
     conditional = inputs is None or inputs.prior["conditioning"] != "none"
     times, first = 1, 0
     if synth.method == "dda":
-        varies = inputs is not None and FAMILIES[inputs.prior["pipeline"]].image_encoder is not None
-        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, varies)
+        alone = inputs is not None and varies(inputs.prior)
+        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, alone)
     return times * sum(1 + (conditional and prior.cfg_at(step) != 1) for step in range(first, prior.steps))

@@ -7,10 +7,13 @@ from typing import Any
 
 from manifests.errors import DataError
 from manifests.merge import MANIFEST
+<<<<<<< HEAD
 from manifests.reader import Manifest
+=======
+from manifests.shard import committed
+>>>>>>> work-a
 from manifests.storage import Storage
 from pipeline.events import read_events
-from pipeline.executors.driver import committed
 from pipeline.failures import quarantined
 from pipeline.lease import live
 from pipeline.plan import read_plan

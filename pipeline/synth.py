@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.teacher_copy import TeacherCopy, prepare, publish
 from pipeline.text import duration, plain, size
 from stages.synth.plan_inputs import SynthInputs, inspect_inputs
+from stages.synth.planned import planned_models
 
 WORKER = "stages.synth.worker:build_worker"
 
@@ -57,6 +58,7 @@ def run_synth(
                 "settings": recipe.synth.model_dump(mode="json"),
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
+                "planned": planned_models(plan.semantics),
             },
         )
         try:

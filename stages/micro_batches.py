@@ -6,11 +6,13 @@ kernels. What does need the whole group, the mean and variance of BatchNorm's in
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
 
 
 def in_micro_batches(call: Callable[..., Any], limit: int | None, *inputs: Tensor | None) -> Any:
@@ -62,6 +64,22 @@ OUT_OF_MEMORY = (  # in RuntimeErrors of PyTorch's allocator on the CPU, oneDNN,
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that an allocation failed, which not only PyTorch's own class of it does."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def halving(call: Callable[[], T], size: int, limit: Callable[[int], None]) -> T:
+    """``call()``; where it runs out of memory, again after ``limit`` was told half of ``size`` rows at once, and so on.
+
+    Raises what ``call`` raises, an allocation that failed only where it did so with one row at a time.
+    """
+    while True:
+        try:
+            return call()
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+        size = -(-size // 2)
+        limit(size)
+        free_memory()  # after the except block, which held the failed attempt's tensors
 
 
 def free_memory() -> None:

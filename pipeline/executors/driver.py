@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manifests.errors import FactoryError, Interrupted
-from manifests.shard import done_record
+from manifests.shard import committed, done_record
 from manifests.storage import Storage
 from pipeline.executors.inline import InlinePool
 from pipeline.executors.settings import ExecutorSettings
@@ -86,12 +86,6 @@ class _Run:
     def note(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return f"{self.images} images, {len(self.running)} running{failed}"
-
-
-def committed(storage: Storage) -> set[int]:
-    """Shards with a done record, from the folder's listing alone."""
-    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list("done"))
-    return {int(name) for name in names if name.isdigit()}
 
 
 def execute(

@@ -97,6 +97,8 @@ def stored_config(values: Any, where: str) -> ModelConfig:
     if len(config.class_names) != config.num_classes:
         raise DataError(f"{where}: {len(config.class_names)} class names for {config.num_classes} classes")
     class_count(config.num_classes, where)
+    if config.channels != config.input.channels:
+        raise DataError(f"{where}: channels is {config.channels}, but input.channels is {config.input.channels}")
     return config
 
 

@@ -20,7 +20,6 @@ from stages.models.teacher import Teacher
 from stages.synth import fitted_decoder
 from stages.synth.fitted_decoder import FittedDecoder, misfit, pull_back, trajectories, visited
 from stages.synth.groups import make_group
-from stages.synth.guidance import guided
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.inversion_cost import inversion_cost
 from stages.synth.priors.diffusion import DiffusionPrior
@@ -205,7 +204,7 @@ def step_kinds(settings: SynthSettings, varies: bool = False) -> Iterator[tuple[
     kinds: Counter[tuple[bool, bool]] = Counter()
     first: dict[tuple[bool, bool], int] = {}
     for step in range(begin, steps):
-        kind = (settings.prior.cfg_at(step) != 1, settings.guides and guided(settings.guidance, step, steps))
+        kind = (settings.prior.cfg_at(step) != 1, settings.guides and settings.guidance.at(step, steps))
         kinds[kind] += 1
         first.setdefault(kind, step)
     yield from ((first[kind], count, kind[1]) for kind, count in kinds.items())

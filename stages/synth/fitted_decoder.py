@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from manifests.errors import DataError, FactoryError, NumericsError
 from manifests.storage import Storage
+from stages.micro_batches import halving, out_of_memory
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
 from stages.synth.plan_inputs import DECODER_VERSION
@@ -163,6 +164,26 @@ def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> F
     return net
 
 
+def fitting(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
+    """:func:`fit`; the prior sees fewer latents at once where they do not fit the memory.
+
+    Raises FactoryError where one is too many.
+    """
+
+    def limit(count: int) -> None:
+        prior.batch_limit = count
+
+    try:
+        return halving(lambda: fit(prior, wanted, size, rule), len(wanted), limit)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FactoryError(
+            f"prior {prior.folder}: the gradients of its decoder, to which guidance fits one, do not fit the memory "
+            f"({str(error).splitlines()[0]}): set guidance.decoder=tiny, or free memory"
+        ) from error
+
+
 def finite(net: nn.Module) -> bool:
     """Whether no weight is NaN or infinite."""
     return all(bool(weight.isfinite().all()) for weight in net.parameters())
@@ -199,7 +220,7 @@ def fitted_decoder(
 
     def make() -> bytes:
         log.warning("guidance fits a decoder of %d pixels to this prior, once: later runs find it", size)
-        return safetensors.torch.save({k: v.cpu() for k, v in fit(prior, wanted, size, rule).state_dict().items()})
+        return safetensors.torch.save({k: v.cpu() for k, v in fitting(prior, wanted, size, rule).state_dict().items()})
 
     def load(data: bytes, where: str) -> None:
         fill(net, parse_weights(data, where), where)

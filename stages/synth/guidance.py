@@ -128,13 +128,6 @@ def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSetti
     return -settings.scale * min(1.0, sigma / alpha) * gradient / rms
 
 
-def guided(settings: GuidanceSettings, step: int, steps: int) -> bool:
-    """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
-    low, high = settings.interval
-    first = -(-low * steps // 1)  # ceil
-    return settings.scale > 0 and low <= step / steps < high and (step - int(first)) % settings.every == 0
-
-
 def shifted(images: Tensor, limit: float, rng: torch.Generator) -> Tensor:
     """Images moved by up to ``limit`` of their side, edges repeated: one shift for the batch."""
     reach = round(limit * images.shape[-1])

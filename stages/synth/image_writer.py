@@ -10,8 +10,8 @@ from torch import Tensor
 from manifests.shard import ShardWriter
 from stages.synth.images import encode_image
 
-Sample = tuple[dict[str, Any], Tensor]
-"""A manifest row and its pixels, uint8 ``[h, w, 3]`` on the CPU."""
+Sample = tuple[dict[str, Any], Tensor | bytes]
+"""A manifest row and its image: pixels, uint8 ``[h, w, 3]`` on the CPU, or the encoded file."""
 
 
 class ImageWriter:
@@ -46,5 +46,6 @@ class ImageWriter:
             pending.result()
 
     def _write(self, samples: Sequence[Sample]) -> None:
-        for row, pixels in samples:
-            self.shard.add(row, encode_image(pixels, self.kind), self.kind)
+        for row, image in samples:
+            data = image if isinstance(image, bytes) else encode_image(image, self.kind)
+            self.shard.add(row, data, self.kind)

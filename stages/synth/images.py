@@ -2,10 +2,13 @@
 
 import io
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from manifests.images import decode
 
 
 def to_pixels(images: Tensor, size: int | None = None) -> Tensor:
@@ -23,3 +26,12 @@ def encode_image(pixels: Tensor, kind: str) -> bytes:
     else:
         image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[kind], quality=95)
     return buffer.getvalue()
+
+
+def as_stored(pixels: Tensor, kind: str) -> tuple[Tensor, list[Tensor] | list[bytes]]:
+    """uint8 ``[n, h, w, 3]`` as it will be read back, and for each image what the writer takes: its file where encoding
+    changes pixels, else the pixels, which the writer encodes beside the sampling."""
+    if kind == "png":
+        return pixels, [*pixels]
+    encoded = [encode_image(image, kind) for image in pixels]
+    return torch.from_numpy(np.stack([decode(data) for data in encoded])), encoded

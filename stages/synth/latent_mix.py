@@ -42,12 +42,6 @@ class Mix:
     lam: float
 
 
-def due(settings: LatentMixSettings, step: int, steps: int) -> bool:
-    """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
-    low, high = settings.interval
-    return settings.every > 0 and step > 0 and step % settings.every == 0 and low <= step / steps < high
-
-
 def draw_mixes(
     settings: LatentMixSettings, group: Group, seed: int, step: int, timestep: int, shape: Sequence[int]
 ) -> dict[int, Mix]:

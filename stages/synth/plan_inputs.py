@@ -2,18 +2,22 @@
 
 import logging
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
+from manifests.errors import UsageError
 from stages.models.identity import teacher_identity
 from stages.models.settings import ModelSettings
 from stages.synth.labels import uneven_lap
-from stages.synth.priors.families import check_labels, folder_sha256, prior_identity, tiny_decoder
+from stages.synth.priors.families import FAMILIES, check_labels, folder_sha256, prior_identity, tiny_decoder
 from stages.synth.settings import PriorSettings, SynthSettings
 
 log = logging.getLogger(__name__)
 ALGORITHM_VERSION = 1  # raise when the same settings would make other images
 DECODER_VERSION = 2  # of fitted decoders alone: raise when the same prior would give another map
 GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these would get other classes
+STRIDE_VERSION = 2  # of intervals guided at every k-th step from where 1 rounded away from the first step alone
+LOSSY_VERSION = 2  # of jpg and webp alone: 1 asked the teacher about the pixels before they were encoded
 
 FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
 """Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
@@ -45,11 +49,32 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
         log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
+    if settings.method == "dda":
+        check_start(settings, varies(prior))
     tiny = None
     if settings.guides and settings.guidance.decoder == "tiny":
         tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
     return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, tiny)
+
+
+def varies(prior: dict[str, Any]) -> bool:
+    """Whether the prior of this identity varies images by itself, as DDA's paper does."""
+    return FAMILIES[prior["pipeline"]].image_encoder is not None
+
+
+def check_start(settings: SynthSettings, varies: bool) -> None:
+    """Raises UsageError where image-to-image leaves no step, or none to guide, for a method that asks for some."""
+    steps, first = settings.prior.steps, settings.dda.first_step(settings.prior.steps, varies)
+    if first == steps:
+        raise UsageError(
+            f"dda.strength {settings.dda.strength:g} leaves none of {steps} steps: set {1 / steps:g} or more"
+        )
+    if settings.dda.guided and not any(settings.guidance.at(step, steps) for step in range(first, steps)):
+        raise UsageError(
+            f"dda.guided steers nothing: variants begin at step {first} of {steps}, and guidance.interval, every and "
+            "scale allow none from there on"
+        )
 
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
@@ -67,18 +92,28 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         "algorithm": ALGORITHM_VERSION,
         "settings": {name: value for name, value in chosen.items() if value != {}},
         "prior": inputs.prior["sha256"],
-        "teacher": _network(inputs.teacher),
+        "teacher": network(inputs.teacher),
         "class_names": list(inputs.class_names),
     }
     if inputs.adversary:
-        covered["adversary"] = _network(inputs.adversary)
+        covered["adversary"] = network(inputs.adversary)
     if inputs.tiny_decoder:
         covered["tiny_decoder"] = inputs.tiny_decoder
     if settings.guides and settings.guidance.decoder == "fitted":
         covered["fitted_decoder"] = DECODER_VERSION
     if settings.method != "noise" and uneven_lap(settings.group_size, len(inputs.class_names)):
         covered["groups"] = GROUPS_VERSION
+    if settings.guides and settings.guidance.every > 1 and rounded_away(settings):
+        covered["stride"] = STRIDE_VERSION
+    if settings.method != "noise" and settings.images.format != "png":
+        covered["lossy"] = LOSSY_VERSION
     return covered
+
+
+def rounded_away(settings: SynthSettings) -> bool:
+    """Whether ⌈start · steps⌉ in floating point, from which steps were once counted, is not the interval's first."""
+    low, steps = settings.guidance.interval[0], settings.prior.steps
+    return ceil(low * steps) != settings.guidance.first(steps)
 
 
 def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> None:
@@ -95,7 +130,7 @@ def _name_changed_defaults(chosen: dict[str, Any], settings: SynthSettings) -> N
                 chosen.setdefault(section, {})[name] = value
 
 
-def _network(identity: dict[str, Any]) -> dict[str, Any]:
+def network(identity: dict[str, Any]) -> dict[str, Any]:
     """What of a classifier changes the images: its weights, the network around them, and how it sees."""
     config = identity["config"]
     return {

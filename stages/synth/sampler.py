@@ -1,16 +1,17 @@
 """The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manifests.errors import UsageError
 from stages.models.teacher import Teacher
 from stages.synth.groups import Group
-from stages.synth.guidance import Losses, cropped, guided, shifted, teacher_losses, two_views, update
-from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
+from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
+from stages.synth.latent_mix import Mix, draw_mixes, mixing
 from stages.synth.priors.prior import Prediction, Prior
 from stages.synth.seeds import torch_rng
 from stages.synth.settings import GuidanceSettings, LatentMixSettings
@@ -94,6 +95,21 @@ def intermediate_steps(count: int, steps: int) -> set[int]:
     return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
 
 
+def check_intermediates(count: int, timesteps: Sequence[int]) -> None:
+    """Raises UsageError where one of ``count`` x0-predictions would be stored at timestep 0 of a prior's ``timesteps``,
+    which tells final images."""
+
+    def clash(count: int) -> bool:
+        return any(timesteps[step] == 0 for step in intermediate_steps(count, len(timesteps)))
+
+    if clash(count):
+        most = next(fewer for fewer in range(count, -1, -1) if not clash(fewer))
+        raise UsageError(
+            f"images.intermediates {count}: the last of them is at timestep 0 of this prior's schedule, as only final "
+            f"images are; set at most {most}"
+        )
+
+
 def guide_step(
     prior: Prior, state: Prediction, guide: Guide, rng: torch.Generator
 ) -> tuple[Prediction, Losses, Tensor]:
@@ -157,7 +173,7 @@ def denoise(
     noise = group.noise(seed, prior.latent_shape).to(device)
     start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
     for step, timestep in list(enumerate(prior.timesteps))[first:]:
-        active = guide if guide and guided(guide.settings, step, steps) else None
+        active = guide if guide and guide.settings.at(step, steps) else None
         with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
             start.z.requires_grad_(torch.is_grad_enabled())
             state = prior.predict(start, condition)
@@ -169,7 +185,7 @@ def denoise(
             skipped += left_out
             work.guided_steps += 1
             work.updates += active.settings.inner
-        if lca and due(lca, step, steps):
+        if lca and lca.at(step, steps):
             drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
             state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))
             for position, mix in drawn.items():

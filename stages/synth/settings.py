@@ -133,6 +133,16 @@ class GuidanceSettings(Settings):
             raise ValueError("tiny_decoder does nothing unless decoder is tiny")
         return self
 
+    def at(self, step: int, steps: int) -> bool:
+        """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
+        low, high = self.interval
+        inside = self.scale > 0 and low <= step / steps < high
+        return inside and (step - self.first(steps)) % self.every == 0
+
+    def first(self, steps: int) -> int:
+        """The interval's first step of ``steps``."""
+        return next(step for step in range(steps + 1) if self.interval[0] <= step / steps)
+
 
 class LatentMixSettings(Settings):
     """Augmentation of latents during denoising: LCA (DiffDFKD, equation 11) and what its table IV compares it with."""
@@ -149,6 +159,11 @@ class LatentMixSettings(Settings):
     def _interval(self) -> "LatentMixSettings":
         check_interval("interval", self.interval)
         return self
+
+    def at(self, step: int, steps: int) -> bool:
+        """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
+        low, high = self.interval
+        return self.every > 0 and step > 0 and step % self.every == 0 and low <= step / steps < high
 
 
 class ImageSettings(Settings):
@@ -207,11 +222,16 @@ class SynthSettings(Settings):
             raise ValueError(f"guidance.interval {low:g}, {high:g} contains no step of {steps}: widen it")
         if self.lca.every and self.method not in ("diffdfkd", "noise"):
             raise ValueError(f"{self.method} mixes no latents: leave lca.every at 0")
+        if self.lca.every and self.method == "diffdfkd" and not any(self.lca.at(step, steps) for step in range(steps)):
+            low, high = self.lca.interval
+            raise ValueError(
+                f"lca.every {self.lca.every} meets no step of {steps} in lca.interval {low:g}, {high:g}: lower it"
+            )
         return self
 
     @model_validator(mode="after")
     def _inverted(self) -> "SynthSettings":
-        if self.inverts and self.images.intermediates:
+        if (self.inverts or self.method == "noise") and self.images.intermediates:
             raise ValueError(f"{self.method} has no intermediate images: leave images.intermediates at 0")
         if self.method in ("cmi", "dda") and self.cmi.batches > self.group_size // 2:
             raise ValueError(

@@ -16,7 +16,7 @@ from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.device import find_device
-from stages.micro_batches import free_memory, out_of_memory
+from stages.micro_batches import free_memory, halving, out_of_memory
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.teacher import Teacher
@@ -24,11 +24,12 @@ from stages.synth.groups import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.guidance_decoder import fidelity, load_decoder
 from stages.synth.image_writer import ImageWriter, Sample
-from stages.synth.images import to_pixels
+from stages.synth.images import as_stored, to_pixels
 from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
-from stages.synth.priors.families import load_prior
-from stages.synth.sampler import Frame, Models, Work
+from stages.synth.planned import Planned, check_folder, check_network
+from stages.synth.priors.families import load_prior, tiny_decoder
+from stages.synth.sampler import Frame, Models, Work, check_intermediates
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import OnGroup
@@ -39,13 +40,15 @@ MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
 
-def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
-    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method.
+def load_models(settings: SynthSettings, run: Storage | None = None, planned: Planned | None = None) -> Models:
+    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method, or
+    are not the ``planned`` ones.
 
     ``run`` is the run's folder, through which its workers share what they fit.
     """
-    device = str(find_device(settings.device))
+    planned, device = planned or {}, str(find_device(settings.device))
     teacher = load_teacher(settings.teacher, device)
+    check_network(planned, "teacher", settings.teacher.name, teacher.identity)
     if settings.method != "dmkd":
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
@@ -56,9 +59,15 @@ def load_models(settings: SynthSettings, run: Storage | None = None) -> Models:
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
     adversary = load_teacher(settings.adversary, device) if settings.adversary else None
-    if adversary:
+    if settings.adversary and adversary:
+        check_network(planned, "adversary", settings.adversary.name, adversary.identity)
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
+    if prior:
+        check_folder(planned, "prior", prior.folder, settings.prior.variant)
+        check_intermediates(settings.images.intermediates, prior.timesteps)
+    if "tiny_decoder" in planned:
+        check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
     return Models(prior, teacher, adversary, device, decode)
 
@@ -75,11 +84,19 @@ def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
 
 
 def news(models: Models, settings: SynthSettings) -> dict[str, Any]:
-    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one."""
+    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one, where there
+    is memory for the full one's gradients."""
     if models.decode is None or models.prior is None:
         return {}
-    facts = fidelity(models.decode, models.prior, settings, models.teacher)
-    return {"decoder": {"kind": settings.guidance.decoder, "sha256": getattr(models.decode, "sha256", None)} | facts}
+    kind, facts = settings.guidance.decoder, {}
+    try:
+        facts = fidelity(models.decode, models.prior, settings, models.teacher)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        log.warning("guidance.decoder=%s: no memory to compare its gradients with the full decoder's", kind)
+    free_memory()  # the comparison may have taken more than the run will
+    return {"decoder": {"kind": kind, "sha256": getattr(models.decode, "sha256", None)} | facts}
 
 
 def bn_weight(settings: SynthSettings) -> float:
@@ -91,10 +108,10 @@ def bn_weight(settings: SynthSettings) -> float:
 
 @dataclass(frozen=True)
 class Stored:
-    """A frame as it is stored: ``pixels [n, side, side, 3]`` in uint8, the same as ``images [n, 3, side, side]`` in
-    [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
+    """A frame as it is stored: what the writer takes of each image, and as they are read back ``images [n, 3, side,
+    side]`` in [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
 
-    pixels: torch.Tensor
+    files: Sequence[torch.Tensor | bytes]
     images: torch.Tensor
     columns: list[dict[str, Any]]
     features: torch.Tensor | None
@@ -103,11 +120,11 @@ class Stored:
 class ShardWorker:
     """Implements :class:`stages.synth.worker.Worker` for every method that asks the teacher."""
 
-    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str) -> None:
+    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str, planned: Planned | None = None) -> None:
         self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(settings, self.storage)
+        self.models = load_models(settings, self.storage, planned)
         self.teacher, self.device = self.models.teacher, self.models.device
         self.news = news(self.models, settings)
         self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels
@@ -155,25 +172,25 @@ class ShardWorker:
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
-        size, before = self.teacher.batch_limit or len(group.trajectories), asdict(work)
-        while True:
-            try:
-                return self.group_rows(group, work, key, first)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise FactoryError(
-                        f"group {group.index} does not fit the memory, not even one trajectory at a time "
-                        f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
-                    ) from error
+        before = asdict(work)
+
+        def limit(size: int) -> None:
             vars(work).update(before)
-            size = -(-size // 2)
             self.models.limit_batches(size)
-            free_memory()  # after the except block, which held the failed attempt's tensors
+
+        try:
+            size = self.teacher.batch_limit or len(group.trajectories)
+            return halving(lambda: self.group_rows(group, work, key, first), size, limit)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise FactoryError(
+                f"group {group.index} does not fit the memory, not even one trajectory at a time "
+                f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
+            ) from error
 
     def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
-        """Synthesise a group: manifest row and pixels of each stored sample, trajectory by trajectory.
+        """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
 
         ``key`` names samples by number; the group's begin at ``first``.
         """
@@ -187,7 +204,7 @@ class ShardWorker:
                 if frame.source is not None:
                     row["source_key"] = key(first + i * len(frames) + frame.source)
                     row |= filtered(row, self.settings.dda.cosine)
-                made[i].append((row, own.pixels[i]))
+                made[i].append((row, own.files[i]))
         return [sample for trajectory in made for sample in trajectory]
 
     def cosines(self, frame: Frame, own: "Stored", stored: Sequence["Stored"], group: Group) -> list[dict[str, Any]]:
@@ -213,7 +230,7 @@ class ShardWorker:
                 f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
                 "try prior.dtype=fp32 or a smaller guidance.scale"
             )
-        pixels = to_pixels(frame.images, self.side)
+        pixels, files = as_stored(to_pixels(frame.images, self.side), self.settings.images.format)
         images = to_unit(pixels).to(self.device)
         with torch.no_grad():
             logits, features = self.teacher.with_features(images)
@@ -221,7 +238,7 @@ class ShardWorker:
         if self.settings.store_logits:
             for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
                 column["logits"] = values
-        return Stored(pixels, images, columns, features)
+        return Stored(files, images, columns, features)
 
     def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
         """The columns that tell how a sample was made."""

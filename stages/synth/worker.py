@@ -18,8 +18,13 @@ class Worker(Protocol):
         """Make and commit ``shard`` (at once if it is committed already); a small JSON-able report."""
 
 
-def build_worker(settings: dict[str, Any], storage: str, fingerprint: str) -> Worker:
-    """A worker for ``settings`` (dumped :class:`SynthSettings`) that commits into the folder or bucket ``storage``."""
+def build_worker(
+    settings: dict[str, Any], storage: str, fingerprint: str, planned: dict[str, Any] | None = None
+) -> Worker:
+    """A worker for ``settings`` (dumped :class:`SynthSettings`) that commits into the folder or bucket ``storage``.
+
+    Raises DataError where a model that it loads is not the ``planned`` one (:mod:`stages.synth.planned`).
+    """
     parsed = SynthSettings.model_validate(settings)
     if parsed.method == "noise":
         from stages.synth.methods.noise import NoiseWorker
@@ -27,4 +32,4 @@ def build_worker(settings: dict[str, Any], storage: str, fingerprint: str) -> Wo
         return NoiseWorker(parsed, storage, fingerprint)
     from stages.synth.shard_worker import ShardWorker
 
-    return ShardWorker(parsed, storage, fingerprint)
+    return ShardWorker(parsed, storage, fingerprint, planned)

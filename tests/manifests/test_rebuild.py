@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import DataError
+from manifests.info import DatasetInfo
 from manifests.reader import Manifest
 from manifests.rebuild import rebuild
 from manifests.shard import done_name, done_records
@@ -63,6 +64,19 @@ def test_a_damaged_tar_is_reported_and_its_shard_becomes_undone(tmp_path: Path) 
     assert [tar.shard for tar in Manifest.open(tmp_path).info.tars] == [0, 2] == [*done_records(storage)]
     write_shard(storage, 1)
     rebuild(storage)
+    assert all_files(storage) == before
+
+
+@pytest.mark.parametrize("info", [None, INFO])  # with INFO only the done record tells of the shard
+def test_a_missing_tar_is_reported_and_its_shard_becomes_undone(tmp_path: Path, info: DatasetInfo | None) -> None:
+    storage = make_dataset(tmp_path)
+    before = all_files(storage)
+    storage.delete(done_records(storage)[1].tar)
+    result = rebuild(storage, info)
+    assert [*result.damaged] == [1] and "the tar of shard 1 is missing" in result.damaged[1]
+    assert [*done_records(storage)] == [0, 2]
+    write_shard(storage, 1)
+    assert rebuild(storage).damaged == {}
     assert all_files(storage) == before
 
 

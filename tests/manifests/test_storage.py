@@ -1,10 +1,12 @@
 import errno
+import os
 import pickle
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -161,6 +163,50 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypa
     assert storage.read("a") == b"old"
     assert not storage.exists("b")
     assert storage.list("tmp") == []
+
+
+def test_a_file_deleted_during_a_listing_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    for name in ("a", "b"):
+        storage.write(f"done/{name}", b"12")
+    gone = Mock(is_file=lambda: True, stat=Mock(side_effect=FileNotFoundError))
+    entries = [gone, *os.scandir(tmp_path / "done")]
+    monkeypatch.setattr("os.scandir", lambda _: MagicMock(__iter__=lambda _: iter(entries)))
+    assert storage.sizes("done") == {"done/a": 2, "done/b": 2}
+
+
+def replace_within_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every folder were a file system of its own."""
+    replace = os.replace
+
+    def refusing(source: Path, target: Path) -> None:
+        if source.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refusing)
+
+
+def test_put_file_onto_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    replace_within_a_folder(monkeypatch)
+    local = storage.scratch() / "finished"
+    for content in (b"one", b"two and more"):
+        local.write_bytes(content)
+        storage.put_file(local, "shards/x.tar")
+        assert storage.read("shards/x.tar") == content
+    local.write_bytes(b"three")
+
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"th")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(StoreError, match="cannot write: No space left on device"):
+        storage.put_file(local, "shards/x.tar")
+    assert storage.list("shards") == ["shards/x.tar"] and storage.list("tmp") == ["tmp/finished"]
 
 
 def test_storages_can_be_pickled(any_storage: Storage) -> None:

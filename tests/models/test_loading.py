@@ -92,6 +92,14 @@ def test_one_class_leaves_nothing_to_choose(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("channels", [-1, 3, 1 << 40])
+def test_a_config_has_one_number_of_channels(folder, channels):
+    config = CONFIG.model_copy(update={"channels": channels})
+    (folder / "config.json").write_bytes(config_json(config, (folder / "model.safetensors").read_bytes()))
+    with pytest.raises(DataError, match=rf"config\.json: channels is {channels}, but input\.channels is 1"):
+        load_model(folder)
+
+
 def test_pickled_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -58,9 +58,9 @@ def image(shard: int, i: int) -> bytes:
     return buffer.getvalue()
 
 
-def build_worker(settings: dict[str, Any], storage: str, fingerprint: str) -> FakeWorker:
+def build_worker(settings: dict[str, Any], storage: str, fingerprint: str, planned: Any) -> FakeWorker:
     return FakeWorker(settings, storage, fingerprint)
 
 
-def build_poisoned(settings: dict[str, Any], storage: str, fingerprint: str) -> FakeWorker:
+def build_poisoned(settings: dict[str, Any], storage: str, fingerprint: str, planned: Any) -> FakeWorker:
     return FakeWorker(settings, storage, fingerprint, poison=(1,))

@@ -5,6 +5,7 @@ import pytest
 from manifests.errors import DataError, FactoryError
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from manifests.verify import verify
 from pipeline.failures import Failure, quarantine, quarantined
 from pipeline.gc import collect
 from pipeline.lease import Lease
@@ -28,6 +29,13 @@ def test_leftovers_go_and_the_dataset_stays(littered):
     assert len(list((littered / "shards").iterdir())) == 4
     assert not quarantined(Storage(littered))
     assert Manifest.open(littered, verify=True).select().read(3) == before
+
+
+def test_a_copy_that_was_under_way_to_another_disk_goes(run_folder):
+    name = ".000001-0123456789ab.tar.0123"
+    (run_folder / "shards" / name).write_bytes(b"x" * 70)
+    assert verify(str(run_folder)) == []
+    assert collect(Storage(run_folder))["orphans"] == [f"shards/{name}"]
 
 
 def test_dry_run_only_tells(littered):

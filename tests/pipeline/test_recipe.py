@@ -132,6 +132,8 @@ def test_bad_assignment_is_one_line_that_names_it(assignment, part):
         (["images.intermediates=20"], "images.intermediates 20: 20 steps have at most 19"),
         (["guidance.interval=[0.01, 0.04]"], "guidance.interval 0.01, 0.04 contains no step of 20"),
         (["lca.every=2", "method=dmkd"], "dmkd mixes no latents: leave lca.every at 0"),
+        (["lca.every=12"], "lca.every 12 meets no step of 20 in lca.interval 0, 0.6: lower it"),
+        (["images.intermediates=1", "method=noise"], "noise has no intermediate images"),
         (["lca.every=2", "method=dda"], "dda mixes no latents"),
         (["adversary.name=x", "guidance.adversarial=1", "method=dmkd"], "dmkd follows no adversary: leave adversary"),
     ],

@@ -11,7 +11,8 @@ from pipeline.events import read_events
 from pipeline.failures import quarantined
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
-from pipeline.synth import run_synth
+from pipeline.synth import WORKER, run_synth
+from stages.models.loading import load_model, save_model
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
 
@@ -92,6 +93,21 @@ def test_after_workers_could_not_start_other_settings_may_try(tmp_path):
         run(tmp_path / "run", worker="tests.pipeline.fake_worker:no_such_function")
     run(tmp_path / "run", "seed=5")
     assert Manifest.open(tmp_path / "run").info.recipe["synth"]["seed"] == 5
+
+
+def test_a_teacher_that_changes_after_the_plan_stops_the_run(tmp_path, monkeypatch):
+    """As on a machine with another copy of the folder."""
+    net, config = load_model("embedded:digits")
+    save_model(tmp_path / "teacher", net, config)
+
+    def overwrite(*_):
+        net.classifier.bias.data += 1
+        save_model(tmp_path / "teacher", net, config)
+
+    monkeypatch.setattr("pipeline.synth.publish", overwrite)
+    with pytest.raises(DataError, match=r"/teacher on .* is not the one that the run was planned with: its sha256 is"):
+        run(tmp_path / "run", "method=dmkd", f"teacher.name={tmp_path / 'teacher'}", worker=WORKER)
+    assert not (tmp_path / "run/done").exists()
 
 
 def test_a_second_driver_is_refused(run_folder):

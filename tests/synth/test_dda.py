@@ -21,6 +21,7 @@ from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
 from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods import dda
+from stages.synth.plan_inputs import inspect_inputs
 from stages.synth.priors.families import load_prior
 from stages.synth.sampler import Work, denoise
 from stages.synth.scores import filtered
@@ -245,6 +246,16 @@ def test_contrastive_cosines_are_recorded_and_survive_another_judge(prior_folder
     assert all(("cosine with" in (row["reject_reason"] or "")) == (row["cosine"] <= 0.5) for row in derived)
     other = Manifest.open(rescore(manifest.url, threshold=0.9, quiet=True)["manifest"])
     assert [r["cosine"] for r in all_rows(other) if r["source_key"]] == [r["cosine"] for r in derived]
+
+
+def test_variants_that_begin_too_late_are_refused(prior_folder):
+    for more, line in (
+        ({"dda__strength": 0.1}, r"dda\.strength 0\.1 leaves none of 5 steps: set 0\.2 or more"),
+        ({"dda__guided": True, "guidance__interval": [0, 0.6]}, "dda.guided steers nothing: .* begin at step 3 of 5"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            inspect_inputs(recipe(prior_folder, **more).synth)
+    inspect_inputs(recipe(prior_folder, dda__guided=True, guidance__interval=[0, 0.7]).synth)
 
 
 def test_a_teacher_without_features_needs_the_contrastive_space(prior_folder, monkeypatch):

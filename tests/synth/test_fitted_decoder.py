@@ -6,8 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 
-from manifests.errors import DataError, NumericsError, UsageError
+from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.counting import Flops
@@ -177,6 +178,39 @@ def test_a_fit_that_diverges_is_one_line_and_not_kept(prior_folder, monkeypatch)
     with pytest.raises(NumericsError, match="not finite; set guidance.decoder=full"):
         load_decoder(prior, asked, teacher)
     assert not Storage(fd.cache_folder()).list("decoder")
+
+
+def small_memory(monkeypatch, most):
+    """A machine on which the full decoder takes ``most`` latents at once where gradients are wanted."""
+    decode = AutoencoderKL.decode
+
+    def limited(self, latents):
+        if torch.is_grad_enabled() and len(latents) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(self, latents)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", limited)
+
+
+def test_a_fit_that_exceeds_the_memory_takes_fewer_latents_at_once(prior_folder, monkeypatch):
+    prior, wanted = load_prior(settings(prior_folder).prior, "cpu"), ["a", "b"] * 2
+    whole = weights(fd.fit(prior, wanted, 8, "bilinear"))
+    small_memory(monkeypatch, 2)
+    torch.testing.assert_close(weights(fd.fitting(prior, wanted, 8, "bilinear")), whole, rtol=1e-2, atol=1e-3)
+    small_memory(monkeypatch, 0)
+    with pytest.raises(FactoryError, match=r"\(CUDA out of memory.*GiB\): set guidance.decoder=tiny"):
+        fd.fitting(prior, wanted, 8, "bilinear")
+
+
+def test_without_memory_for_the_full_decoders_gradients_a_worker_tells_no_fidelity(
+    prior_folder, tmp_path, monkeypatch, caplog
+):
+    asked, storage = settings(prior_folder), Storage(tmp_path)
+    told = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)["decoder"]
+    small_memory(monkeypatch, 0)
+    report = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(1)
+    assert report["decoder"] == {"kind": "fitted", "sha256": told["sha256"]} and report["updates"] == 3
+    assert "no memory to compare" in caplog.text
 
 
 def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):

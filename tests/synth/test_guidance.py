@@ -11,14 +11,14 @@ from stages.synth.guidance import (
     cropped,
     disagreement,
     feature_statistics,
-    guided,
     inconsistency,
     shifted,
     teacher_losses,
     two_views,
     update,
 )
-from stages.synth.settings import GuidanceSettings
+from stages.synth.plan_inputs import inspect_inputs, semantics
+from stages.synth.settings import GuidanceSettings, SynthSettings
 from tests.synth.tiny import TinyTeacher
 
 
@@ -125,12 +125,25 @@ def test_update_is_a_share_of_unit_variance_and_shrinks_with_the_noise():
 
 def test_guided_steps_follow_interval_and_stride():
     def steps(**kw):
-        return [i for i in range(10) if guided(GuidanceSettings(**kw), i, 10)]
+        return [i for i in range(10) if GuidanceSettings(**kw).at(i, 10)]
 
     assert steps() == list(range(10))
     assert steps(interval=(0.5, 1.0)) == [5, 6, 7, 8, 9]
     assert steps(interval=(0.25, 1.0), every=3) == [3, 6, 9]
     assert steps(scale=0) == []
+
+
+def test_the_first_step_of_an_interval_is_guided_whatever_its_start_rounds_to(prior_folder):
+    def covered(start, every):
+        guidance = {"decoder": "full", "interval": (start, 1.0), "every": every}
+        settings = SynthSettings(prior={"path": str(prior_folder), "steps": 25}, guidance=guidance)
+        return semantics(settings, inspect_inputs(settings))
+
+    starts = [step / 25 for step in range(25)]
+    assert [GuidanceSettings(interval=(start, 1.0), every=4).first(25) for start in starts] == [*range(25)]
+    assert all(GuidanceSettings(interval=(step / 25, 1.0), every=4).at(step, 25) for step in range(25))
+    assert [start for start in starts if "stride" in covered(start, 4)] == [0.28, 0.56]
+    assert "stride" not in covered(0.28, 1)
 
 
 def test_shift_moves_by_at_most_its_limit_and_repeats_edges():

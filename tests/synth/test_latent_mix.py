@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stages.synth.groups import Group
 from stages.synth.latent_cutmix import draw_box
-from stages.synth.latent_mix import Mix, draw_mixes, due, mixing
+from stages.synth.latent_mix import Mix, draw_mixes, mixing
 from stages.synth.latent_window import cells, draw_window
 from stages.synth.priors.prior import Prediction
 from stages.synth.seeds import python_rng
@@ -74,8 +74,8 @@ def test_probability_thins_the_mixes():
 
 def test_clock_and_window():
     settings = LatentMixSettings(every=4, interval=(0.0, 0.6))
-    assert [s for s in range(20) if due(settings, s, 20)] == [4, 8]
-    assert not any(due(LatentMixSettings(every=0), s, 20) for s in range(20))
+    assert [s for s in range(20) if settings.at(s, 20)] == [4, 8]
+    assert not any(LatentMixSettings(every=0).at(s, 20) for s in range(20))
 
 
 def rebuilt(before, mix, own, kind):

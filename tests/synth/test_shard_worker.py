@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,15 +13,21 @@ import webdataset
 from PIL import Image
 
 from manifests.errors import DataError, UsageError
+from manifests.merge import merge
+from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.models.identity import resolve
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
-from stages.synth.plan_inputs import DECODER_VERSION, inspect_inputs, semantics
+from stages.synth.plan_inputs import DECODER_VERSION, LOSSY_VERSION, inspect_inputs, semantics
+from stages.synth.planned import planned_models
+from stages.synth.rescore import rescored
 from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
 from stages.synth.worker import build_worker
+from tests.manifests.samples import INFO
+from tests.synth.tiny import save_ddpm
 
 
 def settings(prior_folder, **kw):
@@ -96,6 +103,30 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
         assert row["cosine_space"] == "teacher"
 
 
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_teacher_columns_are_of_what_a_lossy_file_holds(prior_folder, tmp_path, kind):
+    storage, teacher = Storage(tmp_path), load_teacher(SynthSettings().teacher)
+    given = settings(prior_folder, images={"format": kind, "intermediates": 1}, groups_per_shard=1)
+    build_worker(given, storage.url, INFO.fingerprint).run(0)
+    merge(storage, replace(INFO, image_size=16, class_names=teacher.class_names))
+    manifest = Manifest.open(storage.url)
+    rows, again = (table.to_pylist() for table in (manifest.group(0), next(rescored(manifest, teacher, 0.1))))
+    for row, other in zip(rows, again, strict=True):
+        assert (row["teacher_label"], row["kept"]) == (other["teacher_label"], other["kept"])
+        for name in ("confidence", "entropy", "margin", "cosine", "logits"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+
+
+def test_a_plan_tells_whether_columns_are_of_lossy_files(prior_folder):
+    def covered(**kw):
+        parsed = SynthSettings.model_validate(settings(prior_folder, **kw))
+        return semantics(parsed, inspect_inputs(parsed))
+
+    assert covered(images={"format": "jpg"})["lossy"] == LOSSY_VERSION
+    noise = {"method": "noise", "images": {"format": "jpg"}}
+    assert "lossy" not in covered() and "lossy" not in covered(**noise)
+
+
 def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, tmp_path):
     storage, _, _ = made
     other = Storage(str(tmp_path))
@@ -128,6 +159,15 @@ def test_a_device_that_cannot_compute_is_refused(prior_folder, tmp_path):
         build_worker(settings(prior_folder, device="foo"), str(tmp_path), "f" * 64)
 
 
+def test_no_intermediate_may_have_the_timestep_of_final_images(prior_folder, tmp_path):
+    grey = save_ddpm(tmp_path / "ddpm")  # its schedule ends at timestep 0, Stable Diffusion's at 1
+    for folder, count in ((grey, 2), (prior_folder, 4)):
+        build_worker(settings(folder, images={"intermediates": count}), str(tmp_path), "f" * 64)
+    for count in (3, 4):
+        with pytest.raises(UsageError, match=f"intermediates {count}: .* at timestep 0 .*; set at most 2"):
+            build_worker(settings(grey, images={"intermediates": count}), str(tmp_path), "f" * 64)
+
+
 def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):
     with pytest.raises(ValueError, match="needs an adversary"):
         settings(prior_folder, guidance={"adversarial": 1.0})
@@ -156,6 +196,24 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
         tars.append(record.tar_sha256)
     assert tars[0] != tars[1] and prints[0] != prints[1]
     assert all(row["loss_adv"] < 0 for row in rows)
+
+
+def test_models_are_compared_with_the_plan(prior_folder, tmp_path):
+    folder, teacher = shutil.copytree(prior_folder, tmp_path / "prior"), load_teacher(SynthSettings().teacher)
+    given = settings(folder, guidance={"adversarial": 1.0}, adversary={"name": str(tmp_path / "student")})
+    save_model(tmp_path / "student", teacher.net, resolve(SynthSettings().teacher).config)
+    parsed = SynthSettings.model_validate(given)
+    planned = planned_models(semantics(parsed, inspect_inputs(parsed)))
+    assert planned.keys() == {"prior", "teacher", "adversary"}
+    build_worker(given, str(tmp_path), "f" * 64, planned)
+    other = planned["teacher"] | {"input": None}
+    for name, changed, line in (
+        ("teacher", other, "its input is"),
+        ("adversary", other, "its input is"),
+        ("prior", "f" * 64, "its sha256 is"),
+    ):
+        with pytest.raises(DataError, match=f"^{name} .* on .* is not the one that the run was planned with: {line}"):
+            build_worker(given, str(tmp_path), "f" * 64, planned | {name: changed})
 
 
 def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_order(prior_folder, tmp_path):
