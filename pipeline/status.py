@@ -7,11 +7,8 @@ from typing import Any
 
 from manifests.errors import DataError
 from manifests.merge import MANIFEST
-<<<<<<< HEAD
 from manifests.reader import Manifest
-=======
 from manifests.shard import committed
->>>>>>> work-a
 from manifests.storage import Storage
 from pipeline.events import read_events
 from pipeline.failures import quarantined

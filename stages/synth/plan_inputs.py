@@ -19,7 +19,7 @@ GROUPS_VERSION = 2  # of groups that 1 did not balance alone: raise when these w
 STRIDE_VERSION = 2  # of intervals guided at every k-th step from where 1 rounded away from the first step alone
 LOSSY_VERSION = 2  # of jpg and webp alone: 1 asked the teacher about the pixels before they were encoded
 
-FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full"}}
+FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"prior": {"steps": 50}, "guidance": {"decoder": "full", "bn": 0.1}}
 """Settings whose default has changed, with the first one: what plans of every version mean where they name none."""
 
 NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "none"}

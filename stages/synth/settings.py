@@ -110,7 +110,7 @@ class GuidanceSettings(Settings):
     scale: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
     normalise: Literal["rms", "none"] = "rms"
     ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
-    bn: float = Field(0.1, ge=0, description="feature-statistics weight (equation 6)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalised)")
     adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
     consistency: float | None = Field(
         None, ge=0, description="equal answers to two views; default: 1 for a teacher without BatchNorm, else 0"

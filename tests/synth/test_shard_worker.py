@@ -238,8 +238,8 @@ def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prio
         return semantics(parsed, inspect_inputs(parsed))
 
     old = {"steps": 50}
-    assert covered(old, {"decoder": "full"})["settings"] == {}
-    now = {"prior": {"steps": 20}, "guidance": {"decoder": "fitted"}}
+    assert covered(old, {"decoder": "full", "bn": 0.1})["settings"] == {}
+    now = {"prior": {"steps": 20}, "guidance": {"decoder": "fitted", "bn": 10.0}}
     assert covered({}, {})["settings"] == now and covered({}, {})["fitted_decoder"] == DECODER_VERSION
     assert covered({}, {})["settings"] == covered(now["prior"], now["guidance"])["settings"]
     unguided = covered(old, {}, method="dmkd")  # never decodes for guidance: as before
@@ -254,6 +254,6 @@ def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, 
 
     copy = shutil.copytree(prior_folder, tmp_path / "copy")
     assert covered() == covered(prior={"path": str(copy)}) == covered(shards=9, device="cuda")
-    assert covered(guidance={"scale": 0.2})["settings"]["guidance"] == {"scale": 0.2, "decoder": "fitted"}
+    assert covered(guidance={"scale": 0.2})["settings"]["guidance"] == {"scale": 0.2, "decoder": "fitted", "bn": 10.0}
     other_input = {"size": 8, "channels": 1, "mean": [0.0], "std": [1.0]}
     assert covered(teacher={"input": other_input}) != covered()
