@@ -29,6 +29,7 @@ ROWS: dict[str, list[str]] = {
     "cmi": ["synth.method=cmi", "synth.cmi.flip=true"],
     "deepinversion": ["synth.method=deepinversion", "synth.deepinversion.flip=true"],
     "dda": ["synth.method=dda", "synth.cmi.flip=true"],
+    "guided, 4 images": PAPER,
     "unguided, 4 images": [*UNGUIDED, *PAPER],
     "guided + LCA, 4 images": [*LCA, *PAPER],
 }
