@@ -1,4 +1,5 @@
-"""``factory run synth --dry-run``: what a run would make and cost. Nothing is written, no weight is loaded."""
+"""``factory run synth --dry-run``: what a run would make and cost. No run is written and no weight loaded; a prior
+that a hub holds is fetched into its cache."""
 
 from collections.abc import Iterator
 from typing import Any

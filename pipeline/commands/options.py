@@ -27,7 +27,9 @@ SetOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Show resolved settings, sizes and cost; write nothing.", rich_help_panel=RESULT),
+    typer.Option(
+        "--dry-run", help="Show settings, sizes, cost; make nothing (a hub's prior is fetched).", rich_help_panel=RESULT
+    ),
 ]
 RetryOption = Annotated[
     bool, typer.Option("--retry-failed", help="Try quarantined shards again.", rich_help_panel=PLACE)
