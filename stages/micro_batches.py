@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from manifests.errors import FactoryError
+
 T = TypeVar("T")
 
 
@@ -66,17 +68,20 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def halving(call: Callable[[], T], size: int, limit: Callable[[int], None]) -> T:
+def halving(call: Callable[[], T], size: int, limit: Callable[[int], None], what: str, way_out: str) -> T:
     """``call()``; where it runs out of memory, again after ``limit`` was told half of ``size`` rows at once, and so on.
 
-    Raises what ``call`` raises, an allocation that failed only where it did so with one row at a time.
+    Raises what ``call`` raises; FactoryError, ``what`` does not fit and the ``way_out``, where one row is too many.
     """
     while True:
         try:
             return call()
         except (RuntimeError, MemoryError) as error:
-            if size == 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
+            if size == 1:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise FactoryError(f"{what} ({reason}): {way_out}") from error
         size = -(-size // 2)
         limit(size)
         free_memory()  # after the except block, which held the failed attempt's tensors

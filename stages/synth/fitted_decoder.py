@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from manifests.errors import DataError, FactoryError, NumericsError
 from manifests.storage import Storage
-from stages.micro_batches import halving, out_of_memory
+from stages.micro_batches import halving
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
 from stages.synth.plan_inputs import DECODER_VERSION
@@ -173,15 +173,13 @@ def fitting(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) 
     def limit(count: int) -> None:
         prior.batch_limit = count
 
-    try:
-        return halving(lambda: fit(prior, wanted, size, rule), len(wanted), limit)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise FactoryError(
-            f"prior {prior.folder}: the gradients of its decoder, to which guidance fits one, do not fit the memory "
-            f"({str(error).splitlines()[0]}): set guidance.decoder=tiny, or free memory"
-        ) from error
+    return halving(
+        lambda: fit(prior, wanted, size, rule),
+        len(wanted),
+        limit,
+        f"prior {prior.folder}: the gradients of its decoder, to which guidance fits one, do not fit the memory",
+        "set guidance.decoder=tiny, or free memory",
+    )
 
 
 def finite(net: nn.Module) -> bool:

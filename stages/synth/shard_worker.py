@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from manifests.errors import DataError, FactoryError, NumericsError, UsageError
+from manifests.errors import DataError, NumericsError, UsageError
 from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
@@ -178,16 +178,13 @@ class ShardWorker:
             vars(work).update(before)
             self.models.limit_batches(size)
 
-        try:
-            size = self.teacher.batch_limit or len(group.trajectories)
-            return halving(lambda: self.group_rows(group, work, key, first), size, limit)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise FactoryError(
-                f"group {group.index} does not fit the memory, not even one trajectory at a time "
-                f"({str(error).splitlines()[0]}): free memory, or try prior.dtype=fp16"
-            ) from error
+        return halving(
+            lambda: self.group_rows(group, work, key, first),
+            self.teacher.batch_limit or len(group.trajectories),
+            limit,
+            f"group {group.index} does not fit the memory, not even one trajectory at a time",
+            "free memory, or try prior.dtype=fp16",
+        )
 
     def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
         """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.

@@ -12,7 +12,7 @@ from PIL import Image
 from manifests.errors import FactoryError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.micro_batches import in_micro_batches, out_of_memory
+from stages.micro_batches import halving, in_micro_batches, out_of_memory
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group
 from stages.synth.guidance import teacher_losses
@@ -176,3 +176,14 @@ def test_other_errors_are_not_tried_again(prior_folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="assert"):
         worker.run(0)
     assert len(calls) == 1
+
+
+def test_one_row_too_many_is_one_line_whatever_the_error_says():
+    asked = []
+
+    def call():
+        raise MemoryError  # as Python raises it: without a message
+
+    with pytest.raises(FactoryError, match=r"^it does not fit \(MemoryError\): take less$"):
+        halving(call, 5, asked.append, "it does not fit", "take less")
+    assert asked == [3, 2, 1]
