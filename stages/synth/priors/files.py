@@ -1,7 +1,7 @@
 """Which files of a diffusers folder are read: of the formats and variants that a hub holds, one for each network."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +18,8 @@ _WEIGHTS = re.compile(
 def files_read(names: Iterable[str], variant: str | None) -> list[str]:
     """Of the files ``names`` of a pipeline (relative, with ``/``) those that decide what it computes, sorted.
 
-    Configurations, and for each sub-folder the weights that :func:`chosen_weights` takes; in the folder itself only
-    where it holds a network and no pipeline.
+    Configurations, and for each sub-folder one format and variant of its weights; in the folder itself only where it
+    holds a network and no pipeline.
 
     >>> files_read(["model_index.json", "v1-5.safetensors", "unet/config.json", "unet/model.fp16.safetensors",
     ...             "unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/model.bin"], None)
@@ -30,20 +30,9 @@ def files_read(names: Iterable[str], variant: str | None) -> list[str]:
     read = [file for file in found if file.suffix in CONFIGS]
     for folder in {file.parent for file in found}:
         if not (pipeline and folder == PurePosixPath(".")):
-            weights = chosen_weights([file.name for file in found if file.parent == folder], variant)
-            read += [folder / name for name in weights]
+            weights = _chosen([file.name for file in found if file.parent == folder], variant)
+            read += [folder / match.string for match in weights]
     return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
-
-
-def chosen_weights(names: Iterable[str], variant: str | None) -> list[str]:
-    """Of one folder's files those that hold the network: ``variant`` where there is such a file, else the plain one,
-    in safetensors where there are such, else as ``.bin`` (which torch reads with ``weights_only``)."""
-    matches = [match for name in names if (match := _WEIGHTS.fullmatch(name))]
-    for wanted in dict.fromkeys((variant, None)):
-        for kind in ("safetensors", "bin"):
-            if files := [m.string for m in matches if (m["variant"], m["format"]) == (wanted, kind)]:
-                return files
-    return []
 
 
 def loading(folder: Path, variant: str | None) -> dict[str, Any]:
@@ -52,13 +41,23 @@ def loading(folder: Path, variant: str | None) -> dict[str, Any]:
     Raises DataError where there are weights, but only of variants that ``prior.variant`` does not name.
     """
     names = [file.name for file in folder.glob("*") if file.is_file()]
-    matches = [match for name in chosen_weights(names, variant) if (match := _WEIGHTS.fullmatch(name))]
-    if not matches:
-        if others := _variants(names):
-            raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
-        return {"variant": variant, "use_safetensors": True}  # the error of a folder without weights
-    return {"variant": matches[0]["variant"], "use_safetensors": matches[0]["format"] == "safetensors"}
+    if weights := _chosen(names, variant):
+        return {"variant": weights[0]["variant"], "use_safetensors": weights[0]["format"] == "safetensors"}
+    if others := sorted({match["variant"] for match in _weights(names)}):
+        raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
+    return {"variant": variant, "use_safetensors": True}  # the error of a folder without weights
 
 
-def _variants(names: Sequence[str]) -> list[str]:
-    return sorted({match["variant"] for name in names if (match := _WEIGHTS.fullmatch(name)) and match["variant"]})
+def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
+    """Of one folder's files those that hold the network: ``variant`` where there is such a file, else the plain one,
+    in safetensors where there are such, else as ``.bin`` (which torch reads with ``weights_only``)."""
+    weights = _weights(names)
+    for wanted in dict.fromkeys((variant, None)):
+        for kind in ("safetensors", "bin"):
+            if matches := [match for match in weights if (match["variant"], match["format"]) == (wanted, kind)]:
+                return matches
+    return []
+
+
+def _weights(names: Iterable[str]) -> list[re.Match[str]]:
+    return [match for name in names if (match := _WEIGHTS.fullmatch(name))]
