@@ -29,9 +29,13 @@ def jpeg(encoded: bytes) -> bytes:
         return out.getvalue()
 
 
-def read(source: Path) -> tuple[list[bytes], list[int]]:
-    """JPEGs and labels of a Parquet file with the columns ``img`` (a struct with ``bytes``) and ``label``."""
-    table = pq.read_table(source)
+def read(source: Path, rows: int | None = None) -> tuple[list[bytes], list[int]]:
+    """JPEGs and labels of (the first ``rows`` of) a Parquet file with the columns ``img``, a struct with ``bytes``, and
+    ``label``. Ends the script where ``source`` is another file."""
+    try:
+        table = pq.read_table(source).slice(0, rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        sys.exit(f"{source} is no Parquet file that can be read: {error}")
     if missing := {"img", "label"} - set(table.column_names):
         sys.exit(f"{source} has no column {' or '.join(sorted(missing))}: expected the hub's uoft-cs/cifar10")
     return [jpeg(img["bytes"]) for img in table["img"].to_pylist()], table["label"].to_pylist()
@@ -49,14 +53,17 @@ def main() -> None:
     images, labels = read(args.train)
     keys = [f"train-{i:05d}" for i in range(len(images))]
     table = pa.table({"key": keys, "jpg": images, "label": pa.array(labels, pa.int16())})
-    pq.write_table(table, args.out / "cifar10-train.parquet")
-    test = list(zip(*read(args.test), strict=True))[:HALF]
-    with tarfile.open(args.out / "cifar10-test-a.tar", "w") as tar:
+    test = list(zip(*read(args.test, HALF), strict=True))
+    made = args.out / "unfinished"  # a killed call leaves nothing that the benchmark would read
+    pq.write_table(table, made)
+    made.replace(args.out / "cifar10-train.parquet")
+    with tarfile.open(made, "w") as tar:
         for i, (image, label) in enumerate(test):
             for suffix, content in (("jpg", image), ("cls", str(label).encode())):
                 member = tarfile.TarInfo(f"test-{i:05d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+    made.replace(args.out / "cifar10-test-a.tar")
     print(f"{len(images)} training rows and {len(test)} test images in {args.out}")
 
 
