@@ -238,6 +238,23 @@ def load_json(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def dump_json(values: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """JSON that every reader takes: numbers that are not finite become null, as in the rows of a manifest.
+
+    >>> dump_json({"loss": float("nan"), "seconds": [1.5, float("inf")]})
+    '{"loss": null, "seconds": [1.5, null]}'
+    """
+    return json.dumps(_finite(values), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def load_tree(data: bytes) -> Any:
     """:func:`load_json` for files that are walked, stored and printed later: at most ``DEEPEST`` levels, every number
     finite (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""

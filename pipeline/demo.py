@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from manifests.errors import FactoryError
 from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.storage import Storage
@@ -60,6 +61,8 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
             recipe, sources, root.path(f"{name}/distill"), test_data=test, title=f"{name} student"
         )
         students[name] = learnt_by(student_name(recipe.distill.students[0]), runs[name]["distill"], f"{name} student")
+        if students[name]["test"] is None:  # a warning said why
+            raise FactoryError(f"the {name} student has no score on the test digits")
     return {
         "out": root.url,
         "teacher": runs["guided"]["distill"]["teacher_accuracy"],

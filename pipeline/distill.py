@@ -192,6 +192,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {plain(facts['folder'])}"
     for name, reason in result["parked"].items():
         yield f"{plain(name)}: parked, {plain(reason)}"
+    for order in dict.fromkeys(facts["test"]["class_order"] for facts in result["students"].values() if facts["test"]):
+        yield f"test data: {order}"
     if "teacher_accuracy" in result:
         yield f"teacher: {result['teacher_accuracy']:.1%} on the test data"
     yield f"{result['images']} images, {duration(result['seconds'])}"

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from manifests.errors import StoreError
+from manifests.schema import dump_json
 from manifests.storage import Storage
 from pipeline.progress import say
 
@@ -40,7 +41,7 @@ class EventLog:
     def write(self, kind: str, **fields: Any) -> None:
         """Record one event. Local: on its way to disk at once. Remote: at most ``REWRITE_SECONDS`` late."""
         now = self.clock()
-        line = (json.dumps({"time": round(now, 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode()
+        line = (dump_json({"time": round(now, 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode()
         if self.storage.is_local:
             with suppress(OSError), open(self.storage.path(LOCAL), "ab") as file:
                 file.write(line)

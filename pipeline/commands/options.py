@@ -1,11 +1,11 @@
 """Options that several commands share, and how commands answer."""
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
 
+from manifests.schema import dump_json
 from pipeline.text import plain
 
 RESULT = "Result"
@@ -43,7 +43,7 @@ RunArgument = Annotated[
 def answer(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterable[str]]) -> None:
     """Print ``result`` on stdout, as JSON or as the lines that ``lines`` makes of it; neither can steer a terminal."""
     if as_json:
-        text = json.dumps(result, indent=1, ensure_ascii=False)
+        text = dump_json(result, indent=1, ensure_ascii=False)
         print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
     else:
         for line in lines(result):

@@ -27,6 +27,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy, calibration and confusions of a model folder on labelled images; agreement with a teacher."""
+    from pipeline.progress import say
     from pipeline.text import plain
     from stages.distill.evaluate import evaluate as measure
     from stages.models.settings import ModelSettings
@@ -43,6 +44,7 @@ def evaluate(
             yield f"confusion matrix: {plain(result['picture'])}"
 
     result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    say(f"class order: {result['class_order']}")
     if confusion is not None:
         from pipeline.pictures import save
         from stages.distill.confusion import confusion_picture

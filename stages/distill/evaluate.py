@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from manifests.errors import DataError
 from manifests.images import decode
 from stages.device import find_device
-from stages.distill.labelled import Sample, labelled_images
+from stages.distill.labelled import LabelledImages, Sample, labelled_images
 from stages.distill.pixels import images_at_once
 from stages.distill.threads import torch_threads
 from stages.models.carried import check_class_names
 from stages.models.identity import ModelConfig
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher
+from stages.models.outputs import require_finite_weights
 from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
@@ -31,12 +32,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
-    Raises DataError where either does not fit or ``teacher`` knows other classes, UsageError where ``device`` cannot be
-    used.
+    Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
+    UsageError where ``device`` cannot be used.
     """
     place = find_device(device)
     with torch_threads(threads):
         net, config = load_model(model)
+        require_finite_weights(net, f"model '{model}'")
         judge = load_teacher(teacher, place) if teacher else None
         if judge:
             check_class_names(judge, config.class_names, model)
@@ -48,43 +50,56 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     spec = InputSpec(config.input)
     net.eval()
     device = next(net.parameters()).device
-    found = run_models(
-        data, config.class_names, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device
+    images = labelled_images(data, config.class_names)
+    labels, logits, *answers = run_models(
+        images, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device
     )
-    return metrics(found[1], found[0], config.class_names, found[2] if teacher else None)
+    bad = int((~logits.isfinite()).any(1).sum())
+    if bad:
+        raise DataError(
+            f"model '{config.architecture}' gives NaN or infinite logits to {bad} of the {len(labels)} images "
+            f"of {data}: check its weights and input settings"
+        )
+    seen, classes = len(labels.unique()), config.num_classes
+    fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
+    scores = metrics(logits, labels, config.class_names, answers[0] if teacher else None)
+    return {"class_order": images.class_order + fewer, **scores}
 
 
-def check_data(data: str, class_names: tuple[str, ...]) -> None:
-    """Raises DataError where ``data`` cannot be evaluated on, as far as its first image and its files' names tell."""
-    first = next(labelled_images(data, class_names), None)
+def check_data(data: str, class_names: tuple[str, ...]) -> str:
+    """What labels of ``data`` mean, in one line.
+
+    Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
+    """
+    images = labelled_images(data, class_names)
+    first = next(images.samples, None)
     if first is None:
         raise DataError(f"{data} holds no labelled image")
-    _decoded(first, data, len(class_names))
+    _decoded(first, data)
+    return images.class_order
 
 
 @torch.no_grad()
-def run_models(
-    data: str, class_names: tuple[str, ...], models: list[Callable[[Tensor], Tensor]], device: torch.device
-) -> list[Tensor]:
+def run_models(data: LabelledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
     """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
-    for some, images in _batches(data, class_names):
+    for some, images in _batches(data):
         labels += some
         for kept, model in zip(logits, models, strict=True):
             kept.append(model(to_unit(images.to(device))).float().cpu())
     if not labels:
-        raise DataError(f"{data} holds no labelled image")
+        raise DataError(f"{data.where} holds no labelled image")
     return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
 
 
-def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int], Tensor]]:
+def _batches(data: LabelledImages) -> Iterator[tuple[list[int], Tensor]]:
     """Labels and uint8 ``[n, h, w, 3]`` of neighbouring images of one size."""
     labels: list[int] = []
     images: list[Tensor] = []
     most = BATCH
-    for sample in labelled_images(data, class_names):
-        image = _decoded(sample, data, len(class_names))
+    for sample in data:
+        image = _decoded(sample, data.where)
         if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
@@ -95,10 +110,8 @@ def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int
         yield labels, torch.stack(images)
 
 
-def _decoded(sample: Sample, data: str, classes: int) -> Tensor:
-    key, encoded, label = sample
-    if not 0 <= label < classes:
-        raise DataError(f"{data}: sample {key!r} has label {label}, but the model has classes 0…{classes - 1}")
+def _decoded(sample: Sample, data: str) -> Tensor:
+    key, encoded, _ = sample
     try:
         return torch.from_numpy(decode(encoded).copy())
     except ValueError as error:

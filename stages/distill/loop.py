@@ -1,6 +1,5 @@
 """The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import FactoryError, Interrupted
+from manifests.schema import dump_json
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.answers import Answers
@@ -45,7 +45,7 @@ class Training:
     storage: Storage
     device: torch.device
     watcher: Watcher
-    look: Callable[[Student], dict[str, Any]] | None = None  # at the test data, every eval_every epochs
+    look: Callable[[Student], dict[str, Any] | None] | None = None  # at the test data, every eval_every epochs
     answers: Answers | None = None  # the teacher's, where they were computed before
     ranks: Ranks = ALONE
     trackers: list[Tracker] = field(default_factory=list)
@@ -180,12 +180,13 @@ def _end_epoch(run: Training, epoch: int) -> None:
         if len(run.held):
             line["held_out"] = held_out(run, student)
         if run.look and run.ranks.first and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
-            line["test_accuracy"] = run.look(student)["accuracy"]
+            scores = run.look(student)
+            line |= {"test_accuracy": scores["accuracy"]} if scores else {}
         student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
         if run.settings.keep == "best" and line["held_out"]["agreement"] >= student.best:
             student.best = line["held_out"]["agreement"]
             student.best_weights = {name: value.clone() for name, value in student.result.state_dict().items()}
-        text = "".join(json.dumps(entry) + "\n" for entry in student.metrics)
+        text = "".join(dump_json(entry) + "\n" for entry in student.metrics)
         _write(run, f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
             tracker.log(student.name, run.step, flat(student.metrics[-1]))

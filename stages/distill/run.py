@@ -7,15 +7,16 @@ OUT/teacher-cache/      the teacher's answers, where they are kept
 OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from manifests.errors import UsageError
+from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
+from manifests.schema import dump_json
 from manifests.storage import Storage
 from stages.device import find_device
 from stages.distill import card, checkpoint
@@ -129,8 +130,9 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
 def train_students(prepared: Prepared, storage: Storage, test_data: str | None, watcher: Watcher) -> dict[str, Any]:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
     settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
-    if test_data and ranks.first:
-        check_data(test_data, teacher.class_names)  # now, not after the training
+    if test_data and ranks.first:  # now, not after the training
+        order = check_data(test_data, teacher.class_names)
+        watcher.on_event("note", message=f"test data: {order}")
     with torch_threads(settings.threads):
         for student in prepared.students:
             if adapted := adaptation_of(student.net):
@@ -154,7 +156,7 @@ def train_students(prepared: Prepared, storage: Storage, test_data: str | None, 
         run = Training(
             settings=settings, teacher=teacher, students=prepared.students, batches=batches, held=prepared.held,
             storage=storage, device=prepared.device, watcher=watcher, ranks=ranks,
-            look=(lambda s: evaluate_net(s.result, s.config, test_data, teacher)) if test_data else None,
+            look=(lambda s: _score(s.result, s, test_data, teacher, watcher)) if test_data else None,
             answers=open_answers(teacher, batches, storage, watcher) if settings.cache.use else None,
         )  # fmt: skip
         train(run)
@@ -175,10 +177,22 @@ def _results(prepared: Prepared, run: Training, test_data: str | None, check: di
         "students": {student.name: _finish(prepared, run, student, test_data) for student in run.learning},
         "parked": {student.name: student.parked for student in run.students if student.parked is not None},
     }
-    if test_data:
-        results["teacher_accuracy"] = next(iter(results["students"].values()))["test"]["teacher_accuracy"]
-    run.storage.write(RESULTS, json.dumps(results, indent=1).encode() + b"\n")
+    tests = [facts["test"] for facts in results["students"].values() if facts["test"]]
+    if tests:
+        results["teacher_accuracy"] = tests[0]["teacher_accuracy"]
+    run.storage.write(RESULTS, dump_json(results, indent=1).encode() + b"\n")
     return results
+
+
+def _score(
+    net: nn.Module, student: Student, test_data: str, teacher: Teacher, watcher: Watcher
+) -> dict[str, Any] | None:
+    """The student's scores on ``test_data``; None, with a warning, where there are none: that loses no student."""
+    try:
+        return evaluate_net(net, student.config, test_data, teacher)
+    except DataError as error:
+        watcher.on_event("warning", message=f"{student.name} has no score on the test data: {error}")
+        return None
 
 
 def _finish(prepared: Prepared, run: Training, student: Student, test_data: str | None) -> dict[str, Any]:
@@ -194,7 +208,7 @@ def _finish(prepared: Prepared, run: Training, student: Student, test_data: str 
         "device": str(run.device),
         "last_epoch": student.metrics[-1],
         "held_out": scores,
-        "test": evaluate_net(net, student.config, test_data, run.teacher) if test_data else None,
+        "test": _score(net, student, test_data, run.teacher, run.watcher) if test_data else None,
         **card.measure(net, student.config),
     }
     files = model_files(net, student.config)

@@ -1,6 +1,7 @@
 """The teacher that a dataset carries. Used by ``factory run distill``, ``rescore`` and ``inspect``."""
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 import torch
@@ -50,8 +51,16 @@ def check_classes(teacher: Teacher, manifest: Manifest) -> None:
 
 
 def check_class_names(teacher: Teacher, names: tuple[str, ...], where: str) -> None:
-    """Raises DataError where ``teacher`` does not know the classes ``names`` of ``where``, in their order."""
+    """Raises DataError where ``teacher`` has another number of classes than ``names`` of ``where``, or has a class of
+    them under another number. Other names are no contradiction: a teacher may have none."""
     if len(names) != teacher.num_classes:
         raise DataError(f"{where} has {len(names)} classes, the teacher {teacher.num_classes}")
-    if names != teacher.class_names and set(names) == set(teacher.class_names):
-        raise DataError(f"{where} and the teacher have the same classes in another order")
+    if names == teacher.class_names:
+        return
+    count = Counter((*names, *teacher.class_names))
+    numbers = {name: number for number, name in enumerate(teacher.class_names)}
+    for number, name in enumerate(names):
+        other = numbers.get(name, number)
+        if other != number and count[name] == 2:  # a name that several classes have tells nothing
+            places = f"{name!r} is class {number} and class {other}"
+            raise DataError(f"{where} and the teacher have the same classes in another order: {places}")

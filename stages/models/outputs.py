@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifests.errors import DataError
 
@@ -49,3 +49,10 @@ def require_finite(logits: Tensor, what: str) -> Tensor:
     if not logits.is_meta and not bool(logits.isfinite().all()):
         raise DataError(f"{what} returns NaN or infinite logits: check its weights, dtype and input settings")
     return logits
+
+
+def require_finite_weights(net: nn.Module, what: str) -> None:
+    """Raises DataError naming a weight or running statistic of ``net`` that holds NaN or infinities."""
+    for name, value in net.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DataError(f"{what}: {name} holds NaN or infinite values")

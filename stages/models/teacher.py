@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from manifests.errors import DataError, FactoryError
 from stages.micro_batches import in_micro_batches, moment_sums, moments
 from stages.models.inputs import InputSpec
-from stages.models.outputs import require_finite
+from stages.models.outputs import require_finite, require_finite_weights
 from stages.models.settings import InputSettings
 from stages.models.taps import head_of, head_path, inputs_of, outputs_of, stage_paths
 
@@ -116,9 +116,7 @@ class Teacher:
 
         Raises DataError where it fails, returns something else than logits of each image, or NaN.
         """
-        for name, value in self.net.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise DataError(f"{self.what}: {name} holds NaN or infinite values")
+        require_finite_weights(self.net, self.what)
         settings = self.input.settings
         x = torch.linspace(-1, 1, 6 * settings.size**2).view(2, 3, settings.size, settings.size)
         x = x.to(next(self.net.parameters(), x).device).requires_grad_()

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from manifests.errors import FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, UsageError
 from manifests.storage import Storage
 from pipeline.cli import app
 from pipeline.lease import Lease
@@ -42,6 +42,29 @@ def test_eval_writes_a_picture(student, dataset, tmp_path):
     assert found["agreement"] == 1
     assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.png"]
+
+
+def test_what_labels_mean_is_said(student, dataset, tmp_path):
+    line = "labels are matched to the model's classes by name"
+    done = factory("eval", student, dataset, "--json")
+    assert json.loads(done.stdout)["class_order"] == line
+    assert f"class order: {line}" in done.stderr
+    done = factory("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", dataset)
+    assert done.exit_code == 0, done.output
+    assert f"test data: {line}" in done.stderr
+    assert f"test data: {line}" in done.stdout
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["students"]["digits-cnn-small"]["test"]["class_order"] == line
+
+
+def test_test_data_of_other_classes_is_refused_before_the_training(dataset, tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", tmp_path / "data")
+    refused = factory(*args).exception
+    assert isinstance(refused, DataError)
+    assert "3 name no class of the model: a, b, c" in str(refused) and "\n" not in str(refused)
+    assert not (tmp_path / "out/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])

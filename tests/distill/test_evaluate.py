@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -17,6 +19,7 @@ from stages.distill.labelled import labelled_images
 from stages.distill.run import run_distill
 from stages.models.digits_data import load_split, write_split
 from stages.models.identity import EMBEDDED
+from stages.models.loading import load_model, save_model
 from stages.models.settings import ModelSettings
 from tests.distill.drawn import NAMES, square, teacher_files
 from tests.distill.short import settings
@@ -80,11 +83,37 @@ def test_every_container_gives_the_same_scores(samples, model, tmp_path):
         assert other["ece"] == pytest.approx(found[0]["ece"])
 
 
-def test_folder_names_decide_where_they_are_the_models(samples, tmp_path):
-    named = write_folder(tmp_path / "named", samples, NAMES)  # left, right, top
-    numbered = write_folder(tmp_path / "other", samples, ("c", "b", "a"))
-    assert [label for _, _, label in labelled_images(named, NAMES)] == [0, 0, 0, 1, 1, 2, 2]
-    assert [label for _, _, label in labelled_images(numbered, NAMES)] == [0, 0, 1, 1, 2, 2, 2]
+def test_what_labels_mean_is_said(samples, model, tmp_path):
+    found = evaluate(model, write_folder(tmp_path / "named", samples, NAMES))
+    assert found["class_order"] == "labels are matched to the model's classes by name"
+    two = [sample for sample in samples if sample[2] != 1]
+    found = evaluate(model, write_parquet(tmp_path / "a.parquet", two))
+    assert found["class_order"] == (
+        "labels are numbers without names, read as the model's class numbers (0 = left, 1 = right, 2 = top); "
+        "2 of the 3 classes have images"
+    )
+
+
+def broken_model(folder, change) -> str:
+    """A model folder with changed weights."""
+    net, config = load_model(str(folder))
+    with torch.no_grad():
+        change(net.state_dict())
+    save_model(folder.parent / "broken", net, config)
+    return str(folder.parent / "broken")
+
+
+def test_weights_and_logits_that_are_no_numbers_are_no_score(samples, model, tmp_path):
+    data = write_parquet(tmp_path / "a.parquet", samples)
+    shutil.copytree(model, tmp_path / "m")
+    name = next(iter(load_model(model)[0].state_dict()))
+    for value in (float("nan"), float("inf")):
+        bad = broken_model(tmp_path / "m", lambda state, value=value: state[name].view(-1)[0].fill_(value))
+        with pytest.raises(DataError, match=f"model '.*broken': {re.escape(name)} holds NaN or infinite values"):
+            evaluate(bad, data)
+    huge = broken_model(tmp_path / "m", lambda state: [v.mul_(1e30) for v in state.values() if v.is_floating_point()])
+    with pytest.raises(DataError, match=r"gives NaN or infinite logits to 7 of the 7 images of .*a\.parquet: check"):
+        evaluate(huge, data)
 
 
 def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
@@ -93,9 +122,9 @@ def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
     (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
     assert list(labelled_images(path, NAMES)) == before
     (tmp_path / "a" / "left").rename(tmp_path / "a" / "lfet")
-    with pytest.raises(DataError, match=r"a has sub-folders that are no class \(left, right, top\): lfet"):
+    with pytest.raises(DataError, match=r"a has 3 sub-folders, of which 1 name no class of the model: lfet"):
         list(labelled_images(path, NAMES))
-    with pytest.raises(DataError, match=r"a has 3 sub-folders \(lfet, right, top\); expected .* the model's 2 classes"):
+    with pytest.raises(DataError, match=r"3 name no class of the model: lfet, right, top .* knows x, y"):
         list(labelled_images(path, ("x", "y")))
 
 
@@ -125,6 +154,10 @@ def test_a_teacher_of_other_classes_is_no_judge(dataset, model):
         evaluate(model, dataset, ModelSettings(name="embedded:digits"))
     with pytest.raises(DataError, match=f"{model} and the teacher have the same classes in another order"):
         evaluate(model, dataset, ModelSettings(name=model, class_names=NAMES[::-1]))
+    with pytest.raises(DataError, match="in another order: 'left' is class 0 and class 1"):
+        evaluate(model, dataset, ModelSettings(name=model, class_names=("bottom", "left", "middle")))
+    unnamed = ModelSettings(name=model, class_names=("class 0", "class 1", "class 2"))
+    assert evaluate(model, dataset, unnamed)["agreement"] == 1.0
 
 
 def test_images_of_unequal_size(samples, model, tmp_path):

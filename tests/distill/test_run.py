@@ -212,6 +212,23 @@ def test_the_test_data_is_looked_at_once_unless_asked(dataset, tmp_path, monkeyp
     assert len(seen) == 1 + 3 + 1
 
 
+def test_a_student_without_a_score_is_kept(dataset, tmp_path, monkeypatch):
+    def refuse(net, config, data, teacher):
+        raise DataError("NaN or infinite logits to 48 of the 48 images")
+
+    warnings = []
+    monkeypatch.setattr("stages.distill.run.evaluate_net", refuse)
+    results = run_distill(
+        settings(eval_every=1), [(dataset, 1.0)], str(tmp_path), test_data=dataset,
+        on_event=lambda kind, **fields: warnings.append(fields["message"]) if kind == "warning" else None,
+    )  # fmt: skip
+    expected = "digits-cnn-small has no score on the test data: NaN or infinite logits to 48 of the 48 images"
+    assert [line for line in warnings if "score" in line] == [expected] * (3 + 1)
+    assert results["students"]["digits-cnn-small"]["test"] is None
+    assert "teacher_accuracy" not in results
+    assert load_model(tmp_path / "digits-cnn-small")
+
+
 class TestTeacher:
     def test_the_copy_is_checked_before_it_is_used(self, tmp_path):
         path = write_dataset(tmp_path / "d")

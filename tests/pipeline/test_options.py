@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from pipeline.commands.options import answer
 
 HOSTILE = "\x1b[2J\x9b31m\u202e\x7f\nnext"
@@ -20,3 +22,9 @@ def test_json_is_defused_and_says_the_same(capsys):
     assert all(line.isprintable() for line in out.splitlines())
     assert json.loads(out) == result
     assert "é 猫" in out
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys):
+    answer({"loss": float("nan"), "seen": [1.5, float("inf"), {"x": -float("inf")}]}, True, lambda _: [])
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert found == {"loss": None, "seen": [1.5, None, {"x": None}]}
