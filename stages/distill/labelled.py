@@ -27,11 +27,12 @@ def labelled_images(path: str, class_names: Sequence[str]) -> Iterator[Sample]:
     if "://" not in path and os.path.isdir(path):
         yield from _manifest(f"{path}/m.parquet") if os.path.isfile(f"{path}/m.parquet") else _folder(path, class_names)
         return
-    storage, name = split(path)
+    name = split(path)[1]
+    storage, file = split(path if "://" in path else os.path.realpath(path))  # a hub's cache holds links
     if name.endswith(".tar"):
-        yield from _tar(storage, name)
+        yield from _tar(storage, file)
     elif name.endswith(".parquet"):
-        yield from _parquet(storage, name)
+        yield from _parquet(storage, file)
     else:
         raise DataError(f"{path} is no .tar, .parquet or folder of images")
 
