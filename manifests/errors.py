@@ -23,6 +23,12 @@ class DataError(FactoryError):
     exit_code = 3
 
 
+class LinkError(DataError):
+    """A link or special file inside a folder, where a file or folder itself belongs: the fault of no shard."""
+
+    stops_run = True
+
+
 class StoreError(FactoryError):
     """A folder or object store that keeps failing, which is the fault of no shard; mended, the same command resumes."""
 

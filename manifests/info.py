@@ -29,6 +29,11 @@ def file_name(shard: int, sha256: str, suffix: str) -> str:
     return f"shards/{shard:06d}-{sha256[:12]}.{suffix}"
 
 
+_SHARD_FILE = "[0-9]{6,8}-[0-9a-f]{12}[.](tar|parquet)"
+SHARD_FILE = re.compile(rf"shards/({_SHARD_FILE}|[.]{_SHARD_FILE}-[0-9a-f]{{32}})", re.ASCII)
+"""A shard's tar or table, or a copy of one that was under way to another disk."""
+
+
 def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and bool(_SHA256.match(value))
 

@@ -5,7 +5,6 @@ rows alone: not on workers, attempts or the order in which shards finished.
 """
 
 import hashlib
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from manifests.errors import DataError
 from manifests.info import DatasetInfo
+from manifests.local import temporary_name
 from manifests.schema import SCHEMA
 from manifests.shard import DoneRecord, done_records
 from manifests.storage import Storage, writing
@@ -42,7 +42,7 @@ def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = No
 
 def write_manifest(storage: Storage, name: str, info: DatasetInfo, tables: Iterable[pa.Table]) -> None:
     """Write the rows of ``tables``, in that order, as the manifest ``name``: whole or not at all, in bounded memory."""
-    path = storage.scratch() / f"merge-{uuid.uuid4().hex}.parquet"
+    path = storage.scratch() / temporary_name("merge", ".parquet")
     schema = SCHEMA.with_metadata(info.to_metadata())
     try:
         with writing(path), pq.ParquetWriter(path, schema, **write_options()) as writer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from manifests.errors import DataError
+from manifests.errors import DataError, LinkError
 from manifests.info import DATASET, DatasetInfo, file_name
 from manifests.inspection import tar_rows
 from manifests.merge import MANIFEST, merge
@@ -48,6 +48,8 @@ def rebuild(storage: Storage, info: DatasetInfo | None = None) -> Rebuilt:
         try:
             _rebuild_shard(storage, shard, tars.get(shard, []), winner, known.fingerprint)
             whole.append(shard)
+        except LinkError:  # no fault of the shard: its done record stays
+            raise
         except DataError as error:
             storage.delete(done_name(shard))
             damaged[shard] = str(error)

@@ -5,7 +5,6 @@ content's hash, so two attempts at one shard never overwrite each other with som
 """
 
 import hashlib
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import xxhash
 from manifests.errors import DataError
 from manifests.faults import fault
 from manifests.info import TarInfo, file_name, is_count, is_sha256
+from manifests.local import temporary_name
 from manifests.schema import (
     EXTENSIONS,
     FORMAT_VERSION,
@@ -127,9 +127,9 @@ class ShardWriter:
     def __init__(self, storage: Storage, shard: int, fingerprint: str) -> None:
         self.storage, self.shard, self.fingerprint = storage, shard, fingerprint
         self._rows: list[dict[str, Any]] = []
-        stem = f"{shard:06d}-{uuid.uuid4().hex}"
-        self._tar_path = storage.scratch() / f"{stem}.tar"
-        self._table_path = storage.scratch() / f"{stem}.parquet"
+        stem = f"{shard:06d}"
+        self._tar_path = storage.scratch() / temporary_name(stem, ".tar")
+        self._table_path = storage.scratch() / temporary_name(stem, ".parquet")
         with writing(self._tar_path):
             self._file = open(self._tar_path, "wb")  # noqa: SIM115 - closed by commit or __exit__
         self._tar = TarStream(self._file)

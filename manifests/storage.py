@@ -9,14 +9,15 @@ import io
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from manifests.backends import Backend, LocalBackend, RemoteBackend
+from manifests.backends import Backend, RemoteBackend
 from manifests.errors import DataError, FactoryError, StoreError, UsageError
+from manifests.local import LocalBackend
 
 T = TypeVar("T")
 
@@ -40,7 +41,8 @@ def check_name(name: str) -> str:
 class Storage:
     """A folder. Names are relative to it and use ``/``. Instances can be pickled and used after a fork.
 
-    Errors: a missing file is a :class:`DataError` naming it; a store that keeps failing is a :class:`StoreError`.
+    Errors: a missing file is a :class:`DataError` naming it; a symbolic link or special file below a local root,
+    whatever was to be done there, a :class:`LinkError`; a store that keeps failing is a :class:`StoreError`.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -51,9 +53,10 @@ class Storage:
         self._down = False
         self.is_local = "://" not in local and "::" not in local
         self._backend: Backend
+        self._local: LocalBackend | None = None
         if self.is_local:
             self.url = os.path.abspath(os.path.expanduser(local))
-            self._backend = LocalBackend(self.url)
+            self._backend = self._local = LocalBackend(self.url)
             return
         self.url = text.rstrip("/")
         try:
@@ -145,17 +148,27 @@ class Storage:
     def open(self, name: str) -> BinaryIO:
         """A seekable stream for reading; remote ones fetch a few MB at a time, with retries."""
         full = self._full(name)
-        if self.is_local:
-            return self._run("read", name, lambda: cast(BinaryIO, open(full, "rb")))
+        if self._local is not None:
+            return self._run("read", name, partial(self._local.open, full))
         size = self.size(name)
         if size is None:
             raise DataError(f"{self.path(name)}: no such file")
         return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Create or replace: readers see the old file or the new one, never a part."""
+    def write(self, name: str, data: bytes, beside: bool = False) -> None:
+        """Create or replace: readers see the old file or the new one, never a part.
+
+        ``beside``: staged next to it, so that a folder that is only read gets no ``tmp/``.
+        """
         full = self._full(name)
-        self._run("write", name, lambda: self._backend.write(full, data))
+        self._run("write", name, lambda: self._backend.write(full, data, beside))
+
+    def append(self, name: str, data: bytes) -> bool:
+        """Add to the end of a file of a local root, made where it is absent. False where the root itself is absent."""
+        if self._local is None:
+            raise UsageError(f"{self.path(name)}: a store cannot append")
+        full = self._full(name)
+        return self._run("write", name, partial(self._local.append, full, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write unless the file exists: True if this call made it.
@@ -183,6 +196,23 @@ class Storage:
         """Remove a file; nothing happens where there is none."""
         full = self._full(name)
         self._run("delete", name, lambda: self._backend.delete(full))
+
+    def folder(self, name: str) -> str:
+        """What to type to reach the folder ``name``, there already or not, for a root of its own or another library."""
+        full = self._full(name)
+        return self._run("open", name, lambda: self._backend.folder(full))
+
+    def temporary(self) -> tuple[dict[str, int], Sequence[str]]:
+        """Bytes of the files and folders in ``tmp/`` that have names of this program, and the names of all else there.
+
+        Remote roots have none.
+        """
+        return self._run("list", "tmp", self._backend.temporary)
+
+    def drop_temporary(self, name: str) -> None:
+        """Remove one of :meth:`temporary`, with what is in it."""
+        check_name(name)
+        self._run("delete", f"tmp/{name}", lambda: self._backend.drop_temporary(name))
 
     def scratch(self) -> Path:
         """A local folder for temporary files: ``tmp/`` of a local root, else one that goes with this process."""

@@ -6,10 +6,10 @@ seeds and number of images), distils one student from each, and prints teacher a
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from manifests.errors import FactoryError
+from manifests.local import temporary_name
 from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.storage import Storage
@@ -28,6 +28,7 @@ from stages.synth.settings import SynthSettings
 MINUTES = 2
 UNGUIDED = "dmkd"
 PICTURE = "guidance.png"
+TEST = "test-digits.parquet"
 PICTURES_PER_CLASS = 6
 
 
@@ -51,14 +52,14 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     )
     runs: dict[str, dict[str, Any]] = {}
     for name, recipe in (("guided", guided), ("unguided", unguided)):
-        runs[name] = {"synth": run_synth(recipe, root.path(name), place, title=f"{name} images")}
+        runs[name] = {"synth": run_synth(recipe, root.folder(name), place, title=f"{name} images")}
     root.write(PICTURE, picture(root.path("unguided"), root.path("guided")))
     test = _test_digits(root)
     students: dict[str, dict[str, Any]] = {}
     for name, recipe in (("guided", guided), ("unguided", unguided)):
         sources = [(root.path(f"{name}/{MANIFEST}"), 1.0)]
         runs[name]["distill"] = run_distill(
-            recipe, sources, root.path(f"{name}/distill"), test_data=test, title=f"{name} student"
+            recipe, sources, root.folder(f"{name}/distill"), test_data=test, title=f"{name} student"
         )
         students[name] = learnt_by(student_name(recipe.distill.students[0]), runs[name]["distill"], f"{name} student")
         if students[name]["test"] is None:  # a warning said why
@@ -95,7 +96,8 @@ def _test_digits(root: Storage) -> str:
     """The real digits that score the students; written here, read by nothing before the very end."""
     from stages.models.digits_data import write_split
 
-    return str(write_split("test", Path(root.path("test-digits.parquet"))))
+    root.put_file(write_split("test", root.scratch() / temporary_name("write")), TEST)
+    return root.path(TEST)
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:

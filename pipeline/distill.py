@@ -65,7 +65,7 @@ def open_sources(texts: Sequence[str]) -> tuple[list[tuple[str, float]], Manifes
 
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
     """Beside the manifest where that is a local folder, since checkpoints are rewritten often."""
-    return manifest.storage.path("distill") if manifest.storage.is_local else f"runs/{recipe.name}-distill"
+    return manifest.storage.folder("distill") if manifest.storage.is_local else f"runs/{recipe.name}-distill"
 
 
 def run_distill(

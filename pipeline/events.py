@@ -4,7 +4,7 @@ Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, 
 micro-batches for want of memory), warning, run_finished, run_interrupted, run_failed.
 
 Events inform; correctness rests on done records alone, so a lost tail harms nothing, and an event that cannot be
-written stops no run: what comes next says better what is wrong with its folder.
+written stops no run: what comes next says better what is wrong with its folder. (A link in the log's place does.)
 """
 
 import json
@@ -43,8 +43,8 @@ class EventLog:
         now = self.clock()
         line = (dump_json({"time": round(now, 3), "kind": kind, **fields}, ensure_ascii=False) + "\n").encode()
         if self.storage.is_local:
-            with suppress(OSError), open(self.storage.path(LOCAL), "ab") as file:
-                file.write(line)
+            with suppress(StoreError):
+                self.storage.append(LOCAL, line)
             return
         self._lines.append(line)
         self._pending = True
@@ -113,10 +113,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _end_torn_line(storage: Storage) -> None:
     """A driver killed mid-write leaves half a line: end it, so that the next event stands on its own."""
-    path = storage.path(LOCAL)
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
-        return
-    with suppress(OSError), open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
+    size = storage.size(LOCAL)
+    with suppress(StoreError):
+        if size and storage.read_range(LOCAL, size - 1, 1) != b"\n":
+            storage.append(LOCAL, b"\n")

@@ -1,15 +1,15 @@
 """Remove what killed attempts left in a run folder: temporary files and shard files that no done record names (stage 2
 has none of those).
 
-Used by ``factory gc``. It holds the folder's lease, so no driver is at work meanwhile.
+Used by ``factory gc``. It holds the folder's lease, so no driver is at work meanwhile. Only names that this program
+gives are deleted; whatever else lies in ``tmp/`` and ``shards/`` is somebody's file.
 """
 
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from manifests.info import SHARD_FILE
 from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline.failures import quarantined, release
@@ -40,8 +40,8 @@ def collect(storage: Storage, dry_run: bool = False, sleep: Callable[[float], No
         for name in found["orphans"]:
             storage.delete(name)
         release(storage, found["outdated_failures"])
-        for path in _temporary(storage):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in found["temporary"]:
+            storage.drop_temporary(name)
     return found | {"dry_run": False}
 
 
@@ -49,22 +49,13 @@ def _found(storage: Storage) -> dict[str, Any]:
     done = done_records(storage)
     named = {name for record in done.values() for name in (record.tar, record.table)}
     sizes = storage.sizes("shards")
-    orphans = sorted(set(sizes) - named)
+    orphans = [name for name in sizes if name not in named and SHARD_FILE.fullmatch(name)]
+    temporary, foreign = storage.temporary()
     return {
         "run": storage.url,
         "orphans": orphans,
-        "temporary": [path.name for path in _temporary(storage)],
+        "temporary": [*temporary],
+        "foreign": sorted(sizes.keys() - named - set(orphans)) + [f"tmp/{name}" for name in foreign],
         "outdated_failures": sorted(quarantined(storage) & done.keys()),
-        "bytes": sum(sizes[name] for name in orphans) + sum(_bytes(path) for path in _temporary(storage)),
+        "bytes": sum(sizes[name] for name in orphans) + sum(temporary.values()),
     }
-
-
-def _temporary(storage: Storage) -> list[Path]:
-    """Entries of ``tmp/``; remote folders have none, since unfinished uploads are invisible there."""
-    folder = Path(storage.path("tmp"))
-    return sorted(folder.iterdir()) if storage.is_local and folder.is_dir() else []
-
-
-def _bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())

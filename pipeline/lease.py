@@ -9,6 +9,7 @@ would still commit each shard once.
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -21,6 +22,7 @@ from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 
 FOLDER = "lease"
+_RECORD = re.compile(r"lease/[0-9]{6}\.json", re.ASCII)
 _held: set[str] = set()  # tokens of this process, to tell its own pid from a reused one
 
 
@@ -138,7 +140,7 @@ class Lease:
             raise FactoryError(_refusal(self._storage, holder))
 
     def _drop_older(self) -> None:
-        for name in self._storage.list(FOLDER):
+        for name in _records(self._storage):
             if name < _name(self._number):
                 self._storage.delete(name)
 
@@ -146,7 +148,7 @@ class Lease:
 def current(storage: Storage) -> tuple[int, Holder] | None:
     """The newest lease of a run folder and its number; ``None`` if there never was one."""
     for last_try in (False, False, True):
-        names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
+        names = _records(storage)
         if not names:
             return None
         name = max(names)
@@ -171,6 +173,11 @@ def live(storage: Storage, stale_after: float = 60.0) -> Holder | None:
     holder = newest[1]
     alive = _alive(holder) if holder.machine == _machine() else time.time() - holder.beat_at <= stale_after
     return holder if alive else None
+
+
+def _records(storage: Storage) -> list[str]:
+    """Names of lease files, in order; nothing else in their folder is read or deleted."""
+    return [name for name in storage.list(FOLDER) if _RECORD.fullmatch(name)]
 
 
 def _name(number: int) -> str:

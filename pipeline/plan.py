@@ -169,8 +169,7 @@ def versions() -> dict[str, str]:
 def _refuse_foreign(storage: Storage) -> None:
     """A folder without a plan must hold nothing else, so that no user's files end up inside a dataset."""
     found = sorted(os.listdir(storage.url)) if storage.is_local and os.path.isdir(storage.url) else storage.list("")
-    staged = storage.path("tmp")
-    if found == ["tmp"] and os.path.isdir(staged) and all(name.startswith("write-") for name in os.listdir(staged)):
+    if found == ["tmp"] and not storage.temporary()[1]:
         return  # a run killed while it wrote its plan
     if found:
         raise DataError(f"{storage.url} is no run folder and not empty (it holds {found[0]}); give another --out")

@@ -45,7 +45,7 @@ def run_rounds(
     adversary: str | None = None
     reports = []
     for number in range(1, recipe.rounds.count + 1):
-        folder = root.path(round_name(number))
+        folder = root.folder(round_name(number))
         frozen = adversary_settings(recipe.distill.students[0], adversary) if adversary else None
         current = recipe.model_copy(update={"synth": round_settings(recipe, number, frozen)})
         made = stage.run_synth(current, folder, place, title=f"round {number} images", quiet=quiet)
@@ -54,7 +54,7 @@ def run_rounds(
         learnt = run_distill(
             current,
             sources,
-            f"{folder}/distill",
+            root.folder(f"{round_name(number)}/distill"),
             teacher=None if carried else recipe.synth.teacher,
             test_data=test_data,
             title=f"round {number} student",
@@ -139,7 +139,7 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
 def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
     """What the first round would do, and how many there are; writes nothing."""
     check(recipe, out)
-    first = estimate.dry_run(recipe, Storage(out).path(round_name(1)), place)
+    first = estimate.dry_run(recipe, Storage(out).folder(round_name(1)), place)
     return first | {"rounds": recipe.rounds.model_dump(mode="json")}
 
 

@@ -45,6 +45,7 @@ def run_synth(
     storage = Storage(out)
     teacher = teacher_of(recipe, inputs)
     open_or_create(storage, plan)
+    storage.folder("shards")  # a link there is found now, not by the first shard
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
         stored = settle(storage, plan)
         publish(storage, teacher)

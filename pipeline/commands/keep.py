@@ -17,13 +17,14 @@ def gc(
     """Remove what killed attempts left behind. Done shards, checkpoints and students are never touched."""
     from manifests.storage import Storage
     from pipeline.gc import collect
-    from pipeline.text import size
+    from pipeline.text import plain, size
 
     def lines(result: dict[str, Any]) -> list[str]:
         verb = "would remove" if result["dry_run"] else "removed"
         return [
             f"{verb} {len(result['orphans'])} unreferenced shard files and {len(result['temporary'])} temporary ones, "
-            f"{size(result['bytes'])}"
+            f"{size(result['bytes'])}",
+            *(f"left alone, not made by this program: {plain(name)}" for name in result["foreign"]),
         ]
 
     answer(collect(Storage(run), dry_run), as_json, lines)

@@ -52,7 +52,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
-    from manifests.errors import StoreError
+    from manifests.errors import DataError, StoreError
     from manifests.reader import Manifest
     from pipeline import inspect as look
     from pipeline.pictures import save
@@ -66,12 +66,12 @@ def inspect(
         picture = look.sheet(opened, where, columns)
         target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
         try:
-            if sheet is not None or opened.storage.is_local:
-                save(picture, Path(target))
+            if sheet is not None:
+                save(picture, sheet)
             else:
-                opened.storage.write(SHEET, picture)
+                opened.storage.write(SHEET, picture, beside=True)
             summary["sheet"] = target
-        except StoreError as error:
+        except (StoreError, DataError) as error:
             if sheet is not None:
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")

@@ -69,7 +69,7 @@ def from_top(values: Tensor, classes: Tensor, count: int) -> Tensor:
 def open_answers(teacher: Teacher, batches: Batches, out: Storage, watcher: Watcher) -> Answers:
     """The cache of this run, computed where there is none. Raises DataError where it belongs to something else."""
     asked = batches.settings.cache
-    storage = Storage(asked.folder or out.path(FOLDER))
+    storage = Storage(asked.folder or out.folder(FOLDER))
     top = asked.top or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
     top = top if top < teacher.num_classes else 0
     key = json.loads(json.dumps(_key(teacher, batches, top)))

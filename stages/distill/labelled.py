@@ -58,11 +58,12 @@ def labelled_images(path: str, class_names: Sequence[str]) -> LabelledImages:
         if os.path.isfile(f"{path}/m.parquet"):
             return _manifest(f"{path}/m.parquet", class_names)
         return _folder(path, class_names)
-    storage, name = split(path)
+    name = split(path)[1]
+    storage, file = split(path if "://" in path else os.path.realpath(path))  # a hub's cache holds links
     if name.endswith(".tar"):
-        return _tar_file(storage, name, class_names)
+        return _tar_file(storage, file, class_names)
     if name.endswith(".parquet"):
-        return _parquet(storage, name, class_names)
+        return _parquet(storage, file, class_names)
     raise DataError(f"{path} is no .tar, .parquet or folder of images")
 
 

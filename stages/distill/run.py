@@ -122,6 +122,8 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
     """Announce the run and claim its folder, once for all ``workers``. Raises as :func:`run_distill` does."""
     check_parts(prepared.order.length, prepared.settings.batch_size, workers)
     names = [student.name for student in prepared.students]
+    for name in names:
+        storage.folder(name)  # now, not after the training
     on_event("run_started", students=names, images=len(prepared.fit), workers=workers)
     defaults = DistillSettings().model_dump(mode="json", exclude=COMPARED)
     checkpoint.open_run(storage, prepared.spec, {"settings": defaults})

@@ -30,7 +30,7 @@ class TensorBoard:
             raise UsageError("track: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
         if not storage.is_local:
             raise UsageError(f"track: tensorboard writes to a local folder only, not {storage.url}")
-        self._open = lambda student: SummaryWriter(storage.path(f"{FOLDER}/{student}"), purge_step=step + 1)
+        self._open = lambda student: SummaryWriter(storage.folder(f"{FOLDER}/{student}"), purge_step=step + 1)
         self._writers: dict[str, Any] = {}
 
     def log(self, student: str, step: int, values: dict[str, float]) -> None:

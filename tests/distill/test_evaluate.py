@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -140,6 +141,19 @@ def test_files_that_cannot_be_read_are_named_before_the_training(samples, model,
         assert not (tmp_path / "out/checkpoint.pt").exists()
         bad.rmdir() if bad.is_dir() else bad.unlink()
     assert evaluate(model, path)["images"] == 7
+
+
+def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, model, tmp_path):
+    folder = Path(write_folder(tmp_path / "a", samples, NAMES))
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.rglob("*.png"))):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    assert evaluate(model, str(folder))["images"] == 7
+    write_split("validation", blobs / "7")
+    (tmp_path / "v.parquet").symlink_to("blobs/7")
+    assert len([*labelled_images(str(tmp_path / "v.parquet"), [*map(str, range(10))])]) > 7
 
 
 def test_our_own_manifest_is_labelled_data_too(dataset, model):

@@ -42,7 +42,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
 
 KILLED = """
 import os, signal, sys
-import manifests.backends as backends
+import manifests.local as local
 from stages.distill.run import run_distill
 from stages.distill.settings import DistillSettings
 
@@ -52,13 +52,13 @@ writes = 0
 class Dying(type(os)):
     def __getattr__(self, name): return getattr(os, name)
     @staticmethod
-    def replace(old, new):
+    def replace(old, new, **folders):
         global writes
         if str(new).endswith("checkpoint.pt"):
             writes += 1
             if where == "write" and writes == step: die()
-        os.replace(old, new)
-backends.os = Dying("os")
+        os.replace(old, new, **folders)
+local.os = Dying("os")
 settings = DistillSettings.model_validate_json(sys.argv[5])
 def progress(done, total, note): where == "step" and done == step and die()
 run_distill(settings, [(dataset, 1.0)], out, progress=progress)

@@ -5,7 +5,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import MagicMock, Mock
 
 import pytest
@@ -86,7 +86,7 @@ def test_only_one_of_many_racing_creators_wins(tmp_path: Path) -> None:
 
 
 def test_create_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr("os.link", refuse)
@@ -171,9 +171,9 @@ def test_a_file_deleted_during_a_listing_does_not_hide_the_others(
     storage = Storage(tmp_path)
     for name in ("a", "b"):
         storage.write(f"done/{name}", b"12")
-    gone = Mock(is_file=lambda: True, stat=Mock(side_effect=FileNotFoundError))
+    gone = Mock(is_file=lambda **_: True, stat=Mock(side_effect=FileNotFoundError))
     entries = [gone, *os.scandir(tmp_path / "done")]
-    monkeypatch.setattr("os.scandir", lambda _: MagicMock(__iter__=lambda _: iter(entries)))
+    monkeypatch.setattr("os.scandir", lambda _: MagicMock(__enter__=lambda _: iter(entries)))
     assert storage.sizes("done") == {"done/a": 2, "done/b": 2}
 
 
@@ -181,10 +181,11 @@ def replace_within_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every folder were a file system of its own."""
     replace = os.replace
 
-    def refusing(source: Path, target: Path) -> None:
-        if source.parent != target.parent:
+    def refusing(source: str, target: str, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        places = ((source, src_dir_fd), (target, dst_dir_fd))
+        if len({os.stat(os.path.dirname(name) or ".", dir_fd=folder).st_ino for name, folder in places}) > 1:
             raise OSError(errno.EXDEV, "Invalid cross-device link")
-        replace(source, target)
+        replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     monkeypatch.setattr("os.replace", refusing)
 
@@ -199,11 +200,11 @@ def test_put_file_onto_another_file_system(tmp_path: Path, monkeypatch: pytest.M
         assert storage.read("shards/x.tar") == content
     local.write_bytes(b"three")
 
-    def full(source: Path, target: Path) -> None:
-        target.write_bytes(b"th")
+    def full(source: BinaryIO, target: BinaryIO, length: int) -> None:
+        target.write(b"th")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(StoreError, match="cannot write: No space left on device"):
         storage.put_file(local, "shards/x.tar")
     assert storage.list("shards") == ["shards/x.tar"] and storage.list("tmp") == ["tmp/finished"]

@@ -127,7 +127,7 @@ def test_inspect_writes_a_sheet_and_nothing_else_or_answers_without_it(factory, 
     (run_folder / "sheet.png").mkdir()  # as little to be written as in a folder that is read-only
     code, out, err = factory("inspect", run_folder, "--json")
     assert (code, json.loads(out)["rows"]) == (0, 40)
-    assert "sheet.png: cannot write: Is a directory; --sheet FILE puts it elsewhere" in err
+    assert "sheet.png: is a folder, expected a file; --sheet FILE puts it elsewhere" in err
     code, _, err = factory("inspect", run_folder, "--sheet", run_folder / "sheet.png")
     assert (code, len(err.splitlines())) == (1, 1)
 

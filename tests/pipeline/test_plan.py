@@ -116,7 +116,7 @@ def test_a_plan_of_which_nothing_was_made_may_be_replaced_unless_a_driver_is_at_
 
 def test_a_run_killed_while_it_wrote_its_plan_is_not_in_its_own_way(tmp_path):
     (tmp_path / "tmp").mkdir()
-    (tmp_path / "tmp/write-0123").write_bytes(b"{")
+    (tmp_path / "tmp" / ("write-" + 16 * "01")).write_bytes(b"{")
     open_or_create(Storage(tmp_path), plan_of())
     other = tmp_path / "other"
     (other / "tmp").mkdir(parents=True)
