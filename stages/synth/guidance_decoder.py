@@ -17,8 +17,9 @@ from stages.micro_batches import in_micro_batches
 from stages.models.inputs import resized
 from stages.models.teacher import Teacher
 from stages.synth.fitted_decoder import conditions, draw_latents, fitted_decoder, pull_back
-from stages.synth.priors.diffusion import DTYPES, DiffusionPrior, frozen, load_network
+from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.families import tiny_decoder
+from stages.synth.priors.parts import DTYPES, frozen, load_network
 from stages.synth.priors.prior import Prior
 from stages.synth.sampler import Decode, Guide
 from stages.synth.settings import GuidanceSettings, SynthSettings
@@ -87,6 +88,8 @@ class TinyDecoder:
         self.prior, self.dtype = prior, DTYPES[prior.settings.dtype]
         try:
             loaded: Any = load_network(AutoencoderTiny, folder, self.dtype, prior.device)
+        except DataError:
+            raise
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
             detail = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"tiny decoder {folder} cannot be loaded: {detail}") from error

@@ -7,8 +7,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from stages.synth.priors.diffusion import VAES, DiffusionPrior, load_part
+from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.families import check_labels
+from stages.synth.priors.parts import VAES, load_part
 
 
 class ClassPrior(DiffusionPrior):

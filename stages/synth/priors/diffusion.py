@@ -9,23 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
 from stages.micro_batches import in_micro_batches
 from stages.synth.priors.attention import use_attention
 from stages.synth.priors.families import FAMILIES, geometry, read_index
-from stages.synth.priors.files import loading
+from stages.synth.priors.parts import frozen
 from stages.synth.priors.prior import Prediction, State
 from stages.synth.priors.schedule import Schedule
 from stages.synth.settings import PriorSettings
 
 log = logging.getLogger(__name__)
-VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiffusionPrior(ABC):
@@ -39,8 +34,6 @@ class DiffusionPrior(ABC):
     batch_limit: int | None = None
 
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
-        for library in (diffusers_logging, transformers_logging):
-            library.disable_progress_bar()  # progress is shown in images
         logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
         self.folder, self.settings, self.device = Path(folder), settings, device
         self.index = read_index(self.folder)
@@ -143,44 +136,3 @@ class DiffusionPrior(ABC):
     def _decode(self, latents: Tensor) -> Tensor:
         slices = latents.split(1) if self.settings.vae_slicing else (latents,)
         return torch.cat([self.vae.decode(part).sample for part in slices])
-
-
-def frozen(network: Any, device: str) -> Any:
-    """``network`` on ``device``, in eval mode and without gradients of its own."""
-    if device.startswith("cuda"):  # what tensor cores want of convolutions; a CPU's sums would come out otherwise
-        network = network.to(memory_format=torch.channels_last)
-    return network.to(device).eval().requires_grad_(False)
-
-
-def load_part(prior: DiffusionPrior, name: str, classes: dict[str, Any]) -> Any:
-    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
-    _, kind = prior.index.get(name) or (None, None)
-    if kind not in classes:
-        raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
-    where = {"subfolder": name, **loading(prior.folder / name, prior.settings.variant)}
-    return load_network(classes[kind], prior.folder, DTYPES[prior.settings.dtype], prior.device, **where)
-
-
-def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **where: Any) -> Any:
-    """A diffusers network of class ``kind`` from its folder; on the device ``meta`` shapes alone, from the config."""
-    if device == "meta":
-        config = kind.load_config(str(folder), **where)
-        with torch.device("meta"):
-            return torch.nn.Module.to(kind.from_config(config), dtype)
-    return kind.from_pretrained(str(folder), torch_dtype=dtype, **where)
-
-
-def load_encoder(prior: DiffusionPrior, name: str, kind: Any) -> Any:
-    """Transformers encoder ``name`` of a prior's folder, as :func:`load_network`."""
-    dtype, where = DTYPES[prior.settings.dtype], {"subfolder": name, "local_files_only": True}
-    if prior.device == "meta":
-        config = kind.config_class.from_pretrained(str(prior.folder), **where)
-        with torch.device("meta"):
-            return kind(config).to(dtype)
-    where |= loading(prior.folder / name, prior.settings.variant)
-    return kind.from_pretrained(str(prior.folder), dtype=dtype, **where)
-
-
-def load_tokenizer(prior: DiffusionPrior, name: str, kind: Any) -> Any:
-    """Tokenizer ``name`` of a prior's folder."""
-    return kind.from_pretrained(str(prior.folder), subfolder=name, local_files_only=True)

@@ -35,6 +35,12 @@ def files_read(names: Iterable[str], variant: str | None) -> list[str]:
     return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files in ``folder`` that hold its network, as :func:`files_read` chooses them."""
+    names = sorted(file.name for file in folder.glob("*") if file.is_file())
+    return [folder / match.string for match in _chosen(names, variant)]
+
+
 def loading(folder: Path, variant: str | None) -> dict[str, Any]:
     """``variant`` and ``use_safetensors`` of ``from_pretrained`` for the network in ``folder``.
 

@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stages.synth.priors.diffusion import VAES, DiffusionPrior, frozen, load_encoder, load_part, load_tokenizer
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.parts import VAES, frozen, load_encoder, load_part, load_tokenizer
 from stages.synth.settings import PriorSettings
 
 PROMPTS = 1024

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from stages.synth.priors.diffusion import frozen, load_encoder, load_tokenizer
+from stages.synth.priors.parts import frozen, load_encoder, load_tokenizer
 from stages.synth.priors.text import TextPrior
 
 TOKENS = 77  # what the network was trained with; T5 itself has no limit

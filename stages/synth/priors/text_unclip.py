@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from manifests.errors import DataError, UsageError
 from stages.micro_batches import in_micro_batches
-from stages.synth.priors.diffusion import frozen, load_encoder, load_part
+from stages.synth.priors.parts import frozen, load_encoder, load_part
 from stages.synth.priors.text import TextPrior
 
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stages.synth.priors.diffusion import frozen, load_encoder, load_part, load_tokenizer
+from stages.synth.priors.parts import frozen, load_encoder, load_part, load_tokenizer
 from stages.synth.priors.text import TextPrior, token_ids
 
 

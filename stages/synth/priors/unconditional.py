@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import Tensor
 
 from manifests.errors import DataError
-from stages.synth.priors.diffusion import DiffusionPrior, load_part
+from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.families import FAMILIES
+from stages.synth.priors.parts import load_part
 from stages.synth.settings import PriorSettings
 
 
