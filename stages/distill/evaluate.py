@@ -3,6 +3,7 @@
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
+    ``data`` in the result is where the images were, with the sha256 of labels and encoded images in their order.
     Raises DataError where either does not fit or ``teacher`` knows other classes, UsageError where ``device`` cannot be
     used.
     """
@@ -45,13 +47,14 @@ def evaluate(
 
 def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> dict[str, Any]:
     """Like :func:`evaluate`, of a network in memory (left in eval mode)."""
-    spec = InputSpec(config.input)
+    spec, digest = InputSpec(config.input), hashlib.sha256()
     net.eval()
     device = next(net.parameters()).device
     found = run_models(
-        data, config.class_names, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device
+        data, config.class_names, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device, digest
     )
-    return metrics(found[1], found[0], config.class_names, found[2] if teacher else None)
+    scores = metrics(found[1], found[0], config.class_names, found[2] if teacher else None)
+    return scores | {"data": {"path": data, "sha256": digest.hexdigest()}}
 
 
 def check_data(data: str, class_names: tuple[str, ...]) -> None:
@@ -64,12 +67,19 @@ def check_data(data: str, class_names: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def run_models(
-    data: str, class_names: tuple[str, ...], models: list[Callable[[Tensor], Tensor]], device: torch.device
+    data: str,
+    class_names: tuple[str, ...],
+    models: list[Callable[[Tensor], Tensor]],
+    device: torch.device,
+    digest: Any = None,
 ) -> list[Tensor]:
-    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
+    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1].
+
+    ``digest`` (of hashlib) is updated with all labels and encoded images.
+    """
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
-    for some, images in _batches(data, class_names):
+    for some, images in _batches(data, class_names, digest):
         labels += some
         for kept, model in zip(logits, models, strict=True):
             kept.append(model(to_unit(images.to(device))).float().cpu())
@@ -78,13 +88,16 @@ def run_models(
     return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
 
 
-def _batches(data: str, class_names: tuple[str, ...]) -> Iterator[tuple[list[int], Tensor]]:
+def _batches(data: str, class_names: tuple[str, ...], digest: Any = None) -> Iterator[tuple[list[int], Tensor]]:
     """Labels and uint8 ``[n, h, w, 3]`` of neighbouring images of one size."""
     labels: list[int] = []
     images: list[Tensor] = []
     most = BATCH
     for sample in labelled_images(data, class_names):
         image = _decoded(sample, data, len(class_names))
+        if digest:
+            digest.update(f"{sample[2]} {len(sample[1])}\n".encode())
+            digest.update(sample[1])
         if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
