@@ -5,9 +5,11 @@ and any run of neighbours is one longer read. Nothing is trusted before it is ch
 """
 
 import hashlib
+import json
 import math
 import os
 import threading
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -121,9 +123,18 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the manifest file: what an order or a checkpoint refers to."""
+        """sha256 of the stored rows and of the description but for its recipe: what an order or a checkpoint refers to.
+
+        The recipe holds settings of stage 2, which may be edited; what decides the images is in the fingerprint.
+        """
+        described = {name: value for name, value in asdict(self.info).items() if name != "recipe"}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         with self.storage.open(self.name) as file:
-            return _sha256(file)
+            end = file.seek(-8, os.SEEK_END)  # Parquet: pages, footer, its length in 4 bytes, PAR1
+            pages = end - int.from_bytes(file.read(4), "little")
+            file.seek(0)
+            _update(digest, file, pages)
+        return digest.hexdigest()
 
     def select(self, where: str | None = None, kept: bool = True) -> Selection:
         """The rows that satisfy ``where`` (see :mod:`manifests.select`); with ``kept`` only images not rejected.
@@ -228,6 +239,12 @@ def _all(indices: npt.NDArray[np.int64]) -> bool:
 
 def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    _update(digest, file)
     return digest.hexdigest()
+
+
+def _update(digest: Any, file: Any, size: float = math.inf) -> None:
+    """Hash ``size`` bytes of ``file``, or what is left of it."""
+    while block := file.read(int(min(1 << 20, size))):
+        digest.update(block)
+        size -= len(block)

@@ -244,14 +244,15 @@ def dump_json(values: Any, indent: int | None = None, ensure_ascii: bool = True)
     >>> dump_json({"loss": float("nan"), "seconds": [1.5, float("inf")]})
     '{"loss": null, "seconds": [1.5, null]}'
     """
-    return json.dumps(_finite(values), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    return json.dumps(finite_json(values), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite_json(value: Any) -> Any:
+    """``value`` with null in place of every number that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(child) for key, child in value.items()}
+        return {key: finite_json(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
+        return [finite_json(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,13 +9,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from manifests.schema import load_tree
+from manifests.schema import finite_json, load_tree
 
 SEAL = "checksum"
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
-    """``values`` as readable JSON, with the sha256 of their canonical JSON as last entry."""
+    """``values`` as readable JSON, with the sha256 of their canonical JSON as last entry; NaN and infinity as null."""
+    values = finite_json(values)
     return json.dumps({**values, SEAL: _digest(values)}, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

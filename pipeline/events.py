@@ -1,7 +1,7 @@
 """events.jsonl: what happened in a run, one JSON line each, written by the one driver and read by ``factory status``.
 
 Kinds: run_started, shard_started, shard_done, shard_failed, shard_quarantined, worker_lost, group_split (done in
-micro-batches for want of memory), warning, run_finished, run_interrupted, run_failed.
+micro-batches for want of memory), note, warning, run_finished, run_interrupted, run_failed.
 
 Events inform; correctness rests on done records alone, so a lost tail harms nothing, and an event that cannot be
 written stops no run: what comes next says better what is wrong with its folder. (A link in the log's place does.)

@@ -6,7 +6,7 @@ Used by ``factory run synth`` (create or resume) and read by ``status``, ``gc`` 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -23,6 +23,7 @@ from stages.synth.plan_inputs import SynthInputs, semantics
 
 PLAN = "plan.json"
 RESOLVED = "resolved.yaml"
+STAGE_2 = "distill"  # its section of a recipe
 RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow", "ray")
 
 
@@ -97,22 +98,29 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
     _check(storage, stored, plan)
 
 
-def settle(storage: Storage, plan: Plan) -> Plan:
+def settle(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:
     """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
     of which nothing was made (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
+
+    Settings of stage 2 decide no image: those of ``plan`` replace the stored ones, and ``on_line`` is given a line
+    that names what changed.
     """
     stored = read_plan(storage)
     _check(storage, stored, plan)
     settled = stored
+    there, here = ({STAGE_2: recipe.get(STAGE_2)} for recipe in (stored.recipe, plan.recipe))
+    edited = differences(there, here)
     if stored.fingerprint != plan.fingerprint:
         release(storage, quarantined(storage))
         settled = plan
-    elif plan.shards > stored.shards:
+    elif plan.shards > stored.shards or edited:
         settled = replace(stored, shards=plan.shards, recipe=plan.recipe)
+        if edited:
+            on_line(f"stage 2's settings stored in {storage.url} are replaced: {'; '.join(edited)}")
+    if settled is not stored or not storage.exists(RESOLVED):  # the plan last: it decides whether this is done again
+        storage.write(RESOLVED, to_yaml(Recipe.model_validate(settled.recipe)))
     if settled is not stored:
         storage.write(PLAN, settled.to_json())
-    if settled is not stored or not storage.exists(RESOLVED):
-        storage.write(RESOLVED, to_yaml(Recipe.model_validate(settled.recipe)))
     return settled
 
 

@@ -47,7 +47,12 @@ def run_synth(
     open_or_create(storage, plan)
     storage.folder("shards")  # a link there is found now, not by the first shard
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
-        stored = settle(storage, plan)
+
+        def note(line: str) -> None:
+            events.write("note", message=line)
+            say(line)
+
+        stored = settle(storage, plan, note)
         publish(storage, teacher)
         info = dataset_info(stored, inputs, teacher)
         storage.write(DATASET, info.to_json())

@@ -97,7 +97,8 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         loss=", ".join(f"{k} {v:g}" for k, v in weights.items()) + f" (τ = {settings['loss']['tau']:g})",
         keep=settings["keep"],
         held_out_score=f"agreement with the teacher {held['agreement']:.1%}" if held else "none",
-        test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}"
+        test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}; "
+        f"{test['images']:,} images, sha256 {test['data']['sha256']}"
         if test
         else "not given",
         model="MODEL.yaml" if by_name else "FOLDER",

@@ -3,7 +3,9 @@
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
 
+    ``data`` in the result is where the images were, with the sha256 of labels and encoded images in their order.
     Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
     UsageError where ``device`` cannot be used.
     """
@@ -50,9 +53,11 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     spec = InputSpec(config.input)
     net.eval()
     device = next(net.parameters()).device
-    images = labelled_images(data, config.class_names)
+    images, digest = labelled_images(data, config.class_names), hashlib.sha256()
     labels, logits, *answers = run_models(
-        images, [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])], device
+        replace(images, samples=_digested(images.samples, digest)),
+        [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])],
+        device,
     )
     bad = int((~logits.isfinite()).any(1).sum())
     if bad:
@@ -63,7 +68,16 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     seen, classes = len(labels.unique()), config.num_classes
     fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
     scores = metrics(logits, labels, config.class_names, answers[0] if teacher else None)
-    return {"class_order": images.class_order + fewer, **scores}
+    identity = {"path": data, "sha256": digest.hexdigest()}
+    return {"class_order": images.class_order + fewer, "data": identity, **scores}
+
+
+def _digested(samples: Iterator[Sample], digest: Any) -> Iterator[Sample]:
+    """``samples``, with ``digest`` (of hashlib) updated by all labels and encoded images."""
+    for sample in samples:
+        digest.update(f"{sample[2]} {len(sample[1])}\n".encode())
+        digest.update(sample[1])
+        yield sample
 
 
 def check_data(data: str, class_names: tuple[str, ...]) -> str:

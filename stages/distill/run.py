@@ -2,11 +2,12 @@
 
 OUT/run.json            what decides the result: settings, manifests, teacher
 OUT/checkpoint.pt       state of the run, replaced atomically
-OUT/results.json        what this module returns
+OUT/results.json        what this module returns, sealed
 OUT/teacher-cache/      the teacher's answers, where they are kept
 OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from manifests.schema import dump_json
 from manifests.storage import Storage
 from stages.device import find_device
 from stages.distill import card, checkpoint
@@ -27,6 +27,7 @@ from stages.distill.loop import Training, train
 from stages.distill.pixels import open_pixels
 from stages.distill.precision import complaint
 from stages.distill.ranks import ALONE, Ranks
+from stages.distill.results import WEIGHTS, Scores, keep_score, measured_before, write_results
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
 from stages.distill.settings import PLACE, DistillSettings
 from stages.distill.student import Student
@@ -41,7 +42,6 @@ from stages.models.schemes import default_stem
 from stages.models.settings import ModelSettings
 from stages.models.teacher import Teacher
 
-RESULTS = "results.json"
 NO_DERIVED = "loss.derived does nothing: no image to train on was made from another, as method dda makes them"
 COMPARED: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
 """Settings left out of what a resumed run must share with its beginning."""
@@ -75,9 +75,10 @@ def run_distill(
 ) -> dict[str, Any]:
     """Train every student of ``settings`` on ``manifests`` (URL, weight) and write them below ``out``, in this process.
 
-    The same call resumes, or returns the finished run's results again. Returns JSON-able results; ``parked`` names the
-    students that diverged, by reason. Raises DataError where data, teacher and run folder do not fit, UsageError for
-    settings that cannot work, Interrupted after a checkpoint once ``should_stop()`` is true.
+    The same call resumes, or returns the finished run's results again; without ``test_data`` it keeps the test scores
+    that an earlier call measured of the same weights. Returns JSON-able results; ``parked`` names the students that
+    diverged, by reason. Raises DataError where data, teacher and run folder do not fit, UsageError for settings that
+    cannot work, Interrupted after a checkpoint once ``should_stop()`` is true.
     """
     storage = out if isinstance(out, Storage) else Storage(out)
     prepared = prepare(settings, manifests, teacher)
@@ -135,6 +136,7 @@ def train_students(prepared: Prepared, storage: Storage, test_data: str | None, 
     if test_data and ranks.first:  # now, not after the training
         order = check_data(test_data, teacher.class_names)
         watcher.on_event("note", message=f"test data: {order}")
+    before = measured_before(storage, bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
         for student in prepared.students:
             if adapted := adaptation_of(student.net):
@@ -162,11 +164,18 @@ def train_students(prepared: Prepared, storage: Storage, test_data: str | None, 
             answers=open_answers(teacher, batches, storage, watcher) if settings.cache.use else None,
         )  # fmt: skip
         train(run)
-        return _results(prepared, run, test_data, check) if ranks.first else {}
+        return _results(prepared, run, test_data, before, check) if ranks.first else {}
 
 
-def _results(prepared: Prepared, run: Training, test_data: str | None, check: dict[str, Any]) -> dict[str, Any]:
-    """Write every student's folder and the results of the run; the latter."""
+def _results(
+    prepared: Prepared, run: Training, test_data: str | None, before: Scores, check: dict[str, Any]
+) -> dict[str, Any]:
+    """Write every student's folder and the results of the run; the latter. ``before``: scores of an earlier command."""
+
+    def score(student: Student, weights: str) -> dict[str, Any] | None:
+        new = _score(student.result, student, test_data, run.teacher, run.watcher) if test_data else None
+        return new or keep_score(student.name, weights, before, run.watcher)
+
     results: dict[str, Any] = {
         "out": run.storage.url,
         "teacher": prepared.spec["teacher"],
@@ -176,13 +185,13 @@ def _results(prepared: Prepared, run: Training, test_data: str | None, check: di
         "workers": run.ranks.size,
         "seconds": run.seconds,
         "data_wait": run.waited / run.seconds if run.seconds else 0.0,
-        "students": {student.name: _finish(prepared, run, student, test_data) for student in run.learning},
+        "students": {student.name: _finish(prepared, run, student, score) for student in run.learning},
         "parked": {student.name: student.parked for student in run.students if student.parked is not None},
     }
-    tests = [facts["test"] for facts in results["students"].values() if facts["test"]]
-    if tests:
-        results["teacher_accuracy"] = tests[0]["teacher_accuracy"]
-    run.storage.write(RESULTS, dump_json(results, indent=1).encode() + b"\n")
+    for facts in results["students"].values():
+        if facts["test"]:
+            results["teacher_accuracy"] = facts["test"]["teacher_accuracy"]
+    write_results(run.storage, results)
     return results
 
 
@@ -197,12 +206,16 @@ def _score(
         return None
 
 
-def _finish(prepared: Prepared, run: Training, student: Student, test_data: str | None) -> dict[str, Any]:
-    """Write one student's folder; its results."""
+def _finish(
+    prepared: Prepared, run: Training, student: Student, score: Callable[[Student, str], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Write one student's folder; its results. ``score`` gets the sha256 of its weights."""
     net, scores = student.result, student.metrics[-1].get("held_out")
     if run.settings.keep == "best":
         net.load_state_dict(student.best_weights)
         scores = max(student.metrics, key=lambda line: (line["held_out"]["agreement"], line["epoch"]))["held_out"]
+    files = model_files(net, student.config)
+    weights = hashlib.sha256(files["model.safetensors"]).hexdigest()
     facts: dict[str, Any] = {
         "folder": run.storage.path(student.name),
         "images": len(prepared.fit),
@@ -210,11 +223,11 @@ def _finish(prepared: Prepared, run: Training, student: Student, test_data: str 
         "device": str(run.device),
         "last_epoch": student.metrics[-1],
         "held_out": scores,
-        "test": _score(net, student, test_data, run.teacher, run.watcher) if test_data else None,
+        "test": score(student, weights),
         **card.measure(net, student.config),
+        "bytes": len(files["model.safetensors"]),
+        WEIGHTS: weights,
     }
-    files = model_files(net, student.config)
-    facts["bytes"] = len(files["model.safetensors"])
     files["README.md"] = card.model_card(student.config, prepared.spec, facts).encode()
     for name, data in files.items():
         run.storage.write(f"{student.name}/{name}", data)

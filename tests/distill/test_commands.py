@@ -87,6 +87,16 @@ def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
     assert "images in each of 3 classes" in done.stderr
 
 
+def test_the_same_command_without_test_data_keeps_the_score(dataset, tmp_path):
+    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--json")
+    first, second = (json.loads(factory(*args, *more).stdout) for more in (("--test-data", dataset), ()))
+    scores = [found["students"]["digits-cnn-small"]["test"] for found in (first, second)]
+    assert scores[0] == scores[1] and scores[0]["images"] == 48
+    lines = factory(*args[:-1])
+    assert f"its test score was measured before and is kept: {scores[0]['accuracy']:.1%} on 48 images" in lines.stderr
+    assert f"{scores[0]['accuracy']:.1%} on the test data" in lines.stdout
+
+
 def test_one_process_at_a_time_trains_in_a_folder(dataset, tmp_path):
     out = tmp_path / "out"
     with Lease(Storage(out)):

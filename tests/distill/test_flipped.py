@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from manifests.errors import DataError
 from manifests.storage import Storage
 from stages.distill import checkpoint
+from stages.distill.results import RESULTS, measured_before
 from stages.distill.run import run_distill
 from stages.models.identity import CONFIG, WEIGHTS
 from stages.models.loading import load_model
@@ -22,7 +23,7 @@ STUDENT = "digits-cnn-small"
 def run(dataset, tmp_path_factory) -> Path:
     """A finished run that keeps its best weights."""
     out = tmp_path_factory.mktemp("run")
-    run_distill(short.settings(epochs=1, keep="best"), [(dataset, 1.0)], str(out))
+    run_distill(short.settings(epochs=1, keep="best"), [(dataset, 1.0)], str(out), test_data=dataset)
     return out
 
 
@@ -77,3 +78,17 @@ def test_a_flipped_description_of_the_run_is_noticed(run, data):
         return
     finally:
         (run / checkpoint.RUN).write_bytes(whole)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_flipped_test_score_is_never_kept(run, data):
+    before = measured_before(Storage(run))
+    assert before
+    whole = flipped(run / RESULTS, data)
+    try:
+        assert measured_before(Storage(run)) == before  # white space, or the name of the checksum
+    except DataError:
+        return
+    finally:
+        (run / RESULTS).write_bytes(whole)

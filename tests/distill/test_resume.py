@@ -5,11 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from manifests.errors import DataError, Interrupted
+from manifests.merge import merge
+from manifests.reader import Manifest
+from manifests.shard import done_records
+from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.run import run_distill
 from tests.distill.drawn import write_dataset
@@ -38,6 +43,22 @@ def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
         for line in (*whole, *parts):
             del line["seconds"], line["data_wait"]
         assert whole == parts
+
+
+def test_a_manifest_whose_recipe_was_edited_is_the_same_data(tmp_path):
+    """Stage 1, run again, stores edited settings of stage 2: a run goes on where they do not differ for it."""
+    path = write_dataset(tmp_path / "d")
+    asked = settings(checkpoint_seconds=1e9)
+    run_distill(asked, [(path, 1.0)], str(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        run_distill(asked, [(path, 1.0)], str(tmp_path / "parts"), should_stop=stop_at(2))
+    storage = Storage(tmp_path / "d")
+    merge(storage, replace(Manifest.open(path).info, recipe={"distill": {"epochs": 9}}), list(done_records(storage)))
+    assert Manifest.open(path).info.recipe == {"distill": {"epochs": 9}}
+    run_distill(asked, [(path, 1.0)], str(tmp_path / "parts"))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"holds another run: settings.epochs: 3 -> 9\. Use the same settings"):
+        run_distill(settings(epochs=9), [(path, 1.0)], str(tmp_path / "parts"))
 
 
 KILLED = """

@@ -1,5 +1,6 @@
 """A whole run of stage 2: what it writes, that it resumes exactly, that students do not disturb each other."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import safetensors.torch
 import torch
 
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from stages.distill import checkpoint, loop, pixels, precision, student
 from stages.distill.run import run_distill
@@ -15,6 +17,8 @@ from stages.models.loading import load_model
 from stages.models.settings import ModelSettings
 from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
+
+SCORE = {"accuracy": 0.5, "agreement": 1.0, "teacher_accuracy": 1.0, "data": {"path": "x", "sha256": "0" * 64}}
 
 
 def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
@@ -28,7 +32,7 @@ def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
     assert results["images"] + results["images_held_out"] == 48
     assert found["test"]["images"] == 48
     assert results["teacher_accuracy"] == found["test"]["teacher_accuracy"]
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert unseal((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(results))
     net, config = load_model(tmp_path / "digits-cnn-small")
     assert config.class_names == ("left", "right", "top")
     assert sum(p.numel() for p in net.parameters()) == found["parameters"]
@@ -204,7 +208,7 @@ def test_the_test_data_is_looked_at_once_unless_asked(dataset, tmp_path, monkeyp
     seen = []
     monkeypatch.setattr(
         "stages.distill.run.evaluate_net",
-        lambda *a: seen.append(a) or {"accuracy": 0.5, "agreement": 1, "teacher_accuracy": 1},
+        lambda *a: seen.append(a) or {**SCORE, "images": 48},
     )
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "once"), test_data=dataset)
     assert len(seen) == 1
@@ -227,6 +231,87 @@ def test_a_student_without_a_score_is_kept(dataset, tmp_path, monkeypatch):
     assert results["students"]["digits-cnn-small"]["test"] is None
     assert "teacher_accuracy" not in results
     assert load_model(tmp_path / "digits-cnn-small")
+
+
+class TestScores:
+    """A measured test score stays until another is measured, or the weights change."""
+
+    def again(self, dataset, out, said=None, **changes):
+        def tell(kind, **fields):
+            if said is not None and kind in ("note", "warning"):
+                said.append(fields["message"])
+
+        test_data = changes.pop("test_data", None)
+        return run_distill(settings(**changes), [(dataset, 1.0)], str(out), test_data=test_data, on_event=tell)
+
+    @pytest.mark.parametrize("changes", [TWO, {"keep": "best"}], ids=["two", "best"])
+    def test_a_command_without_test_data_keeps_it(self, dataset, tmp_path, changes):
+        said = []
+        first = self.again(dataset, tmp_path, test_data=dataset, **changes)
+        second = self.again(dataset, tmp_path, said, **changes)
+        for name, facts in first["students"].items():
+            test = facts["test"]
+            assert second["students"][name]["test"] == test and test["data"]["path"] == dataset
+            assert facts["weights_sha256"] == hashlib.sha256(weights(tmp_path, name)).hexdigest()
+            card = (tmp_path / name / "README.md").read_text()
+            assert f"accuracy {test['accuracy']:.1%}, " in card and test["data"]["sha256"] in card
+            line = f"{name}: its test score was measured before and is kept: {test['accuracy']:.1%} on 48 images of "
+            assert line + dataset in said
+        assert second["teacher_accuracy"] == first["teacher_accuracy"]
+        assert unseal((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(second))
+
+    def test_other_test_data_replaces_it(self, dataset, tmp_path):
+        other = write_dataset(tmp_path / "other", count=20, seed=1)
+        scores = [
+            self.again(dataset, tmp_path / "out", test_data=data)["students"]["digits-cnn-small"]["test"]
+            for data in (dataset, other, dataset, None)
+        ]
+        assert [score["images"] for score in scores] == [48, 20, 48, 48]
+        assert scores[0] == scores[2] == scores[3] != scores[1]
+
+    def test_test_data_that_give_no_score_do_not_erase_it(self, dataset, tmp_path, monkeypatch):
+        first = self.again(dataset, tmp_path, test_data=dataset)
+
+        def refuse(net, config, data, teacher):
+            raise DataError("the last image is cut short")
+
+        monkeypatch.setattr("stages.distill.run.evaluate_net", refuse)
+        second = self.again(dataset, tmp_path, test_data=dataset)
+        name = "digits-cnn-small"
+        assert second["students"][name]["test"] == first["students"][name]["test"]
+
+    def test_other_weights_do_not_inherit_it(self, dataset, tmp_path):
+        said = []
+        self.again(dataset, tmp_path, test_data=dataset)
+        (tmp_path / "checkpoint.pt").unlink()
+        found = self.again(dataset, tmp_path, said, seed=5)
+        assert found["students"]["digits-cnn-small"]["test"] is None and "teacher_accuracy" not in found
+        assert any(line.startswith("digits-cnn-small: its weights changed since its test score: ") for line in said)
+        assert "(read once, at the end): not given" in (tmp_path / "digits-cnn-small" / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda values: b"{",
+            lambda values: json.dumps(values | {"checksum": "0" * 64}).encode(),
+            lambda values: seal(values | {"students": []}),
+            lambda values: seal(values | {"students": {"a": {"weights_sha256": "x", "test": {"accuracy": "99"}}}}),
+            lambda values: seal(
+                values | {"students": {"a": {"weights_sha256": "0" * 64, "test": SCORE | {"images": -1}}}}
+            ),
+        ],
+    )
+    def test_damaged_results_are_refused_until_measured_again(self, dataset, tmp_path, spoil):
+        self.again(dataset, tmp_path, epochs=1, test_data=dataset)
+        file = tmp_path / "results.json"
+        file.write_bytes(spoil(unseal(file.read_bytes())))
+        before = file.read_bytes()
+        with pytest.raises(
+            DataError, match=r"results\.json is damaged .* again with --test-data, or delete it"
+        ) as error:
+            self.again(dataset, tmp_path, epochs=1)
+        assert "\n" not in str(error.value) and file.read_bytes() == before
+        assert self.again(dataset, tmp_path, epochs=1, test_data=dataset)["teacher_accuracy"] >= 0
 
 
 class TestTeacher:

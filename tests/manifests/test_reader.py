@@ -1,6 +1,7 @@
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,24 @@ def test_opening_by_file_or_folder(whole: Storage) -> None:
         assert manifest.num_rows == manifest.info.rows == 18
         assert manifest.info.class_names == ("zero", "one", "two")
         assert manifest.num_groups == 5
-    import hashlib
 
-    assert manifest.digest == hashlib.sha256(whole.read("m.parquet")).hexdigest()
+
+def test_the_digest_covers_rows_and_description_but_no_recipe(tmp_path: Path) -> None:
+    def digest(name: str, rows: int = ROWS, **changed: Any) -> str:
+        storage = Storage(tmp_path / name)
+        write_shard(storage, 0, rows)
+        merge(storage, replace(INFO, **changed))
+        return Manifest.open(storage.url).digest
+
+    base = digest("a")
+    assert digest("b", recipe={"distill": {"epochs": 7}}) == base
+    assert digest("c", rows=ROWS + 1) != base
+    assert digest("d", class_names=("zero", "one", "three")) != base
+    table = pq.read_table(tmp_path / "a" / "m.parquet")
+    at = table.schema.get_field_index("teacher_label")
+    other = table.set_column(at, table.schema.field(at), pa.array([2] * ROWS, table.schema.field(at).type))
+    pq.write_table(other, tmp_path / "a" / "m.parquet", **write_options())
+    assert Manifest.open(tmp_path / "a").digest != base
 
 
 def test_a_selection_is_a_filter_of_everything(whole: Storage) -> None:

@@ -96,6 +96,36 @@ def test_shards_only_grow(tmp_path):
         open_or_create(storage, plan_of())
 
 
+def test_edited_settings_of_stage_2_are_stored_anew_and_named(tmp_path):
+    storage, lines = Storage(tmp_path / "run"), []
+    base = resolve("demo", section="synth", sets=["method=noise", "shards=2"], environ={})
+    inputs = inspect_inputs(base.synth)
+
+    def plan(shards=2, **distill):
+        synth = base.synth.model_copy(update={"shards": shards})
+        stage_2 = base.distill.model_copy(update=distill)
+        return make_plan(base.model_copy(update={"synth": synth, "distill": stage_2}), inputs)
+
+    open_or_create(storage, plan(epochs=3))
+    settle(storage, plan(epochs=3), lines.append)
+    before = [storage.read(name) for name in ("plan.json", "resolved.yaml")]
+    settle(storage, plan(epochs=3), lines.append)
+    assert not lines and before == [storage.read(name) for name in ("plan.json", "resolved.yaml")]
+    for shards in (2, 4):  # on a planned run, and on one that grows
+        edited = plan(shards, epochs=3 + shards, where="kept")
+        assert settle(storage, edited, lines.append) == edited == read_plan(storage)
+        resolved = resolve(str(tmp_path / "run/resolved.yaml"), environ={})
+        assert (resolved.distill.epochs, resolved.distill.where, resolved.synth.shards) == (3 + shards, "kept", shards)
+    head = f"stage 2's settings stored in {storage.url} are replaced: "
+    assert lines == [
+        f"{head}distill.epochs: 3 there, 5 here; distill.where: None there, kept here",
+        f"{head}distill.epochs: 5 there, 7 here",
+    ]
+    with pytest.raises(UsageError, match="shards can only grow"):
+        settle(storage, plan(1, epochs=9))
+    assert read_plan(storage).recipe["distill"]["epochs"] == 7
+
+
 def test_a_plan_of_which_nothing_was_made_may_be_replaced_unless_a_driver_is_at_it(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())

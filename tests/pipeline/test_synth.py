@@ -7,6 +7,7 @@ import pytest
 from manifests.errors import DataError, FactoryError
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from pipeline.distill import resolve_distill
 from pipeline.events import read_events
 from pipeline.failures import quarantined
 from pipeline.lease import Lease
@@ -59,6 +60,35 @@ def test_growing_adds_and_equals_one_large_run(tmp_path, run_folder):
     run(tmp_path / "large", "shards=4")
     assert shard_names(run_folder) == shard_names(tmp_path / "large")
     assert (run_folder / "m.parquet").read_bytes() == (tmp_path / "large/m.parquet").read_bytes()
+
+
+def edited(shards=2, **distill):
+    recipe = small_recipe(f"shards={shards}")
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=distill)})
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_edited_settings_of_stage_2_reach_the_manifest_of_a_finished_run(tmp_path, capsys, where, shards):
+    out = str(tmp_path / "run") if where == "local" else f"memory://edited-{shards}/run"
+    storage = Storage(out)
+
+    def make(recipe):
+        run_synth(recipe, out, INLINE, worker=FACTORY, quiet=True)
+        return Manifest.open(out)
+
+    first = make(edited(epochs=3))
+    unedited, shard = storage.read("m.parquet"), storage.list("shards")
+    capsys.readouterr()
+    second = make(edited(shards, epochs=5))
+    assert resolve_distill(second, None, (), {}).distill.epochs == 5
+    assert second.info.fingerprint == first.info.fingerprint and set(shard) <= set(storage.list("shards"))
+    assert (second.digest == first.digest) == (shards == 2)  # the same data, for whoever resumes a training on it
+    line = f"stage 2's settings stored in {storage.url} are replaced: distill.epochs: 3 there, 5 here"
+    assert line in capsys.readouterr().err
+    assert [e["message"] for e in read_events(storage) if e["kind"] == "note"] == [line]
+    if shards == 2:
+        assert make(edited(epochs=3)).info == first.info and storage.read("m.parquet") == unedited
 
 
 def test_a_lost_manifest_comes_back_from_done_shards(run_folder):
