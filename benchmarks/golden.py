@@ -16,16 +16,19 @@ The program is driven through the ``factory`` command (in this process, each cas
 that modules may move. All names of settings that the cases use stand in one table, ``benchmarks/golden_cases.py``.
 
 ``--frozen DIR`` (default: ``golden-frozen`` beside OUT.json) holds what both runs must share: tiny random models,
-datasets and a student. It is built by the first run and only read from then on. Stage 2 needs it because the id of a
-sample, which decides how it is augmented, is salted with its dataset's fingerprint: from datasets that the checkouts
-made themselves, students differ once the fingerprint does. The frozen manifests hold no recipe, so renamed settings do not
-matter to them. Where the format of files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child
-cannot read the parent's DIR: give it another one. Stage 2 is then compared only as far as the fingerprint is the same.
+datasets and a student. It is built by the first run and only read from then on; its digest is recorded as well. Stage 2
+needs it because a student depends on more of a dataset than its rows: the order of an epoch follows from the sha256 of
+``m.parquet``, augmentation from the fingerprint. From datasets that the checkouts made themselves, students differ once
+a setting is renamed. The frozen manifests hold no recipe, so renamed settings do not matter to them. Where the format of
+files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child cannot read the parent's DIR: give it
+another one; the cases of stage 2 cannot be compared then (``--compare`` shows ``frozen`` among the differences). Cases
+run in ``DIR.work``, since some files hold absolute paths: two runs that are compared need the same DIR for that, too.
 """
 
 import argparse
 import contextlib
 import difflib
+import fcntl
 import fnmatch
 import hashlib
 import importlib
@@ -39,7 +42,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -58,19 +60,31 @@ SECONDS = 300
 """After which a case is killed."""
 
 TIMED = frozenset(
-    {"time", "seconds", "data_wait", "versions", "images_per_second", "shards_per_hour", "seconds_left", "since"}
+    {
+        "time",
+        "seconds",
+        "data_wait",
+        "versions",
+        "images_per_second",
+        "shards_per_hour",
+        "seconds_left",
+        "since",
+        "latency_ms",
+    }
     | {"started", "images_per_s", "waited", "pid", "host", "machine", "token", "worker", "driver"}
 )
 """Keys of JSON whose values differ from run to run."""
 UNSTABLE = ("plan.json", "run.json", "results.json", "events.jsonl", "metrics.jsonl", "checkpoint.pt", "README.md")
-"""Files with versions or times inside: compared by their normalized content, not by their sha256."""
+"""Files with versions, times or tracebacks inside: compared by their normalized content, not by their sha256."""
 SKIPPED = ("lease", "tmp")
 """Folders of which only the presence of files is left out altogether."""
 SUBSTITUTES = (
     (r"\b\d+ h \d\d min\b|\b\d+ min \d\d s\b|\b\d+(\.\d+)? s\b", "<duration>"),
     (r"[\d.e+-]+ images/s", "<rate> images/s"),
+    (r"[\d.]+ ms per image", "<rate> ms per image"),
     (r"\bpid \d+", "pid <pid>"),
     (r"0x[0-9a-f]{6,}", "<address>"),
+    (r"(line )\d+(, in)", r"\1<n>\2"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d", "<when>"),
 )
 PROGRESS = re.compile(r"^([\w ]+): [\d.e+]+/[\d.e+]+(, .*)?$")  # how many are printed depends on the machine's speed
@@ -131,7 +145,9 @@ class Run:
     def file(self, path: Path) -> dict[str, Any]:
         """What is compared of one file."""
         data = path.read_bytes()
-        found: dict[str, Any] = {} if path.name in UNSTABLE else {"sha256": sha256(data)}
+        found: dict[str, Any] = (
+            {} if path.name in UNSTABLE or path.parent.name == "failed" else {"sha256": sha256(data)}
+        )
         with contextlib.suppress(ValueError):
             if path.suffix == ".json":
                 found["json"] = self.values(json.loads(data))
@@ -237,6 +253,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Of names and contents of all files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256("".join(f"{path.relative_to(folder)} {sha256(path.read_bytes())}\n" for path in files).encode())
+
+
 def preload(root: Path) -> None:
     """Import libraries and the checkout's modules once, before the forks. Ray stays out: it does not like forks."""
     for name in PACKAGES:
@@ -296,11 +318,24 @@ def run_case(case: Callable[[Run], None], root: Path, frozen: Path, folder: Path
     return {"record": run.record, "surprises": run.surprises}
 
 
+@contextlib.contextmanager
+def work_folder(frozen: Path) -> Iterator[Path]:
+    """``DIR.work`` beside the frozen folder, empty, for one run at a time."""
+    work = frozen.with_name(f"{frozen.name}.work")
+    with frozen.with_name(f"{frozen.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"golden: another run works in {work}: wait, or give another --frozen")
+        shutil.rmtree(work, ignore_errors=True)
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def collect(names: Iterable[str], cases: dict[str, Callable[[Run], None]], args: argparse.Namespace) -> dict[str, Any]:
     """The records of the cases ``names``."""
     frozen, root, found = args.frozen.resolve(), args.root.resolve(), {}
-    work = Path(tempfile.mkdtemp(prefix="golden-"))
-    try:
+    with work_folder(frozen) as work:
         for name in names:
             begun = time.monotonic()
             folder = work / "case"
@@ -312,8 +347,6 @@ def collect(names: Iterable[str], cases: dict[str, Callable[[Run], None]], args:
             if args.keep:
                 shutil.copytree(folder, args.keep / name, symlinks=True, dirs_exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return found
 
 
@@ -380,6 +413,7 @@ def main() -> int:
         del os.environ[name]
     os.environ.update(ENVIRONMENT, PYTHONPATH=str(args.root.resolve()))
     sys.path[:] = [str(args.root.resolve()), str(HERE), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
+    import golden_commands  # noqa: F401
     from golden_cases import CASES, SLOW, build_frozen
 
     wanted = args.only or ["*"]
@@ -408,9 +442,13 @@ def main() -> int:
         shutil.rmtree(built / "home", ignore_errors=True)
         built.rename(args.frozen)
         print(f"{time.monotonic() - begun:6.1f} s  built {args.frozen}", file=sys.stderr, flush=True)
-    found = collect(names, CASES, args)
+    before = folder_sha256(args.frozen)
+    found = {"frozen": {"sha256": before}} | collect(names, CASES, args)
+    if folder_sha256(args.frozen) != before:
+        print(f"golden: a case changed {args.frozen}: delete it before the next run", file=sys.stderr)
     out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    print(f"{len(found)} cases in {time.monotonic() - begun:.0f} s: {out}", file=sys.stderr)
+    used = sum(os.times()[:4])
+    print(f"{len(found)} cases in {time.monotonic() - begun:.0f} s ({used:.0f} s of CPU): {out}", file=sys.stderr)
     return 0
 
 

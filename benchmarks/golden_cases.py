@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 # What a setting is called today; the cases know the left side alone. Rename on the right.
 KEYS = {
-    "prior": "prior.path", "scheduler": "prior.scheduler", "steps": "prior.steps", "cfg": "prior.cfg",
-    "cfg_interval": "prior.cfg_interval", "negative_prompt": "prior.negative_prompt", "labels": "prior.labels",
+    "prior": "prior.path", "variant": "prior.variant", "scheduler": "prior.scheduler", "steps": "prior.steps",
+    "cfg": "prior.cfg", "cfg_interval": "prior.cfg_interval", "negative_prompt": "prior.negative_prompt",
+    "labels": "prior.labels",
     "labels_by_index": "prior.labels_by_index", "prior_dtype": "prior.dtype", "vae_slicing": "prior.vae_slicing",
     "attention": "prior.attention",
     "teacher": "teacher", "adversary": "adversary", "template": "prompts.template", "subjects": "prompts.subjects",
@@ -156,7 +157,8 @@ SYNTH: dict[str, dict[str, Any]] = {
     "prompts/own": {"subjects": "[cat, dog]", "styles": "[red, blue]", "template": "{subject} {style}", **SD},
     "sizes/seed": {"seed": 123456789012, **SD}, "sizes/uneven": {"group": 13, "groups": 3, "shards": 1, **SD},
     "sizes/bf16": {"prior_dtype": "bf16", **SD}, "sizes/slicing": {"vae_slicing": True, **SD},
-    "sizes/threads": {"threads": 2, **SD, "shards": 1}, "sizes/sdpa": {"attention": "sdpa", **SD, "shards": 1},
+    "sizes/threads": {"threads": 2, **SD, "shards": 1, "groups": 1, "group": 2, "steps": 2},
+    "sizes/sdpa": {"attention": "sdpa", **SD, "shards": 1},
     "teacher/own-code": {**own("network"), **SD}, "teacher/no-norms": {**own("no_norms"), **SD},
     "teacher/black-box": {**own("opinions"), **SD, "method": "dmkd", "logits": True},
     "teacher/black-box-guides": {**own("opinions"), **SD},
@@ -190,13 +192,15 @@ for _name, _given in PRIORS.items():
     CASES[f"synth/prior/{_name}"] = small(**_given, **MIXED, intermediates=1)
     CASES[f"synth/prior/{_name}-ddpm"] = small(**_given, scheduler="ddpm", shards=1, groups=1, method="dmkd")
 for _scheduler in ("ddim", "ddpm", "dpmsolver++", "euler"):
-    CASES[f"synth/scheduler/{_scheduler}"] = small(scheduler=_scheduler, steps=6, cfg=1)
+    CASES[f"synth/scheduler/{_scheduler}"] = small(scheduler=_scheduler, steps=6, cfg=1, shards=1, groups=1)
     for _kind in ("sd", "sd-v", "sd-x0"):
         CASES[f"synth/scheduler/{_scheduler}-{_kind}"] = small(
-            **PRIORS[_kind], scheduler=_scheduler, steps=6, **MIXED, shards=1, intermediates=1
+            **PRIORS[_kind], scheduler=_scheduler, steps=6, **MIXED, shards=1, groups=1, group=12, intermediates=1
         )
-    CASES[f"synth/scheduler/{_scheduler}-dit"] = small(**PRIORS["dit"], scheduler=_scheduler, steps=6, shards=1)
-    CASES[f"synth/scheduler/{_scheduler}-xt"] = small(**SD, scheduler=_scheduler, gradient_at="xt", shards=1)
+    CASES[f"synth/scheduler/{_scheduler}-dit"] = small(
+        **PRIORS["dit"], scheduler=_scheduler, steps=6, shards=1, groups=1
+    )
+    CASES[f"synth/scheduler/{_scheduler}-xt"] = small(**SD, scheduler=_scheduler, gradient_at="xt", shards=1, groups=1)
 for _scheduler in ("euler", "dpmsolver++"):
     CASES[f"synth/scheduler/{_scheduler}-flow"] = small(**prior("sd-flow", cfg=2), scheduler=_scheduler, **MIXED)
 
