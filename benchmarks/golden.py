@@ -19,10 +19,11 @@ that modules may move. All names of settings that the cases use stand in one tab
 datasets and a student. It is built by the first run and only read from then on; its digest is recorded as well. Stage 2
 needs it because a student depends on more of a dataset than its rows: the order of an epoch follows from the sha256 of
 ``m.parquet``, augmentation from the fingerprint. From datasets that the checkouts made themselves, students differ once
-a setting is renamed. The frozen manifests hold no recipe, so renamed settings do not matter to them. Where the format of
-files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child cannot read the parent's DIR: give it
-another one; the cases of stage 2 cannot be compared then (``--compare`` shows ``frozen`` among the differences). Cases
-run in ``DIR.work``, since some files hold absolute paths: two runs that are compared need the same DIR for that, too.
+a setting is renamed. The frozen manifests hold no recipe, so renamed settings do not matter to them. Where the format
+of files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child cannot read the parent's DIR: give
+it another one; the cases of stage 2 cannot be compared then (``--compare`` shows ``frozen`` among the differences).
+Cases run in ``DIR.work``, since some files hold absolute paths: two runs that are compared need the same DIR for that,
+too.
 """
 
 import argparse
@@ -70,6 +71,7 @@ TIMED = frozenset(
         "seconds_left",
         "since",
         "latency_ms",
+        "trace",
     }
     | {"started", "images_per_s", "waited", "pid", "host", "machine", "token", "worker", "driver"}
 )
@@ -84,7 +86,6 @@ SUBSTITUTES = (
     (r"[\d.]+ ms per image", "<rate> ms per image"),
     (r"\bpid \d+", "pid <pid>"),
     (r"0x[0-9a-f]{6,}", "<address>"),
-    (r"(line )\d+(, in)", r"\1<n>\2"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d", "<when>"),
 )
 PROGRESS = re.compile(r"^([\w ]+): [\d.e+]+/[\d.e+]+(, .*)?$")  # how many are printed depends on the machine's speed

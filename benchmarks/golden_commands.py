@@ -546,7 +546,7 @@ def wrong_calls() -> dict[str, list[str]]:
         words = []
         for word in shlex.split(line):
             name, equals, value = word.partition("=")
-            if equals and name in table:
+            if equals and name in table and words[-1:] != ["--set"]:
                 words += sets(table, {name: value})
             else:
                 words += sets(KEYS, SMALL | SD) if word == "SMALL" else [word.replace("DATA", DATA)]
