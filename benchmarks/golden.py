@@ -21,13 +21,13 @@ that modules may move. All names of settings that the cases use stand in one tab
 
 ``--frozen DIR`` (default: ``golden-frozen`` beside OUT.json) holds what both runs must share: tiny random models,
 datasets and a student. It is built by the first run and only read from then on; its digest is recorded as well. Stage 2
-needs it because a student depends on more of a dataset than its rows: the order of an epoch follows from the sha256 of
-``m.parquet``, augmentation from the fingerprint. From datasets that the checkouts made themselves, students differ once
-a setting is renamed. The frozen manifests hold no recipe, so renamed settings do not matter to them. Where the format
-of files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child cannot read the parent's DIR: give
-it another one; the cases of stage 2 cannot be compared then (``--compare`` shows ``frozen`` among the differences).
-Cases run in ``DIR.work``, since some files hold absolute paths: two runs that are compared need the same DIR for that,
-too.
+needs it because a student depends on more of a dataset than its rows: the order of an epoch follows from a digest of
+the manifest, augmentation from the fingerprint. From datasets that the checkouts made themselves, students differ once
+a setting or a key of the description is renamed. The frozen manifests hold no recipe, so renamed settings do not
+matter to them. Where the format of files changes (``FORMAT_VERSION``, a column, a key of ``config.json``), the child
+cannot read the parent's DIR: give it another one; the cases of stage 2 cannot be compared then (the differences
+name ``frozen``). Cases run in ``DIR.work``, since some files hold absolute paths: two runs that are compared need
+the same DIR for that, too.
 """
 
 import argparse
