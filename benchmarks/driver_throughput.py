@@ -87,7 +87,7 @@ def measure(kind: str, shards: int, workers: int, folder: Path) -> dict[str, Any
     spec = WorkerSpec("benchmarks.driver_throughput:build_idle")
     if kind == "noise":
         kwargs = {"settings": NOISE, "storage": storage.url, "fingerprint": "0" * 64}
-        spec = WorkerSpec("stages.synth.worker:build_worker", kwargs)
+        spec = WorkerSpec("stages.synth.methods.noise:NoiseWorker", kwargs)
     begun = time.perf_counter()
     events = TimedLog(storage)
     with PeakMemory() as memory, events, Lease(storage) as lease:

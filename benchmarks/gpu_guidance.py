@@ -32,7 +32,8 @@ from stages.models.loading import save_model
 from stages.models.registry import build_net
 from stages.synth.cost import synth_cost
 from stages.synth.groups import make_group
-from stages.synth.methods import diffdfkd, dmkd
+from stages.synth.methods.diffdfkd import diffdfkd
+from stages.synth.methods.dmkd import dmkd
 from stages.synth.sampler import Work
 from stages.synth.settings import SynthSettings
 from stages.synth.shard_worker import load_models
@@ -96,7 +97,7 @@ def timed(chosen: SynthSettings, rounds: int, peak: float, as_published: bool) -
         if as_published:
             published(models, group, chosen, images)
         else:
-            for frame in method.synthesise(models, group, chosen, Work()):
+            for frame in method(models, group, chosen, Work()):
                 float(frame.images.sum())  # wait for the GPU
         if gpu:
             torch.cuda.synchronize()

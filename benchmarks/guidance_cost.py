@@ -29,9 +29,10 @@ import torch
 
 from manifests.shard import ShardWriter
 from pipeline.recipe import resolve
-from stages.synth import image_writer
+from stages.synth import image_writer as image_writer
 from stages.synth.groups import Group, make_group
-from stages.synth.methods import diffdfkd, dmkd
+from stages.synth.methods.diffdfkd import diffdfkd
+from stages.synth.methods.dmkd import dmkd
 from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, Models, Work
 from stages.synth.settings import SynthSettings
@@ -56,7 +57,7 @@ def settings(sets: list[str], size: int) -> SynthSettings:
 def sample(models: Models, group: Group, chosen: SynthSettings) -> int:
     """A group by the code that ``factory run synth`` runs; the number of its images."""
     method = dmkd if chosen.method == "dmkd" else diffdfkd
-    (frame,) = method.synthesise(models, group, chosen, Work())
+    (frame,) = method(models, group, chosen, Work())
     return len(frame.images)
 
 

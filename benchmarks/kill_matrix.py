@@ -10,6 +10,7 @@ saves each of them seconds of imports; several workers are Ray actors on one clu
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -96,10 +97,13 @@ def main() -> int:
     there.close()  # so that a cluster that dies ends the wait for its address
     try:
         matrix = Matrix(folder, asked.seed, faults, cluster.pid or 0, address.recv())
-        import pipeline.commands.run
-        import pipeline.executors.ray  # noqa: F401
-        import stages.distill.run
-        import stages.synth.shard_worker  # noqa: F401 - what a run imports anyway
+        for module in (
+            "pipeline.commands.run",
+            "pipeline.executors.ray",
+            "stages.distill.run",
+            "stages.synth.shard_worker",
+        ):
+            importlib.import_module(module)  # what a run imports anyway
 
         for trial in chosen:
             results.append(matrix.run(trial))

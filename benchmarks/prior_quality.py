@@ -26,7 +26,7 @@ from train_natural_prior import HELD_OUT, load_pool, pixels
 
 from stages.models.loading import load_teacher
 from stages.synth.groups import Group
-from stages.synth.priors.families import load_prior
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import denoise
 from stages.synth.settings import PriorSettings
 

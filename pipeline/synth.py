@@ -23,7 +23,7 @@ from pipeline.text import duration, plain, size
 from stages.synth.plan_inputs import SynthInputs, inspect_inputs
 from stages.synth.planned import planned_models
 
-WORKER = "stages.synth.worker:build_worker"
+WORKER, NOISE_WORKER = "stages.synth.shard_worker:ShardWorker", "stages.synth.methods.noise:NoiseWorker"
 
 
 def run_synth(
@@ -31,7 +31,7 @@ def run_synth(
     out: str,
     place: ExecutorSettings,
     *,
-    worker: str = WORKER,
+    worker: str | None = None,
     title: str = "synth",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run_synth(
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
         spec = WorkerSpec(
-            worker,
+            worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER),
             {
                 "settings": recipe.synth.model_dump(mode="json"),
                 "storage": storage.url,

@@ -23,7 +23,7 @@ from stages.models.stem import adapt
 from stages.models.taps import mark
 
 
-def build(config: ModelConfig) -> nn.Module:
+def build_foreign(config: ModelConfig) -> nn.Module:
     """A freshly initialised network of a scheme other than ours."""
     scheme, rest = split_name(config.architecture)
     if scheme == "code":

@@ -67,7 +67,7 @@ def build_net(config: ModelConfig, named: bool = False) -> nn.Module:
     if not named:
         check_stored(config.architecture, "the stored config")
     if scheme != "builtin":
-        return foreign.build(config)
+        return foreign.build_foreign(config)
     net = build(config.architecture, config.num_classes, config.channels, config.stem)
     small = config.stem == "small" and config.architecture in IMAGENET_NETS
     family = config.architecture.rstrip("v0123456789")

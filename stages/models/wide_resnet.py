@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Block(nn.Module):
+class WideBlock(nn.Module):
     """BN, ReLU, convolution, twice. Where the width changes, the shortcut is a 1×1 convolution of what is active."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -30,8 +30,8 @@ class Stage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, blocks: int):
         super().__init__()
-        rest = (Block(outputs, outputs, 1) for _ in range(blocks - 1))
-        self.layer = nn.Sequential(Block(inputs, outputs, stride), *rest)
+        rest = (WideBlock(outputs, outputs, 1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(WideBlock(inputs, outputs, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(x)

@@ -23,7 +23,7 @@ from stages.synth.groups import make_group
 from stages.synth.guidance_decoder import load_decoder
 from stages.synth.inversion_cost import inversion_cost
 from stages.synth.priors.diffusion import DiffusionPrior
-from stages.synth.priors.families import load_prior
+from stages.synth.priors.load import load_prior
 from stages.synth.priors.prior import Prediction, State, VariationPrior
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings

@@ -1,7 +1,5 @@
 """What inverting the teacher costs: counted on a few images and iterations of the real thing, with random weights."""
 
-from importlib import import_module
-
 import torch
 
 from manifests.errors import UsageError
@@ -9,6 +7,8 @@ from stages.counting import Flops, saved_bytes
 from stages.models.blank import blank_teacher
 from stages.models.identity import resolve
 from stages.synth.groups import make_group
+from stages.synth.methods.cmi import cmi
+from stages.synth.methods.deepinversion import deepinversion
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
 
@@ -34,10 +34,8 @@ def _invert(settings: SynthSettings, images: int, steps: int) -> tuple[int, int]
     short = {name: getattr(settings, name).model_copy(update={"steps": steps}) for name in ("cmi", "deepinversion")}
     few = settings.model_copy(update={"group_size": images, **short})
     group = make_group(few, 0, resolve(settings.teacher).config.class_names)
-    method = import_module(f"stages.synth.methods.{'cmi' if settings.method == 'dda' else settings.method}")
+    method = deepinversion if settings.method == "deepinversion" else cmi
     models = Models(None, teacher, adversary, "cpu")
     with torch.random.fork_rng(devices=[]), Flops() as counter:
-        kept = saved_bytes(
-            lambda: list(method.synthesise(models, group, few, Work())), [t.net for t in (teacher, adversary) if t]
-        )
+        kept = saved_bytes(lambda: list(method(models, group, few, Work())), [t.net for t in (teacher, adversary) if t])
     return counter.total, kept

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,15 +26,22 @@ from stages.synth.image_writer import ImageWriter, Sample
 from stages.synth.images import as_stored, to_pixels
 from stages.synth.inversion import inverted_side
 from stages.synth.latent_mix import Mix
+from stages.synth.methods.cmi import cmi
+from stages.synth.methods.dda import dda
+from stages.synth.methods.deepinversion import deepinversion
+from stages.synth.methods.diffdfkd import diffdfkd
+from stages.synth.methods.dmkd import dmkd
 from stages.synth.planned import Planned, check_folder, check_network
-from stages.synth.priors.families import load_prior, tiny_decoder
+from stages.synth.priors.families import tiny_decoder
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import Frame, Models, Work, check_intermediates
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 from stages.synth.settings import SynthSettings
-from stages.synth.worker import OnGroup
 
 log = logging.getLogger(__name__)
 Key = Callable[[int], str]
+OnGroup = Callable[[int, int], None]  # (groups done, groups in the shard)
+METHODS = {"diffdfkd": diffdfkd, "dmkd": dmkd, "cmi": cmi, "deepinversion": deepinversion, "dda": dda}
 MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
@@ -118,10 +124,17 @@ class Stored:
 
 
 class ShardWorker:
-    """Implements :class:`stages.synth.worker.Worker` for every method that asks the teacher."""
+    """Makes shards of one plan and commits them into the folder or bucket ``storage``: every method but ``noise``.
 
-    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str, planned: Planned | None = None) -> None:
-        self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
+    ``settings`` is a dumped :class:`SynthSettings`. Raises DataError if a model that it loads is not the ``planned``
+    one (:mod:`stages.synth.planned`).
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Planned | None = None
+    ) -> None:
+        self.settings = settings = SynthSettings.model_validate(settings)
+        self.storage, self.fingerprint = Storage(storage), fingerprint
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
         self.models = load_models(settings, self.storage, planned)
@@ -129,10 +142,10 @@ class ShardWorker:
         self.news = news(self.models, settings)
         self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels
         self.side = inverted_side(self.teacher, settings.images.size) if settings.inverts else settings.images.size
-        self.synthesise = import_module(f"stages.synth.methods.{settings.method}").synthesise
+        self.method = METHODS[settings.method]
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
-        """Make and commit shard ``shard``; see :class:`stages.synth.worker.Worker`."""
+        """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
         started, settings, work = time.monotonic(), self.settings, Work()
         splits: dict[int, int] = {}
         self.models.limit_batches(None)
@@ -191,7 +204,7 @@ class ShardWorker:
 
         ``key`` names samples by number; the group's begin at ``first``.
         """
-        frames = list(self.synthesise(self.models, group, self.settings, work))
+        frames = list(self.method(self.models, group, self.settings, work))
         stored = [self.stored_frame(frame, group) for frame in frames]
         made: list[list[Sample]] = [[] for _ in group.trajectories]
         for frame, own in zip(frames, stored, strict=True):

@@ -40,7 +40,6 @@ NOISE = ("--method", "noise", "--set", "groups_per_shard=2", "--set", "group_siz
 @pytest.fixture
 def factory(monkeypatch, capsys):
     """``factory ARGS`` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(synth, "WORKER", FACTORY)
     monkeypatch.setattr(synth.run_synth, "__kwdefaults__", synth.run_synth.__kwdefaults__ | {"worker": FACTORY})
     monkeypatch.delenv(cli.DEBUG, raising=False)
 

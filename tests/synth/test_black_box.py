@@ -7,7 +7,7 @@ from manifests.errors import UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.synth.settings import SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 
 TEACHER = {
     "name": "tests.models.nets:scores",
@@ -23,7 +23,7 @@ def settings(prior_folder, method):
 
 
 def test_a_black_box_scores_without_cosines(prior_folder, tmp_path):
-    build_worker(settings(prior_folder, "dmkd"), str(tmp_path), "f" * 64).run(0)
+    ShardWorker(settings(prior_folder, "dmkd"), str(tmp_path), "f" * 64).run(0)
     rows = pq.read_table(tmp_path / done_records(Storage(str(tmp_path)))[0].table).to_pylist()
     assert len(rows) == 10
     for row in rows:
@@ -33,4 +33,4 @@ def test_a_black_box_scores_without_cosines(prior_folder, tmp_path):
 
 def test_a_black_box_does_not_guide(prior_folder, tmp_path):
     with pytest.raises(UsageError, match="cannot guide: use --method dmkd"):
-        build_worker(settings(prior_folder, "diffdfkd"), str(tmp_path), "f" * 64)
+        ShardWorker(settings(prior_folder, "diffdfkd"), str(tmp_path), "f" * 64)

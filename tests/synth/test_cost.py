@@ -1,7 +1,5 @@
 """Counted cost: the meta run of single steps equals FLOPs counted while really sampling, for every kind of step."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,12 @@ from stages.models.settings import InputSettings
 from stages.synth.cost import step_kinds, synth_cost
 from stages.synth.groups import make_group
 from stages.synth.guidance_decoder import load_decoder
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors.families import load_prior
+from stages.synth.methods.diffdfkd import diffdfkd
+from stages.synth.methods.dmkd import dmkd
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
+from stages.synth.shard_worker import METHODS
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import (
     save_ddpm,
@@ -55,7 +55,7 @@ def counted(settings: SynthSettings) -> int:
         models.prior.encode(conditions)
     method = {"diffdfkd": diffdfkd, "dmkd": dmkd}[settings.method]
     with Flops() as total:
-        list(method.synthesise(models, group, settings, Work()))
+        list(method(models, group, settings, Work()))
     return (total.total - text.total) // settings.group_size
 
 
@@ -137,7 +137,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
     settings = SynthSettings.model_validate(base)
     prior = load_prior(settings.prior, "cpu") if method == "dda" else None
     models = Models(prior, load_teacher(settings.teacher), None, "cpu")
-    group, module = make_group(settings, 0, NAMES), import_module(f"stages.synth.methods.{method}")
+    group, module = make_group(settings, 0, NAMES), METHODS[method]
     text = 0
     if prior:
         prior.encode(group.prompts)
@@ -145,7 +145,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
             prior.encode(group.prompts)
         text = encoder.total
     with Flops() as real:
-        list(module.synthesise(models, group, settings, Work()))
+        list(module(models, group, settings, Work()))
     cost = synth_cost(settings)
     assert cost.inversion > 0 and cost.saved > 0
     assert cost.flops - cost.score == pytest.approx(

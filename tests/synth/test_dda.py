@@ -20,9 +20,9 @@ from stages.distill.rows import select_rows, split_held_out
 from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
 from stages.synth.inversion_settings import DdaSettings
-from stages.synth.methods import dda
+from stages.synth.methods.dda import dda
 from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.priors.families import load_prior
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import Work, denoise
 from stages.synth.scores import filtered
 from stages.synth.settings import PriorSettings, SynthSettings
@@ -228,7 +228,7 @@ def test_the_contrastive_space_and_steering(prior_folder):
         parsed = recipe(prior_folder, **more).synth
         models = load_models(parsed)
         group = make_group(parsed, 0, models.teacher.class_names)
-        frames[name] = list(dda.synthesise(models, group, parsed, Work()))
+        frames[name] = list(dda(models, group, parsed, Work()))
     assert torch.equal(frames["plain"][1].images, frames["contrastive"][1].images)
     assert torch.equal(frames["plain"][0].images, frames["guided"][0].images)
     assert not torch.equal(frames["plain"][1].images, frames["guided"][1].images)

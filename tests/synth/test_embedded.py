@@ -6,8 +6,9 @@ import torch
 from pipeline.recipe import resolve
 from stages.models.loading import load_teacher
 from stages.synth.groups import make_group
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors.families import load_prior
+from stages.synth.methods.diffdfkd import diffdfkd
+from stages.synth.methods.dmkd import dmkd
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import PriorSettings
 
@@ -22,7 +23,7 @@ def final(method, demo, **changes):
     settings, prior, teacher = demo
     settings = settings.model_copy(update=changes)
     group = make_group(settings, 0, teacher.class_names)
-    *_, last = method.synthesise(Models(prior, teacher, None, "cpu"), group, settings, Work())
+    *_, last = method(Models(prior, teacher, None, "cpu"), group, settings, Work())
     return last, torch.tensor(group.labels)
 
 

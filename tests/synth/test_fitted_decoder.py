@@ -16,9 +16,9 @@ from stages.models.loading import load_teacher
 from stages.synth import fitted_decoder as fd
 from stages.synth.cost import synth_cost
 from stages.synth.guidance_decoder import fidelity, load_decoder
-from stages.synth.priors.families import load_prior
+from stages.synth.priors.load import load_prior
 from stages.synth.settings import PriorSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.synth.tiny import save_ddpm
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -135,12 +135,12 @@ def test_a_cache_that_cannot_be_written_costs_a_line_a_run_folder_the_run(tmp_pa
 
 def test_workers_of_a_run_share_weights_even_if_their_machines_would_fit_others(prior_folder, tmp_path, monkeypatch):
     asked, url = settings(prior_folder, shards=2).model_dump(mode="json"), str(tmp_path / "run")
-    report = build_worker(asked, url, "f" * 64).run(0)
+    report = ShardWorker(asked, url, "f" * 64).run(0)
     assert report["decoder"]["kind"] == "fitted" and report["decoder"]["pixel_error"] > 0
     assert (report["updates"], report["decodes"]) == (3, 1)
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "another machine"))
     monkeypatch.setattr(fd, "fit", lambda *a: pytest.fail("the run's folder has one"))
-    worker = build_worker(asked, url, "f" * 64)
+    worker = ShardWorker(asked, url, "f" * 64)
     second = worker.run(1)
     assert second["decoder"] == report["decoder"]
     assert "decoder" not in worker.run(1)  # told once
@@ -206,9 +206,9 @@ def test_without_memory_for_the_full_decoders_gradients_a_worker_tells_no_fideli
     prior_folder, tmp_path, monkeypatch, caplog
 ):
     asked, storage = settings(prior_folder), Storage(tmp_path)
-    told = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)["decoder"]
+    told = ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)["decoder"]
     small_memory(monkeypatch, 0)
-    report = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(1)
+    report = ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(1)
     assert report["decoder"] == {"kind": "fitted", "sha256": told["sha256"]} and report["updates"] == 3
     assert "no memory to compare" in caplog.text
 
@@ -217,7 +217,7 @@ def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):
     asked = settings(save_ddpm(tmp_path / "ddpm"))
     prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
     assert load_decoder(prior, asked, teacher) is None
-    report = build_worker(asked.model_dump(mode="json"), str(tmp_path / "run"), "f" * 64).run(0)
+    report = ShardWorker(asked.model_dump(mode="json"), str(tmp_path / "run"), "f" * 64).run(0)
     assert report["updates"] == 3 and "decoder" not in report
     tiny = settings(prior.folder, guidance={"decoder": "tiny", "tiny_decoder": "anything"})
     with pytest.raises(UsageError, match="works on pixels"):
@@ -242,6 +242,6 @@ def test_the_decoder_is_part_of_the_plan_and_of_the_bytes(prior_folder, tmp_path
     for kind in ("full", "fitted"):
         storage = Storage(str(tmp_path / kind))
         asked = settings(prior_folder, guidance={"decoder": kind})
-        build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)
         tars.append(done_records(storage)[0].tar_sha256)
     assert tars[0] != tars[1]

@@ -14,7 +14,7 @@ from stages.synth.guidance_decoder import TinyDecoder
 from stages.synth.plan_inputs import inspect_inputs, semantics
 from stages.synth.sampler import Guide, Work, denoise
 from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -103,7 +103,7 @@ def test_a_worker_guided_through_a_tiny_decoder_makes_other_images(prior_folder,
             }
         )
         storage = Storage(str(tmp_path / str(len(tars))))
-        report = build_worker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        report = ShardWorker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
         assert (report["updates"], report["decodes"]) == (3, 1)
         tars.append(done_records(storage)[0].tar_sha256)
     assert tars[0] != tars[1]

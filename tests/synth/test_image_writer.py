@@ -7,11 +7,11 @@ import torch
 
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.synth import image_writer
+from stages.synth import image_writer as image_writer
 from stages.synth.image_writer import ImageWriter
 from stages.synth.images import encode_image
 from stages.synth.settings import SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.manifests.samples import make_row
 
 
@@ -54,7 +54,7 @@ def test_an_error_of_the_thread_is_raised_and_nothing_is_committed(prior_folder,
     settings = SynthSettings.model_validate({"prior": prior, "method": "dmkd", "group_size": 4, "device": "cpu"})
     storage = Storage(tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        build_worker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        ShardWorker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
     assert done_records(storage) == {} and not list((tmp_path / "tmp").glob("*"))
 
 

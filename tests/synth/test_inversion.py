@@ -23,8 +23,7 @@ from stages.synth.methods import cmi, deepinversion
 from stages.synth.plan_inputs import inspect_inputs
 from stages.synth.sampler import Models, Work
 from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import load_models
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import METHODS, ShardWorker, load_models
 
 
 def settings(method, **kw):
@@ -46,7 +45,7 @@ def models():
 
 def final(module, parsed, models, index=0):
     work = Work()
-    (frame,) = module.synthesise(models, make_group(parsed, index, models.teacher.class_names), parsed, work)
+    (frame,) = METHODS[parsed.method](models, make_group(parsed, index, models.teacher.class_names), parsed, work)
     return frame, work
 
 
@@ -197,14 +196,14 @@ def test_shards_need_no_prior_and_tell_how_images_were_made(method, tmp_path):
     inputs = inspect_inputs(parsed)
     assert (inputs.image_size, inputs.prior["name"], inputs.prior["sha256"]) == (8, "none", None)
     storage, again = Storage(str(tmp_path / "a")), Storage(str(tmp_path / "b"))
-    report = build_worker(parsed.model_dump(mode="json"), storage.url, "f" * 64).run(1)
+    report = ShardWorker(parsed.model_dump(mode="json"), storage.url, "f" * 64).run(1)
     rows = pq.read_table(storage.path(done_records(storage)[1].table)).to_pylist()
     assert (report["evaluations"], report["rows"], len(rows)) == (0, 24, 24)
     assert {(row["method"], row["step"], row["timestep"], row["prompt"]) for row in rows} == {(method, 6, 0, None)}
     assert [row["trajectory"] for row in rows] == list(range(24, 48))
     assert all(row["cosine_ref"] == f"class:{row['label']}" and row["source_key"] is None for row in rows)
     assert all(row["loss_ce"] > 0 and row["loss_bn"] > 0 for row in rows)
-    worker = build_worker(parsed.model_dump(mode="json"), again.url, "f" * 64)
+    worker = ShardWorker(parsed.model_dump(mode="json"), again.url, "f" * 64)
     worker.run(0)
     worker.run(1)
     assert done_records(again)[1] == done_records(storage)[1]

@@ -19,7 +19,7 @@ from stages.synth.guidance import teacher_losses
 from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, guide_step
 from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, tuple(range(7)), (0, 1, 0, 1, 0, 1, 0), tuple("abababa"))
@@ -140,9 +140,9 @@ EXACT = ("key", "label", "prompt", "group", "trajectory", "step", "timestep", "l
 
 def test_a_group_that_does_not_fit_is_made_in_micro_batches(prior_folder, tmp_path, monkeypatch):
     whole, split = Storage(tmp_path / "whole"), Storage(tmp_path / "split")
-    report = build_worker(settings(prior_folder), whole.url, "f" * 64).run(0)
+    report = ShardWorker(settings(prior_folder), whole.url, "f" * 64).run(0)
     assert "splits" not in report
-    worker = build_worker(settings(prior_folder), split.url, "f" * 64)
+    worker = ShardWorker(settings(prior_folder), split.url, "f" * 64)
     asked = small_memory(monkeypatch, worker, 6)
     assert worker.run(0)["splits"] == {0: 5, 1: 5}  # 20, 10, 5; the second group starts where the first ended
     assert asked.count(20) == 1 and asked.count(10) == 1 and set(asked) == {20, 10, 5}
@@ -157,7 +157,7 @@ def test_a_group_that_does_not_fit_is_made_in_micro_batches(prior_folder, tmp_pa
 
 
 def test_one_trajectory_that_does_not_fit_fails_clearly(prior_folder, tmp_path, monkeypatch):
-    worker = build_worker(settings(prior_folder), str(tmp_path), "f" * 64)
+    worker = ShardWorker(settings(prior_folder), str(tmp_path), "f" * 64)
     small_memory(monkeypatch, worker, 0)
     with pytest.raises(FactoryError, match=r"^group 0 does not fit the memory, not even one .*\(CUDA out of memory"):
         worker.run(0)
@@ -165,7 +165,7 @@ def test_one_trajectory_that_does_not_fit_fails_clearly(prior_folder, tmp_path, 
 
 
 def test_other_errors_are_not_tried_again(prior_folder, tmp_path, monkeypatch):
-    worker = build_worker(settings(prior_folder), str(tmp_path), "f" * 64)
+    worker = ShardWorker(settings(prior_folder), str(tmp_path), "f" * 64)
     calls = []
 
     def broken(latents):

@@ -25,7 +25,7 @@ from stages.synth.planned import planned_models
 from stages.synth.rescore import rescored
 from stages.synth.scores import teacher_columns
 from stages.synth.settings import SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.manifests.samples import INFO
 from tests.synth.tiny import save_ddpm
 
@@ -50,7 +50,7 @@ def made(prior_folder, tmp_path_factory):
     """One shard of diffdfkd: (storage, report, rows)."""
     storage = Storage(str(tmp_path_factory.mktemp("run")))
     ticks = []
-    report = build_worker(settings(prior_folder), storage.url, "f" * 64).run(3, lambda *a: ticks.append(a))
+    report = ShardWorker(settings(prior_folder), storage.url, "f" * 64).run(3, lambda *a: ticks.append(a))
     assert ticks == [(1, 2), (2, 2)]
     rows = pq.read_table(storage.path(done_records(storage)[3].table)).to_pylist()
     return storage, report, rows
@@ -107,7 +107,7 @@ def test_teacher_columns_come_from_the_stored_pixels(made):
 def test_teacher_columns_are_of_what_a_lossy_file_holds(prior_folder, tmp_path, kind):
     storage, teacher = Storage(tmp_path), load_teacher(SynthSettings().teacher)
     given = settings(prior_folder, images={"format": kind, "intermediates": 1}, groups_per_shard=1)
-    build_worker(given, storage.url, INFO.fingerprint).run(0)
+    ShardWorker(given, storage.url, INFO.fingerprint).run(0)
     merge(storage, replace(INFO, image_size=16, class_names=teacher.class_names))
     manifest = Manifest.open(storage.url)
     rows, again = (table.to_pylist() for table in (manifest.group(0), next(rescored(manifest, teacher, 0.1))))
@@ -130,7 +130,7 @@ def test_a_plan_tells_whether_columns_are_of_lossy_files(prior_folder):
 def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, tmp_path):
     storage, _, _ = made
     other = Storage(str(tmp_path))
-    worker = build_worker(settings(prior_folder, shards=64), other.url, "f" * 64)
+    worker = ShardWorker(settings(prior_folder, shards=64), other.url, "f" * 64)
     worker.run(0)
     worker.run(3)
     assert done_records(other)[3] == done_records(storage)[3]
@@ -141,7 +141,7 @@ def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, t
 
 def test_unguided_rows_have_no_losses(prior_folder, tmp_path):
     storage = Storage(str(tmp_path))
-    build_worker(settings(prior_folder, method="dmkd", lca={}, groups_per_shard=1), storage.url, "f" * 64).run(0)
+    ShardWorker(settings(prior_folder, method="dmkd", lca={}, groups_per_shard=1), storage.url, "f" * 64).run(0)
     rows = pq.read_table(storage.path(done_records(storage)[0].table)).to_pylist()
     assert all(row["loss_ce"] is None and row["lca"] == [] and row["method"] == "dmkd" for row in rows)
 
@@ -156,16 +156,16 @@ def test_teacher_columns_hand_computed():
 
 def test_a_device_that_cannot_compute_is_refused(prior_folder, tmp_path):
     with pytest.raises(UsageError, match="device 'foo' cannot be used"):
-        build_worker(settings(prior_folder, device="foo"), str(tmp_path), "f" * 64)
+        ShardWorker(settings(prior_folder, device="foo"), str(tmp_path), "f" * 64)
 
 
 def test_no_intermediate_may_have_the_timestep_of_final_images(prior_folder, tmp_path):
     grey = save_ddpm(tmp_path / "ddpm")  # its schedule ends at timestep 0, Stable Diffusion's at 1
     for folder, count in ((grey, 2), (prior_folder, 4)):
-        build_worker(settings(folder, images={"intermediates": count}), str(tmp_path), "f" * 64)
+        ShardWorker(settings(folder, images={"intermediates": count}), str(tmp_path), "f" * 64)
     for count in (3, 4):
         with pytest.raises(UsageError, match=f"intermediates {count}: .* at timestep 0 .*; set at most 2"):
-            build_worker(settings(grey, images={"intermediates": count}), str(tmp_path), "f" * 64)
+            ShardWorker(settings(grey, images={"intermediates": count}), str(tmp_path), "f" * 64)
 
 
 def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):
@@ -190,7 +190,7 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
         parsed = SynthSettings.model_validate(given)
         prints.append(semantics(parsed, inspect_inputs(parsed)))
         storage = Storage(str(tmp_path / str(weight)))
-        build_worker(given, storage.url, "f" * 64).run(0)
+        ShardWorker(given, storage.url, "f" * 64).run(0)
         record = done_records(storage)[0]
         rows = pq.read_table(storage.path(record.table)).to_pylist()
         tars.append(record.tar_sha256)
@@ -205,7 +205,7 @@ def test_models_are_compared_with_the_plan(prior_folder, tmp_path):
     parsed = SynthSettings.model_validate(given)
     planned = planned_models(semantics(parsed, inspect_inputs(parsed)))
     assert planned.keys() == {"prior", "teacher", "adversary"}
-    build_worker(given, str(tmp_path), "f" * 64, planned)
+    ShardWorker(given, str(tmp_path), "f" * 64, planned)
     other = planned["teacher"] | {"input": None}
     for name, changed, line in (
         ("teacher", other, "its input is"),
@@ -213,7 +213,7 @@ def test_models_are_compared_with_the_plan(prior_folder, tmp_path):
         ("prior", "f" * 64, "its sha256 is"),
     ):
         with pytest.raises(DataError, match=f"^{name} .* on .* is not the one that the run was planned with: {line}"):
-            build_worker(given, str(tmp_path), "f" * 64, planned | {name: changed})
+            ShardWorker(given, str(tmp_path), "f" * 64, planned | {name: changed})
 
 
 def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_order(prior_folder, tmp_path):
@@ -226,7 +226,7 @@ def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_or
     ):
         given = settings(prior_folder, guidance={"adversarial": 1.0}, adversary=adversary)
         with pytest.raises(error, match=line):
-            build_worker(given, str(tmp_path), "f" * 64)
+            ShardWorker(given, str(tmp_path), "f" * 64)
 
 
 def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prior_folder):

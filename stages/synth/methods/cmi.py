@@ -111,6 +111,6 @@ class Inversion:
         return info_nce(q, k, bank[0], self.own.temperature)
 
 
-def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def cmi(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """The images of a group, each from its own latent."""
     yield Inversion(models, group, settings, work).frame()

@@ -20,7 +20,7 @@ from stages.synth.sampler import Frame, Guide, Models, Work, denoise
 from stages.synth.settings import SynthSettings
 
 
-def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def dda(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """F_syn by inversion (equation 5), G_k = Diff(F_syn, n_k) (6); the worker keeps cos(G_k, F_syn) > ω (8)."""
     own, prior = settings.dda, models.prior
     assert prior is not None

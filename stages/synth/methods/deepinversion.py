@@ -47,7 +47,7 @@ def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tenso
     return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
 
 
-def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def deepinversion(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """min over x of w_ce·CE + w_bn·BN + w_tv·TV + w_l2·‖x‖₂ (+ w_adv·(1 − JS)); the iterate of the lowest loss."""
     own, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
     labels = torch.tensor(group.labels, device=models.device)

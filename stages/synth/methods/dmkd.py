@@ -8,7 +8,7 @@ from stages.synth.sampler import Frame, Models, Work, denoise
 from stages.synth.settings import SynthSettings
 
 
-def synthesise(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def dmkd(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
     """Denoise without looking at the teacher; it only scores what was made."""
     assert models.prior is not None
     kept = settings.images.intermediates

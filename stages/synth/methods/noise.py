@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from PIL import Image
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.synth.settings import SynthSettings
-from stages.synth.worker import OnGroup
 
 CLASSES = 10
 SIDE = 32
@@ -18,12 +18,13 @@ _FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
 class NoiseWorker:
-    """Implements :class:`stages.synth.worker.Worker`. Pixels depend on (seed, group) alone; labels count up to 9."""
+    """A worker of stage 1 for load tests. Pixels depend on (seed, group) alone; labels count up to 9."""
 
-    def __init__(self, settings: SynthSettings, storage: str, fingerprint: str) -> None:
-        self.settings, self.storage, self.fingerprint = settings, Storage(storage), fingerprint
+    def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: object = None) -> None:
+        self.settings = SynthSettings.model_validate(settings)
+        self.storage, self.fingerprint = Storage(storage), fingerprint
 
-    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+    def run(self, shard: int, on_group: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Make and commit ``shard``; at once if it is committed already."""
         started, groups = time.monotonic(), self.settings.groups_per_shard
         record = done_record(self.storage, shard)

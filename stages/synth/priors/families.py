@@ -2,21 +2,15 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from manifests.errors import DataError, UsageError
 from stages.synth.priors.files import files_read
 from stages.synth.settings import PriorSettings
-
-if TYPE_CHECKING:
-    from stages.synth.priors.diffusion import DiffusionPrior
-
-log = logging.getLogger(__name__)
 
 
 class NotFetched(DataError):
@@ -218,33 +212,3 @@ def tiny_decoder(settings: PriorSettings, name: str | None) -> Path:
     if name is None:
         raise UsageError(f"no AutoencoderTiny is known for {kind}: name one with guidance.tiny_decoder, or use full")
     return locate(name, "tiny decoder")
-
-
-def load_prior(settings: PriorSettings, device: str) -> "DiffusionPrior":
-    """The prior on ``device``, frozen and in eval mode."""
-    folder, name, family = find_prior(settings)
-    if name == "StableDiffusionXLPipeline":
-        from stages.synth.priors.text_xl import TextPriorXL
-
-        return TextPriorXL(folder, settings, device)
-    if name == "IFPipeline":
-        from stages.synth.priors.text_if import TextPriorIF
-
-        return TextPriorIF(folder, settings, device)
-    if family.image_encoder:
-        from stages.synth.priors.text_unclip import TextPriorUnclip
-
-        return TextPriorUnclip(folder, settings, device)
-    if family.conditioning == "text":
-        from stages.synth.priors.text import TextPrior
-
-        return TextPrior(folder, settings, device)
-    if family.conditioning == "class":
-        from stages.synth.priors.class_conditional import ClassPrior
-
-        return ClassPrior(folder, settings, device)
-    from stages.synth.priors.unconditional import FreePrior
-
-    if settings.cfg != 1:
-        log.warning("prior %s is unconditional: prior.cfg does not apply", settings.path)
-    return FreePrior(folder, settings, device)

@@ -166,7 +166,7 @@ def test_interrupted_outcome_asks_for_exit_code_130():
 def test_neither_driver_nor_noise_worker_imports_torch_or_ray():
     code = (
         "import sys; from tests.pipeline.executors.faulty import SETTINGS; import pipeline.executors.driver; "
-        "from stages.synth.worker import build_worker; build_worker(SETTINGS, 'memory://x', 'f'); "
+        "from stages.synth.methods.noise import NoiseWorker; NoiseWorker(SETTINGS, 'memory://x', 'f'); "
         "print([name for name in ('torch', 'ray') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -14,11 +14,12 @@ from manifests.storage import Storage
 from stages.models.identity import teacher_identity
 from stages.synth.groups import Group
 from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.priors.families import check_labels, load_prior, prior_identity
+from stages.synth.priors.families import check_labels, prior_identity
+from stages.synth.priors.load import load_prior
 from stages.synth.priors.prior import State
 from stages.synth.sampler import Guide, denoise
 from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.shard_worker import ShardWorker
 from tests.synth.tiny import (
     TinyTeacher,
     save_ddpm,
@@ -178,7 +179,7 @@ def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):
         device="cpu",
     )
     assert inspect_inputs(settings).prior["conditioning"] == "class"
-    build_worker(settings.model_dump(mode="json"), str(tmp_path), "f" * 64).run(0)
+    ShardWorker(settings.model_dump(mode="json"), str(tmp_path), "f" * 64).run(0)
     storage = Storage(str(tmp_path))
     rows = pq.read_table(storage.path(done_records(storage)[0].table)).to_pylist()
     assert [row["prior_label"] for row in rows] == [row["label"] % 5 for row in rows]

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from manifests.errors import DataError
-from stages.synth.priors.families import load_prior, prior_identity
+from stages.synth.priors.families import prior_identity
 from stages.synth.priors.files import files_read
+from stages.synth.priors.load import load_prior
 from stages.synth.settings import PriorSettings
 
 NETWORK = "diffusion_pytorch_model"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.synth.groups import Group
-from stages.synth.priors.families import load_prior
+from stages.synth.priors.load import load_prior
 from stages.synth.sampler import denoise
 from stages.synth.settings import PriorSettings
 

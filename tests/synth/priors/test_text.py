@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.synth.priors.families import load_prior, locate, prior_identity
+from stages.synth.priors.families import locate, prior_identity
+from stages.synth.priors.load import load_prior
 from stages.synth.priors.prior import State
 from stages.synth.settings import PriorSettings
 

@@ -20,7 +20,8 @@ from pipeline.synth import run_synth
 from stages.synth.groups import make_group
 from stages.synth.inversion_settings import DdaSettings
 from stages.synth.methods.dda import begin
-from stages.synth.priors.families import load_prior, prior_identity
+from stages.synth.priors.families import prior_identity
+from stages.synth.priors.load import load_prior
 from stages.synth.priors.prior import State, VariationPrior
 from stages.synth.sampler import denoise
 from stages.synth.settings import PriorSettings, SynthSettings
