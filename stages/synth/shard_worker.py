@@ -133,16 +133,16 @@ class ShardWorker:
     def __init__(
         self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Planned | None = None
     ) -> None:
-        self.settings = settings = SynthSettings.model_validate(settings)
+        self.settings = parsed = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(settings, self.storage, planned)
+        self.models = load_models(parsed, self.storage, planned)
         self.teacher, self.device = self.models.teacher, self.models.device
-        self.news = news(self.models, settings)
-        self.prior_labels = settings.prior.labelled(self.teacher.class_names).labels
-        self.side = inverted_side(self.teacher, settings.images.size) if settings.inverts else settings.images.size
-        self.method = METHODS[settings.method]
+        self.news = news(self.models, parsed)
+        self.prior_labels = parsed.prior.labelled(self.teacher.class_names).labels
+        self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
+        self.method = METHODS[parsed.method]
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
