@@ -37,7 +37,7 @@ from cifar10_rows import BASE, CEILING, MAPPED, REAL, ROWS, SWEPT, UNMAPPED
 from cifar_data import CLASS_NAMES, split_table, third_party
 from digits import finished, interval, of_images, of_seconds, synthesise
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
@@ -45,9 +45,9 @@ from manifests.storage import Storage
 from pipeline.distill import run_distill
 from pipeline.recipe import Recipe, resolve
 from stages.distill.batches import batch_bounds
-from stages.models.identity import teacher_identity
-from stages.models.settings import ModelSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.models.source import teacher_identity
+from stages.settings import ModelSettings
+from stages.synth.worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar")

@@ -4,7 +4,7 @@
 
 Stable Diffusion 1.5 (512 px) and DiT-XL/2 (256 px) are built on the meta device from the configs below, with a
 ResNet-34 teacher at 224 px; "default settings" name prior and teacher alone. Every row but "published" is the cost of
-our own settings (stages/synth/cost.py, tested equal to FLOPs counted while really sampling). One image is stored for
+our own settings (stages/cost.py, tested equal to FLOPs counted while really sampling). One image is stored for
 each trajectory. No weights are needed.
 """
 
@@ -23,8 +23,8 @@ from diffusers.utils.logging import set_verbosity_error
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.recipe import resolve
-from stages.synth.cost import SynthCost, synth_cost
-from stages.synth.settings import SynthSettings
+from stages.cost import SynthCost, synth_cost
+from stages.settings import SynthSettings
 
 VAE = {
     "_class_name": "AutoencoderKL",

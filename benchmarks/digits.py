@@ -30,11 +30,11 @@ from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
+from stages.digits import write_split
 from stages.distill.checkpoint import differences
-from stages.models.digits_data import write_split
-from stages.models.identity import teacher_identity
-from stages.synth.priors.families import prior_identity
-from stages.synth.shard_worker import load_models
+from stages.models.source import teacher_identity
+from stages.synth.priors.files import prior_identity
+from stages.synth.worker import load_models
 
 CPU = ["synth.device=cpu", "distill.device=cpu"]  # whose seconds are counted
 FULL = ["synth.guidance.decoder=full"]  # of every row that names no other

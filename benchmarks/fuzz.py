@@ -39,19 +39,22 @@ import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.mutations import labelled, manifest, recipe, shard, some_json, state, weights  # noqa: E402
+from manifests.dataset import DATASET  # noqa: E402
 from manifests.errors import FactoryError  # noqa: E402
-from manifests.info import DATASET  # noqa: E402
 from manifests.merge import merge  # noqa: E402
 from manifests.reader import Manifest  # noqa: E402
 from manifests.storage import Storage  # noqa: E402
 from pipeline import cli  # noqa: E402
+from pipeline.events import Failure, quarantine  # noqa: E402
 from pipeline.executors.settings import ExecutorSettings  # noqa: E402
-from pipeline.failures import Failure, quarantine  # noqa: E402
-from pipeline.plan import read_plan  # noqa: E402
+from pipeline.plan import (  # noqa: E402
+    prepare,
+    publish,
+    read_plan,
+)
 from pipeline.recipe import resolve, to_yaml  # noqa: E402
 from pipeline.synth import dataset_info, run_synth  # noqa: E402
-from pipeline.teacher_copy import prepare, publish  # noqa: E402
-from stages.synth.plan_inputs import inspect_inputs  # noqa: E402
+from stages.synth.inputs import inspect_inputs  # noqa: E402
 
 SETS = ("method=noise", "shards=2", "groups_per_shard=1", "group_size=8", "images.size=8")
 STUDENT = ("--epochs", "1", "--batch-size", "4", "--set", "held_out=0")

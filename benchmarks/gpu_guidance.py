@@ -27,16 +27,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNe
 from guidance_cost import published
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from stages.models.identity import ModelConfig
+from stages.cost import synth_cost
+from stages.models.build import build_net
 from stages.models.loading import save_model
-from stages.models.registry import build_net
-from stages.synth.cost import synth_cost
-from stages.synth.groups import make_group
-from stages.synth.methods.diffdfkd import diffdfkd
-from stages.synth.methods.dmkd import dmkd
-from stages.synth.sampler import Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import load_models
+from stages.models.source import ModelConfig
+from stages.settings import SynthSettings
+from stages.synth.group import make_group
+from stages.synth.sampler import Work, diffdfkd, dmkd
+from stages.synth.worker import load_models
 
 FEW = {"steps": 20}
 LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps

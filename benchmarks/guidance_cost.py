@@ -29,14 +29,12 @@ import torch
 
 from manifests.shard import ShardWriter
 from pipeline.recipe import resolve
-from stages.synth import image_writer as image_writer
-from stages.synth.groups import Group, make_group
-from stages.synth.methods.diffdfkd import diffdfkd
-from stages.synth.methods.dmkd import dmkd
-from stages.synth.priors.prior import State
-from stages.synth.sampler import Guide, Models, Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import ShardWorker, load_models
+from stages.settings import SynthSettings
+from stages.synth import images as image_writer
+from stages.synth.group import Group, make_group
+from stages.synth.priors.schedule import State
+from stages.synth.sampler import Guide, Models, Work, diffdfkd, dmkd
+from stages.synth.worker import ShardWorker, load_models
 
 EVERY = "guidance.interval=[0.0,1.0]"
 FULL, FITTED = "guidance.decoder=full", "guidance.decoder=fitted"

@@ -16,8 +16,8 @@ from statistics import mean
 import digits
 from digits import FITTED, cell, interval, recipe_of
 
-from stages.models.digits_data import write_split
-from stages.synth.shard_worker import load_models
+from stages.digits import write_split
+from stages.synth.worker import load_models
 
 EXACT = "full VAE, every step, ddim 20"
 DEFAULT = "ddim 20, all, every 1"

@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # actors import the package
 os.environ["RAY_AUTH_MODE"] = "token"  # what a cluster starts with, and who joins it by its address has to ask for
 
 from benchmarks.kill_trial import FORK, WHOM, WORK, Matrix, Result, Trial  # noqa: E402
-from manifests.faults import STEPS  # noqa: E402
+from manifests.shard import STEPS  # noqa: E402
 
 
 def trials() -> list[Trial]:
@@ -101,7 +101,7 @@ def main() -> int:
             "pipeline.commands.run",
             "pipeline.executors.ray",
             "stages.distill.run",
-            "stages.synth.shard_worker",
+            "stages.synth.worker",
         ):
             importlib.import_module(module)  # what a run imports anyway
 

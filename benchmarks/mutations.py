@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from manifests.info import DATASET
-from manifests.sealed import SEAL, seal
-from manifests.tables import write_options
+from manifests.dataset import DATASET, SEAL, seal
+from manifests.schema import write_options
 from stages.distill import checkpoint
-from stages.models.identity import WEIGHTS_SHA256
+from stages.models.source import WEIGHTS_SHA256
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 1 << 200, 10**18, -0.5, 1e-320, 1e308, float("inf"), float("nan"),

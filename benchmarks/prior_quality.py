@@ -25,10 +25,10 @@ from cifar_data import third_party
 from train_natural_prior import HELD_OUT, load_pool, pixels
 
 from stages.models.loading import load_teacher
-from stages.synth.groups import Group
-from stages.synth.priors.load import load_prior
+from stages.settings import PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings
 
 BATCH = 50
 

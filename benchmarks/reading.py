@@ -30,15 +30,14 @@ os.environ.setdefault("WDS_SECURE", "1")
 
 import webdataset
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.distill.batches import Batches
-from stages.distill.pixels import CachedPixels, Pixels, StreamedPixels
+from stages.distill.batches import Batches, CachedPixels, Pixels, StreamedPixels
 from stages.distill.rows import EpochOrder, select_rows
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 SIDE, BATCH, SHARDS, PAD = 32, 256, 4, 4
 CPU = torch.device("cpu")

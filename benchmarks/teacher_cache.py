@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from many_students import HEAVY, digits_dataset, heavy_teacher
 
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-from stages.models.settings import ModelSettings
+from stages.settings import DistillSettings, ModelSettings
 
 STUDENT = "digits-cnn-small"
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.dataset import DATASET, DatasetInfo, TarInfo, unseal
 from manifests.errors import DataError
-from manifests.info import DATASET, DatasetInfo, TarInfo
-from manifests.inspection import tar_flaws
 from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
 from manifests.schema import SCHEMA, SCORED
-from manifests.sealed import unseal
 from manifests.shard import DoneRecord, done_name
 from manifests.storage import Storage, split
+from manifests.tars import tar_flaws
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,15 @@ from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
+from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.signals import StopSignals
-from pipeline.folders import refuse_file
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
-from pipeline.plan import PLAN, RESOLVED
-from pipeline.progress import progress, say
+from pipeline.plan import PLAN, RESOLVED, refuse_file
 from pipeline.recipe import Recipe, given, to_yaml
-from pipeline.text import duration, flop, plain, plain_block, size
-from stages.distill.settings import DistillSettings
-from stages.models.schemes import split_name
-from stages.models.settings import ModelSettings
+from pipeline.terminal import duration, flop, plain, plain_block, progress, say, size
+from stages.models.source import split_name
+from stages.settings import DistillSettings, ModelSettings
 
 NOT_STORED = frozenset({"track", "skip_bad", "other_teacher"})
 """Settings of stage 2 that are the user's own, never taken from the recipe inside a manifest; nor is cache.folder."""
@@ -92,7 +89,7 @@ def run_distill(
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
     from stages.distill.run import begin, prepare, train_students
-    from stages.distill.watcher import Watcher
+    from stages.distill.runtime import Watcher
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
@@ -129,7 +126,7 @@ def run_distill(
 
         from pipeline.executors.ray import cluster
         from pipeline.executors.ray_train import train_on_ray
-        from stages.distill.ranks import Ranks
+        from stages.distill.runtime import Ranks
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
@@ -238,9 +235,9 @@ def cost(
 ) -> dict[str, Any] | None:
     """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
     bytes; None where the teacher is not at hand or a black box."""
-    from stages.distill.cost import distill_cost
-    from stages.models.blank import blank, blank_teacher
-    from stages.models.carried import carried_config
+    from stages.cost import distill_cost
+    from stages.models.build import blank, blank_teacher
+    from stages.models.loading import carried_config
 
     if teacher:
         shape = blank_teacher(ModelSettings(name=teacher))

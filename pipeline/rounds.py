@@ -18,14 +18,11 @@ from pipeline import estimate
 from pipeline import synth as stage
 from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.folders import local_folder
+from pipeline.plan import local_folder
 from pipeline.recipe import Recipe
-from pipeline.text import duration, plain
-from stages.distill.settings import student_name
-from stages.models.identity import WEIGHTS, resolve
-from stages.models.schemes import only_named
-from stages.models.settings import ModelSettings
-from stages.synth.settings import MAX_SEED, UNSTEERED, SynthSettings
+from pipeline.terminal import duration, plain
+from stages.models.source import WEIGHTS, only_named, resolve
+from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds: each starts from new noise, and runs with seeds 0, 1, 2 … never share any."""

@@ -6,24 +6,21 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from manifests.dataset import DATASET, DatasetInfo
 from manifests.errors import FactoryError, Interrupted
-from manifests.info import DATASET, DatasetInfo
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
+from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
 from pipeline.lease import Lease
-from pipeline.plan import Plan, make_plan, open_or_create, settle
-from pipeline.progress import progress, say
+from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, settle
 from pipeline.recipe import Recipe
-from pipeline.teacher_copy import TeacherCopy, prepare, publish
-from pipeline.text import duration, plain, size
-from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.planned import planned_models
+from pipeline.terminal import duration, plain, progress, say, size
+from stages.synth.inputs import SynthInputs, inspect_inputs, planned_models
 
-WORKER, NOISE_WORKER = "stages.synth.shard_worker:ShardWorker", "stages.synth.methods.noise:NoiseWorker"
+WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
 
 
 def run_synth(

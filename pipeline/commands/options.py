@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from manifests.schema import dump_json
-from pipeline.text import plain
+from pipeline.terminal import plain
 
 RESULT = "Result"
 PLACE = "Where it runs"

@@ -1,7 +1,7 @@
 """Stage 2 on several workers: ``factory run distill --workers N [--address auto]``, through Ray Train.
 
 Ray Train places the workers, joins them in a process group and starts all of them again when one is lost. What they do
-is the stage's own (:mod:`stages.distill.ranks`): they go on from its checkpoint, and its first rank writes the files.
+is the stage's own (:mod:`stages.distill.runtime`): they go on from its checkpoint, and its first rank writes the files.
 The driver and the first rank leave word for each other at a desk, an actor between them.
 """
 
@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray.train
+import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
+from pipeline.executors.pool import enter, start_error
 from pipeline.executors.ray import actor_options, reason  # first: it sets what ray reads when imported
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import enter, start_error
 
 for _name, _value in {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -28,9 +32,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)  # read when ray.train is imported
 
-import ray.train  # noqa: E402
-import ray.train.torch  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 TICK = 0.3
 """Seconds between two looks at the desk, from either side."""
@@ -99,11 +100,9 @@ def work(job: dict[str, Any]) -> None:
     """What Ray Train runs in every worker: one rank of the training."""
     import torch
 
-    from stages.distill.ranks import Ranks
     from stages.distill.run import prepare, train_students
-    from stages.distill.settings import DistillSettings
-    from stages.distill.watcher import Watcher
-    from stages.models.settings import ModelSettings
+    from stages.distill.runtime import Ranks, Watcher
+    from stages.settings import DistillSettings, ModelSettings
 
     enter(job["folder"])
     desk = job["desk"]

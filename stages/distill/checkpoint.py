@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from manifests.dataset import seal, unseal
 from manifests.errors import DataError
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"

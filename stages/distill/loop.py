@@ -1,31 +1,110 @@
 """The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from manifests.errors import FactoryError, Interrupted
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.schema import dump_json
 from manifests.storage import Storage
 from stages.distill import checkpoint
-from stages.distill.answers import Answers
 from stages.distill.batches import Batch, Batches
-from stages.distill.precision import autocast
-from stages.distill.ranks import ALONE, Ranks
+from stages.distill.losses import paired_layers, teacher_targets
 from stages.distill.rows import Ints
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import DistillSettings
-from stages.distill.student import Diverged, Student
-from stages.distill.targets import paired_layers, teacher_targets
-from stages.distill.track import Tracker, flat, open_trackers
-from stages.distill.watcher import Watcher
-from stages.micro_batches import out_of_memory
+from stages.distill.runtime import ALONE, Ranks, Watcher, autocast
+from stages.distill.student import Diverged, Student, lr_factor
+from stages.distill.teacher_cache import Answers
+from stages.memory import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
+from stages.settings import DistillSettings
+
+# Metrics to TensorBoard or Weights & Biases while training: off unless asked for with ``track``.
+
+
+FOLDER = "tensorboard"
+
+
+class Tracker(Protocol):
+    """Takes the numbers of an epoch."""
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        """One student's line of metrics.jsonl, flat."""
+
+    def close(self) -> None:
+        """Everything is on its way."""
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard/STUDENT. A resumed run replaces what it does again."""
+
+    def __init__(self, storage: Storage, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError("track: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
+        if not storage.is_local:
+            raise UsageError(f"track: tensorboard writes to a local folder only, not {storage.url}")
+        self._open = lambda student: SummaryWriter(storage.folder(f"{FOLDER}/{student}"), purge_step=step + 1)
+        self._writers: dict[str, Any] = {}
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        writer = self._writers.setdefault(student, None) or self._open(student)
+        self._writers[student] = writer
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandB:
+    """One Weights & Biases run for the run folder; names are STUDENT/metric. Resumes the run of the same folder."""
+
+    def __init__(self, storage: Storage, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("track: wandb needs pip install 'dfkd-factory[wandb]'") from None
+        number = hashlib.sha256(storage.url.encode()).hexdigest()[:16]
+        self._run = wandb.init(project="dfkd-factory", name=storage.url, id=number, resume="allow", config=config)
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        self._run.log({f"{student}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(names: Iterable[str], storage: Storage, config: dict[str, Any], step: int) -> list[Tracker]:
+    """Those of ``names``; ``step``: where the run stands. Raises UsageError where one cannot work."""
+    trackers: list[Tracker] = []
+    for name in names:
+        trackers.append(TensorBoard(storage, step) if name == "tensorboard" else WandB(storage, config))
+    return trackers
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under slashed names.
+
+    >>> flat({"epoch": 1, "held_out": {"agreement": 0.5}})
+    {'epoch': 1.0, 'held_out/agreement': 0.5}
+    """
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        else:
+            found[prefix + name] = float(value)
+    return found
+
 
 METRICS = "metrics.jsonl"
 

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from manifests.dataset import is_count, is_sha256, seal, unseal
 from manifests.errors import DataError
-from manifests.info import is_count, is_sha256
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
-from stages.distill.watcher import Watcher
+from stages.distill.runtime import Watcher
 
 RESULTS = "results.json"
 WEIGHTS = "weights_sha256"

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
-from manifests.info import MAX_SHARD
 from manifests.order import combined_digest, mixed_order
-from manifests.reader import Manifest
+from manifests.reader import Manifest, Selection
 from manifests.schema import KEY
-from manifests.selection import Selection
-from stages.distill.seeds import mixed, uniform
-from stages.distill.settings import DistillSettings
-from stages.seeds import derive
+from stages.seeds import derive, mixed, uniform
+from stages.settings import DistillSettings
 
 Ints = npt.NDArray[np.int64]
 

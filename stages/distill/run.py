@@ -18,29 +18,22 @@ from torch import nn
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from stages.device import find_device
-from stages.distill import card, checkpoint
-from stages.distill.answers import open_answers
-from stages.distill.batches import Batches, check_parts
+from stages.distill import checkpoint, export
+from stages.distill.batches import Batches, check_parts, open_pixels
 from stages.distill.evaluate import check_data, evaluate_net
 from stages.distill.loop import Training, train
-from stages.distill.pixels import open_pixels
-from stages.distill.precision import complaint
-from stages.distill.ranks import ALONE, Ranks
 from stages.distill.results import WEIGHTS, Scores, keep_score, measured_before, write_results
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
-from stages.distill.settings import PLACE, DistillSettings
+from stages.distill.runtime import ALONE, OnEvent, OnProgress, Ranks, Watcher, complaint, torch_threads
 from stages.distill.student import Student
-from stages.distill.teacher_check import check_teacher, complaints
-from stages.distill.teachers import find_teacher
-from stages.distill.threads import torch_threads
-from stages.distill.watcher import OnEvent, OnProgress, Watcher
-from stages.models.identity import ModelConfig
+from stages.distill.teacher_cache import open_answers
+from stages.distill.teacher_check import check_teacher, complaints, find_teacher
+from stages.memory import find_device
+from stages.models.build import adaptation_of
 from stages.models.loading import model_files
-from stages.models.registry import adaptation_of
-from stages.models.schemes import default_stem
-from stages.models.settings import ModelSettings
+from stages.models.source import ModelConfig, default_stem
 from stages.models.teacher import Teacher
+from stages.settings import PLACE, DistillSettings, ModelSettings
 
 NO_DERIVED = "loss.derived does nothing: no image to train on was made from another, as method dda makes them"
 COMPARED: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
@@ -224,11 +217,11 @@ def _finish(
         "last_epoch": student.metrics[-1],
         "held_out": scores,
         "test": score(student, weights),
-        **card.measure(net, student.config),
+        **export.measure(net, student.config),
         "bytes": len(files["model.safetensors"]),
         WEIGHTS: weights,
     }
-    files["README.md"] = card.model_card(student.config, prepared.spec, facts).encode()
+    files["README.md"] = export.model_card(student.config, prepared.spec, facts).encode()
     for name, data in files.items():
         run.storage.write(f"{student.name}/{name}", data)
     return facts

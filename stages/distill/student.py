@@ -1,4 +1,4 @@
-"""One student in training: network, optimiser, averaged weights, running sums. Knows nothing of the other students."""
+"""One student in training: network, optimizer, learning rate, averaged weights. Independent of the other students."""
 
 import copy
 import math
@@ -9,15 +9,38 @@ from torch import Tensor, nn
 
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
-from stages.distill.precision import autocast
-from stages.distill.ranks import ALONE, Ranks
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import DistillSettings, OptimiserSettings, student_name
-from stages.distill.targets import Targets, student_terms, weighted
-from stages.micro_batches import out_of_memory
-from stages.models import registry
-from stages.models.identity import ModelConfig
+from stages.distill.losses import Targets, student_terms, weighted
+from stages.distill.runtime import ALONE, Ranks, autocast
+from stages.memory import out_of_memory
+from stages.models import build
+from stages.models.source import ModelConfig
 from stages.seeds import derive
+from stages.settings import DistillSettings, OptimiserSettings, student_name
+
+# The learning rate as a pure function of the step: nothing to save, nothing to forget on resume.
+
+
+def lr_factor(settings: OptimiserSettings, step: int, total: int) -> float:
+    """Share of the peak learning rate at ``step`` (0 … total − 1).
+
+    cosine and step: linear warm-up, then half a cosine to 0, or ``gamma`` at each milestone. onecycle: a cosine from
+    1/25 up to 1 over ``warmup``, then a cosine down to 1/10,000 (Smith and Topin 2017, annealed as in PyTorch).
+    """
+    done = step / total
+    if settings.schedule == "onecycle":
+        if done < settings.warmup:
+            return _cosine(1 / 25, 1.0, done / settings.warmup)
+        return _cosine(1.0, 1e-4, (done - settings.warmup) / (1 - settings.warmup))
+    rising = math.ceil(settings.warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if settings.schedule == "step":
+        return settings.gamma ** sum(done >= milestone for milestone in settings.milestones)
+    return _cosine(1.0, 0.0, (step - rising) / (total - rising))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class Diverged(FactoryError):
@@ -32,7 +55,7 @@ class Student:
         self.name = student_name(config.architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
-            self.net = registry.build_net(config, named=True).to(device)
+            self.net = build.build_net(config, named=True).to(device)
         if settings.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net

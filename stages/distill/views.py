@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stages.distill.seeds import Ids, mixed, uniform
-from stages.distill.settings import ViewSettings
+from stages.seeds import Ids, mixed, uniform
+from stages.settings import ViewSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.models.teacher import Teacher, mean_and_variance
-from stages.synth.settings import GuidanceSettings
+from stages.settings import GuidanceSettings
 
 EPS = 1e-12
 DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on

@@ -1,4 +1,4 @@
-"""The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
+"""The denoising loop of one group, and the methods that are nothing but it: ``diffdfkd`` and ``dmkd``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from manifests.errors import UsageError
 from stages.models.teacher import Teacher
-from stages.synth.groups import Group
+from stages.seeds import torch_rng
+from stages.settings import GuidanceSettings, LatentMixSettings, SynthSettings
+from stages.synth.group import Group
 from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
 from stages.synth.latent_mix import Mix, draw_mixes, mixing
-from stages.synth.priors.prior import Prediction, Prior
-from stages.synth.seeds import torch_rng
-from stages.synth.settings import GuidanceSettings, LatentMixSettings
+from stages.synth.priors.schedule import Prediction, Prior
 
 Decode = Callable[[Tensor], Tensor]
 """Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
@@ -194,3 +194,26 @@ def denoise(
         start = prior.step(state.detached(), rngs)
     work.skipped_updates += int(skipped.sum())
     yield frame(steps, 0, start.z)
+
+
+# DiffDFKD (Qi et al.): the teacher guides every denoising step; latents of one class are cut and mixed (LCA).
+
+
+def diffdfkd(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+    """L = w_ce·CE + w_bn·BN + w_adv·ADV (equation 9), ẑ0 ← ẑ0 − s·∇L (10), LCA (11), then the scheduler's step (5)."""
+    labels = torch.tensor(group.labels, device=models.device)
+    guide = Guide(settings.guidance, models.teacher, labels, models.adversary, models.decode)
+    assert models.prior is not None
+    kept = settings.images.intermediates
+    yield from denoise(models.prior, group, settings.seed, models.device, guide, settings.lca, kept, work)
+
+
+# DM-KD (Li et al. 2023): plain samples of the prior, no guidance. The baseline, and the source of generate-then-select
+# (``min_confidence`` marks as kept what the teacher agrees with).
+
+
+def dmkd(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+    """Denoise without looking at the teacher; it only scores what was made."""
+    assert models.prior is not None
+    kept = settings.images.intermediates
+    yield from denoise(models.prior, group, settings.seed, models.device, None, None, kept, work)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.synth.settings import SynthSettings
+from stages.settings import SynthSettings
 
 WHEN = ("interval", "every", "decoder", "through", "inner")
 FOLDER = Path(__file__).parents[2] / "benchmarks"

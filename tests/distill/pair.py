@@ -12,8 +12,7 @@ import torch.multiprocessing as mp
 from manifests.errors import FactoryError
 from manifests.storage import Storage
 from stages.distill import run, student
-from stages.distill.ranks import ALONE, Ranks
-from stages.distill.watcher import Watcher
+from stages.distill.runtime import ALONE, Ranks, Watcher
 
 
 class Pair:

@@ -1,6 +1,6 @@
 """Settings of short runs, and what they leave behind."""
 
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 TWO = {"students": ["digits-cnn-small", "resnet8"]}
 SMALL = {"epochs": 3, "batch_size": 8, "held_out": 0.2, "optimiser": {"lr": 0.05}}

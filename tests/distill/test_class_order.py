@@ -11,7 +11,7 @@ import pytest
 
 from manifests.errors import DataError
 from stages.distill.class_order import BY_NAME, BY_NUMBER, NAMED_BY_NUMBER, class_order
-from stages.distill.labelled import labelled_images
+from stages.distill.eval_data import labelled_images
 from tests.distill.drawn import NAMES, square, write_dataset
 
 ANIMALS = ("cat", "dog", "red fox")

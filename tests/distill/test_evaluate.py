@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from manifests.errors import DataError
+from stages.digits import load_split, write_split
+from stages.distill.eval_data import labelled_images
 from stages.distill.evaluate import calibration_error, evaluate, metrics
-from stages.distill.labelled import labelled_images
 from stages.distill.run import run_distill
-from stages.models.digits_data import load_split, write_split
-from stages.models.identity import EMBEDDED
 from stages.models.loading import load_model, save_model
-from stages.models.settings import ModelSettings
+from stages.models.source import EMBEDDED
+from stages.settings import ModelSettings
 from tests.distill.drawn import NAMES, square, teacher_files
 from tests.distill.short import settings
 

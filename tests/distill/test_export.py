@@ -9,8 +9,8 @@ from PIL import Image
 
 from manifests.errors import DataError, FactoryError, UsageError
 from stages.distill import export
-from stages.distill.confusion import CELL, confusion_picture
-from stages.distill.saved import load_student
+from stages.distill.evaluate import CELL, confusion_picture
+from stages.distill.export import load_student
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
 from tests.distill.drawn import teacher_files

@@ -21,10 +21,10 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from manifests.verify import verify
 from pipeline.distill import resolve_distill
-from stages.distill.card import markdown
 from stages.distill.evaluate import distinct, evaluate
+from stages.distill.export import markdown
 from stages.distill.run import run_distill
-from stages.models.identity import config_json
+from stages.models.source import config_json
 from tests.distill.drawn import TEACHER, square, teacher_files, write_dataset
 from tests.distill.short import settings
 

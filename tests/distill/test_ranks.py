@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
-from stages.distill.batches import Batches, batch_bounds, check_parts
-from stages.distill.pixels import open_pixels
-from stages.distill.ranks import ALONE, Ranks
+from stages.distill.batches import Batches, batch_bounds, check_parts, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
+from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, alone, distil
 from tests.distill.short import TWO, settings, weights
@@ -196,7 +195,7 @@ def test_a_student_that_fails_in_one_is_parked_in_both(pair, dataset, tmp_path, 
 
 
 def test_the_teachers_answers_are_shared_out_and_the_same_bytes(pair, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.distill.answers.CHUNK", 5)
+    monkeypatch.setattr("stages.distill.teacher_cache.CHUNK", 5)
     asked = settings(students=[GROUP], views={"fixed": 2, "cutmix": 0, "mixup": 0}, cache={"use": True, "top": 2})
     alone(asked, dataset, str(tmp_path / "one"))
     pair(small_chunks)
@@ -206,9 +205,9 @@ def test_the_teachers_answers_are_shared_out_and_the_same_bytes(pair, dataset, t
 
 
 def small_chunks(ranks):
-    from stages.distill import answers
+    from stages.distill import teacher_cache
 
-    answers.CHUNK = 5
+    teacher_cache.CHUNK = 5
 
 
 def test_words_reach_everyone_from_the_lowest_that_has_any(pair):

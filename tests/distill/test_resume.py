@@ -65,7 +65,7 @@ KILLED = """
 import os, signal, sys
 import manifests.local as local
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 dataset, out, step, where = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 def die(): os.kill(os.getpid(), signal.SIGKILL)

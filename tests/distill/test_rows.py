@@ -6,7 +6,7 @@ import pytest
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
 from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_held_out
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 from tests.distill.drawn import NAMES, write_dataset
 
 

@@ -7,14 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from manifests.dataset import seal, unseal
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
-from stages.distill import checkpoint, loop, pixels, precision, student
+from stages.distill import batches, checkpoint, loop, runtime, student
 from stages.distill.run import run_distill
-from stages.models.identity import config_json
 from stages.models.loading import load_model
-from stages.models.settings import ModelSettings
+from stages.models.source import config_json
+from stages.settings import ModelSettings
 from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
@@ -77,10 +77,10 @@ def diverging(monkeypatch, *names):
 
 def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
     asked = settings(cache={"use": True}, views={"fixed": 2, "cutmix": 0, "mixup": 0})
-    taken, take = [], pixels.CachedPixels.take
-    monkeypatch.setattr(pixels.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
-    for out, at_once, most in (("all", pixels.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
-        monkeypatch.setattr(pixels, "AT_ONCE", at_once)
+    taken, take = [], batches.CachedPixels.take
+    monkeypatch.setattr(batches.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
+    for out, at_once, most in (("all", batches.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
+        monkeypatch.setattr(batches, "AT_ONCE", at_once)
         run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))
         assert max(taken) == most
         taken.clear()
@@ -168,12 +168,12 @@ def test_bf16_learns_nearly_the_same_and_keeps_weights_in_fp32(dataset, tmp_path
 def test_bf16_warns_where_the_cpu_is_slower_at_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False}, raising=False)
-    assert "fp32 is faster here" in precision.complaint("bf16", cpu)
-    assert precision.complaint("fp32", cpu) == precision.complaint("bf16", gpu) == ""
+    assert "fp32 is faster here" in runtime.complaint("bf16", cpu)
+    assert runtime.complaint("fp32", cpu) == runtime.complaint("bf16", gpu) == ""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
-    assert precision.complaint("bf16", cpu) == ""
+    assert runtime.complaint("bf16", cpu) == ""
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert precision.complaint("bf16", cpu) == ""  # not known, nothing said
+    assert runtime.complaint("bf16", cpu) == ""  # not known, nothing said
 
 
 def test_a_compiled_student_is_saved_under_plain_names(dataset, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import OptimiserSettings
+from stages.distill.student import lr_factor
+from stages.settings import OptimiserSettings
 
 
 def factors(total=100, **settings):

@@ -11,9 +11,9 @@ from pipeline.distill import resolve_distill
 from stages.distill.evaluate import evaluate
 from stages.distill.export import export_torch
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-from stages.models.identity import ModelConfig
 from stages.models.loading import load_model
+from stages.models.source import ModelConfig
+from stages.settings import DistillSettings
 from tests.distill.short import settings
 
 

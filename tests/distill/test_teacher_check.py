@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from manifests.reader import Manifest
-from stages.distill.batches import Batches
-from stages.distill.pixels import open_pixels
+from stages.distill.batches import Batches, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
-from stages.distill.settings import DistillSettings
 from stages.distill.teacher_check import check_teacher, complaints
-from stages.models.carried import carried_teacher
 from stages.models.inputs import InputSpec
-from stages.synth.stored import stored_images
+from stages.models.loading import carried_teacher
+from stages.settings import DistillSettings
+from stages.synth.scores import stored_images
 from tests.distill.drawn import NAMES, TEACHER, write_dataset
 
 

@@ -6,10 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.distill.seeds import uniform
-from stages.distill.settings import ViewSettings
 from stages.distill.views import Views, apply_views, boxes, draw_views, mix, turns
-from stages.seeds import derive
+from stages.seeds import derive, uniform
+from stages.settings import ViewSettings
 
 IDS = np.arange(200, dtype=np.uint64)
 NONE = np.zeros(200, np.uint64)

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.shard import DoneRecord, ShardWriter
 from manifests.storage import Storage

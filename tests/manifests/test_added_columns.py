@@ -8,10 +8,9 @@ import pytest
 from manifests.errors import DataError
 from manifests.merge import merge
 from manifests.reader import Manifest
-from manifests.schema import ADDED, SCHEMA
+from manifests.schema import ADDED, SCHEMA, write_options
 from manifests.shard import done_name, done_records, make_record, publish, write_shard_table
 from manifests.storage import Storage
-from manifests.tables import write_options
 from manifests.verify import verify
 from tests.manifests.samples import FINGERPRINT, INFO, make_row, write_shard
 

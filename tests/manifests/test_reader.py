@@ -12,15 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifests import selection as selection_module
+from manifests import reader as selection_module
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
-from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest, parse_source
-from manifests.schema import SCHEMA
-from manifests.select import compile_where
+from manifests.schema import SCHEMA, write_options
 from manifests.storage import Storage
-from manifests.tables import write_options
+from manifests.where import compile_where
 from tests.manifests.samples import INFO, flip, make_dataset, make_image, make_row, write_shard
 
 SHARDS, ROWS = 3, 6

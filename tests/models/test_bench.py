@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.distill.eval_data import labelled_images
 from stages.distill.evaluate import run_models
-from stages.distill.labelled import labelled_images
 from stages.models.loading import load_teacher
-from stages.models.settings import InputSettings, ModelSettings
+from stages.settings import InputSettings, ModelSettings
 
 FOLDER = os.environ.get("FACTORY_BENCH_DIR", "")
 INPUT = InputSettings(size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

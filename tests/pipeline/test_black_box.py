@@ -8,7 +8,7 @@ from manifests.reader import Manifest
 from pipeline.distill import run_distill
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from stages.models.settings import ModelSettings
+from stages.settings import ModelSettings
 from tests.pipeline.conftest import INLINE
 from tests.synth.tiny import save_stable_diffusion
 

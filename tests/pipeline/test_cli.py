@@ -11,8 +11,8 @@ import time
 import pytest
 from PIL import Image
 
+from manifests.dataset import seal, unseal
 from manifests.errors import DataError, FactoryError, Interrupted
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from pipeline import cli, synth
 from pipeline.lease import Lease

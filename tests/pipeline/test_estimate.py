@@ -7,8 +7,8 @@ from manifests.reader import Manifest
 from pipeline import distill
 from pipeline.estimate import dry_run, dry_run_lines
 from pipeline.recipe import resolve
-from pipeline.text import flop
-from stages.synth.cost import synth_cost
+from pipeline.terminal import flop
+from stages.cost import synth_cost
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.synth.tiny import save_ddpm
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
-from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter

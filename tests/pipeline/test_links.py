@@ -13,8 +13,8 @@ from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline import cli
 from pipeline.events import EventLog
-from pipeline.gc import collect
 from pipeline.lease import Lease, current
+from pipeline.repair import collect
 from pipeline.synth import run_synth
 from tests.distill.drawn import write_dataset
 from tests.pipeline.conftest import INLINE, small_recipe

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from pipeline.pictures import GAP, NAME_WIDTH, TITLE_HEIGHT, beside, contact_sheet, picture, png
+from pipeline.inspect import GAP, NAME_WIDTH, TITLE_HEIGHT, beside, contact_sheet, picture, png
 from tests.pipeline.fake_worker import image
 
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manifests.dataset import seal
 from manifests.errors import DataError, UsageError
-from manifests.sealed import seal
 from manifests.storage import Storage
-from pipeline.failures import Failure, quarantine, quarantined
+from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
 from pipeline.plan import Plan, differences, fingerprint, make_plan, open_or_create, read_plan, settle
 from pipeline.recipe import resolve
-from stages.synth.plan_inputs import inspect_inputs
+from stages.synth.inputs import inspect_inputs
 from tests.pipeline.conftest import small_recipe
 
 

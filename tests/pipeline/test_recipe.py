@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from manifests.errors import UsageError
 from pipeline.layers import mapping_layer
 from pipeline.recipe import Recipe, packaged, resolve, to_yaml
-from stages.models.settings import ModelSettings
+from stages.settings import ModelSettings, SynthSettings
 from stages.synth.sampler import intermediate_steps
-from stages.synth.settings import SynthSettings
 
 
 def refusal(*args, **kwargs) -> str:

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from stages.synth import fitted_decoder
-from stages.synth.priors.text import TextPrior
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth import decoders
+from stages.synth.priors.kinds import TextPrior
 from tests.synth.tiny import save_stable_diffusion
 
 
@@ -20,7 +20,7 @@ def quick_fit(monkeypatch, tmp_path):
     """Decoders are fitted badly but soon, in a cache of the test's own."""
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     for name, value in {"STEPS": 20, "VISITS": 2, "BATCH": 16, "ROWS": 1}.items():
-        monkeypatch.setattr(fitted_decoder, name, value)
+        monkeypatch.setattr(decoders, name, value)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction", "sample"])

@@ -6,8 +6,8 @@ import pytest
 from manifests.errors import UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.settings import SynthSettings
+from stages.synth.worker import ShardWorker
 
 TEACHER = {
     "name": "tests.models.nets:scores",

@@ -3,10 +3,10 @@
 import pytest
 
 from pipeline.recipe import resolve
-from stages.synth import fitted_decoder
-from stages.synth.priors.text import PROMPTS
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.settings import SynthSettings
+from stages.synth import decoders
+from stages.synth.priors.kinds import PROMPTS
+from stages.synth.worker import ShardWorker
 
 STEPS, SIZE = 20, 4  # of the demo recipe; trajectories of a group
 
@@ -55,7 +55,7 @@ def counted(made, monkeypatch):
     ],
 )
 def test_networks_are_asked_no_more_than_they_must(quick_fit, prior_folder, tmp_path, monkeypatch, sets, expected):
-    monkeypatch.setattr(fitted_decoder, "STEPS", 5)
+    monkeypatch.setattr(decoders, "STEPS", 5)
     seen, report = counted(worker(prior_folder, tmp_path, *sets), monkeypatch)
     assert seen == expected
     assert report["evaluations"] == STEPS

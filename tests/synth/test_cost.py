@@ -5,20 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.counting import Flops, FusedAttention, flops, saved_bytes, weight_bytes
-from stages.models.identity import ModelConfig
+from stages.cost import Flops, FusedAttention, flops, saved_bytes, step_kinds, synth_cost, weight_bytes
+from stages.models.build import build_net
 from stages.models.loading import load_teacher, save_model
-from stages.models.registry import build_net
-from stages.models.settings import InputSettings
-from stages.synth.cost import step_kinds, synth_cost
-from stages.synth.groups import make_group
-from stages.synth.guidance_decoder import load_decoder
-from stages.synth.methods.diffdfkd import diffdfkd
-from stages.synth.methods.dmkd import dmkd
-from stages.synth.priors.load import load_prior
-from stages.synth.sampler import Models, Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import METHODS
+from stages.models.source import ModelConfig
+from stages.settings import InputSettings, SynthSettings
+from stages.synth.decoders import load_decoder
+from stages.synth.group import make_group
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Models, Work, diffdfkd, dmkd
+from stages.synth.worker import METHODS
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import (
     save_ddpm,

@@ -18,16 +18,14 @@ from pipeline.rescore import rescore
 from pipeline.synth import run_synth
 from stages.distill.rows import select_rows, split_held_out
 from stages.models.loading import load_teacher
-from stages.synth.groups import make_group
-from stages.synth.inversion_settings import DdaSettings
-from stages.synth.methods.dda import dda
-from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.priors.load import load_prior
+from stages.settings import DdaSettings, PriorSettings, SynthSettings
+from stages.synth.dda import dda
+from stages.synth.group import make_group
+from stages.synth.inputs import inspect_inputs
+from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Work, denoise
-from stages.synth.scores import filtered
-from stages.synth.settings import PriorSettings, SynthSettings
-from stages.synth.shard_worker import load_models
-from stages.synth.stored import stored_images
+from stages.synth.scores import filtered, stored_images
+from stages.synth.worker import load_models
 from tests.synth.tiny import save_ddpm, save_dit, save_ldm, save_stable_diffusion_dc, save_stable_diffusion_xl
 
 PLACE = ExecutorSettings()
@@ -259,13 +257,13 @@ def test_variants_that_begin_too_late_are_refused(prior_folder):
 
 
 def test_a_teacher_without_features_needs_the_contrastive_space(prior_folder, monkeypatch):
-    from stages.synth import shard_worker
+    from stages.synth import worker
 
     def headless(*given):
         teacher = load_teacher(*given)
         teacher._head = None
         return teacher
 
-    monkeypatch.setattr(shard_worker, "load_teacher", headless)
+    monkeypatch.setattr(worker, "load_teacher", headless)
     with pytest.raises(UsageError, match="dda.space=contrastive"):
         load_models(recipe(prior_folder).synth)

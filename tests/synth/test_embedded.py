@@ -5,12 +5,10 @@ import torch
 
 from pipeline.recipe import resolve
 from stages.models.loading import load_teacher
-from stages.synth.groups import make_group
-from stages.synth.methods.diffdfkd import diffdfkd
-from stages.synth.methods.dmkd import dmkd
-from stages.synth.priors.load import load_prior
-from stages.synth.sampler import Models, Work
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth.group import make_group
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Models, Work, diffdfkd, dmkd
 
 
 @pytest.fixture(scope="module")

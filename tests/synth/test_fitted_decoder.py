@@ -11,14 +11,13 @@ from diffusers import AutoencoderKL
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.counting import Flops
+from stages.cost import Flops, synth_cost
 from stages.models.loading import load_teacher
-from stages.synth import fitted_decoder as fd
-from stages.synth.cost import synth_cost
-from stages.synth.guidance_decoder import fidelity, load_decoder
-from stages.synth.priors.load import load_prior
-from stages.synth.settings import PriorSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.settings import PriorSettings, SynthSettings
+from stages.synth import decoders as fd
+from stages.synth.decoders import fidelity, load_decoder
+from stages.synth.priors.kinds import load_prior
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import save_ddpm
 
 pytestmark = pytest.mark.usefixtures("quick_fit")

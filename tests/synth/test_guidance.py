@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from stages.settings import GuidanceSettings, SynthSettings
 from stages.synth.guidance import (
     Losses,
     class_prior,
@@ -17,8 +18,7 @@ from stages.synth.guidance import (
     two_views,
     update,
 )
-from stages.synth.plan_inputs import inspect_inputs, semantics
-from stages.synth.settings import GuidanceSettings, SynthSettings
+from stages.synth.inputs import inspect_inputs, semantics
 from tests.synth.tiny import TinyTeacher
 
 

@@ -9,12 +9,12 @@ from diffusers import AutoencoderTiny
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.groups import Group
-from stages.synth.guidance_decoder import TinyDecoder
-from stages.synth.plan_inputs import inspect_inputs, semantics
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.decoders import TinyDecoder
+from stages.synth.group import Group
+from stages.synth.inputs import inspect_inputs, semantics
 from stages.synth.sampler import Guide, Work, denoise
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))

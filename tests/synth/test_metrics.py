@@ -12,7 +12,7 @@ from manifests.errors import DataError
 from manifests.merge import merge
 from manifests.reader import Manifest
 from pipeline.inspect import summarise
-from stages.models.carried import carried_teacher
+from stages.models.loading import carried_teacher
 from stages.synth.metrics import mean_pairwise_cosine, measure, near_duplicates, vendi_score
 from tests.distill.drawn import write_dataset
 

@@ -12,14 +12,14 @@ from PIL import Image
 from manifests.errors import FactoryError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.micro_batches import halving, in_micro_batches, out_of_memory
+from stages.memory import halving, in_micro_batches, out_of_memory
 from stages.models.loading import load_teacher
-from stages.synth.groups import Group
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.group import Group
 from stages.synth.guidance import teacher_losses
-from stages.synth.priors.prior import State
+from stages.synth.priors.schedule import State
 from stages.synth.sampler import Guide, guide_step
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, tuple(range(7)), (0, 1, 0, 1, 0, 1, 0), tuple("abababa"))

@@ -8,7 +8,7 @@ from PIL import Image
 from manifests.shard import done_records
 from manifests.storage import Storage
 from manifests.tars import walk
-from stages.synth.methods.noise import NoiseWorker
+from stages.synth.noise import NoiseWorker
 
 
 def make(folder, shards, **settings):

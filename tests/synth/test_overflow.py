@@ -7,11 +7,11 @@ import torch
 from manifests.errors import NumericsError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.groups import Group
-from stages.synth.priors.prior import State
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.group import Group
+from stages.synth.priors.schedule import State
 from stages.synth.sampler import Guide, Work, denoise, guide_step
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker, check_skipped
+from stages.synth.worker import ShardWorker, check_skipped
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))

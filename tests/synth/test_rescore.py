@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from manifests.schema import SCHEMA, normalise
-from stages.synth.rescore import pieces, renewed, trajectory_starts
+from stages.synth.scores import pieces, renewed, trajectory_starts
 
 
 def table(*rows):

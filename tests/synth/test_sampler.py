@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from stages.models.blank import blank_teacher
-from stages.models.settings import ModelSettings
-from stages.synth.groups import Group
-from stages.synth.priors.prior import Prediction, State
-from stages.synth.priors.text import TextPrior
+from stages.models.build import blank_teacher
+from stages.settings import GuidanceSettings, LatentMixSettings, ModelSettings, PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import TextPrior
+from stages.synth.priors.schedule import Prediction, State
 from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
-from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))

@@ -9,10 +9,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.plan_inputs import inspect_inputs, semantics
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.inputs import inspect_inputs, semantics
 from stages.synth.sampler import Guide
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.synth.worker import ShardWorker
 
 
 @pytest.fixture(scope="module")

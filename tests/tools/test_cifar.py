@@ -23,7 +23,7 @@ import cifar_data
 import make_cifar_bench
 from train_cifar_teacher import augmented
 
-from stages.distill.labelled import labelled_images
+from stages.distill.eval_data import labelled_images
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cifar10.py"
 

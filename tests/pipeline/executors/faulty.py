@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError, NumericsError, StoreError
-from pipeline.executors.worker import OnGroup, Worker
-from stages.synth.methods.noise import NoiseWorker
+from pipeline.executors.pool import OnGroup, Worker
+from stages.synth.noise import NoiseWorker
 
 SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
 FINGERPRINT = "f" * 64

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.synth.groups import Group
-from stages.synth.priors.load import load_prior
+from stages.settings import PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings
 
 FOLDER = Path(__file__).resolve().parents[3] / "priors" / "natural32"
 pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reason=f"no prior at {FOLDER}")

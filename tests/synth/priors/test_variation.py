@@ -17,14 +17,13 @@ from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from stages.synth.groups import make_group
-from stages.synth.inversion_settings import DdaSettings
-from stages.synth.methods.dda import begin
-from stages.synth.priors.families import prior_identity
-from stages.synth.priors.load import load_prior
-from stages.synth.priors.prior import State, VariationPrior
+from stages.settings import DdaSettings, PriorSettings, SynthSettings
+from stages.synth.dda import begin
+from stages.synth.group import make_group
+from stages.synth.priors.files import prior_identity
+from stages.synth.priors.kinds import load_prior
+from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings, SynthSettings
 from tests.synth.tiny import save_unclip
 
 GROUP = make_group(SynthSettings(group_size=3), 0, ("a", "b"))
