@@ -105,7 +105,13 @@ def one_run(students: tuple[str, ...], manifest: str, teacher: str, out: Path, e
     """CPU seconds a step: whole, teacher's part T, students' part (all of them together), share of waiting for data."""
     clock = Clock(epochs)
     settings = DistillSettings.model_validate(
-        {"students": students, "epochs": epochs, "held_out": 0, "checkpoint_seconds": 1e9, "other_teacher": True}
+        {
+            "students": students,
+            "epochs": epochs,
+            "val_fraction": 0,
+            "checkpoint_seconds": 1e9,
+            "allow_other_teacher": True,
+        }
         | {"device": "cpu"}
     )
     originals = loop.teacher_targets, loop._learn

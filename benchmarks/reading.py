@@ -82,7 +82,7 @@ def ours(manifest: str, make_pixels: Callable[..., Pixels]) -> tuple[Batches, fl
     """Batches of stage 2 on this machine's CPU, and the seconds of CPU time that opening them took."""
     started = time.process_time()
     settings = DistillSettings.model_validate(
-        {"batch_size": BATCH, "held_out": 0, "views": {"crop": PAD / SIDE, "flip": True, "cutmix": 0, "mixup": 0}}
+        {"batch_size": BATCH, "val_fraction": 0, "augment": {"crop": PAD / SIDE, "flip": True, "cutmix": 0, "mixup": 0}}
     )
     rows = select_rows([(Manifest.open(manifest), 1.0)], settings)
     order = EpochOrder(rows, np.arange(len(rows)), settings)

@@ -28,8 +28,9 @@ STUDENT = "digits-cnn-small"
 
 def seconds(manifest: str, teacher: str, out: Path, epochs: int, views: int, cached: bool) -> float:
     settings: dict[str, Any] = {
-        "students": [STUDENT], "epochs": epochs, "held_out": 0, "checkpoint_seconds": 1e9, "other_teacher": True,
-        "views": {"cutmix": 0, "mixup": 0, "fixed": views}, "cache": {"use": cached}, "device": "cpu",
+        "students": [STUDENT], "epochs": epochs, "val_fraction": 0, "checkpoint_seconds": 1e9,
+        "allow_other_teacher": True,
+        "augment": {"cutmix": 0, "mixup": 0, "num_views": views}, "teacher_cache": {"enabled": cached}, "device": "cpu",
     }  # fmt: skip
     started = time.process_time()
     run_distill(

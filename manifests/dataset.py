@@ -1,8 +1,4 @@
-"""What a dataset says of itself, kept in the metadata of ``m.parquet``, and JSON files that carry their own checksum.
-
-Plans, done records, run and model configurations are sealed. A file without a seal (written by hand, or by an earlier
-version) is read as it is.
-"""
+"""What a dataset says of itself, kept in the metadata of ``m.parquet``: recipe, identities, classes and its tars."""
 
 import hashlib
 import json
@@ -12,40 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from manifests.checked_json import dump_checked, load_checked, load_tree
 from manifests.errors import DataError
-from manifests.schema import FORMAT_VERSION, finite_json, load_tree
-
-SEAL = "checksum"
-
-
-def seal(values: Mapping[str, Any]) -> bytes:
-    """``values`` as readable JSON, with the sha256 of their canonical JSON as last entry; NaN and infinity as null."""
-    values = finite_json(values)
-    return json.dumps({**values, SEAL: _digest(values)}, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def unseal(data: bytes) -> dict[str, Any]:
-    """The values of a sealed object. Raises ``ValueError`` for anything else, or where the checksum differs.
-
-    >>> unseal(seal({"a": 1}))
-    {'a': 1}
-    """
-    values = load_tree(data)
-    if not isinstance(values, dict):
-        raise ValueError("no JSON object")
-    recorded = values.pop(SEAL, None)
-    if recorded is not None and recorded != _digest(values):
-        raise ValueError(f"it was altered: its {SEAL} differs (remove that entry if you changed it yourself)")
-    return values
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# What a dataset says of itself, kept in the metadata of ``m.parquet``: recipe, identities, classes and its tars.
-
+from manifests.schema import FORMAT_VERSION
 
 _VERSION, _INFO, _DIGEST = b"factory.format_version", b"factory.info", b"factory.info_sha256"
 _SHA256 = re.compile("^[0-9a-f]{64}$")
@@ -152,13 +117,13 @@ class DatasetInfo:
 
     def to_json(self) -> bytes:
         """Without its tars, as ``dataset.json`` of a run folder holds it: enough to rebuild a lost manifest."""
-        return seal(json.loads(self.with_tars(()).to_metadata()[_INFO]))
+        return dump_checked(json.loads(self.with_tars(()).to_metadata()[_INFO]))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DatasetInfo":
         """The inverse of :meth:`to_json`. Raises :class:`DataError` naming ``where`` for anything else."""
         try:
-            return cls._from_values(unseal(data))
+            return cls._from_values(load_checked(data))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: damaged description: {error}") from None
 

@@ -1,7 +1,7 @@
 """Opens ``m.parquet``, selects rows, reads their images. ``factory run distill`` and ``factory inspect`` read with it.
 
 The manifest is the index: it knows tar, offset, length and checksum of every image, so any image is one ranged read
-and any run of neighbours is one longer read. Nothing is trusted before it is checked.
+and any run of neighbors is one longer read. Nothing is trusted before it is checked.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import xxhash
 from manifests.dataset import DatasetInfo, TarInfo
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.merge import MANIFEST
-from manifests.schema import MAX_IMAGE, SCHEMA, filled, open_table, parquet_errors
+from manifests.schema import MAX_IMAGE, SCHEMA, open_table, parquet_errors
 from manifests.storage import Storage, split
 from manifests.where import columns_of, compile_where
 
 # The selected rows of a manifest and the bytes of their images, each checked against its recorded checksum.
 #
-# Reading sorts what is asked for by its place in the tars and joins neighbours: a dense request becomes a sequential
+# Reading sorts what is asked for by its place in the tars and joins neighbors: a dense request becomes a sequential
 # scan, a sparse one ranged reads.
 
 
@@ -254,9 +254,9 @@ class Manifest:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
-        """A row group, the absent columns filled. One thread at a time: Arrow's open file is not made for more."""
+        """A row group. One thread at a time: Arrow's open file is not made for more."""
         with self._lock:
-            return filled(self._file.read_row_group(group, columns=columns))
+            return self._file.read_row_group(group, columns=columns)
 
     @property
     def _file(self) -> pq.ParquetFile:

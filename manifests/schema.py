@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.checked_json import load_json
 from manifests.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # raise when files of an earlier version can no longer be read
 KEY = "^[0-9]{6,}-[0-9]{6,}$"
 EXTENSIONS = ("png", "jpg", "webp")
 
@@ -24,8 +25,6 @@ MAX_ROW_JSON = 1 << 20
 """Bytes of one ``KEY.json``; a row with 1,000 logits and 50 cuts needs 12 kB."""
 MAX_IMAGE = 64 << 20
 """Bytes of one stored image."""
-DEEPEST = 32
-"""Levels of the JSON that describes a dataset, a run or a model; our own has 7."""
 
 _CUT = pa.struct(
     [
@@ -81,8 +80,6 @@ SCHEMA = pa.schema(
         _column("skipped_updates", pa.int16()),  # of the guidance, for a gradient that was not finite; null: none
     ]
 )
-ADDED = frozenset({"skipped_updates"})
-"""Columns that files of earlier versions lack; they read as null."""
 REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
 PLACEMENT = frozenset({"offset", "size"})
 """Columns that only the finished tar knows; they are no part of a row's JSON."""
@@ -182,7 +179,7 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
 _CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
 
 
-def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
+def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
     """``row`` with exactly the stored values: every column present, in order, null where it was missing.
 
     Raises ``ValueError`` naming the column for an unknown column, a wrong type or a missing required value.
@@ -204,11 +201,11 @@ def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def row_json(row: Mapping[str, Any]) -> bytes:
     """The canonical ``KEY.json`` of a row: columns in order, nulls, ``offset`` and ``size`` left out."""
-    return normalised_json(normalise({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
+    return normalized_json(normalize({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
 
 
-def normalised_json(full: Mapping[str, Any]) -> bytes:
-    """:func:`row_json` of a row that :func:`normalise` returned."""
+def normalized_json(full: Mapping[str, Any]) -> bytes:
+    """:func:`row_json` of a row that :func:`normalize` returned."""
     values = {name: v for name, v in full.items() if v is not None and name not in PLACEMENT}
     values["xxh3"] = values["xxh3"].hex()
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
@@ -222,63 +219,10 @@ def parse_row(data: bytes) -> dict[str, Any]:
         values = load_json(data)
         if not isinstance(values, dict) or PLACEMENT & set(values):
             raise ValueError("expected an object without offset and size")
-        full = normalise({**values, "offset": 0, "size": 0})
+        full = normalize({**values, "offset": 0, "size": 0})
     except ValueError as error:
         raise DataError(f"not a row: {error}") from None
     return {name: value for name, value in full.items() if name not in PLACEMENT}
-
-
-def load_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, finite numbers, sane depth. Raises ``ValueError`` only."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is not allowed")
-
-    try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def dump_json(values: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """JSON that every reader takes: numbers that are not finite become null, as in the rows of a manifest.
-
-    >>> dump_json({"loss": float("nan"), "seconds": [1.5, float("inf")]})
-    '{"loss": null, "seconds": [1.5, null]}'
-    """
-    return json.dumps(finite_json(values), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
-
-
-def finite_json(value: Any) -> Any:
-    """``value`` with null in place of every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite_json(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_json(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def load_tree(data: bytes) -> Any:
-    """:func:`load_json` for files that are walked, stored and printed later: at most ``DEEPEST`` levels, every number
-    finite (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""
-    values = load_json(data)
-    level = [values]
-    for _ in range(DEEPEST):
-        if not level:
-            return values
-        for value in level:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number is not finite")
-            if isinstance(value, str):
-                value.encode()
-        level = [child for value in level for child in _children(value)]
-    raise ValueError(f"nested more than {DEEPEST} deep")
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else []
 
 
 def to_table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -286,18 +230,9 @@ def to_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def filled(table: pa.Table) -> pa.Table:
-    """``table`` with the columns of :data:`ADDED` that it lacks, as nulls."""
-    for name in sorted(ADDED - set(table.column_names)):
-        table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
-    return table
-
-
 def same_columns(schema: pa.Schema) -> str | None:
-    """None where names, order and types are those of :data:`SCHEMA` (:data:`ADDED` may lack); else what differs."""
+    """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
     for index, field in enumerate(SCHEMA):
-        if field.name in ADDED and index >= len(schema):
-            continue
         if index >= len(schema) or schema.field(index).name != field.name:
             found = repr(schema.field(index).name[:80]) if index < len(schema) else "missing"
             return f"column {index + 1} is {found}, expected {field.name!r}"
@@ -382,4 +317,4 @@ def read_table(data: bytes, where: str) -> pa.Table:
     file = open_table(pa.BufferReader(data), where)
     with parquet_errors(where):
         table = file.read(use_threads=False).replace_schema_metadata(None)
-        return filled(table).cast(SCHEMA)
+        return table.cast(SCHEMA)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from manifests.dataset import TarInfo, file_name, is_count, is_sha256, seal, unseal
+from manifests.checked_json import dump_checked, load_checked
+from manifests.dataset import TarInfo, file_name, is_count, is_sha256
 from manifests.errors import DataError
 from manifests.local import temporary_name
 from manifests.schema import (
@@ -27,8 +28,8 @@ from manifests.schema import (
     MAX_IMAGE,
     MAX_ROW_JSON,
     make_key,
-    normalise,
-    normalised_json,
+    normalize,
+    normalized_json,
     read_table,
     to_table,
     write_options,
@@ -101,7 +102,7 @@ class DoneRecord:
             raise ValueError("fingerprint must be text")
 
     def to_json(self) -> bytes:
-        return seal(asdict(self))
+        return dump_checked(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DoneRecord":
@@ -109,7 +110,7 @@ class DoneRecord:
         try:
             if len(data) > _MAX_RECORD:
                 raise ValueError(f"{len(data)} bytes")
-            return cls(**unseal(data))
+            return cls(**load_checked(data))
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: damaged done record: {error}") from None
 
@@ -198,8 +199,8 @@ class ShardWriter:
         if len(image) > MAX_IMAGE:
             raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
         digest = xxhash.xxh3_128_digest(image)
-        full = normalise({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
-        text = normalised_json(full)
+        full = normalize({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
+        text = normalized_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         with writing(self._tar_path):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from manifests.dataset import DATASET, DatasetInfo, TarInfo, unseal
+from manifests.checked_json import load_checked
+from manifests.dataset import DATASET, DatasetInfo, TarInfo
 from manifests.errors import DataError
 from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
@@ -66,7 +67,7 @@ class _Check:
         if not self.storage.exists("plan.json"):
             return
         try:
-            plan = unseal(self.storage.read("plan.json"))
+            plan = load_checked(self.storage.read("plan.json"))
             self.fingerprint, shards = plan["fingerprint"], int(plan["shards"])
         except (ValueError, KeyError, TypeError) as error:
             yield Problem("plan.json", f"damaged: {error}")

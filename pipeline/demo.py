@@ -15,7 +15,7 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import synth_place
-from pipeline.inspect import beside, contact_sheet, png, samples
+from pipeline.inspect import contact_sheet, hstack, png, samples
 from pipeline.plan import local_folder
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
@@ -86,7 +86,7 @@ def picture(unguided: str, guided: str) -> bytes:
     panels = []
     for title, folder in (("unguided", unguided), ("guided", guided)):
         panels.append((title, contact_sheet(samples(Manifest.open(folder), columns=PICTURES_PER_CLASS))))
-    return png(beside(panels))
+    return png(hstack(panels))
 
 
 def _test_digits(root: Storage) -> str:

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from manifests.checked_json import dump_json
 from manifests.errors import DataError, StoreError
-from manifests.schema import dump_json
 from manifests.storage import Storage
 from pipeline.terminal import say
 

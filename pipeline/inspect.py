@@ -37,7 +37,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]], cell: int = 48) -
     return sheet
 
 
-def beside(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+def hstack(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Panels next to each other, each under its title."""
     width = sum(panel.width for _, panel in panels)
     whole = Image.new("RGB", (width, TITLE_HEIGHT + max(panel.height for _, panel in panels)), BACKGROUND)
@@ -86,7 +86,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SCORES = ("cosine", "confidence", "entropy", "margin")
 
 
-def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
+def summarize(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
     """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
     chosen = manifest.select(where, kept=False)
     kept = np.asarray(chosen.column("kept"), dtype=bool)

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
-from manifests.dataset import MAX_SHARD, is_count, is_sha256, seal, unseal
+from manifests.checked_json import dump_checked, load_checked
+from manifests.dataset import MAX_SHARD, is_count, is_sha256
 from manifests.errors import DataError, UsageError
+from manifests.schema import FORMAT_VERSION
 from manifests.storage import Storage
 from pipeline.events import quarantined, release
 from pipeline.lease import live
@@ -62,7 +64,7 @@ class TeacherCopy:
     identity: dict[str, Any]
     folder: str = FOLDER
 
-    def apart(self) -> "TeacherCopy":
+    def content_addressed(self) -> "TeacherCopy":
         """The same in a folder named after its content, so that it never replaces another teacher's."""
         if not self.files:
             return self
@@ -118,6 +120,7 @@ class Plan:
     recipe: dict[str, Any]
     semantics: dict[str, Any]
     versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not is_sha256(self.fingerprint) or not is_count(self.shards, MAX_SHARD + 1) or not self.shards:
@@ -128,13 +131,16 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Readable, with its own checksum."""
-        return seal(asdict(self))
+        return dump_checked(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Plan":
         """Raises DataError where ``data`` is no plan; ``where`` names it in the message."""
         try:
-            return cls(**unseal(data))
+            values = load_checked(data)
+            if "recipe" in values and (version := values.get("format_version", 1)) != FORMAT_VERSION:
+                raise ValueError(f"its format version is {version}, this program's {FORMAT_VERSION}: use another --out")
+            return cls(**values)
         except (ValueError, TypeError) as error:
             raise DataError(f"{where} is not a plan of this program ({error})") from None
 
@@ -180,7 +186,7 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
     _check(storage, stored, plan)
 
 
-def settle(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:
+def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:
     """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
     of which nothing was made (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
 
@@ -235,7 +241,7 @@ def _described(plan: Plan) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """``settings.guidance.scale: 0.1 there, 0.2 here``, one line for each key that differs."""
+    """``settings.guidance.step_size: 0.1 there, 0.2 here``, one line for each key that differs."""
     left, right = dict(_flat(there)), dict(_flat(here))
     lines = []
     for key in sorted(left.keys() | right.keys()):

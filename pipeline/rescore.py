@@ -48,7 +48,7 @@ def rescore(
     storage, name = manifest.storage, target(manifest, out)
     started = time.monotonic()
     settings = ModelSettings(name=teacher) if teacher else None
-    copy = prepare(settings, teacher_identity(settings)).apart() if settings else None
+    copy = prepare(settings, teacher_identity(settings)).content_addressed() if settings else None
     least = own_threshold(manifest.info) if threshold is None else threshold
     from stages.memory import find_device
     from stages.models.loading import carried_teacher, check_classes, load_teacher

@@ -115,7 +115,7 @@ def round_report(
         "kept": made["kept"],
         "teacher_agreement": learnt["teacher_check"]["agreement"],
         "student": facts["folder"],
-        "held_out_agreement": facts["held_out"]["agreement"] if facts["held_out"] else None,
+        "val_agreement": facts["val"]["agreement"] if facts["val"] else None,
         "accuracy": facts["test"]["accuracy"] if facts["test"] else None,
     }
 
@@ -126,7 +126,7 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     for found in result["rounds"]:
         shares = "".join(
             f"{value:>{width}.1%}" if value is not None else f"{'–':>{width}}"
-            for value, width in ((found["held_out_agreement"], 11), (found["accuracy"], 8))
+            for value, width in ((found["val_agreement"], 11), (found["accuracy"], 8))
         )
         steered = "yes" if found["adversary"] else "no"
         yield f"{found['round']:<8}{found['images']:>8}{found['kept']:>8}{steered:>9}{shares}"

@@ -15,10 +15,10 @@ from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
-from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, settle
+from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, plain, progress, say, size
-from stages.synth.inputs import SynthInputs, inspect_inputs, planned_models
+from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models
 
 WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
 
@@ -49,7 +49,7 @@ def run_synth(
             events.write("note", message=line)
             say(line)
 
-        stored = settle(storage, plan, note)
+        stored = resume_plan(storage, plan, note)
         publish(storage, teacher)
         info = dataset_info(stored, inputs, teacher)
         storage.write(DATASET, info.to_json())
@@ -61,7 +61,7 @@ def run_synth(
                 "settings": recipe.synth.model_dump(mode="json"),
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
-                "planned": planned_models(plan.semantics),
+                "planned": pinned_models(plan.semantics),
             },
         )
         try:

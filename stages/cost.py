@@ -26,13 +26,13 @@ from stages.models.teacher import Teacher
 from stages.settings import DistillSettings, GuidanceSettings, LossSettings, SynthSettings
 from stages.synth import decoders
 from stages.synth.cmi import cmi
-from stages.synth.decoders import FittedDecoder, load_decoder, misfit, pull_back, trajectories, visited
+from stages.synth.decoders import FittedDecoder, decode_with_vjp, load_decoder, sobolev_loss, trajectories, visited
 from stages.synth.group import make_group
 from stages.synth.inversion import deepinversion
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import Prediction, State, VariationPrior
-from stages.synth.sampler import Guide, Models, Work, guide_step
+from stages.synth.sampler import Counters, Guide, Models, guide_step
 
 # Count work without doing it: FLOPs and saved activations of any call on meta tensors, which have shapes and no data.
 #
@@ -121,7 +121,7 @@ def _storage(tensor: Tensor) -> int:
 # are not counted.
 
 
-Through = Literal["z0", "zt"]
+Through = Literal["x0", "xt"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Meter:
     def __init__(self, settings: SynthSettings) -> None:
         self.settings = settings
         names = resolve(settings.teacher).config.class_names
-        shapes = settings.prior.labelled(names).model_copy(update={"attention": "sdpa", "compile": False})
+        shapes = settings.prior.labeled(names).model_copy(update={"attention": "sdpa", "compile": False})
         prior = load_prior(shapes, "meta")
         assert isinstance(prior, DiffusionPrior)
         self.prior, self.teacher = prior, blank_teacher(settings.teacher)
@@ -173,14 +173,14 @@ class Meter:
         parts = (self.prior.network, self.prior.vae, decoder, *self.prior.encoders)
         return [part for part in parts if part is not None] + classifiers
 
-    def predict(self, step: int, through: Through = "z0") -> Prediction:
-        start = torch.empty(1, *self.prior.latent_shape, device=META, requires_grad=through == "zt")
-        with torch.set_grad_enabled(through == "zt"):
+    def predict(self, step: int, through: Through = "x0") -> Prediction:
+        start = torch.empty(1, *self.prior.latent_shape, device=META, requires_grad=through == "xt")
+        with torch.set_grad_enabled(through == "xt"):
             return self.prior.predict(State(start, step), self.condition)
 
     def guide(self, step: int, through: Through) -> None:
         """A guided step with one update, its prediction included."""
-        settings = self.settings.guidance.model_copy(update={"through": through, "inner": 1})
+        settings = self.settings.guidance.model_copy(update={"gradient_at": through, "updates_per_step": 1})
         guide_step(self.prior, self.predict(step, through), self.guidance(settings), self.rng)
 
     def teach(self) -> None:
@@ -241,12 +241,12 @@ def sampling_cost(settings: SynthSettings) -> SynthCost:
         denoiser += times * count * predict
         if is_guided:
             teach = flops(meter.teach)
-            update = flops(partial(meter.guide, step, "z0")) - predict
-            decoder += times * count * guidance.inner * (update - teach)
-            teacher += times * count * guidance.inner * teach
-            if guidance.through == "zt":
-                denoiser += times * count * (flops(partial(meter.guide, step, "zt")) - predict - update)
-            saved = max(saved, saved_bytes(partial(meter.guide, step, guidance.through), meter.networks))
+            update = flops(partial(meter.guide, step, "x0")) - predict
+            decoder += times * count * guidance.updates_per_step * (update - teach)
+            teacher += times * count * guidance.updates_per_step * teach
+            if guidance.gradient_at == "xt":
+                denoiser += times * count * (flops(partial(meter.guide, step, "xt")) - predict - update)
+            saved = max(saved, saved_bytes(partial(meter.guide, step, guidance.gradient_at), meter.networks))
     encoded = flops(meter.encode) if settings.method == "dda" else 0  # the inverted image, once for all its variants
     return SynthCost(
         denoiser=denoiser,
@@ -266,8 +266,8 @@ def fit_flops(meter: Meter) -> int:
     drawn = trajectories(shape[1]) * decoders.VISITS
     net = FittedDecoder(shape[0], shape[1], decoder.size, decoder.rule).to(META)
     latents, images = torch.empty(1, *shape, device=META), meter.images(decoder.size)
-    decode = flops(lambda: pull_back(prior.decode, latents, meter.images(prior.image_size)))
-    learn = flops(lambda: misfit(net, latents, images, images, latents).backward())
+    decode = flops(lambda: decode_with_vjp(prior.decode, latents, meter.images(prior.image_size)))
+    learn = flops(lambda: sobolev_loss(net, latents, images, images, latents).backward())
     steps = [visited(prior, visit, decoders.VISITS) for visit in range(decoders.VISITS)]
     kinds = {prior.settings.cfg_at(step): step for step in steps}
     predict = {scale: flops(partial(meter.predict, step)) for scale, step in kinds.items()}
@@ -330,7 +330,9 @@ def _invert(settings: SynthSettings, images: int, steps: int) -> tuple[int, int]
     method = deepinversion if settings.method == "deepinversion" else cmi
     models = Models(None, teacher, adversary, "cpu")
     with torch.random.fork_rng(devices=[]), Flops() as counter:
-        kept = saved_bytes(lambda: list(method(models, group, few, Work())), [t.net for t in (teacher, adversary) if t])
+        kept = saved_bytes(
+            lambda: list(method(models, group, few, Counters())), [t.net for t in (teacher, adversary) if t]
+        )
     return counter.total, kept
 
 
@@ -340,7 +342,7 @@ TWO = 2  # images in the step that is counted: BatchNorm in training needs more 
 @dataclass(frozen=True)
 class DistillCost:
     """FLOPs of one view of one image: the teacher's answer, and each student's step. Bytes of all weights (the averaged
-    ones, gradients and the optimiser's memory not counted), and of what one image saves for the backward pass of the
+    ones, gradients and the optimizer's memory not counted), and of what one image saves for the backward pass of the
     hungriest student, since they learn one after another."""
 
     teacher: int

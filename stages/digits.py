@@ -39,7 +39,7 @@ def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_split(split: Split, path: Path) -> Path:
-    """Write a split as Parquet with columns key, png (8×8 grey) and label, for ``evaluate``; returns ``path``."""
+    """Write a split as Parquet with columns key, png (8×8 gray) and label, for ``evaluate``; returns ``path``."""
     images, labels = load_split(split)
     pngs = []
     for image in images:

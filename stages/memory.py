@@ -84,7 +84,9 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def halving(call: Callable[[], T], size: int, limit: Callable[[int], None], what: str, way_out: str) -> T:
+def retry_with_smaller_batches(
+    call: Callable[[], T], size: int, limit: Callable[[int], None], what: str, way_out: str
+) -> T:
     """``call()``; where it runs out of memory, again after ``limit`` was told half of ``size`` rows at once, and so on.
 
     Raises what ``call`` raises; FactoryError, ``what`` does not fit and the ``way_out``, where one row is too many.

@@ -32,7 +32,7 @@ Ids = npt.NDArray[np.uint64]
 
 
 def mixed(words: Ids) -> Ids:
-    """The finaliser of SplitMix64 (Steele et al. 2014): a bijection that scatters neighbouring numbers."""
+    """The finalizer of SplitMix64 (Steele et al. 2014): a bijection that scatters neighboring numbers."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

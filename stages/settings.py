@@ -11,6 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+ALGORITHM_VERSION = 2
+"""Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
+
 # Settings that name a classifier: the teacher, or a frozen student used as adversary. Imports no torch.
 
 
@@ -25,7 +28,7 @@ class Settings(BaseModel):
 
 
 class InputSettings(Settings):
-    """What a classifier expects: ``channels × size × size``, values in [0, 1] normalised by ``mean`` and ``std``."""
+    """What a classifier expects: ``channels × size × size``, values in [0, 1] normalized by ``mean`` and ``std``."""
 
     size: int = Field(gt=0, le=4096)
     channels: Literal[1, 3] = Field(3, description="1 means luminance")
@@ -71,12 +74,12 @@ LONGEST = 32767  # iterations: the manifest's ``step`` holds 16 bits
 
 
 class DeepInversionSettings(Settings):
-    """Optimisation of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
+    """Optimization of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
 
     steps: int = Field(2000, gt=0, le=LONGEST)
     lr: float = Field(0.05, gt=0, description="of Adam, in units of the pixel range [-1, 1]")
     ce: float = Field(1.0, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalised: a mean over layers)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
     first_bn: float = Field(10.0, ge=0, description="factor of the first BatchNorm layer")
     tv: float = Field(2.5e-5, ge=0, description="total-variation weight")
     l2: float = Field(1e-5, ge=0, description="weight of the image's norm")
@@ -97,11 +100,11 @@ class CmiSettings(Settings):
     latent: int = Field(256, gt=0, description="numbers that an image is generated from")
     width: int = Field(64, gt=0, description="channels of the generator's last layer; the others have twice as many")
     ce: float = Field(0.5, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalised: a mean over layers)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
     cr: float = Field(0.8, ge=0, description="contrastive weight")
     temperature: float = Field(0.1, gt=0, description="of the contrastive term")
     crop: tuple[float, float] = Field((0.25, 1.0), description="least and greatest area of the local view")
-    shift: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
+    jitter: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
     flip: bool = Field(False, description="mirror half of the views; wrong for digits and text")
 
     @model_validator(mode="after")
@@ -115,8 +118,8 @@ class CmiSettings(Settings):
 class DdaSettings(Settings):
     """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
 
-    The paper's guidance of 0.5 is ``prior.cfg``. A prior with an image encoder varies images as the paper does, from
-    pure noise; with any other prior image-to-image stands in, for which the paper names no strength.
+    The paper's guidance of 0.5 is ``prior.cfg_scale``. A prior with an image encoder varies images as the paper does,
+    from pure noise; with any other prior image-to-image stands in, for which the paper names no strength.
     """
 
     variants: int = Field(3, gt=0, description="images made from each inverted one")
@@ -124,7 +127,7 @@ class DdaSettings(Settings):
         0.5, gt=0, le=1, description="share of the steps, 1: only the prompt is left; not for image variation"
     )
     noise_level: int = Field(0, ge=0, lt=1000, description="image variation: noise on the image's features")
-    cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
+    min_cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
     space: Literal["teacher", "contrastive"] = Field("teacher", description="where cosines are taken")
     guided: bool = Field(False, description="the teacher steers the variants too, as guidance says")
 
@@ -169,7 +172,7 @@ class PriorSettings(Settings):
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(20, gt=0, le=1000)
-    cfg: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
+    cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
     cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
     labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")
@@ -197,7 +200,7 @@ class PriorSettings(Settings):
             raise ValueError("labels and labels_by_index exclude each other")
         return self
 
-    def labelled(self, names: Sequence[str]) -> "PriorSettings":
+    def labeled(self, names: Sequence[str]) -> "PriorSettings":
         """With ``labels`` for the teacher's classes ``names``, written out where they go by index."""
         if not self.labels_by_index:
             return self
@@ -206,7 +209,7 @@ class PriorSettings(Settings):
     def cfg_at(self, step: int) -> float:
         """The guidance scale of denoising step ``step``: ``cfg`` inside its interval, else 1."""
         low, high = self.cfg_interval
-        return self.cfg if low <= step / self.steps < high else 1.0
+        return self.cfg_scale if low <= step / self.steps < high else 1.0
 
 
 class PromptSettings(Settings):
@@ -232,21 +235,23 @@ class PromptSettings(Settings):
 
 
 class GuidanceSettings(Settings):
-    """Teacher guidance (DiffDFKD, equations 6-10), with per-sample gradient normalisation."""
+    """Teacher guidance (DiffDFKD, equations 6-10), with per-sample gradient normalization."""
 
-    through: Literal["z0", "zt"] = Field("z0", description="gradient at the predicted latent, or through the denoiser")
-    scale: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
-    normalise: Literal["rms", "none"] = "rms"
+    gradient_at: Literal["x0", "xt"] = Field(
+        "x0", description="gradient at the predicted ẑ0, or through the denoiser at z_t"
+    )
+    step_size: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
+    normalize: Literal["rms", "none"] = "rms"
     ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalised)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalized)")
     adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
     consistency: float | None = Field(
         None, ge=0, description="equal answers to two views; default: 1 for a teacher without BatchNorm, else 0"
     )
     interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
     every: int = Field(1, gt=0, description="guide every k-th step of the interval")
-    inner: int = Field(1, gt=0, description="updates per guided step (z0 only)")
-    shift: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, as a share of the image side")
+    updates_per_step: int = Field(1, gt=0, description="updates per guided step (x0 only)")
+    jitter: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
     decoder: Literal["full", "tiny", "fitted"] = Field(
         "fitted", description="what guidance decodes with (stored images always use the prior's own)"
     )
@@ -255,8 +260,10 @@ class GuidanceSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "GuidanceSettings":
         check_interval("interval", self.interval)
-        if self.through == "zt" and self.inner > 1:
-            raise ValueError("inner > 1 needs through: z0 (each z_t update costs a pass through the denoiser)")
+        if self.gradient_at == "xt" and self.updates_per_step > 1:
+            raise ValueError(
+                "updates_per_step > 1 needs gradient_at: x0 (each z_t update costs a pass through the denoiser)"
+            )
         if self.tiny_decoder and self.decoder != "tiny":
             raise ValueError("tiny_decoder does nothing unless decoder is tiny")
         return self
@@ -264,7 +271,7 @@ class GuidanceSettings(Settings):
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
         low, high = self.interval
-        inside = self.scale > 0 and low <= step / steps < high
+        inside = self.step_size > 0 and low <= step / steps < high
         return inside and (step - self.first(steps)) % self.every == 0
 
     def first(self, steps: int) -> int:
@@ -403,9 +410,9 @@ class LossSettings(Settings):
     """Weights of the loss terms; each is logged on its own. A weight of 0 switches a term off."""
 
     kd: float = Field(1.0, ge=0, description="τ²·KL(teacher ‖ student), batchmean")
-    tau: float = Field(4.0, gt=0, description="temperature of the KD term")
+    temperature: float = Field(4.0, gt=0, description="temperature of the KD term")
     ce: float = Field(0.0, ge=0, description="cross-entropy with the manifest's label")
-    derived: float = Field(0.0, ge=0, description="cross-entropy on derived images only (DDA equation 7)")
+    variants_ce: float = Field(0.0, ge=0, description="cross-entropy on image variants only (DDA equation 7)")
     cam: float = Field(0.0, ge=0, description="class activation maps, every class (mSARC)")
     gradcam: float = Field(0.0, ge=0, description="Grad-CAM at the end of each stage (mSARC)")
     teacher_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
@@ -414,7 +421,7 @@ class LossSettings(Settings):
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the terms that are on, in the order in which they are computed."""
-        return tuple(name for name in ("kd", "ce", "derived", "cam", "gradcam") if getattr(self, name))
+        return tuple(name for name in ("kd", "ce", "variants_ce", "cam", "gradcam") if getattr(self, name))
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossSettings":
@@ -423,13 +430,13 @@ class LossSettings(Settings):
         return self
 
 
-class OptimiserSettings(Settings):
+class OptimizerSettings(Settings):
     """How weights move. Lengths are shares of the run, so that changing ``epochs`` keeps the shape."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum; adamw: beta1")
-    weight_decay: float = Field(5e-4, ge=0, description="not applied to biases and normalisation weights")
+    weight_decay: float = Field(5e-4, ge=0, description="not applied to biases and normalization weights")
     schedule: Literal["cosine", "step", "onecycle"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps; onecycle: the rising part")
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: shares of the run")
@@ -438,27 +445,29 @@ class OptimiserSettings(Settings):
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that become the student; 0: none")
 
 
-class ViewSettings(Settings):
+class AugmentSettings(Settings):
     """Augmentation: a pure function of (seed, epoch, sample). λ of cutmix and mixup is uniform."""
 
     crop: float = Field(0.1875, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
     flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
     cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
     mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
-    fixed: int = Field(0, ge=0, description="number of views of an image, taken in turn; 0: a new one in every epoch")
+    num_views: int = Field(
+        0, ge=0, description="number of views of an image, taken in turn; 0: a new one in every epoch"
+    )
 
     @model_validator(mode="after")
-    def _shares(self) -> "ViewSettings":
+    def _shares(self) -> "AugmentSettings":
         if self.cutmix + self.mixup > 1:
             raise ValueError("cutmix + mixup must not exceed 1: an image receives one of them")
         return self
 
 
-class CacheSettings(Settings):
-    """The teacher's logits for ``views.fixed`` views of every image, computed once and then looked up."""
+class TeacherCacheSettings(Settings):
+    """The teacher's logits for ``augment.num_views`` views of every image, computed once and then looked up."""
 
-    use: bool = Field(False, description="needs views.fixed; excludes cam, gradcam, cutmix and mixup")
-    top: int | None = Field(None, ge=1, description="logits kept of each answer; default: all, above 256 classes 64")
+    enabled: bool = Field(False, description="needs augment.num_views; excludes cam, gradcam, cutmix and mixup")
+    top_k: int | None = Field(None, ge=1, description="logits kept of each answer; default: all, above 256 classes 64")
     folder: str | None = Field(None, description="default: teacher-cache in the run folder; runs may share one")
 
 
@@ -469,22 +478,28 @@ class DistillSettings(Settings):
         ("digits-cnn-small",), min_length=1, description="architectures, trained in one pass"
     )
     loss: LossSettings = LossSettings()
-    optimiser: OptimiserSettings = OptimiserSettings()
-    views: ViewSettings = ViewSettings()
-    cache: CacheSettings = CacheSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    augment: AugmentSettings = AugmentSettings()
+    teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     input: InputSettings | None = Field(None, description="the students' input; default: the teacher's")
     where: str | None = Field(None, description="rows to use, e.g. confidence >= 0.5 and timestep == 0")
-    kept: bool = Field(True, description="leave out images that synthesis rejected")
+    include_rejected: bool = Field(False, description="also use images that synthesis rejected")
     skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
     balance: bool = Field(False, description="every class equally often, over all manifests together")
     epochs: int = Field(80, gt=0)
     batch_size: int = Field(64, gt=1, description="images per step, over all workers together")
     seed: int = Field(0, ge=0)
-    held_out: float = Field(0.05, ge=0, lt=1, description="share held out, by trajectory and LCA partner")
-    keep: Literal["last", "best"] = Field("last", description="which weights become the student; best is by held_out")
-    other_teacher: bool = Field(False, description="allow a teacher that is not the one the data was made for")
+    val_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the images held out for validation, by trajectory and LCA partner"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="which weights become the student; best is by the validation split"
+    )
+    allow_other_teacher: bool = Field(False, description="allow a teacher that is not the one the data was made for")
     min_agreement: float = Field(0.5, ge=0, le=1, description="warn if the teacher agrees with fewer labels")
-    track: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="where metrics go besides metrics.jsonl")
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="where metrics go besides metrics.jsonl"
+    )
     eval_every: int = Field(0, ge=0, description="epochs between looks at the test data; 0: once, at the end")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
@@ -503,9 +518,9 @@ class DistillSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _best_needs_held_out(self) -> "DistillSettings":
-        if self.keep == "best" and not self.held_out:
-            raise ValueError("keep: best needs held_out > 0 to choose by")
+    def _best_needs_validation(self) -> "DistillSettings":
+        if self.select == "best" and not self.val_fraction:
+            raise ValueError("select: best needs val_fraction > 0 to choose by")
         return self
 
     @model_validator(mode="after")
@@ -517,13 +532,15 @@ class DistillSettings(Settings):
     @model_validator(mode="after")
     def _cached_answers_fit(self) -> "DistillSettings":
         wrong = [f"loss.{name}" for name in ("cam", "gradcam") if getattr(self.loss, name)]
-        wrong += [f"views.{name}" for name in ("cutmix", "mixup") if getattr(self.views, name)]
-        if self.cache.use and wrong:
-            raise ValueError(f"cache.use needs {' and '.join(f'{name} 0' for name in wrong)}: no view of theirs recurs")
-        if self.cache.use and not self.views.fixed:
-            raise ValueError("cache.use needs views.fixed, the number of views of each image, say 8")
+        wrong += [f"augment.{name}" for name in ("cutmix", "mixup") if getattr(self.augment, name)]
+        if self.teacher_cache.enabled and wrong:
+            raise ValueError(
+                f"teacher_cache.enabled needs {' and '.join(f'{name} 0' for name in wrong)}: their views never recur"
+            )
+        if self.teacher_cache.enabled and not self.augment.num_views:
+            raise ValueError("teacher_cache.enabled needs augment.num_views, the number of views of each image, say 8")
         return self
 
 
-PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every", "track"})
+PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every", "loggers"})
 """Settings that change where or how a run goes, not what it computes: free to differ on resume."""

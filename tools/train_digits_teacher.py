@@ -36,7 +36,7 @@ tags: [image-classification, handwritten-digits]
 A BatchNorm ConvNet (`{architecture}`) for 8×8 handwritten digits: the private teacher of the embedded example.
 {parameters:,} parameters, {mflop:.1f} MFLOP per image (two per multiply-add), {kilobytes:.0f} kB of safetensors.
 
-- **Input**: one channel (luminance), 8×8, [0, 1], normalised with mean {mean} and std {std}.
+- **Input**: one channel (luminance), 8×8, [0, 1], normalized with mean {mean} and std {std}.
 - **Data**: `sklearn.datasets.load_digits` (1,797 images, UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
   split by label into 598 training, 300 validation and 899 test images (`stages/digits.py`).
 - **Training**: `python tools/train_digits_teacher.py --out stages/assets/digits-teacher --test`: {epochs} epochs,
@@ -69,7 +69,7 @@ def accuracy(net: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
-    """One-cycle SGD; returns the averaged network. ``x`` is normalised where black is ``x.min()``."""
+    """One-cycle SGD; returns the averaged network. ``x`` is normalized where black is ``x.min()``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net, black, batch = build.build(ARCHITECTURE, 10, 1), x.min(), 64

@@ -59,7 +59,7 @@ def inspect(
     from pipeline.terminal import say
 
     opened = Manifest.open(manifest)
-    summary = look.summarise(opened, where)
+    summary = look.summarize(opened, where)
     if metrics:
         summary["metrics"] = look.metrics(opened, where) if summary["kept"] else None
     if summary["kept"]:

@@ -40,7 +40,7 @@ def export(
     answer({"files": files}, as_json, lines)
 
 
-# ``factory eval``: score a saved model on labelled images.
+# ``factory eval``: score a saved model on labeled images.
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy, calibration and confusions of a model folder on labelled images; agreement with a teacher."""
+    """Accuracy, calibration and confusions of a model folder on labeled images; agreement with a teacher."""
     from pipeline.terminal import plain, say
     from stages.distill.evaluate import evaluate as measure
     from stages.settings import ModelSettings

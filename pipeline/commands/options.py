@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from manifests.schema import dump_json
+from manifests.checked_json import dump_json
 from pipeline.terminal import plain
 
 RESULT = "Result"

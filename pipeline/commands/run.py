@@ -60,7 +60,7 @@ def synth(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: synthesise a dataset. The same command again resumes; a larger --shards adds."""
+    """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
     from pipeline import estimate
     from pipeline import synth as stage
     from pipeline.executors.settings import synth_place

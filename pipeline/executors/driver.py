@@ -28,7 +28,7 @@ from pipeline.lease import Lease
 
 class StopSignals:
     """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt`` and sets
-    ``stopping``, for loops to look at: an exception raised inside a callback or a finaliser is swallowed there.
+    ``stopping``, for loops to look at: an exception raised inside a callback or a finalizer is swallowed there.
 
     Outside the main thread, where Python takes no handlers, it changes nothing.
     """

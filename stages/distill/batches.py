@@ -199,14 +199,14 @@ class Batches:
 
     def _drawn(self, number: int) -> _Epoch:
         settings, order = self.settings, self.order(number)
-        taken = turns(settings.views, number, repeats(order))
-        views = draw_views(settings.views, self.side, settings.seed, number, self.rows.ids[order], taken)
+        taken = turns(settings.augment, number, repeats(order))
+        views = draw_views(settings.augment, self.side, settings.seed, number, self.rows.ids[order], taken)
         return _Epoch(number, order, taken.astype(np.int64), views, views.mixes)
 
     def fixed(self, rows: Ints, turn: int) -> Tensor:
         """View number ``turn`` of ``rows`` where views are fixed, ``[n, 3, h, w]`` in [−1, 1]."""
         taken = np.full(len(rows), turn, np.uint64)
-        views = draw_views(self.settings.views, self.side, self.settings.seed, 0, self.rows.ids[rows], taken)
+        views = draw_views(self.settings.augment, self.side, self.settings.seed, 0, self.rows.ids[rows], taken)
         return to_unit(apply_views(self.pixels.take(rows), views.to(self.device)))
 
     def chunk(self, most: int = 512) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from manifests.checked_json import load_json
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
 from manifests.reader import Manifest
-from manifests.schema import MAX_IMAGE, load_json, parquet_errors
+from manifests.schema import MAX_IMAGE, parquet_errors
 from manifests.storage import Storage, split
 from stages.distill.class_order import GrowingClassOrder, Label, NamedNumber, class_order, read_label, read_text_label
 from stages.models.source import MAX_CLASSES
@@ -29,7 +30,7 @@ ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean."""
 
     where: str
@@ -40,7 +41,7 @@ class LabelledImages:
         return self.samples
 
 
-def labelled_images(path: str, class_names: Sequence[str]) -> LabelledImages:
+def labeled_images(path: str, class_names: Sequence[str]) -> LabeledImages:
     """Everything at ``path`` that a model of ``class_names`` can be scored on; labels are read as
     :mod:`stages.distill.class_order` says.
 
@@ -59,17 +60,17 @@ def labelled_images(path: str, class_names: Sequence[str]) -> LabelledImages:
     raise DataError(f"{path} is no .tar, .parquet or folder of images")
 
 
-def _manifest(url: str, class_names: Sequence[str]) -> LabelledImages:
+def _manifest(url: str, class_names: Sequence[str]) -> LabeledImages:
     manifest = Manifest.open(url)
     rows = manifest.select()
     keys, labels = rows.column("key"), rows.column("label")
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
     order = class_order(places, class_names, url, listed=manifest.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
-    return LabelledImages(url, order.line, samples)
+    return LabeledImages(url, order.line, samples)
 
 
-def _folder(path: str, class_names: Sequence[str]) -> LabelledImages:
+def _folder(path: str, class_names: Sequence[str]) -> LabeledImages:
     """One sub-folder a class. Folders whose names begin with a dot are left out, and every file can be opened."""
 
     def samples() -> Iterator[Sample]:
@@ -86,7 +87,7 @@ def _folder(path: str, class_names: Sequence[str]) -> LabelledImages:
         for _, file in files:
             with file.open("rb"):
                 pass
-    return LabelledImages(path, order.line, samples())
+    return LabeledImages(path, order.line, samples())
 
 
 @contextmanager
@@ -108,17 +109,17 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
     return places
 
 
-def _tar_file(storage: Storage, name: str, class_names: Sequence[str]) -> LabelledImages:
+def _tar_file(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
     """A tar is read once: its first sample settles what labels mean, and the others must agree."""
     where = storage.path(name)
     order = GrowingClassOrder(class_names, where)
     samples = ((key, image, order.add(label, f"sample {key!r}")) for key, image, label in _tar(storage, name))
     first = list(islice(samples, 1))
-    return LabelledImages(where, order.line, chain(first, samples))
+    return LabeledImages(where, order.line, chain(first, samples))
 
 
 def _tar(storage: Storage, name: str) -> Iterator[tuple[str, bytes, Label | NamedNumber]]:
-    """KEY.png (jpg, …) beside KEY.cls, KEY.json with a label, or KEY.txt; members of one key are neighbours."""
+    """KEY.png (jpg, …) beside KEY.cls, KEY.json with a label, or KEY.txt; members of one key are neighbors."""
     key, parts = "", dict[str, bytes]()
     try:
         with storage.open(name) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -165,7 +166,7 @@ def _tar_label(parts: dict[str, bytes]) -> Label | NamedNumber:
     return NamedNumber(label, name) if isinstance(label, int) and isinstance(name, str) else label
 
 
-def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> LabelledImages:
+def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
     where = storage.path(name)
     with storage.open(name) as stream, parquet_errors(where):
         file = pq.ParquetFile(stream)
@@ -192,7 +193,7 @@ def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> Labelle
                     yield str(row.get("key", number)), _bytes(row[image]), index
                     number += 1
 
-    return LabelledImages(where, order.line, samples())
+    return LabeledImages(where, order.line, samples())
 
 
 def _values(file: pq.ParquetFile, column: str) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from manifests.errors import DataError
 from manifests.images import decode
 from stages.distill.batches import images_at_once
-from stages.distill.eval_data import LabelledImages, Sample, labelled_images
+from stages.distill.eval_data import LabeledImages, Sample, labeled_images
 from stages.distill.runtime import torch_threads
 from stages.memory import find_device
 from stages.models.inputs import InputSpec, require_finite_weights, to_unit
@@ -38,23 +38,23 @@ def confusion_picture(counts: Sequence[Sequence[int]], class_names: Sequence[str
     table = np.asarray(counts, dtype=np.int64)
     classes = len(table)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    labelled = classes <= NUMBERS_UP_TO
-    cell, name_width, head = (CELL, 110, 34) if labelled else (SMALL_CELL, 2, 18)
+    labeled = classes <= NUMBERS_UP_TO
+    cell, name_width, head = (CELL, 110, 34) if labeled else (SMALL_CELL, 2, 18)
     image = Image.new("RGB", (name_width + classes * cell + 2, head + classes * cell + 2), PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((2, 2), "true (rows), predicted (columns)", fill=INK)
     for row in range(classes):
         y = head + row * cell
-        if labelled:
+        if labeled:
             draw.text((4, y + cell // 2 - 6), _printable(class_names[row])[:16], fill=INK)
             draw.text((name_width + row * cell + 3, 18), _printable(class_names[row])[:5], fill=INK)
         for column in range(classes):
             x, share = name_width + column * cell, shares[row, column]
             shade = tuple(round(p + (f - p) * share) for p, f in zip(PAPER, FULL, strict=True))
             draw.rectangle(
-                (x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225) if labelled else shade
+                (x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225) if labeled else shade
             )
-            if labelled and table[row, column]:
+            if labeled and table[row, column]:
                 ink = PAPER if share > 0.5 else INK
                 draw.text((x + cell / 2, y + cell / 2), str(table[row, column]), fill=ink, anchor="mm")
     buffer = io.BytesIO()
@@ -94,7 +94,7 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     spec = InputSpec(config.input)
     net.eval()
     device = next(net.parameters()).device
-    images, digest = labelled_images(data, config.class_names), hashlib.sha256()
+    images, digest = labeled_images(data, config.class_names), hashlib.sha256()
     labels, logits, *answers = run_models(
         replace(images, samples=_digested(images.samples, digest)),
         [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])],
@@ -126,16 +126,16 @@ def check_data(data: str, class_names: tuple[str, ...]) -> str:
 
     Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
     """
-    images = labelled_images(data, class_names)
+    images = labeled_images(data, class_names)
     first = next(images.samples, None)
     if first is None:
-        raise DataError(f"{data} holds no labelled image")
+        raise DataError(f"{data} holds no labeled image")
     _decoded(first, data)
     return images.class_order
 
 
 @torch.no_grad()
-def run_models(data: LabelledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
+def run_models(data: LabeledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
     """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
@@ -144,12 +144,12 @@ def run_models(data: LabelledImages, models: list[Callable[[Tensor], Tensor]], d
         for kept, model in zip(logits, models, strict=True):
             kept.append(model(to_unit(images.to(device))).float().cpu())
     if not labels:
-        raise DataError(f"{data.where} holds no labelled image")
+        raise DataError(f"{data.where} holds no labeled image")
     return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
 
 
-def _batches(data: LabelledImages) -> Iterator[tuple[list[int], Tensor]]:
-    """Labels and uint8 ``[n, h, w, 3]`` of neighbouring images of one size."""
+def _batches(data: LabeledImages) -> Iterator[tuple[list[int], Tensor]]:
+    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size."""
     labels: list[int] = []
     images: list[Tensor] = []
     most = BATCH

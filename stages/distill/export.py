@@ -37,8 +37,8 @@ safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s),
 - **Input**: {input}
 - **Classes**: {classes}
 - **Teacher**: {teacher}
-- **Data**: {images:,} synthetic images ({held_out:,} more held out) of {datasets}; selection: {where}
-- **Training**: {epochs} epochs, batch {batch_size}, {optimiser}, {schedule} schedule, peak learning rate {lr},
+- **Data**: {images:,} synthetic images ({val_images:,} more held out) of {datasets}; selection: {where}
+- **Training**: {epochs} epochs, batch {batch_size}, {optimizer}, {schedule} schedule, peak learning rate {lr},
   seed {seed}; loss: {loss}; weights kept: {keep}
 - **Held-out synthetic images**: {held_out_score}
 - **Test data** (read once, at the end): {test}
@@ -78,10 +78,10 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
     """The README.md of a student folder. ``spec`` is the run's, ``facts`` this student's results."""
     settings, wanted = spec["settings"], config.input
     spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
-    weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "tau"}
+    weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "temperature"}
     names = [markdown(name) for name in config.class_names[:10]]
     architecture, by_name = markdown(config.architecture), only_named(config.architecture)
-    held, test = facts.get("held_out"), facts.get("test")
+    held, test = facts.get("val"), facts.get("test")
     return CARD.format(
         architecture=architecture,
         parameters=facts["parameters"],
@@ -95,19 +95,20 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
         classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
         teacher=f"{spec['teacher']['architecture']}, sha256 {spec['teacher']['sha256']}",
         images=facts["images"],
-        held_out=facts["images_held_out"],
+        val_images=facts["val_images"],
         datasets=", ".join(
             f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"]
         ),
-        where=markdown(settings["where"] or "") or ("every kept image" if settings["kept"] else "every image"),
+        where=markdown(settings["where"] or "")
+        or ("every image" if settings["include_rejected"] else "every kept image"),
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],
-        optimiser=settings["optimiser"]["name"],
-        schedule=settings["optimiser"]["schedule"],
-        lr=settings["optimiser"]["lr"],
+        optimizer=settings["optimizer"]["name"],
+        schedule=settings["optimizer"]["schedule"],
+        lr=settings["optimizer"]["lr"],
         seed=settings["seed"],
-        loss=", ".join(f"{k} {v:g}" for k, v in weights.items()) + f" (τ = {settings['loss']['tau']:g})",
-        keep=settings["keep"],
+        loss=", ".join(f"{k} {v:g}" for k, v in weights.items()) + f" (τ = {settings['loss']['temperature']:g})",
+        keep=settings["select"],
         held_out_score=f"agreement with the teacher {held['agreement']:.1%}" if held else "none",
         test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}; "
         f"{test['images']:,} images, sha256 {test['data']['sha256']}"
@@ -135,7 +136,7 @@ def _plain(values: tuple[float, ...]) -> str:
 
 
 class Classifier(nn.Module):
-    """Images ``[n, 3, h, w]`` in [0, 1], of any size, to logits ``[n, C]``; resizing and normalisation included."""
+    """Images ``[n, 3, h, w]`` in [0, 1], of any size, to logits ``[n, C]``; resizing and normalization included."""
 
     def __init__(self, net: nn.Module, config: ModelConfig):
         super().__init__()
@@ -147,7 +148,7 @@ class Classifier(nn.Module):
 
 
 class Deployable(nn.Module):
-    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalisation included, resizing not."""
+    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
 
     mean: Tensor
     std: Tensor

@@ -140,13 +140,13 @@ def student_terms(
         logits = net(x).float()
     terms = {}
     if settings.kd:
-        terms["kd"] = batch.share * kd(logits, targets.logits, settings.tau)
-    if settings.ce or settings.derived:
+        terms["kd"] = batch.share * kd(logits, targets.logits, settings.temperature)
+    if settings.ce or settings.variants_ce:
         per_sample = mixed_ce(logits, batch.labels, batch.partner_labels, batch.lam)
         if settings.ce:
             terms["ce"] = batch.share * per_sample.mean()
-        if settings.derived:
-            terms["derived"] = derived_mean(per_sample, batch.derived, batch.derived_count)
+        if settings.variants_ce:
+            terms["variants_ce"] = derived_mean(per_sample, batch.derived, batch.derived_count)
     if settings.cam:
         assert targets.cam is not None
         weight = head_of(net).weight

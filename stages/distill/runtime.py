@@ -58,7 +58,7 @@ OnProgress = Callable[[float, float, str], object]  # (done, total, short note)
 
 
 @dataclass(frozen=True)
-class Watcher:
+class Callbacks:
     """What a run calls; one that nobody watches calls nothing and runs to its end."""
 
     on_event: OnEvent = lambda kind, **fields: None
@@ -97,7 +97,7 @@ class Ranks:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` things in a row are this process's: neighbours, and in all within one of each other.
+        """Which of ``count`` things in a row are this process's: neighbors, and in all within one of each other.
 
         >>> [Ranks(rank, 3).part(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
@@ -116,7 +116,7 @@ class Ranks:
     def add_up(self, net: nn.Module, values: Tensor, share: float) -> Tensor:
         """Sum the gradients of ``net`` and ``values`` in one message; the summed values.
 
-        ``share``: this process's part of the batch, 0 … 1. BatchNorm normalises with each part's own statistics; the
+        ``share``: this process's part of the batch, 0 … 1. BatchNorm normalizes with each part's own statistics; the
         running ones become the mean over the parts, by share. Weights without a gradient stay without one.
         """
         if self.size == 1:

@@ -1,10 +1,10 @@
 """The teacher cache: its logits for every fixed view of every image, computed once, looked up ever after.
 
-    FOLDER/answers.safetensors   dense: logits [views, rows, C] fp16; top: values [views, rows, K + 1] fp16 with the
+    FOLDER/logits.safetensors   dense: logits [views, rows, C] fp16; top: values [views, rows, K + 1] fp16 with the
                                  mean of the rest last, classes [views, rows, K]
     FOLDER/key.json              what they are the answers to, and their sha256; written last
 
-Used by ``factory run distill --set cache.use=true --set views.fixed=8 …``.
+Used by ``factory run distill --set teacher_cache.enabled=true --set augment.num_views=8 …``.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from stages.distill.batches import Batch, Batches
 from stages.distill.checkpoint import differences
 from stages.distill.losses import Targets
 from stages.distill.rows import rows_digest
-from stages.distill.runtime import Watcher
+from stages.distill.runtime import Callbacks
 from stages.models.teacher import Teacher
 
-FOLDER, ANSWERS, KEY = "teacher-cache", "answers.safetensors", "key.json"
+FOLDER, ANSWERS, KEY = "teacher-cache", "logits.safetensors", "key.json"
 DENSE_CLASSES, DEFAULT_TOP = 256, 64
 CHUNK = 512
 HALF_MAX = 65504.0
 
 
-class Answers:
+class TeacherCache:
     """Logits by row and view number."""
 
     def __init__(self, tensors: dict[str, Tensor], classes: int):
@@ -66,24 +66,26 @@ def from_top(values: Tensor, classes: Tensor, count: int) -> Tensor:
     return values[:, -1:].expand(-1, count).clone().scatter_(1, classes, values[:, :-1])
 
 
-def open_answers(teacher: Teacher, batches: Batches, out: Storage, watcher: Watcher) -> Answers:
+def open_teacher_cache(teacher: Teacher, batches: Batches, out: Storage, callbacks: Callbacks) -> TeacherCache:
     """The cache of this run, computed where there is none. Raises DataError where it belongs to something else."""
-    asked = batches.settings.cache
+    asked = batches.settings.teacher_cache
     storage = Storage(asked.folder or out.folder(FOLDER))
-    top = asked.top or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
+    top = asked.top_k or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
     top = top if top < teacher.num_classes else 0
     key = json.loads(json.dumps(_key(teacher, batches, top)))
     if not batches.ranks.any([storage.exists(KEY)])[0]:
-        tensors = _computed(teacher, batches, top, watcher)
+        tensors = _computed(teacher, batches, top, callbacks)
         if not batches.ranks.first:
-            return Answers(tensors, teacher.num_classes)
+            return TeacherCache(tensors, teacher.num_classes)
         data = safetensors.torch.save(tensors)
         storage.write(ANSWERS, data)
         recorded = {"sha256": hashlib.sha256(data).hexdigest(), "key": key}
         storage.write(KEY, json.dumps(recorded, indent=1, ensure_ascii=False).encode() + b"\n")
-        watcher.on_event("teacher_cached", folder=storage.url, bytes=len(data), views=batches.settings.views.fixed)
-        return Answers(tensors, teacher.num_classes)
-    return Answers(_read(storage, key), teacher.num_classes)
+        callbacks.on_event(
+            "teacher_cached", folder=storage.url, bytes=len(data), views=batches.settings.augment.num_views
+        )
+        return TeacherCache(tensors, teacher.num_classes)
+    return TeacherCache(_read(storage, key), teacher.num_classes)
 
 
 def _key(teacher: Teacher, batches: Batches, top: int) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _key(teacher: Teacher, batches: Batches, top: int) -> dict[str, Any]:
         "version": 1,
         "teacher": {name: teacher.identity[name] for name in ("architecture", "sha256")},
         "preprocessing": teacher.input.settings.model_dump(mode="json"),
-        "augmentation": {**settings.views.model_dump(mode="json"), "seed": settings.seed},
+        "augmentation": {**settings.augment.model_dump(mode="json"), "seed": settings.seed},
         "manifests": [{"digest": s.manifest.digest, "selected": rows_digest(s.rows)} for s in batches.rows.selections],
         "top": top,
     }
@@ -108,7 +110,7 @@ def _read(storage: Storage, key: dict[str, Any]) -> dict[str, Tensor]:
     if changed:
         raise DataError(
             f"{storage.url} holds a teacher's answers to something else: {'; '.join(changed[:4])}. "
-            "Name another cache.folder, or delete this one"
+            "Name another teacher_cache.folder, or delete this one"
         )
     data = storage.read(ANSWERS)
     try:
@@ -122,8 +124,8 @@ def _read(storage: Storage, key: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _computed(teacher: Teacher, batches: Batches, top: int, watcher: Watcher) -> dict[str, Tensor]:
-    views, rows, ranks = batches.settings.views.fixed, len(batches.rows), batches.ranks
+def _computed(teacher: Teacher, batches: Batches, top: int, callbacks: Callbacks) -> dict[str, Tensor]:
+    views, rows, ranks = batches.settings.augment.num_views, len(batches.rows), batches.ranks
     width = top + 1 if top else teacher.num_classes
     values = torch.zeros(views, rows, width, dtype=torch.float16)
     small = torch.int16 if teacher.num_classes <= torch.iinfo(torch.int16).max else torch.int32
@@ -141,9 +143,9 @@ def _computed(teacher: Teacher, batches: Batches, top: int, watcher: Watcher) ->
                     logits, best = to_top(logits, top)
                     classes[turn, here] = best.to(small).cpu()
                 values[turn, here] = logits.half().cpu()
-            if ranks.any([watcher.should_stop()])[0]:
+            if ranks.any([callbacks.should_stop()])[0]:
                 raise Interrupted("interrupted before training; the same command starts the teacher's answers again")
         for kept in (values[turn], classes[turn]):
             ranks.add(kept.view(torch.uint8))  # exact: every byte is 0 in all processes but one
-        watcher.on_progress(0, total, f"teacher's answers to view {turn + 1} of {views}")
+        callbacks.on_progress(0, total, f"teacher's answers to view {turn + 1} of {views}")
     return {"values": values, "classes": classes} if top else {"logits": values}

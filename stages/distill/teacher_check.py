@@ -1,6 +1,6 @@
 """Which teacher a run learns from, and before training: does it recognize the data?
 
-Its agreement shows a teacher unlike the one that guided the images: other weights, normalisation or class order. It
+Its agreement shows a teacher unlike the one that guided the images: other weights, normalization or class order. It
 shows no mistake of that one, which asked for what the same teacher now finds; the BatchNorm gap shows the large ones.
 """
 
@@ -42,7 +42,7 @@ def find_teacher(
         if not other and expected and teacher.identity["sha256"] not in expected:
             raise DataError(
                 f"{manifest.url} was made for a teacher with sha256 {' or '.join(sorted(expected))}, this one has "
-                f"{teacher.identity['sha256']}; {ASK}, or allow another one with other_teacher: true"
+                f"{teacher.identity['sha256']}; {ASK}, or allow another one with allow_other_teacher: true"
             )
     return teacher
 
@@ -52,7 +52,7 @@ MOST = 0.9
 LOOKED_INTO, AT_ONCE = 256, 32
 LARGE_GAP = 1.0
 """BatchNorm gap that is warned about: layers see values a standard deviation off. Measured: teachers of digits and of
-CIFAR-10 on guided images 0.04 to 0.2, on unguided or 4 images up to 0.8, without their normalisation 1.1 to 1.5."""
+CIFAR-10 on guided images 0.04 to 0.2, on unguided or 4 images up to 0.8, without their normalization 1.1 to 1.5."""
 
 
 @torch.no_grad()
@@ -118,13 +118,13 @@ def causes(check: dict[str, Any]) -> str:
     if check["as_recorded"] is not None and check["as_recorded"] < MOST:
         return (
             f"only {check['as_recorded']:.1%} of its answers are those recorded with the data: "
-            "other weights or another normalisation"
+            "other weights or another normalization"
         )
     if sum(count > 0 for count in check["classes"].values()) > 1 and share >= MOST:
-        return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalisation"
+        return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalization"
     if check["as_recorded"] is not None:
         return "its answers are those recorded with the data, which was made with too little guidance or none"
-    return "wrong weights, normalisation or class order, or data made without guidance"
+    return "wrong weights, normalization or class order, or data made without guidance"
 
 
 def complaints(check: dict[str, Any], min_agreement: float) -> list[str]:
@@ -136,7 +136,7 @@ def complaints(check: dict[str, Any], min_agreement: float) -> list[str]:
     if check["bn_gap"] is not None and check["bn_gap"] >= LARGE_GAP:
         lines.append(
             f"the teacher's BatchNorm gap is {check['bn_gap']:.2f} ({LARGE_GAP:g} or more): wrong weights or "
-            "normalisation, in synthesis as well if it was given the same, or images unlike those it was trained on"
+            "normalization, in synthesis as well if it was given the same, or images unlike those it was trained on"
         )
     empty = [name for name, count in check["classes"].items() if not count]
     if empty:

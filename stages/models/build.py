@@ -87,7 +87,7 @@ def _runs_with_stride_one(net: nn.Module, layer: nn.Conv2d, channels: int, size:
 
 
 def build_foreign(config: ModelConfig) -> nn.Module:
-    """A freshly initialised network of a scheme other than ours."""
+    """A freshly initialized network of a scheme other than ours."""
     scheme, rest = split_name(config.architecture)
     if scheme == "code":
         made = call_code(config)
@@ -267,7 +267,7 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native") -> nn.Module:
-    """A freshly initialised built-in network (from torch's global random state).
+    """A freshly initialized built-in network (from torch's global random state).
 
     ``stem``: ``small`` keeps the resolution in the first layers of ImageNet networks; others have none to change.
     Raises UsageError naming near matches for an unknown name.
@@ -279,7 +279,7 @@ def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native")
 
 
 def build_net(config: ModelConfig, named: bool = False) -> nn.Module:
-    """A freshly initialised network of any scheme, as ``config`` describes it.
+    """A freshly initialized network of any scheme, as ``config`` describes it.
 
     ``named`` tells that the user wrote the name; one from a file must not run foreign code. ``net.adaptation`` says
     in words what a small stem changed, empty where nothing. Raises UsageError where it cannot be built.

@@ -54,7 +54,7 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
     What lies within a block that halves the side belongs to the next stage already.
     """
     found: list[tuple[str, int]] = []  # (module, side of its output), in the order of the calls
-    halving: set[str] = set()
+    halved: set[str] = set()
     modules = [(name, module) for name, module in net.named_modules() if name]
 
     def side(value: object) -> int:
@@ -65,7 +65,7 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
         if side(out) > 1:
             found.append((name, side(out)))
         if args and side(out) and (side(args[0]) + 1) // 2 == side(out) < side(args[0]):
-            halving.add(name)
+            halved.add(name)
 
     handles = [m.register_forward_hook(lambda _m, args, out, name=name: note(name, args, out)) for name, m in modules]
     modes = [(module, module.training) for module in net.modules()]
@@ -78,7 +78,7 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
             handle.remove()
         for module, training in modes:
             module.training = training
-    last = {side: name for name, side in found if not any(name.startswith(f"{block}.") for block in halving)}
+    last = {side: name for name, side in found if not any(name.startswith(f"{block}.") for block in halved)}
     if len(last) == 1 and all(isinstance(submodule(net, name), nn.Conv2d) for name in last.values()):
         return []  # a transformer's patch embedding
     return [last[side] for side in sorted(last, reverse=True)]

@@ -31,7 +31,7 @@ class InputSpec:
         self._luminance = torch.tensor(LUMINANCE).view(1, 3, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[n, 3, h, w]`` in [−1, 1] to ``[n, channels, size, size]``, normalised."""
+        """``[n, 3, h, w]`` in [−1, 1] to ``[n, channels, size, size]``, normalized."""
         if self._mean.device != x.device:  # once: a copy at every call would stop a GPU
             self._mean, self._std, self._luminance = (
                 constant.to(x.device) for constant in (self._mean, self._std, self._luminance)

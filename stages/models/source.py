@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from manifests.dataset import seal, unseal
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
 from stages.settings import SMALL, InputSettings, ModelSettings, Settings, Stem
 
@@ -268,13 +268,13 @@ class Source:
 
 def config_json(config: ModelConfig, weights: bytes) -> bytes:
     """The ``config.json`` beside ``weights``: sealed, and with their sha256."""
-    return seal(config.model_dump(mode="json") | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()})
+    return dump_checked(config.model_dump(mode="json") | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()})
 
 
 def parse_config(data: bytes, where: str) -> tuple[ModelConfig, str | None]:
     """A ``config.json`` and the sha256 it records of the weights. Raises DataError saying what is wrong with it."""
     try:
-        values = unseal(data)
+        values = load_checked(data)
     except ValueError as error:
         raise DataError(f"{where} is no model config: {error}") from None
     recorded = values.pop(WEIGHTS_SHA256, None)

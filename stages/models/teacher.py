@@ -232,7 +232,7 @@ class BlackBox(Teacher):
         """There is none. Raises UsageError saying so."""
         raise UsageError(
             f"{self.what} is a black box without layers: cam and gradcam losses, feature statistics and guidance "
-            "need a network (synthesise with --method dmkd)"
+            "need a network (synthesize with --method dmkd)"
         )
 
     def _logits(self, x: Tensor) -> Tensor:

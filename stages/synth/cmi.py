@@ -19,7 +19,7 @@ from stages.settings import SynthSettings
 from stages.synth.group import Group
 from stages.synth.guidance import Losses, class_prior, disagreement, moments_gap
 from stages.synth.inversion import Best, as_rgb, inverted_side
-from stages.synth.sampler import Frame, Models, Work
+from stages.synth.sampler import Counters, DecodedGroup, Models
 
 # Random views of images for contrastive inversion: crops, shifts and flips, each image its own.
 #
@@ -72,7 +72,7 @@ def weights(start: Tensor, length: Tensor, side: int) -> Tensor:
     return (1 - (position[:, :, None] - torch.arange(side)).abs()).clamp_min(0)
 
 
-# The generator of contrastive inversion: latents to images, re-initialised for every batch (Fang et al. 2021).
+# The generator of contrastive inversion: latents to images, re-initialized for every batch (Fang et al. 2021).
 
 
 START = 8  # greatest side of the first map
@@ -161,7 +161,7 @@ BETAS = (0.5, 0.999)
 
 
 def seeded(build: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
-    """A network initialised from ``seed`` alone; the global generator stays as it was."""
+    """A network initialized from ``seed`` alone; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build().to(device)
@@ -170,7 +170,7 @@ def seeded(build: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
 class Inversion:
     """Makes the images of one group: head and bank live as long as it."""
 
-    def __init__(self, models: Models, group: Group, settings: SynthSettings, work: Work) -> None:
+    def __init__(self, models: Models, group: Group, settings: SynthSettings, work: Counters) -> None:
         self.models, self.group, self.settings, self.own, self.work = models, group, settings, settings.cmi, work
         self.side = inverted_side(models.teacher, settings.images.size)
         self.bank: list[Tensor] = []  # embeddings of the batches so far
@@ -186,7 +186,7 @@ class Inversion:
         vectors: Tensor = self.head(embedding(self.models.teacher, images)[2])
         return vectors
 
-    def frame(self) -> Frame:
+    def frame(self) -> DecodedGroup:
         """All batches of the group, one after the other; ``bn`` is their mean."""
         n, count = len(self.group.trajectories), self.own.batches
         made = [self.batch(b, slice(n * b // count, n * (b + 1) // count)) for b in range(count)]
@@ -197,7 +197,7 @@ class Inversion:
             torch.stack([term.bn for term in terms]).mean(),
         )
         images = torch.cat([best.images for best in made])
-        return Frame(self.own.steps, 0, images, [[] for _ in range(n)], losses)
+        return DecodedGroup(self.own.steps, 0, images, [[] for _ in range(n)], losses)
 
     def batch(self, number: int, part: slice) -> Best:
         """w_ce·CE + w_bn·BN + w_adv·ADV + w_cr·CR over generator and latents; the iterate of the lowest loss."""
@@ -213,7 +213,7 @@ class Inversion:
         for step in range(own.steps):
             images = as_rgb(generator(z))
             rng = torch_rng(seed, "view", self.group.index, number, step)
-            losses, key = self.look(views(images, draw_shifts(len(z), self.side, own.shift, own.flip, rng)), labels)
+            losses, key = self.look(views(images, draw_shifts(len(z), self.side, own.jitter, own.flip, rng)), labels)
             loss = own.ce * losses.ce.mean() + own.bn * losses.bn
             loss = loss + self.settings.guidance.adversarial * losses.adversarial.mean()
             if own.cr:
@@ -248,6 +248,6 @@ class Inversion:
         return info_nce(q, k, bank[0], self.own.temperature)
 
 
-def cmi(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def cmi(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
     """The images of a group, each from its own latent."""
     yield Inversion(models, group, settings, work).frame()

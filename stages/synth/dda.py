@@ -2,7 +2,7 @@
 
 The paper feeds features of an image encoder to the diffusion model (image variation): so does a prior that has one.
 Image-to-image is the substitute that any other prior allows. Its self-supervised term is distillation's
-``loss.derived``.
+``loss.variants_ce``.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ from stages.settings import DdaSettings, SynthSettings
 from stages.synth.cmi import Inversion
 from stages.synth.group import Group
 from stages.synth.priors.schedule import Prior, VariationPrior
-from stages.synth.sampler import Frame, Guide, Models, Work, denoise
+from stages.synth.sampler import Counters, DecodedGroup, Guide, Models, denoise
 
 
-def dda(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def dda(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
     """F_syn by inversion (equation 5), G_k = Diff(F_syn, n_k) (6); the worker keeps cos(G_k, F_syn) > ω (8)."""
     own, prior = settings.dda, models.prior
     assert prior is not None

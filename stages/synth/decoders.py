@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.storage import Storage
-from stages.memory import halving, in_micro_batches
+from stages.memory import in_micro_batches, retry_with_smaller_batches
 from stages.models.inputs import resized
 from stages.models.loading import fill, parse_weights
 from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
-from stages.settings import GuidanceSettings, SynthSettings
+from stages.settings import ALGORITHM_VERSION, GuidanceSettings, SynthSettings
 from stages.synth.group import prompt_for
-from stages.synth.inputs import DECODER_VERSION
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.files import prior_identity, tiny_decoder
 from stages.synth.priors.parts import DTYPES, frozen, load_network
@@ -48,7 +47,7 @@ AT_ONCE = 4096  # latent cells decoded with gradients at once: one latent of Sta
 class FittedDecoder(nn.Module):
     """Clean latents ``[n, c, h, h]`` to images ``[n, 3, size, size]``: convolutions at the latents' resolution.
 
-    No normalisation layers: an image does not depend on which others it is decoded with. ``sha256`` is of its weights.
+    No normalization layers: an image does not depend on which others it is decoded with. ``sha256`` is of its weights.
     """
 
     def __init__(self, channels: int, side: int, size: int, rule: str) -> None:
@@ -101,7 +100,7 @@ def draw_latents(prior: Prior, wanted: Sequence[str], visits: int, seed: int) ->
     return torch.cat(found)
 
 
-def pull_back(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+def decode_with_vjp(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
     """Images of ``latents [n, c, h, w]``, and ``cotangents`` (shaped as the images) times the decoder's Jacobian."""
     images, gradients = [], []
     count = max(1, AT_ONCE // latents[0, 0].numel())
@@ -116,7 +115,7 @@ def pull_back(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tens
 
 
 @torch.enable_grad()
-def misfit(
+def sobolev_loss(
     net: nn.Module,
     latents: Tensor,
     cotangents: Tensor,
@@ -127,7 +126,7 @@ def misfit(
 ) -> Tensor:
     """Mean squared error of ``net``'s images over ``scale``, plus that of what it pulls back over ``slope``: a scalar.
 
-    Tensors are what :func:`pull_back` takes and gives.
+    Tensors are what :func:`decode_with_vjp` takes and gives.
     """
     source = latents.detach().requires_grad_()
     made = net(source)
@@ -147,22 +146,22 @@ def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> F
     noise = torch.rand(len(copies), 1, 1, 1, generator=rng) * torch.randn(copies.shape, generator=rng)
     latents = torch.cat([latents, copies + noise.to(prior.device)])
     cotangents = torch.randn(len(latents), 3, size, size, generator=rng).to(prior.device)
-    images, gradients = pull_back(lambda z0: resized(prior.decode(z0), size, rule), latents, cotangents)
+    images, gradients = decode_with_vjp(lambda z0: resized(prior.decode(z0), size, rule), latents, cotangents)
     if not (images.isfinite().all() and gradients.isfinite().all()):
         raise DataError(f"prior {prior.folder} decodes to NaN, so no decoder can be fitted to it; try prior.dtype=fp32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = FittedDecoder(channels, side, size, rule)
     net.to(prior.device)
-    optimiser = torch.optim.Adam(net.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, STEPS)
+    optimizer = torch.optim.Adam(net.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
     scale, slope = images.var(), gradients.square().mean()
     for _ in range(STEPS):
         chosen = torch.randint(len(latents), (BATCH,), generator=rng).to(prior.device)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         batch = latents[chosen], cotangents[chosen], images[chosen], gradients[chosen]
-        misfit(net, *batch, scale, slope).backward()
-        optimiser.step()
+        sobolev_loss(net, *batch, scale, slope).backward()
+        optimizer.step()
         schedule.step()
     if not finite(net):
         raise NumericsError(f"the decoder fitted to prior {prior.folder} is not finite; set guidance.decoder=full")
@@ -178,7 +177,7 @@ def fitting(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) 
     def limit(count: int) -> None:
         prior.batch_limit = count
 
-    return halving(
+    return retry_with_smaller_batches(
         lambda: fit(prior, wanted, size, rule),
         len(wanted),
         limit,
@@ -212,7 +211,7 @@ def fitted_decoder(
         return net
     wanted = conditions(prior, settings, class_names, trajectories(side))
     meant = {
-        "version": DECODER_VERSION,
+        "version": ALGORITHM_VERSION,
         "prior": [prior_identity(settings.prior)["sha256"], settings.prior.model_dump(mode="json", exclude={"path"})],
         "conditions": wanted,
         "images": [size, rule],
@@ -332,7 +331,7 @@ def guidance_gradient(decode: Decode, latents: Tensor, guide: Guide) -> tuple[Te
     with torch.enable_grad():
         losses = guide.losses(images.requires_grad_(), torch.Generator())
         (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
-    return pull_back(decode, latents, cotangents)
+    return decode_with_vjp(decode, latents, cotangents)
 
 
 class TinyDecoder:

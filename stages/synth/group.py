@@ -20,23 +20,11 @@ def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:
     """
     distinct = min(classes, size // 2)
     start = index * (size if distinct == classes else distinct)
-    if lap := uneven_lap(size, classes):
-        start += index // lap
-    return tuple((start + i % distinct) % classes for i in range(size))
-
-
-def uneven_lap(size: int, classes: int) -> int:
-    """Groups after which they would begin with the same classes again, not having begun with each; 0 where it is no
-    matter.
-
-    A group of odd ``size`` gives the class that it begins with one trajectory more than the others.
-
-    >>> uneven_lap(5, 10), uneven_lap(5, 9), uneven_lap(4, 10)
-    (5, 0, 0)
-    """
-    distinct = size // 2
     common = gcd(distinct, classes)
-    return classes // common if size % 2 and distinct < classes and common > 1 else 0
+    if size % 2 and distinct < classes and common > 1:
+        # an odd group's first class gets one trajectory more; without this shift the same classes would always be first
+        start += index // (classes // common)
+    return tuple((start + i % distinct) % classes for i in range(size))
 
 
 # The prompt bank: a template with a random subject and style per trajectory (DiffDFKD, section IV-A).

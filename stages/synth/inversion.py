@@ -12,7 +12,7 @@ from stages.seeds import torch_rng
 from stages.settings import DeepInversionSettings, SynthSettings
 from stages.synth.group import Group
 from stages.synth.guidance import Losses, class_prior, inconsistency, moments_gap, shifted
-from stages.synth.sampler import Frame, Models, Work
+from stages.synth.sampler import Counters, DecodedGroup, Models
 
 
 class Best:
@@ -42,12 +42,12 @@ def inverted_side(teacher: Teacher, size: int | None) -> int:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: a teacher of luminance is shown (and given) grey images."""
+    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: a teacher of luminance is shown (and given) gray images."""
     return images.expand(-1, 3, -1, -1)
 
 
 def unit_pixels(noise: Tensor, teacher: Teacher) -> Tensor:
-    """Unit noise ``[n, channels, h, w]`` in the teacher's normalisation as pixels in [−1, 1]."""
+    """Unit noise ``[n, channels, h, w]`` in the teacher's normalization as pixels in [−1, 1]."""
     mean, std = (
         torch.tensor(v, device=noise.device).view(1, -1, 1, 1)
         for v in (teacher.input.settings.mean, teacher.input.settings.std)
@@ -55,7 +55,7 @@ def unit_pixels(noise: Tensor, teacher: Teacher) -> Tensor:
     return (2 * (mean + std * noise) - 1).clamp(-1, 1)
 
 
-# DeepInversion (Yin et al. 2020): pixels optimised against the teacher's class loss and BatchNorm statistics.
+# DeepInversion (Yin et al. 2020): pixels optimized against the teacher's class loss and BatchNorm statistics.
 #
 # BN is the normalized distance of :func:`stages.synth.guidance.moments_gap` with the first layer weighed more: the
 # paper's sum of plain norms differs by two orders of magnitude between teachers, so no weight would fit another one.
@@ -91,7 +91,7 @@ def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tenso
     return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
 
 
-def deepinversion(models: Models, group: Group, settings: SynthSettings, work: Work) -> Iterator[Frame]:
+def deepinversion(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
     """min over x of w_ce·CE + w_bn·BN + w_tv·TV + w_l2·‖x‖₂ (+ w_adv·(1 − JS)); the iterate of the lowest loss."""
     own, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
     labels = torch.tensor(group.labels, device=models.device)
@@ -113,7 +113,7 @@ def deepinversion(models: Models, group: Group, settings: SynthSettings, work: W
         with torch.no_grad():
             x.clamp_(-1, 1)
         work.teacher_calls += 1
-    yield Frame(own.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
+    yield DecodedGroup(own.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
 
 
 def inversion_losses(view: Tensor, labels: Tensor, models: Models, settings: DeepInversionSettings) -> Losses:

@@ -24,7 +24,7 @@ from stages.synth.group import Group
 
 
 def draw_box(lam: float, cy: float, cx: float, height: int, width: int) -> tuple[int, int, int, int]:
-    """CutMix's box (Yun et al. 2019): sides √(1−λ) of the latent's, centre (cy, cx) in [0, 1), clipped to the latent.
+    """CutMix's box (Yun et al. 2019): sides √(1−λ) of the latent's, center (cy, cx) in [0, 1), clipped to the latent.
 
     >>> draw_box(0.75, 0.5, 0.5, 8, 8), draw_box(0.75, 0.0, 0.0, 8, 8)
     ((2, 2, 4, 4), (0, 0, 2, 2))
@@ -71,7 +71,7 @@ def cells(windows: Sequence[tuple[int, int, int, int]], height: int, width: int)
 
 def _along(start: int, length: int, side: int) -> Tensor:
     """``side`` indices spread over ``|length|`` cells from ``start``; backwards where ``length`` is negative."""
-    offset = (torch.arange(side) * 2 + 1) * abs(length) // (2 * side)  # the cell under each centre
+    offset = (torch.arange(side) * 2 + 1) * abs(length) // (2 * side)  # the cell under each center
     index = (start + offset).clamp(0, side - 1)
     return index.flip(0) if length < 0 else index
 

@@ -121,7 +121,7 @@ def rescored(
             on_rows(first + some.stop)
         shown = [feature for feature in features if feature is not None]
         found = torch.cat(shown) if shown else None
-        yield renewed(table, torch.cat(logits), found, teacher.class_weights, threshold, least_cosine(manifest))
+        yield renewed(table, torch.cat(logits), found, teacher.class_weights, threshold, min_cosine_of(manifest))
 
 
 def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
@@ -158,7 +158,7 @@ def renewed(
     features: Tensor | None,
     weights: Tensor | None,
     threshold: float,
-    least: float = DdaSettings().cosine,
+    least: float = DdaSettings().min_cosine,
 ) -> pa.Table:
     """``table`` with new teacher columns from ``logits`` ``[n, C]``, ``features`` ``[n, D]`` and the last layer's
     ``weights`` ``[C, D]``; derived rows need a cosine above ``least``."""
@@ -209,12 +209,12 @@ def renewed_cosines(rows: list[dict], features: Tensor | None, weights: Tensor |
     return [cosine if there else None for cosine, there in zip(cosines, known, strict=True)]
 
 
-def least_cosine(manifest: Manifest) -> float:
+def min_cosine_of(manifest: Manifest) -> float:
     """The cosine above which a manifest's derived rows are kept; the default where it does not tell."""
     synth = manifest.info.recipe.get("synth")
     found = synth.get("dda") if isinstance(synth, dict) else None
-    value = found.get("cosine") if isinstance(found, dict) else None
-    return float(value) if isinstance(value, int | float) else DdaSettings().cosine
+    value = found.get("min_cosine") if isinstance(found, dict) else None
+    return float(value) if isinstance(value, int | float) else DdaSettings().min_cosine
 
 
 def replaced(table: pa.Table, name: str, values: list) -> pa.Table:

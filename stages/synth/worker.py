@@ -14,7 +14,7 @@ from manifests.errors import DataError, NumericsError, UsageError
 from manifests.schema import make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
-from stages.memory import find_device, free_memory, halving, out_of_memory
+from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.teacher import Teacher
@@ -25,12 +25,12 @@ from stages.synth.decoders import fidelity, load_decoder
 from stages.synth.group import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
-from stages.synth.inputs import Planned, check_folder, check_network
+from stages.synth.inputs import Pinned, check_folder, check_network
 from stages.synth.inversion import deepinversion, inverted_side
 from stages.synth.latent_mix import Mix
 from stages.synth.priors.files import tiny_decoder
 from stages.synth.priors.kinds import load_prior
-from stages.synth.sampler import Frame, Models, Work, check_intermediates, diffdfkd, dmkd
+from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
 from stages.synth.scores import SOURCE, filtered, teacher_columns
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
 
-def load_models(settings: SynthSettings, run: Storage | None = None, planned: Planned | None = None) -> Models:
+def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pinned | None = None) -> Models:
     """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method, or
     are not the ``planned`` ones.
 
@@ -65,7 +65,7 @@ def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pl
     if settings.adversary and adversary:
         check_network(planned, "adversary", settings.adversary.name, adversary.identity)
         check_adversary(adversary, teacher)
-    prior = load_prior(settings.prior.labelled(teacher.class_names), device) if settings.needs_prior else None
+    prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
         check_folder(planned, "prior", prior.folder, settings.prior.variant)
         check_intermediates(settings.images.intermediates, prior.timesteps)
@@ -86,7 +86,7 @@ def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
         raise DataError("the adversary and the teacher have the same classes in another order")
 
 
-def news(models: Models, settings: SynthSettings) -> dict[str, Any]:
+def decoder_report(models: Models, settings: SynthSettings) -> dict[str, Any]:
     """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one, where there
     is memory for the full one's gradients."""
     if models.decode is None or models.prior is None:
@@ -127,23 +127,21 @@ class ShardWorker:
     one (:mod:`stages.synth.inputs`).
     """
 
-    def __init__(
-        self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Planned | None = None
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Pinned | None = None) -> None:
         self.settings = parsed = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
         torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
         self.models = load_models(parsed, self.storage, planned)
         self.teacher, self.device = self.models.teacher, self.models.device
-        self.news = news(self.models, parsed)
-        self.prior_labels = parsed.prior.labelled(self.teacher.class_names).labels
+        self.decoder_report = decoder_report(self.models, parsed)
+        self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels
         self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
         self.method = METHODS[parsed.method]
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
-        started, settings, work = time.monotonic(), self.settings, Work()
+        started, settings, work = time.monotonic(), self.settings, Counters()
         splits: dict[int, int] = {}
         self.models.limit_batches(None)
         record = done_record(self.storage, shard)
@@ -156,7 +154,7 @@ class ShardWorker:
                     index = shard * settings.groups_per_shard + position
                     group = make_group(settings, index, self.teacher.class_names)
                     first = position * settings.group_size * settings.images_per_trajectory
-                    images.write(self.fitting_rows(group, work, partial(make_key, shard), first))
+                    images.write(self.make_group_samples(group, work, partial(make_key, shard), first))
                     check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
                     if limit := self.teacher.batch_limit:
                         splits[index] = limit
@@ -164,7 +162,7 @@ class ShardWorker:
                         on_group(position + 1, settings.groups_per_shard)
                 images.flush()
                 record = writer.commit()
-        news, self.news = self.news, {}
+        news, self.decoder_report = self.decoder_report, {}
         return {
             "shard": shard,
             "rows": record.rows,
@@ -177,7 +175,7 @@ class ShardWorker:
             **news,
         }
 
-    def fitting_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
+    def make_group_samples(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
         """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
@@ -188,7 +186,7 @@ class ShardWorker:
             vars(work).update(before)
             self.models.limit_batches(size)
 
-        return halving(
+        return retry_with_smaller_batches(
             lambda: self.group_rows(group, work, key, first),
             self.teacher.batch_limit or len(group.trajectories),
             limit,
@@ -196,7 +194,7 @@ class ShardWorker:
             "free memory, or try prior.dtype=fp16",
         )
 
-    def group_rows(self, group: Group, work: Work, key: Key, first: int) -> list[Sample]:
+    def group_rows(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
         """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
 
         ``key`` names samples by number; the group's begin at ``first``.
@@ -210,11 +208,13 @@ class ShardWorker:
                 row = self.row(group, i, frame) | own.columns[i] | (cosines[i] if cosines else {})
                 if frame.source is not None:
                     row["source_key"] = key(first + i * len(frames) + frame.source)
-                    row |= filtered(row, self.settings.dda.cosine)
+                    row |= filtered(row, self.settings.dda.min_cosine)
                 made[i].append((row, own.files[i]))
         return [sample for trajectory in made for sample in trajectory]
 
-    def cosines(self, frame: Frame, own: "Stored", stored: Sequence["Stored"], group: Group) -> list[dict[str, Any]]:
+    def cosines(
+        self, frame: DecodedGroup, own: "Stored", stored: Sequence["Stored"], group: Group
+    ) -> list[dict[str, Any]]:
         """Each sample's cosine with its source, with its final image, or of a final one with its class's weight row;
         none where the teacher shows no features."""
         space, a, weights = "teacher", own.features, self.teacher.class_weights
@@ -230,12 +230,12 @@ class ShardWorker:
         values = F.cosine_similarity(a, b.to(a), dim=1).tolist()
         return [{"cosine": v, "cosine_ref": n, "cosine_space": space} for v, n in zip(values, names, strict=True)]
 
-    def stored_frame(self, frame: Frame, group: Group) -> "Stored":
+    def stored_frame(self, frame: DecodedGroup, group: Group) -> "Stored":
         """The frame as it will be read back, and what the teacher says of it."""
         if not torch.isfinite(frame.images).all():
             raise DataError(
                 f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
-                "try prior.dtype=fp32 or a smaller guidance.scale"
+                "try prior.dtype=fp32 or a smaller guidance.step_size"
             )
         pixels, files = as_stored(to_pixels(frame.images, self.side), self.settings.images.format)
         images = to_unit(pixels).to(self.device)
@@ -247,7 +247,7 @@ class ShardWorker:
                 column["logits"] = values
         return Stored(files, images, columns, features)
 
-    def row(self, group: Group, position: int, frame: Frame) -> dict[str, Any]:
+    def row(self, group: Group, position: int, frame: DecodedGroup) -> dict[str, Any]:
         """The columns that tell how a sample was made."""
         settings, label, losses = self.settings, group.labels[position], frame.losses
         prior = None if settings.inverts and frame.source is None else self.models.prior
@@ -272,7 +272,7 @@ class ShardWorker:
         }
 
 
-def skipped_line(work: Work, settings: SynthSettings) -> str:
+def skipped_line(work: Counters, settings: SynthSettings) -> str:
     """What the guidance left out, for people."""
     return (
         f"{work.skipped_updates} of {work.updates * settings.group_size} guided updates were left out: their gradient "
@@ -280,7 +280,7 @@ def skipped_line(work: Work, settings: SynthSettings) -> str:
     )
 
 
-def check_skipped(work: Work, settings: SynthSettings, share: float) -> None:
+def check_skipped(work: Counters, settings: SynthSettings, share: float) -> None:
     """Raises NumericsError once more updates are left out than a whole shard may; ``share`` of it is done."""
     if work.skipped_updates > MAX_SKIPPED * work.updates * settings.group_size / share:
         half = settings.prior.dtype == "fp16"

@@ -1,4 +1,4 @@
-"""A small labelled dataset in the factory's own format, drawn in this file: squares that say their class by place."""
+"""A small labeled dataset in the factory's own format, drawn in this file: squares that say their class by place."""
 
 import io
 

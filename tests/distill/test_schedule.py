@@ -3,11 +3,11 @@
 import pytest
 
 from stages.distill.student import lr_factor
-from stages.settings import OptimiserSettings
+from stages.settings import OptimizerSettings
 
 
 def factors(total=100, **settings):
-    wanted = OptimiserSettings.model_validate(settings)
+    wanted = OptimizerSettings.model_validate(settings)
     return [lr_factor(wanted, step, total) for step in range(total)]
 
 

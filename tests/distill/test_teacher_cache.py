@@ -13,10 +13,10 @@ from tests.distill.drawn import write_dataset
 SMALL = {
     "epochs": 4,
     "batch_size": 8,
-    "held_out": 0.2,
-    "optimiser": {"lr": 0.05},
-    "views": {"cutmix": 0, "mixup": 0, "flip": True, "fixed": 2},
-    "cache": {"use": True},
+    "val_fraction": 0.2,
+    "optimizer": {"lr": 0.05},
+    "augment": {"cutmix": 0, "mixup": 0, "flip": True, "num_views": 2},
+    "teacher_cache": {"enabled": True},
 }
 
 
@@ -37,7 +37,7 @@ def test_top_by_hand():
 
 @pytest.mark.parametrize("top", [None, 1])
 def test_cached_answers_are_the_teachers(dataset, tmp_path, monkeypatch, top):
-    computed, seen = loop.Answers.targets, []
+    computed, seen = loop.TeacherCache.targets, []
 
     def compare(self, batch):
         found = computed(self, batch).logits
@@ -50,34 +50,34 @@ def test_cached_answers_are_the_teachers(dataset, tmp_path, monkeypatch, top):
     teachers = []
     original = loop.train
     monkeypatch.setattr("stages.distill.run.train", lambda run: (teachers.append(run.teacher), original(run)))
-    monkeypatch.setattr(loop.Answers, "targets", compare)
-    run_distill(settings(cache={"use": True, "top": top}), [(dataset, 1.0)], str(tmp_path))
+    monkeypatch.setattr(loop.TeacherCache, "targets", compare)
+    run_distill(settings(teacher_cache={"enabled": True, "top_k": top}), [(dataset, 1.0)], str(tmp_path))
     assert len(seen) == 4 * 5
     assert max(seen) < 2e-3
 
 
 def test_a_shared_cache_gives_the_same_weights_and_refuses_others(dataset, tmp_path, monkeypatch):
-    shared = {"use": True, "folder": str(tmp_path / "shared")}
+    shared = {"enabled": True, "folder": str(tmp_path / "shared")}
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "own"))
-    run_distill(settings(cache=shared), [(dataset, 1.0)], str(tmp_path / "one"))
+    run_distill(settings(teacher_cache=shared), [(dataset, 1.0)], str(tmp_path / "one"))
     monkeypatch.setattr("stages.distill.teacher_cache._computed", None)  # from here on it is only read
-    run_distill(settings(cache=shared), [(dataset, 1.0)], str(tmp_path / "two"))
+    run_distill(settings(teacher_cache=shared), [(dataset, 1.0)], str(tmp_path / "two"))
     weights = {(tmp_path / run / "digits-cnn-small/model.safetensors").read_bytes() for run in ("own", "one", "two")}
     assert len(weights) == 1
     for changes, word in (
         ({"seed": 5}, r"augmentation\.seed: 0 -> 5"),
-        ({"views": SMALL["views"] | {"crop": 0.3}}, r"augmentation\.crop"),
+        ({"augment": SMALL["augment"] | {"crop": 0.3}}, r"augmentation\.crop"),
         ({"where": "label < 2"}, "selected"),
     ):
         with pytest.raises(DataError, match=f"answers to something else: .*{word}"):
-            run_distill(settings(cache=shared, **changes), [(dataset, 1.0)], str(tmp_path / "three"))
+            run_distill(settings(teacher_cache=shared, **changes), [(dataset, 1.0)], str(tmp_path / "three"))
     other = write_dataset(tmp_path / "d", seed=4)
     with pytest.raises(DataError, match="manifests"):
-        run_distill(settings(cache=shared), [(other, 1.0)], str(tmp_path / "four"))
-    path = tmp_path / "shared" / "answers.safetensors"
+        run_distill(settings(teacher_cache=shared), [(other, 1.0)], str(tmp_path / "four"))
+    path = tmp_path / "shared" / "logits.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="answers.safetensors is damaged"):
-        run_distill(settings(cache=shared), [(dataset, 1.0)], str(tmp_path / "two"))
+    with pytest.raises(DataError, match="logits.safetensors is damaged"):
+        run_distill(settings(teacher_cache=shared), [(dataset, 1.0)], str(tmp_path / "two"))
 
 
 def test_interrupted_while_it_is_computed(dataset, tmp_path):
@@ -89,8 +89,8 @@ def test_interrupted_while_it_is_computed(dataset, tmp_path):
 def test_refused_where_no_view_recurs():
     for changes, words in (
         ({"loss": {"gradcam": 1.0}}, "loss.gradcam 0"),
-        ({"views": {"fixed": 2, "mixup": 0}}, "views.cutmix 0"),
-        ({"views": {"cutmix": 0, "mixup": 0}}, "needs views.fixed"),
+        ({"augment": {"num_views": 2, "mixup": 0}}, "augment.cutmix 0"),
+        ({"augment": {"cutmix": 0, "mixup": 0}}, "needs augment.num_views"),
     ):
         with pytest.raises(ValueError, match=words):
             settings(**changes)

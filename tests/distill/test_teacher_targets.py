@@ -12,7 +12,7 @@ from stages.models.inputs import InputSpec
 from stages.models.loading import load_teacher
 from stages.settings import DistillSettings, LossSettings, ModelSettings
 
-EVERY = LossSettings(kd=1, ce=1, derived=1, cam=1, gradcam=1)
+EVERY = LossSettings(kd=1, ce=1, variants_ce=1, cam=1, gradcam=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(teacher, batch):
     targets = teacher_targets(teacher, batch.x, EVERY, layers)
     terms = student_terms(teacher.net.requires_grad_(True), teacher.input(batch.x), batch, targets, EVERY, layers)
     teacher.net.requires_grad_(False)
-    assert list(terms) == ["kd", "ce", "derived", "cam", "gradcam"]
+    assert list(terms) == ["kd", "ce", "variants_ce", "cam", "gradcam"]
     for name in ("kd", "cam", "gradcam"):
         assert terms[name].item() == pytest.approx(0, abs=1e-5)
     assert terms["ce"].item() > terms["kd"].item()
@@ -67,7 +67,7 @@ def test_targets_carry_no_graph(teacher, batch):
 
 def test_labels_alone_do_not_ask_the_teacher(teacher, batch, monkeypatch):
     monkeypatch.setattr(teacher, "logits", lambda x: pytest.fail("asked"))
-    only = LossSettings(kd=0, ce=1, derived=1)
+    only = LossSettings(kd=0, ce=1, variants_ce=1)
     targets = teacher_targets(teacher, batch.x, only, [])
     student = build.build("resnet8", 10, 1)
     terms = student_terms(student, teacher.input(batch.x), batch, targets, only, [])
@@ -94,7 +94,7 @@ def test_settings_that_cannot_work():
         LossSettings(kd=0)
     with pytest.raises(ValueError, match="named twice: resnet8"):
         DistillSettings(students=("resnet8", "resnet20", "resnet8"))
-    with pytest.raises(ValueError, match="needs held_out"):
-        DistillSettings(keep="best", held_out=0)
+    with pytest.raises(ValueError, match="needs val_fraction"):
+        DistillSettings(select="best", val_fraction=0)
     with pytest.raises(ValueError, match="must not exceed 1"):
-        DistillSettings.model_validate({"views": {"cutmix": 0.6, "mixup": 0.6}})
+        DistillSettings.model_validate({"augment": {"cutmix": 0.6, "mixup": 0.6}})

@@ -11,7 +11,7 @@ from manifests.storage import Storage
 FINGERPRINT = "ab" * 32
 INFO = DatasetInfo(
     fingerprint=FINGERPRINT,
-    recipe={"name": "test", "synth": {"guidance": {"scale": 0.1}}},
+    recipe={"name": "test", "synth": {"guidance": {"step_size": 0.1}}},
     prior={"kind": "embedded"},
     teacher={"kind": "builtin", "sha256": "cd" * 32},
     image_size=32,

@@ -132,8 +132,8 @@ def test_columns(whole: Storage) -> None:
     assert selection.column("class_name") == ["one"] * 6
     assert np.isnan(selection.column("cosine")).any()
     assert selection.column("kept").dtype == bool  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="unknown column 'colour'; columns: key, shard"):
-        selection.column("colour")
+    with pytest.raises(UsageError, match="unknown column 'color'; columns: key, shard"):
+        selection.column("color")
 
 
 def test_nothing_selected_is_a_data_error(whole: Storage, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_input_spec_luminance_and_normalisation():
 
 def test_resize_is_antialiased():
     stripes = torch.ones(1, 3, 32, 32)
-    stripes[..., ::2] = -1  # without antialiasing a 4x reduction would see one colour only
+    stripes[..., ::2] = -1  # without antialiasing a 4x reduction would see one color only
     for rule in ("bilinear", "bicubic", "area"):
         spec = InputSpec(InputSettings(size=8, mean=(0.0,) * 3, std=(1.0,) * 3, resize=rule))
         assert spec(stripes)[..., 1:-1].sub(0.5).abs().max() < 0.02

@@ -13,7 +13,7 @@ from manifests.shard import done_name, done_records
 from manifests.storage import Storage
 from manifests.verify import verify
 from pipeline.distill import run_distill
-from pipeline.inspect import summarise
+from pipeline.inspect import summarize
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
 from pipeline.rescore import report_lines, rescore
@@ -55,11 +55,11 @@ def test_columns_come_from_the_carried_teacher_and_nothing_else_changes(tmp_path
 def test_verify_inspect_and_distill_work_on_it(tmp_path, manifest, other):
     result = rescore(manifest, other, 0.2, "b.parquet", quiet=True)
     assert verify(result["manifest"]) == verify(manifest) == []
-    assert summarise(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
-    recipe = resolve("demo", section="distill", sets=["epochs=1", "views.cutmix=0", "views.mixup=0"], environ={})
+    assert summarize(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
+    recipe = resolve("demo", section="distill", sets=["epochs=1", "augment.cutmix=0", "augment.mixup=0"], environ={})
     done = run_distill(recipe, [(result["manifest"], 1.0)], str(tmp_path / "s"), quiet=True)
     assert done["teacher_check"]["as_recorded"] == 1
-    assert done["images"] + done["images_held_out"] == result["kept"]
+    assert done["images"] + done["val_images"] == result["kept"]
 
 
 def test_a_second_teacher_lies_beside_the_first(tmp_path, manifest, other):

@@ -17,7 +17,11 @@ TEACHER = {
 
 
 def settings(prior_folder, method):
-    given = {"prior": {"path": str(prior_folder), "steps": 2, "cfg": 1.0}, "groups_per_shard": 1, "group_size": 10}
+    given = {
+        "prior": {"path": str(prior_folder), "steps": 2, "cfg_scale": 1.0},
+        "groups_per_shard": 1,
+        "group_size": 10,
+    }
     more = {"teacher": TEACHER, "method": method, "device": "cpu"}
     return SynthSettings.model_validate(given | more).model_dump(mode="json")
 

@@ -13,7 +13,7 @@ from stages.settings import InputSettings, SynthSettings
 from stages.synth.decoders import load_decoder
 from stages.synth.group import make_group
 from stages.synth.priors.kinds import load_prior
-from stages.synth.sampler import Models, Work, diffdfkd, dmkd
+from stages.synth.sampler import Counters, Models, diffdfkd, dmkd
 from stages.synth.worker import METHODS
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import (
@@ -51,21 +51,25 @@ def counted(settings: SynthSettings) -> int:
         models.prior.encode(conditions)
     method = {"diffdfkd": diffdfkd, "dmkd": dmkd}[settings.method]
     with Flops() as total:
-        list(method(models, group, settings, Work()))
+        list(method(models, group, settings, Counters()))
     return (total.total - text.total) // settings.group_size
 
 
 @pytest.mark.parametrize(
     ("save", "prior", "other"),
     [
-        (save_stable_diffusion, {"cfg": 3.0, "cfg_interval": (0.25, 0.75)}, {"guidance": {"every": 2, "inner": 2}}),
-        (save_stable_diffusion, {"cfg": 3.0}, {"guidance": {"through": "zt", "interval": (0.5, 1.0)}}),
-        (save_stable_diffusion, {"cfg": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
-        (save_stable_diffusion_xl, {"cfg": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
-        (save_dit, {"cfg": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
-        (save_if, {"cfg": 2.0}, {"guidance": {"every": 3}}),
-        (save_ldm, {"cfg": 1.0}, {"guidance": {"bn": 0.0}}),
-        (save_ddpm, {"cfg": 1.0, "scheduler": "ddpm"}, {"guidance": {"through": "zt"}}),
+        (
+            save_stable_diffusion,
+            {"cfg_scale": 3.0, "cfg_interval": (0.25, 0.75)},
+            {"guidance": {"every": 2, "updates_per_step": 2}},
+        ),
+        (save_stable_diffusion, {"cfg_scale": 3.0}, {"guidance": {"gradient_at": "xt", "interval": (0.5, 1.0)}}),
+        (save_stable_diffusion, {"cfg_scale": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
+        (save_stable_diffusion_xl, {"cfg_scale": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
+        (save_dit, {"cfg_scale": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
+        (save_if, {"cfg_scale": 2.0}, {"guidance": {"every": 3}}),
+        (save_ldm, {"cfg_scale": 1.0}, {"guidance": {"bn": 0.0}}),
+        (save_ddpm, {"cfg_scale": 1.0, "scheduler": "ddpm"}, {"guidance": {"gradient_at": "xt"}}),
     ],
 )
 def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, prior, other):
@@ -112,7 +116,7 @@ def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
         prior = load_prior(one.prior, "cpu")
         assert synth_cost(one).weights == weight_bytes(prior.network, prior.vae, *prior.encoders, teacher.net)
     assert synth_cost(half).saved < cost.saved
-    through = settings.guidance.model_copy(update={"through": "zt"})
+    through = settings.guidance.model_copy(update={"gradient_at": "xt"})
     assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
 
 
@@ -124,7 +128,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
     base = {
         "method": method,
         "teacher": {"name": str(teacher_folder)},
-        "prior": {"path": str(prior_folder), "steps": 4, "cfg": 0.5},
+        "prior": {"path": str(prior_folder), "steps": 4, "cfg_scale": 0.5},
         "cmi": {"steps": 5, "batches": 2, "width": 8, "latent": 8},
         "deepinversion": {"steps": 5},
         "dda": {"variants": 2, "strength": 0.5},
@@ -141,7 +145,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
             prior.encode(group.prompts)
         text = encoder.total
     with Flops() as real:
-        list(module(models, group, settings, Work()))
+        list(module(models, group, settings, Counters()))
     cost = synth_cost(settings)
     assert cost.inversion > 0 and cost.saved > 0
     assert cost.flops - cost.score == pytest.approx(

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 def settings(folder, **kw):
     return SynthSettings.model_validate(
         {
-            "prior": {"path": str(folder), "steps": 3, "cfg": 1.0},
+            "prior": {"path": str(folder), "steps": 3, "cfg_scale": 1.0},
             "guidance": {"decoder": "fitted"},
             "groups_per_shard": 1,
             "group_size": 4,
@@ -59,7 +59,7 @@ def test_pull_back_is_the_jacobian_transposed_whatever_the_chunks(monkeypatch):
 
     for cells in (1, 8, 4096):  # one, two, all latents at once
         monkeypatch.setattr(fd, "AT_ONCE", cells)
-        images, gradients = fd.pull_back(decode, latents, cotangents)
+        images, gradients = fd.decode_with_vjp(decode, latents, cotangents)
         torch.testing.assert_close(images, decode(latents))
         torch.testing.assert_close(gradients.flatten(1), cotangents.flatten(1) @ matrix)
 
@@ -81,7 +81,9 @@ def test_equal_fits_are_equal_bit_by_bit(prior):
 
 def test_a_fit_learns_images_and_gradients(monkeypatch):
     monkeypatch.setattr(fd, "STEPS", 80)
-    prior = load_prior(PriorSettings(steps=10, cfg=1.0), "cpu")  # the embedded one: a trained decoder is learnable
+    prior = load_prior(
+        PriorSettings(steps=10, cfg_scale=1.0), "cpu"
+    )  # the embedded one: a trained decoder is learnable
     wanted = ["two thin connected strokes, a loop", "one thick stroke, an arc"] * 8
     net = fd.fit(prior, wanted, 8, "bilinear")
     latents = fd.draw_latents(prior, wanted, 2, seed=9)
@@ -90,8 +92,8 @@ def test_a_fit_learns_images_and_gradients(monkeypatch):
     def full(z0):
         return F.interpolate(prior.decode(z0), size=(8, 8), mode="bilinear", antialias=True)
 
-    images, gradients = fd.pull_back(full, latents, cotangents)
-    made, slopes = fd.pull_back(net, latents, cotangents)
+    images, gradients = fd.decode_with_vjp(full, latents, cotangents)
+    made, slopes = fd.decode_with_vjp(net, latents, cotangents)
     assert (made - images).square().mean() < 0.08 * images.var()
     assert (
         F.cosine_similarity(slopes.flatten(1), gradients.flatten(1)).mean() > 0.8
@@ -173,7 +175,7 @@ def test_a_damaged_cache_is_dropped_and_never_reaches_a_run(prior_folder, tmp_pa
 def test_a_fit_that_diverges_is_one_line_and_not_kept(prior_folder, monkeypatch):
     asked = settings(prior_folder)
     prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
-    monkeypatch.setattr(fd, "misfit", lambda net, *a: sum(p.sum() for p in net.parameters()) * float("nan"))
+    monkeypatch.setattr(fd, "sobolev_loss", lambda net, *a: sum(p.sum() for p in net.parameters()) * float("nan"))
     with pytest.raises(NumericsError, match="not finite; set guidance.decoder=full"):
         load_decoder(prior, asked, teacher)
     assert not Storage(fd.cache_folder()).list("decoder")
@@ -224,7 +226,7 @@ def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):
 
 
 def test_the_counted_cost_of_a_fit_is_that_of_fitting(prior_folder):
-    asked = settings(prior_folder, prior={"path": str(prior_folder), "steps": 3, "cfg": 2.0})
+    asked = settings(prior_folder, prior={"path": str(prior_folder), "steps": 3, "cfg_scale": 2.0})
     prior, names = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher).class_names
     wanted = fd.conditions(prior, asked, names, fd.trajectories(prior.latent_shape[1]))
     prior.encode(wanted)

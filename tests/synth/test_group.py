@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.settings import PromptSettings, SynthSettings
-from stages.synth.group import group_labels, make_group, prompt_for, uneven_lap
-from stages.synth.inputs import GROUPS_VERSION, inspect_inputs, semantics
+from stages.synth.group import group_labels, make_group, prompt_for
 
 
 @given(st.integers(0, 50), st.integers(2, 60), st.integers(2, 40))
@@ -21,30 +20,6 @@ def test_two_trajectories_per_class(index, size, classes):
 def test_a_run_is_balanced_over_classes(size, classes):
     counts = Counter(label for g in range(classes) for label in group_labels(g, size, classes))
     assert counts == dict.fromkeys(range(classes), size)
-
-
-@given(st.integers(0, 200), st.integers(2, 60), st.integers(2, 40))
-def test_groups_that_were_balanced_keep_their_classes_and_their_plan(index, size, classes):
-    """``before``: how plans without the version of their groups were made."""
-    distinct = min(classes, size // 2)
-
-    def before(g):
-        start = g * (size if distinct == classes else distinct)
-        return tuple((start + i % distinct) % classes for i in range(size))
-
-    counts = Counter(label for g in range(classes) for label in before(g))
-    uneven = len({*counts.values()}) > 1
-    assert uneven == bool(uneven_lap(size, classes))
-    assert uneven or group_labels(index, size, classes) == before(index)
-
-
-def test_the_plan_names_the_version_of_groups_that_were_not_balanced():
-    def covered(**kw):
-        parsed = SynthSettings(**kw)
-        return semantics(parsed, inspect_inputs(parsed))
-
-    assert covered(group_size=5)["groups"] == GROUPS_VERSION
-    assert not any("groups" in covered(**kw) for kw in ({"group_size": 7}, {}, {"group_size": 5, "method": "noise"}))
 
 
 def test_a_group_is_a_pure_function_of_the_plan():

@@ -49,7 +49,7 @@ def test_an_error_of_the_thread_is_raised_and_nothing_is_committed(prior_folder,
         return encode(pixels, kind)
 
     monkeypatch.setattr(image_writer, "encode_image", full)
-    prior = {"path": str(prior_folder), "steps": 2, "cfg": 1.0}
+    prior = {"path": str(prior_folder), "steps": 2, "cfg_scale": 1.0}
     settings = SynthSettings.model_validate({"prior": prior, "method": "dmkd", "group_size": 4, "device": "cpu"})
     storage = Storage(tmp_path)
     with pytest.raises(OSError, match="No space left"):

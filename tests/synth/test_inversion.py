@@ -19,7 +19,7 @@ from stages.synth.group import make_group
 from stages.synth.guidance import Losses, moments_gap
 from stages.synth.inputs import inspect_inputs
 from stages.synth.inversion import Best
-from stages.synth.sampler import Models, Work
+from stages.synth.sampler import Counters, Models
 from stages.synth.worker import METHODS, ShardWorker, load_models
 
 
@@ -41,7 +41,7 @@ def models():
 
 
 def final(module, parsed, models, index=0):
-    work = Work()
+    work = Counters()
     (frame,) = METHODS[parsed.method](models, make_group(parsed, index, models.teacher.class_names), parsed, work)
     return frame, work
 
@@ -88,8 +88,8 @@ def test_the_embedding_is_channel_means_in_units_of_the_running_statistics():
     net[1].running_mean.fill_(0.5)
     net[1].running_var.fill_(4.0)
     teacher = Teacher(net, InputSettings(size=4, channels=1, mean=(0.0,), std=(1.0,)), ("a", "b"), {})
-    grey = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)  # luminance 0 and 1
-    assert embedding(teacher, grey)[2].flatten().tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
+    gray = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)  # luminance 0 and 1
+    assert embedding(teacher, gray)[2].flatten().tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
 
 
 def test_views_are_crops_flips_and_shifts():
@@ -129,7 +129,7 @@ def test_the_lowest_loss_is_kept_and_never_nan():
 
 @pytest.mark.parametrize("module", [cmi, inversion])
 def test_losses_fall_and_the_teacher_sees_its_classes(module, models):
-    name = module.__name__.rsplit(".", 1)[1]
+    name = {cmi: "cmi", inversion: "deepinversion"}[module]
     small = {"width": 16, "lr": 3e-3}
     parsed = settings(name, cmi={"steps": 40} | small, deepinversion={"steps": 40}, group_size=20)
     short = settings(name, cmi={"steps": 1} | small, deepinversion={"steps": 1}, group_size=20)
@@ -144,7 +144,7 @@ def test_losses_fall_and_the_teacher_sees_its_classes(module, models):
 @pytest.mark.parametrize("module", [cmi, inversion])
 def test_a_group_depends_on_itself_alone(module, models):
     """The same bytes again, whatever was made before; other groups and seeds differ."""
-    name = module.__name__.rsplit(".", 1)[1]
+    name = {cmi: "cmi", inversion: "deepinversion"}[module]
     parsed = settings(name)
     torch.manual_seed(1)
     first, state = final(module, parsed, models, 1)[0].images, torch.get_rng_state()

@@ -12,7 +12,7 @@ from PIL import Image
 from manifests.errors import FactoryError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.memory import halving, in_micro_batches, out_of_memory
+from stages.memory import in_micro_batches, out_of_memory, retry_with_smaller_batches
 from stages.models.loading import load_teacher
 from stages.settings import GuidanceSettings, SynthSettings
 from stages.synth.group import Group
@@ -59,17 +59,17 @@ def test_the_gradient_in_parts_of_a_deep_teacher():
     assert parts.bn.item() == pytest.approx(whole.bn.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 def test_a_guided_step_in_parts(prior, through):
     """Decoder, teacher and (zt) denoiser on three trajectories at a time move ẑ0 as all seven at once do."""
-    guide = Guide(GuidanceSettings(through=through, bn=1.0), TinyTeacher(), LABELS)
+    guide = Guide(GuidanceSettings(gradient_at=through, bn=1.0), TinyTeacher(), LABELS)
     condition, noise = prior.encode(GROUP.prompts), GROUP.noise(0, prior.latent_shape)
 
     def moved(limit):
         prior.batch_limit = guide.teacher.batch_limit = limit
         try:
-            with torch.set_grad_enabled(through == "zt"):
-                state = prior.predict(State(noise.clone().requires_grad_(through == "zt"), 2), condition)
+            with torch.set_grad_enabled(through == "xt"):
+                state = prior.predict(State(noise.clone().requires_grad_(through == "xt"), 2), condition)
             return guide_step(prior, state, guide, torch.Generator())[0].z0
         finally:
             prior.batch_limit = None
@@ -102,7 +102,7 @@ def test_what_counts_as_out_of_memory():
 
 def settings(prior_folder, **kw):
     given = {
-        "prior": {"path": str(prior_folder), "steps": 5, "cfg": 2.0},
+        "prior": {"path": str(prior_folder), "steps": 5, "cfg_scale": 2.0},
         "guidance": {"decoder": "full"} | kw.pop("guidance", {}),
         "lca": {"every": 2, "interval": [0, 1]},
         "images": {"intermediates": 1},
@@ -185,5 +185,5 @@ def test_one_row_too_many_is_one_line_whatever_the_error_says():
         raise MemoryError  # as Python raises it: without a message
 
     with pytest.raises(FactoryError, match=r"^it does not fit \(MemoryError\): take less$"):
-        halving(call, 5, asked.append, "it does not fit", "take less")
+        retry_with_smaller_batches(call, 5, asked.append, "it does not fit", "take less")
     assert asked == [3, 2, 1]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from manifests.schema import SCHEMA, normalise
+from manifests.schema import SCHEMA, normalize
 from stages.synth.scores import pieces, renewed, trajectory_starts
 
 
@@ -15,7 +15,7 @@ def table(*rows):
     made = []
     for i, changes in enumerate(rows):
         base = {"key": f"000000-{i:06d}", "shard": 0, "offset": 0, "size": 1, "xxh3": bytes(16), "label": 0}
-        made.append(normalise({**base, "method": "x", "kept": True, **changes}))
+        made.append(normalize({**base, "method": "x", "kept": True, **changes}))
     return pa.Table.from_pylist(made, schema=SCHEMA)
 
 

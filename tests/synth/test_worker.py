@@ -21,7 +21,7 @@ from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher, save_model
 from stages.models.source import resolve
 from stages.settings import SynthSettings
-from stages.synth.inputs import DECODER_VERSION, LOSSY_VERSION, inspect_inputs, planned_models, semantics
+from stages.synth.inputs import inspect_inputs, pinned_models, semantics
 from stages.synth.scores import rescored, teacher_columns
 from stages.synth.worker import ShardWorker
 from tests.manifests.samples import INFO
@@ -30,7 +30,7 @@ from tests.synth.tiny import save_ddpm
 
 def settings(prior_folder, **kw):
     given = {
-        "prior": {"path": str(prior_folder), "steps": 5, "cfg": 1.0},
+        "prior": {"path": str(prior_folder), "steps": 5, "cfg_scale": 1.0},
         "guidance": {"decoder": "full"} | kw.pop("guidance", {}),
         "lca": {"every": 2, "interval": [0, 1]},
         "images": {"intermediates": 1},
@@ -115,16 +115,6 @@ def test_teacher_columns_are_of_what_a_lossy_file_holds(prior_folder, tmp_path, 
             assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
 
 
-def test_a_plan_tells_whether_columns_are_of_lossy_files(prior_folder):
-    def covered(**kw):
-        parsed = SynthSettings.model_validate(settings(prior_folder, **kw))
-        return semantics(parsed, inspect_inputs(parsed))
-
-    assert covered(images={"format": "jpg"})["lossy"] == LOSSY_VERSION
-    noise = {"method": "noise", "images": {"format": "jpg"}}
-    assert "lossy" not in covered() and "lossy" not in covered(**noise)
-
-
 def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, tmp_path):
     storage, _, _ = made
     other = Storage(str(tmp_path))
@@ -158,12 +148,12 @@ def test_a_device_that_cannot_compute_is_refused(prior_folder, tmp_path):
 
 
 def test_no_intermediate_may_have_the_timestep_of_final_images(prior_folder, tmp_path):
-    grey = save_ddpm(tmp_path / "ddpm")  # its schedule ends at timestep 0, Stable Diffusion's at 1
-    for folder, count in ((grey, 2), (prior_folder, 4)):
+    gray = save_ddpm(tmp_path / "ddpm")  # its schedule ends at timestep 0, Stable Diffusion's at 1
+    for folder, count in ((gray, 2), (prior_folder, 4)):
         ShardWorker(settings(folder, images={"intermediates": count}), str(tmp_path), "f" * 64)
     for count in (3, 4):
         with pytest.raises(UsageError, match=f"intermediates {count}: .* at timestep 0 .*; set at most 2"):
-            ShardWorker(settings(grey, images={"intermediates": count}), str(tmp_path), "f" * 64)
+            ShardWorker(settings(gray, images={"intermediates": count}), str(tmp_path), "f" * 64)
 
 
 def test_an_adversary_needs_a_weight_and_a_weight_an_adversary(prior_folder):
@@ -183,7 +173,7 @@ def test_an_adversary_steers_and_is_part_of_the_plan(prior_folder, tmp_path):
     tars, prints = [], []
     for weight, adversary in ((0.0, None), (1.0, {"name": str(student)})):
         given = settings(
-            prior_folder, guidance={"adversarial": weight, "scale": 0.5}, adversary=adversary, groups_per_shard=1
+            prior_folder, guidance={"adversarial": weight, "step_size": 0.5}, adversary=adversary, groups_per_shard=1
         )
         parsed = SynthSettings.model_validate(given)
         prints.append(semantics(parsed, inspect_inputs(parsed)))
@@ -201,7 +191,7 @@ def test_models_are_compared_with_the_plan(prior_folder, tmp_path):
     given = settings(folder, guidance={"adversarial": 1.0}, adversary={"name": str(tmp_path / "student")})
     save_model(tmp_path / "student", teacher.net, resolve(SynthSettings().teacher).config)
     parsed = SynthSettings.model_validate(given)
-    planned = planned_models(semantics(parsed, inspect_inputs(parsed)))
+    planned = pinned_models(semantics(parsed, inspect_inputs(parsed)))
     assert planned.keys() == {"prior", "teacher", "adversary"}
     ShardWorker(given, str(tmp_path), "f" * 64, planned)
     other = planned["teacher"] | {"input": None}
@@ -227,24 +217,6 @@ def test_an_adversary_needs_gradients_and_the_classes_of_the_teacher_in_their_or
             ShardWorker(given, str(tmp_path), "f" * 64)
 
 
-def test_a_default_that_changed_is_named_and_what_was_pinned_keeps_its_plan(prior_folder):
-    """Plans name no setting at its first default, so a plan of an older version means those; see FIRST_DEFAULTS."""
-
-    def covered(prior, guidance, **kw):
-        given = {"prior": {"path": str(prior_folder)} | prior, "guidance": guidance} | kw
-        parsed = SynthSettings.model_validate(given)
-        return semantics(parsed, inspect_inputs(parsed))
-
-    old = {"steps": 50}
-    assert covered(old, {"decoder": "full", "bn": 0.1})["settings"] == {}
-    now = {"prior": {"steps": 20}, "guidance": {"decoder": "fitted", "bn": 10.0}}
-    assert covered({}, {})["settings"] == now and covered({}, {})["fitted_decoder"] == DECODER_VERSION
-    assert covered({}, {})["settings"] == covered(now["prior"], now["guidance"])["settings"]
-    unguided = covered(old, {}, method="dmkd")  # never decodes for guidance: as before
-    assert unguided["settings"] == {"method": "dmkd"} and "fitted_decoder" not in unguided
-    assert covered({}, {}, method="cmi")["settings"] == {"method": "cmi", "prior": {"steps": 20}}
-
-
 def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, tmp_path):
     def covered(**kw):
         parsed = SynthSettings.model_validate({"prior": {"path": str(prior_folder)}} | kw)
@@ -252,6 +224,6 @@ def test_the_plan_knows_models_by_content_and_leaves_defaults_out(prior_folder, 
 
     copy = shutil.copytree(prior_folder, tmp_path / "copy")
     assert covered() == covered(prior={"path": str(copy)}) == covered(shards=9, device="cuda")
-    assert covered(guidance={"scale": 0.2})["settings"]["guidance"] == {"scale": 0.2, "decoder": "fitted", "bn": 10.0}
+    assert covered(guidance={"step_size": 0.2})["settings"]["guidance"] == {"step_size": 0.2}
     other_input = {"size": 8, "channels": 1, "mean": [0.0], "std": [1.0]}
     assert covered(teacher={"input": other_input}) != covered()

@@ -131,7 +131,7 @@ class DiffusionPrior(ABC):
 
     def predict(self, state: State, condition: Any) -> Prediction:
         z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step)
-        if scale == 1 and self.settings.cfg != 1:
+        if scale == 1 and self.settings.cfg_scale != 1:
             condition = condition[len(z) :]  # outside the interval: the conditional half alone
         batch = z if scale == 1 else torch.cat([z, z])
         limit = self.batch_limit and self.batch_limit * (len(batch) // len(z))
@@ -159,7 +159,7 @@ class DiffusionPrior(ABC):
 
     def decode(self, z0: Tensor) -> Tensor:
         if self.vae is None:
-            return z0.expand(-1, 3, -1, -1)  # grey becomes RGB
+            return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
         latents = (z0 / self.vae.config.scaling_factor + self.shift).to(self.vae.dtype)
         images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
         return images

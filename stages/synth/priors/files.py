@@ -234,9 +234,9 @@ def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
     """
     folder = locate(settings.path, variant=settings.variant)
     name = read_index(folder)["_class_name"]
-    if FAMILIES[name].conditioning == "none" and settings.cfg not in (1, PriorSettings().cfg):
+    if FAMILIES[name].conditioning == "none" and settings.cfg_scale not in (1, PriorSettings().cfg_scale):
         raise UsageError(
-            f"prior {folder} is unconditional, so prior.cfg={settings.cfg:g} has nothing to guide it by: leave it out"
+            f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
         )
     return folder, name, FAMILIES[name]
 

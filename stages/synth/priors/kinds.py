@@ -63,7 +63,7 @@ class TextPrior(DiffusionPrior):
     def encode(self, conditions: Sequence[str]) -> Tensor:
         """``[n, …]``, or ``[2n, …]`` with the negative prompt's half first where CFG is on."""
         embedded = torch.cat([self.row(prompt) for prompt in conditions])
-        return embedded if self.settings.cfg == 1 else torch.cat([self.negative().expand_as(embedded), embedded])
+        return embedded if self.settings.cfg_scale == 1 else torch.cat([self.negative().expand_as(embedded), embedded])
 
     def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         return self.network(latents, time, condition).sample
@@ -129,7 +129,7 @@ class TextPriorIF(TextPrior):
     """An ``IFPipeline`` (UNet, T5 encoder, tokenizer); no VAE. Its learned variance is dropped like any other.
 
     The pipeline also thresholds every predicted image, which keeps large guidance scales from saturating. Guidance by a
-    teacher expects predictions to stay where it moves them, so nothing is thresholded here: keep ``prior.cfg`` small.
+    teacher expects predictions to stay where it moves them, so nothing is thresholded: keep ``prior.cfg_scale`` small.
     """
 
     def load(self) -> tuple[Any, None]:
@@ -206,7 +206,7 @@ class TextPriorUnclip(TextPrior):
         return self.rows(conditions, torch.zeros(len(conditions), width, device=self.device))
 
     def encode_with(self, conditions: Sequence[str], embedded: Tensor, noise: Tensor, level: int) -> Tensor:
-        """Noise is added to normalised embeddings, as to images, at the step ``level`` of a schedule of its own."""
+        """Noise is added to normalized embeddings, as to images, at the step ``level`` of a schedule of its own."""
         levels = self.noising.config.num_train_timesteps
         if level >= levels:
             raise UsageError(f"prior {self.folder}: the noise level {level} is not below {levels}")
@@ -247,7 +247,7 @@ class ClassPrior(DiffusionPrior):
         """Labels ``[n]``, or ``[2n]`` with the null classes first where CFG is on."""
         check_labels(self.settings, str(self.folder), self.classes, [*dict.fromkeys(conditions)])
         labels = torch.tensor([self.settings.labels[name] for name in conditions], device=self.device)
-        return labels if self.settings.cfg == 1 else torch.cat([torch.full_like(labels, self.classes), labels])
+        return labels if self.settings.cfg_scale == 1 else torch.cat([torch.full_like(labels, self.classes), labels])
 
     def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         return self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
@@ -294,6 +294,6 @@ def load_prior(settings: PriorSettings, device: str) -> DiffusionPrior:
         return TextPrior(folder, settings, device)
     if family.conditioning == "class":
         return ClassPrior(folder, settings, device)
-    if settings.cfg != 1:
-        log.warning("prior %s is unconditional: prior.cfg does not apply", settings.path)
+    if settings.cfg_scale != 1:
+        log.warning("prior %s is unconditional: prior.cfg_scale does not apply", settings.path)
     return FreePrior(folder, settings, device)

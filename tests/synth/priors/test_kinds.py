@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder, **kw):
-    return load_prior(PriorSettings(path=str(folder), **({"steps": 4, "cfg": 1.0, "labels": LABELS} | kw)), "cpu")
+    return load_prior(PriorSettings(path=str(folder), **({"steps": 4, "cfg_scale": 1.0, "labels": LABELS} | kw)), "cpu")
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])
@@ -69,7 +69,7 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
             return frame.images, torch.nn.functional.cross_entropy(teacher.logits(frame.images), labels).item()
 
     labels = torch.tensor(GROUP.labels)
-    guide = Guide(GuidanceSettings(scale=0.3, bn=0.0), teacher, labels)
+    guide = Guide(GuidanceSettings(step_size=0.3, bn=0.0), teacher, labels)
     images, loss = final(guide)
     torch.manual_seed(9)  # a global generator plays no part
     assert torch.equal(images, final(guide)[0])
@@ -77,7 +77,7 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 
 def test_identities(folders):
-    of = {name: prior_identity(PriorSettings(path=str(folder), cfg=1.0)) for name, folder in folders.items()}
+    of = {name: prior_identity(PriorSettings(path=str(folder), cfg_scale=1.0)) for name, folder in folders.items()}
     assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 5 + ["class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
@@ -85,7 +85,7 @@ def test_identities(folders):
 @pytest.mark.parametrize("negative", ["", "b"])
 def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
     """Both encoders, the pooled embedding, the size and an empty negative prompt as zeros: the whole loop agrees."""
-    prior = load(folders["sdxl"], cfg=2.0, negative_prompt=negative)
+    prior = load(folders["sdxl"], cfg_scale=2.0, negative_prompt=negative)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folders["sdxl"], add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     *_, frame = denoise(prior, GROUP, 0, "cpu")
@@ -102,7 +102,7 @@ def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
 
 def test_if_gives_what_its_own_pipeline_gives_without_thresholding(folders):
     """T5 with its mask, prompts in lower case, the learned variance dropped: the whole loop agrees."""
-    prior = load(folders["if"], cfg=2.0, negative_prompt="B", scheduler="ddpm")
+    prior = load(folders["if"], cfg_scale=2.0, negative_prompt="B", scheduler="ddpm")
     pipeline = IFPipeline.from_pretrained(
         folders["if"], safety_checker=None, watermarker=None, requires_safety_checker=False
     )
@@ -130,7 +130,7 @@ def test_if_gives_what_its_own_pipeline_gives_without_thresholding(folders):
 
 
 def test_class_guidance_counts_from_the_null_class_of_the_config(folders):
-    prior, z = load(folders["dit"], cfg=3.0), torch.randn(4, 4, 8, 8)
+    prior, z = load(folders["dit"], cfg_scale=3.0), torch.randn(4, 4, 8, 8)
     condition = prior.encode(GROUP.conditions(prior.conditioning))
     assert condition.tolist() == [5] * 4 + [3, 0, 3, 0]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_labels_by_index_pair_equal_class_lists_alone(folders):
     for either in (five, PriorSettings(labels=dict(zip("abcd", range(4), strict=True)))):
         with pytest.raises(UsageError, match="two of the teacher's classes are called a"):
             check_labels(either, "x", 5, ["a", "b", "a", "c", "d"])
-    assert load_prior(five.labelled("abcde"), "cpu").encode(["d", "a"]).tolist() == [5, 5, 3, 0]
+    assert load_prior(five.labeled("abcde"), "cpu").encode(["d", "a"]).tolist() == [5, 5, 3, 0]
     with pytest.raises(ValueError, match="exclude each other"):
         PriorSettings(labels={"a": 0}, labels_by_index=True)
 
@@ -187,12 +187,12 @@ def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):
 
 
 def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
-    with pytest.raises(UsageError, match=r"unconditional, so prior\.cfg=2 .* leave it out"):
-        prior_identity(PriorSettings(path=str(folders["ddpm"]), cfg=2.0))
-    assert PriorSettings().cfg != 1
+    with pytest.raises(UsageError, match=r"unconditional, so prior\.cfg_scale=2 .* leave it out"):
+        prior_identity(PriorSettings(path=str(folders["ddpm"]), cfg_scale=2.0))
+    assert PriorSettings().cfg_scale != 1
     by_default = load_prior(PriorSettings(path=str(folders["ddpm"]), steps=4), "cpu")
     assert [r.message for r in caplog.records] == [
-        f"prior {folders['ddpm']} is unconditional: prior.cfg does not apply"
+        f"prior {folders['ddpm']} is unconditional: prior.cfg_scale does not apply"
     ]
     z = GROUP.noise(0, by_default.latent_shape)
     with torch.no_grad():
@@ -201,14 +201,14 @@ def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
 
 
 def test_grey_pixels_become_rgb(tmp_path):
-    prior = load(save_ddpm(tmp_path / "grey", channels=1))
+    prior = load(save_ddpm(tmp_path / "gray", channels=1))
     z = torch.randn(2, 1, 16, 16)
     assert prior.latent_shape == (1, 16, 16) and torch.equal(prior.decode(z), torch.cat([z, z, z], 1))
 
 
 def test_cfg_outside_its_interval_is_off_and_saves_its_half(folders, monkeypatch):
-    half = load(folders["sd"], cfg=3.0, cfg_interval=(0.5, 1.0))
-    plain, full = load(folders["sd"]), load(folders["sd"], cfg=3.0)
+    half = load(folders["sd"], cfg_scale=3.0, cfg_interval=(0.5, 1.0))
+    plain, full = load(folders["sd"]), load(folders["sd"], cfg_scale=3.0)
     z, sizes = torch.randn(2, *half.latent_shape), []
     original = half.network.forward
     monkeypatch.setattr(half.network, "forward", lambda x, *a, **k: sizes.append(len(x)) or original(x, *a, **k))
@@ -243,7 +243,7 @@ def changed(folders, name, tmp_path, part, **values):
     copy = shutil.copytree(folders[name], tmp_path / "copy")
     file = copy / part
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    return PriorSettings(path=str(copy), cfg=1.0, labels=LABELS)
+    return PriorSettings(path=str(copy), cfg_scale=1.0, labels=LABELS)
 
 
 @pytest.mark.parametrize(

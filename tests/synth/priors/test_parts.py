@@ -53,7 +53,7 @@ def edit(file, **values):
 
 
 def load(folder):
-    return load_prior(PriorSettings(path=str(folder), steps=4, cfg=1.0, labels=LABELS), "cpu")
+    return load_prior(PriorSettings(path=str(folder), steps=4, cfg_scale=1.0, labels=LABELS), "cpu")
 
 
 def refused(folder, capfd, caplog):
