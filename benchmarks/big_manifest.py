@@ -24,7 +24,7 @@ import pyarrow as pa
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from manifests.info import MIN_SAMPLE, DatasetInfo  # noqa: E402
+from manifests.dataset import MIN_SAMPLE, DatasetInfo  # noqa: E402
 from manifests.merge import merge  # noqa: E402
 from manifests.reader import Manifest  # noqa: E402
 from manifests.schema import SCHEMA  # noqa: E402

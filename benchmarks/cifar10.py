@@ -35,9 +35,9 @@ import pyarrow.parquet as pq
 import torch
 from cifar10_rows import BASE, CEILING, MAPPED, REAL, ROWS, SWEPT, UNMAPPED
 from cifar_data import CLASS_NAMES, split_table, third_party
-from digits import finished, interval, of_images, of_seconds, synthesise
+from digits import finished, interval, of_images, of_seconds, synthesize
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
@@ -45,9 +45,9 @@ from manifests.storage import Storage
 from pipeline.distill import run_distill
 from pipeline.recipe import Recipe, resolve
 from stages.distill.batches import batch_bounds
-from stages.models.identity import teacher_identity
-from stages.models.settings import ModelSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.models.source import teacher_identity
+from stages.settings import ModelSettings
+from stages.synth.worker import ShardWorker
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("cifar10-train.parquet", "cifar10-test-a.tar")
@@ -99,7 +99,7 @@ def measure_rates(args: argparse.Namespace) -> dict[str, float]:
 
 def of_trajectories(recipe: Recipe, count: int, folder: Path) -> tuple[str, float, str]:
     """``count`` trajectories, all of their kept images."""
-    manifest, seconds = synthesise(recipe, ceil(count / recipe.synth.group_size), folder)
+    manifest, seconds = synthesize(recipe, ceil(count / recipe.synth.group_size), folder)
     return manifest, seconds, f"trajectory < {count}"
 
 
@@ -210,7 +210,7 @@ def main() -> None:
     if args.cpu_seconds and not args.rates and torch.cuda.is_available():
         parser.error("--cpu-seconds on a GPU machine counts launches: measure --rates on the CPU, and name them here")
     if args.measure and (real := REAL.keys() & set(args.rows)):
-        parser.error(f"--measure: {', '.join(sorted(real))} synthesises nothing, so it has no rate")
+        parser.error(f"--measure: {', '.join(sorted(real))} synthesizes nothing, so it has no rate")
     args.bench = Path(os.environ["FACTORY_BENCH_DIR"]) if "FACTORY_BENCH_DIR" in os.environ else None
     if why := absent(args):
         print(f"skipped: {why}")

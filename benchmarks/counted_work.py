@@ -4,7 +4,7 @@
 
 Stable Diffusion 1.5 (512 px) and DiT-XL/2 (256 px) are built on the meta device from the configs below, with a
 ResNet-34 teacher at 224 px; "default settings" name prior and teacher alone. Every row but "published" is the cost of
-our own settings (stages/synth/cost.py, tested equal to FLOPs counted while really sampling). One image is stored for
+our own settings (stages/cost.py, tested equal to FLOPs counted while really sampling). One image is stored for
 each trajectory. No weights are needed.
 """
 
@@ -23,8 +23,8 @@ from diffusers.utils.logging import set_verbosity_error
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from pipeline.recipe import resolve
-from stages.synth.cost import SynthCost, synth_cost
-from stages.synth.settings import SynthSettings
+from stages.cost import SynthCost, synth_cost
+from stages.settings import SynthSettings
 
 VAE = {
     "_class_name": "AutoencoderKL",
@@ -72,7 +72,7 @@ TEACHER = {
 FEW = {"steps": 20, "scheduler": "dpmsolver++"}
 LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("gradient through the denoiser, full VAE, 50 steps", {}, {"through": "zt"}),
+    ("gradient through the denoiser, full VAE, 50 steps", {}, {"gradient_at": "xt"}),
     ("gradient at ẑ0, full VAE, 50 steps", {}, {}),
     ("gradient at ẑ0, full VAE, every 5th of 50", {}, {"every": 5}),
     ("gradient at ẑ0, tiny decoder, 50 steps", {}, {"decoder": "tiny"}),
@@ -109,7 +109,7 @@ def write_prior(folder: Path, pipeline: str, parts: dict[str, dict[str, Any]]) -
 
 def settings(prior: dict[str, Any], guidance: dict[str, Any], **more: Any) -> SynthSettings:
     """A row's settings, where nothing that costs work is left to the defaults."""
-    sampled = {"scheduler": "ddim", "steps": 50, "cfg": 3.0, "dtype": "bf16"} | prior
+    sampled = {"scheduler": "ddim", "steps": 50, "cfg_scale": 3.0, "dtype": "bf16"} | prior
     steered = {"decoder": "full", "interval": [0.0, 1.0], "every": 1} | guidance
     return SynthSettings.model_validate({"prior": sampled, "guidance": steered, "teacher": TEACHER} | more)
 
@@ -128,7 +128,7 @@ def recipe(name: str, prior: dict[str, Any], tiny: str) -> SynthSettings:
 def rows(prior: dict[str, Any], tiny: str) -> Iterator[tuple[str, float, float, SynthCost | None]]:
     """(row, FLOPs of a trajectory with its one image, saved bytes, cost by purpose)."""
     free = synth_cost(settings(prior, {}, method="dmkd"))
-    through = synth_cost(settings(prior, {"through": "zt"}))
+    through = synth_cost(settings(prior, {"gradient_at": "xt"}))
     assert free and through
     yield "unguided, 50 steps", free.flops, 0, free
     # The published code evaluates the denoiser a second time after every update, which ours does not.

@@ -30,11 +30,11 @@ from pipeline.distill import run_distill
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
+from stages.digits import write_split
 from stages.distill.checkpoint import differences
-from stages.models.digits_data import write_split
-from stages.models.identity import teacher_identity
-from stages.synth.priors.families import prior_identity
-from stages.synth.shard_worker import load_models
+from stages.models.source import teacher_identity
+from stages.synth.priors.files import prior_identity
+from stages.synth.worker import load_models
 
 CPU = ["synth.device=cpu", "distill.device=cpu"]  # whose seconds are counted
 FULL = ["synth.guidance.decoder=full"]  # of every row that names no other
@@ -49,8 +49,8 @@ ROWS: dict[str, list[str]] = {
     "guided, every second step": ["synth.guidance.every=2"],
     "guided, late 70 %": ["synth.guidance.interval=[0.3,1.0]"],
     "guided, all steps": ["synth.guidance.interval=[0.0,1.0]"],
-    "guided, scale 0.1": ["synth.guidance.scale=0.1"],
-    "guided through z_t": ["synth.guidance.through=zt"],
+    "guided, scale 0.1": ["synth.guidance.step_size=0.1"],
+    "guided through z_t": ["synth.guidance.gradient_at=xt"],
     "guided + LCA": LCA,
     "guided + LCA, once": ["synth.lca.every=8", "synth.lca.interval=[0.0,0.45]"],
     "guided + LCA, 30 % of the trajectories": [*LCA, "synth.lca.probability=0.3"],
@@ -71,7 +71,7 @@ ROWS: dict[str, list[str]] = {
     "fitted, all steps": [*FITTED, "synth.guidance.interval=[0.0,1.0]"],
     "fitted, 20 to 70 %": [*FITTED, "synth.guidance.interval=[0.2,0.7]"],
     "fitted, first 40 %": [*FITTED, "synth.guidance.interval=[0.0,0.4]"],
-    "fitted, two updates, every second step": [*FITTED, "synth.guidance.every=2", "synth.guidance.inner=2"],
+    "fitted, two updates, every second step": [*FITTED, "synth.guidance.every=2", "synth.guidance.updates_per_step=2"],
 }
 BASE = "unguided"
 
@@ -82,7 +82,7 @@ def recipe_of(row: str, seed: int) -> Recipe:
     return resolve("demo", sets=[*sets, f"synth.seed={seed}", f"distill.seed={seed}"])
 
 
-def synthesise(recipe: Recipe, shards: int, folder: Path) -> tuple[str, float]:
+def synthesize(recipe: Recipe, shards: int, folder: Path) -> tuple[str, float]:
     """Grow the dataset in ``folder`` to ``shards``: its manifest, and the CPU seconds of all of it.
 
     The seconds are noted after each call, so those of a killed one are lost: delete the cell then.
@@ -109,7 +109,7 @@ def of_images(recipe: Recipe, images: int, folder: Path) -> tuple[str, float, st
     """Shards until ``images`` are kept: manifest, CPU seconds, and the expression that selects them."""
     shards = ceil(images / (recipe.synth.group_size * recipe.synth.images_per_trajectory))
     while True:
-        manifest, seconds = synthesise(recipe, shards, folder)
+        manifest, seconds = synthesize(recipe, shards, folder)
         if where := first_kept(manifest, images):
             return manifest, seconds, where
         shards *= 2
@@ -119,7 +119,7 @@ def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float,
     """As many shards as ``budget`` CPU seconds make (at least one), all of their kept images."""
     shards = 1
     while True:
-        manifest, seconds = synthesise(recipe, shards, folder)
+        manifest, seconds = synthesize(recipe, shards, folder)
         fitting = int(shards * budget / seconds)
         if fitting <= shards:
             return manifest, seconds, "kept"

@@ -25,8 +25,8 @@ os.environ["PYTHONPATH"] = str(ROOT)  # actors import this file
 from manifests.storage import Storage  # noqa: E402
 from pipeline.events import EventLog  # noqa: E402
 from pipeline.executors.driver import execute  # noqa: E402
+from pipeline.executors.pool import WorkerSpec  # noqa: E402
 from pipeline.executors.settings import ExecutorSettings  # noqa: E402
-from pipeline.executors.worker import WorkerSpec  # noqa: E402
 from pipeline.lease import Lease  # noqa: E402
 
 NOISE = {"method": "noise", "groups_per_shard": 1, "group_size": 8}
@@ -87,7 +87,7 @@ def measure(kind: str, shards: int, workers: int, folder: Path) -> dict[str, Any
     spec = WorkerSpec("benchmarks.driver_throughput:build_idle")
     if kind == "noise":
         kwargs = {"settings": NOISE, "storage": storage.url, "fingerprint": "0" * 64}
-        spec = WorkerSpec("stages.synth.worker:build_worker", kwargs)
+        spec = WorkerSpec("stages.synth.noise:NoiseWorker", kwargs)
     begun = time.perf_counter()
     events = TimedLog(storage)
     with PeakMemory() as memory, events, Lease(storage) as lease:

@@ -38,23 +38,26 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.mutations import labelled, manifest, recipe, shard, some_json, state, weights  # noqa: E402
+from benchmarks.mutations import labeled, manifest, recipe, shard, some_json, state, weights  # noqa: E402
+from manifests.dataset import DATASET  # noqa: E402
 from manifests.errors import FactoryError  # noqa: E402
-from manifests.info import DATASET  # noqa: E402
 from manifests.merge import merge  # noqa: E402
 from manifests.reader import Manifest  # noqa: E402
 from manifests.storage import Storage  # noqa: E402
 from pipeline import cli  # noqa: E402
+from pipeline.events import Failure, quarantine  # noqa: E402
 from pipeline.executors.settings import ExecutorSettings  # noqa: E402
-from pipeline.failures import Failure, quarantine  # noqa: E402
-from pipeline.plan import read_plan  # noqa: E402
+from pipeline.plan import (  # noqa: E402
+    prepare,
+    publish,
+    read_plan,
+)
 from pipeline.recipe import resolve, to_yaml  # noqa: E402
 from pipeline.synth import dataset_info, run_synth  # noqa: E402
-from pipeline.teacher_copy import prepare, publish  # noqa: E402
-from stages.synth.plan_inputs import inspect_inputs  # noqa: E402
+from stages.synth.inputs import inspect_inputs  # noqa: E402
 
 SETS = ("method=noise", "shards=2", "groups_per_shard=1", "group_size=8", "images.size=8")
-STUDENT = ("--epochs", "1", "--batch-size", "4", "--set", "held_out=0")
+STUDENT = ("--epochs", "1", "--batch-size", "4", "--set", "val_fraction=0")
 
 
 class Hang(BaseException):
@@ -80,14 +83,14 @@ CASES: tuple[tuple[int, Callable[[Path, random.Random], None], tuple[tuple[str, 
     (4, shard, (*LOOK[:2], *KEEP, distill("--skip-bad", "-o", "RUN/again"), distill("-o", "RUN/again"))),
     (4, some_json, (*LOOK, *KEEP, distill(), SYNTH)),
     (2, recipe, (DRY, (*DRY, "--method", "noise"), (*DRY, "--method", "noise"))),
-    (2, labelled, (("eval", MODEL, "RUN/labelled.tar"), ("eval", MODEL, "RUN/labelled.parquet"))),
+    (2, labeled, (("eval", MODEL, "RUN/labeled.tar"), ("eval", MODEL, "RUN/labeled.parquet"))),
     (1, state, (distill(),)),
     (1, weights, (("eval", MODEL, "RUN/m.parquet"),)),
 )
 
 
 def make_victim(folder: Path) -> None:
-    """A finished run of both stages, a failure record, and labelled data of others."""
+    """A finished run of both stages, a failure record, and labeled data of others."""
     made = resolve("demo", section="synth", sets=SETS, environ={})
     run_synth(made, str(folder), ExecutorSettings(), quiet=True)
     storage, inputs = Storage(folder), inspect_inputs(made.synth)
@@ -100,9 +103,9 @@ def make_victim(folder: Path) -> None:
     call([part.replace("RUN", str(folder)) for part in distill()])
     quarantine(storage, Failure(1, 3, "an error"))
     selection = Manifest.open(folder).select(kept=False)
-    shutil.copy(folder / Manifest.open(folder).info.tars[0].name, folder / "labelled.tar")
+    shutil.copy(folder / Manifest.open(folder).info.tars[0].name, folder / "labeled.tar")
     images = [selection.read(index) for index in range(4)]
-    pq.write_table(pa.table({"png": images, "label": np.arange(4)}), folder / "labelled.parquet")
+    pq.write_table(pa.table({"png": images, "label": np.arange(4)}), folder / "labeled.parquet")
 
 
 def call(arguments: list[str]) -> tuple[str, str]:

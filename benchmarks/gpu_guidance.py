@@ -27,15 +27,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel, UNe
 from guidance_cost import published
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from stages.models.identity import ModelConfig
+from stages.cost import synth_cost
+from stages.models.build import build_net
 from stages.models.loading import save_model
-from stages.models.registry import build_net
-from stages.synth.cost import synth_cost
-from stages.synth.groups import make_group
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.sampler import Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import load_models
+from stages.models.source import ModelConfig
+from stages.settings import SynthSettings
+from stages.synth.group import make_group
+from stages.synth.sampler import Counters, diffdfkd, dmkd
+from stages.synth.worker import load_models
 
 FEW = {"steps": 20}
 LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps
@@ -44,7 +43,7 @@ PUBLISHED = "published, 50 steps, one image at a time"
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the prior, of guidance (None: unguided)
     BASE: ({}, None),
     "unguided, 20 steps": (FEW, None),
-    PUBLISHED: ({}, {"decoder": "full", "through": "zt", "normalise": "none", "scale": 1e-3}),
+    PUBLISHED: ({}, {"decoder": "full", "gradient_at": "xt", "normalize": "none", "step_size": 1e-3}),
     "full VAE, 50 steps guided": ({}, {"decoder": "full"}),
     "tiny decoder, 50 steps guided": ({}, {"decoder": "tiny"}),
     "fitted decoder, 50 steps guided": ({}, {"decoder": "fitted"}),
@@ -96,7 +95,7 @@ def timed(chosen: SynthSettings, rounds: int, peak: float, as_published: bool) -
         if as_published:
             published(models, group, chosen, images)
         else:
-            for frame in method.synthesise(models, group, chosen, Work()):
+            for frame in method(models, group, chosen, Counters()):
                 float(frame.images.sum())  # wait for the GPU
         if gpu:
             torch.cuda.synchronize()

@@ -29,13 +29,12 @@ import torch
 
 from manifests.shard import ShardWriter
 from pipeline.recipe import resolve
-from stages.synth import image_writer
-from stages.synth.groups import Group, make_group
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors.prior import State
-from stages.synth.sampler import Guide, Models, Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import ShardWorker, load_models
+from stages.settings import SynthSettings
+from stages.synth import images as image_writer
+from stages.synth.group import Group, make_group
+from stages.synth.priors.schedule import State
+from stages.synth.sampler import Counters, Guide, Models, diffdfkd, dmkd
+from stages.synth.worker import ShardWorker, load_models
 
 EVERY = "guidance.interval=[0.0,1.0]"
 FULL, FITTED = "guidance.decoder=full", "guidance.decoder=fitted"
@@ -56,7 +55,7 @@ def settings(sets: list[str], size: int) -> SynthSettings:
 def sample(models: Models, group: Group, chosen: SynthSettings) -> int:
     """A group by the code that ``factory run synth`` runs; the number of its images."""
     method = dmkd if chosen.method == "dmkd" else diffdfkd
-    (frame,) = method.synthesise(models, group, chosen, Work())
+    (frame,) = method(models, group, chosen, Counters())
     return len(frame.images)
 
 
@@ -72,7 +71,7 @@ def published(models: Models, group: Group, chosen: SynthSettings, images: int) 
             state.z.requires_grad_()
             losses = guide.losses(prior.decode(prior.predict(state, condition).z0), torch.Generator())
             (gradient,) = torch.autograd.grad(losses.total(chosen.guidance), state.z)
-            moved = State((state.z - chosen.guidance.scale * gradient).detach().requires_grad_(), step)
+            moved = State((state.z - chosen.guidance.step_size * gradient).detach().requires_grad_(), step)
             state = prior.step(prior.predict(moved, condition).detached())
         prior.decode(state.z)
     return images
@@ -93,7 +92,7 @@ def compare(size: int, single: int, rounds: int) -> dict[str, dict[str, float]]:
         group = make_group(chosen, 0, models.teacher.class_names)
         calls[name] = lambda m=models, g=group, c=chosen: sample(m, g, c)  # type: ignore[misc]
     raw = chosen.model_copy(
-        update={"guidance": chosen.guidance.model_copy(update={"normalise": "none", "scale": 1e-3})}
+        update={"guidance": chosen.guidance.model_copy(update={"normalize": "none", "step_size": 1e-3})}
     )
     calls[PUBLISHED] = lambda: published(models, group, raw, single)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}

@@ -16,8 +16,8 @@ from statistics import mean
 import digits
 from digits import FITTED, cell, interval, recipe_of
 
-from stages.models.digits_data import write_split
-from stages.synth.shard_worker import load_models
+from stages.digits import write_split
+from stages.synth.worker import load_models
 
 EXACT = "full VAE, every step, ddim 20"
 DEFAULT = "ddim 20, all, every 1"
@@ -38,7 +38,7 @@ GRID = {  # sampler: guided part, every k-th step of it
     "dpmsolver++ 20": [("all", 1), ("all", 2), ("first 70 %", 1), ("last 40 %", 1)],
     "dpmsolver++ 10": [("all", 1), ("all", 2), ("first 70 %", 1)],
 }
-CFG = [*FITTED, *SAMPLERS["dpmsolver++ 20"], f"synth.guidance.interval={INTERVALS['all']}", "synth.prior.cfg=1.5"]
+CFG = [*FITTED, *SAMPLERS["dpmsolver++ 20"], f"synth.guidance.interval={INTERVALS['all']}", "synth.prior.cfg_scale=1.5"]
 
 
 def row_of(sampler: str, part: str, every: int, decoder: str = "fitted") -> list[str]:
@@ -91,10 +91,10 @@ def plot(found: Cells, images: int, path: Path) -> None:
     markers = dict(zip(SAMPLERS, "os^", strict=True))
     for row, cells in found.items():
         accuracy, seconds = [100 * made["accuracy"] for made in cells], mean(made["seconds"] for made in cells)
-        centre = mean(accuracy)
-        span = [[centre - min(accuracy)], [max(accuracy) - centre]]
+        center = mean(accuracy)
+        span = [[center - min(accuracy)], [max(accuracy) - center]]
         marker = "*" if row == EXACT else next(m for sampler, m in markers.items() if row.startswith(sampler))
-        axes.errorbar(seconds, centre, span, fmt=marker, markersize=7, elinewidth=0.8, capsize=2, label=row)
+        axes.errorbar(seconds, center, span, fmt=marker, markersize=7, elinewidth=0.8, capsize=2, label=row)
     axes.set_xlabel(f"CPU seconds of stage 1 for {images} images")
     axes.set_ylabel("student, validation %")
     axes.grid(alpha=0.3)

@@ -10,6 +10,7 @@ saves each of them seconds of imports; several workers are Ray actors on one clu
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # actors import the package
 os.environ["RAY_AUTH_MODE"] = "token"  # what a cluster starts with, and who joins it by its address has to ask for
 
 from benchmarks.kill_trial import FORK, WHOM, WORK, Matrix, Result, Trial  # noqa: E402
-from manifests.faults import STEPS  # noqa: E402
+from manifests.shard import STEPS  # noqa: E402
 
 
 def trials() -> list[Trial]:
@@ -96,10 +97,13 @@ def main() -> int:
     there.close()  # so that a cluster that dies ends the wait for its address
     try:
         matrix = Matrix(folder, asked.seed, faults, cluster.pid or 0, address.recv())
-        import pipeline.commands.run
-        import pipeline.executors.ray  # noqa: F401
-        import stages.distill.run
-        import stages.synth.shard_worker  # noqa: F401 - what a run imports anyway
+        for module in (
+            "pipeline.commands.run",
+            "pipeline.executors.ray",
+            "stages.distill.run",
+            "stages.synth.worker",
+        ):
+            importlib.import_module(module)  # what a run imports anyway
 
         for trial in chosen:
             results.append(matrix.run(trial))

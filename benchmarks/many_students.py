@@ -24,18 +24,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
+from stages.digits import load_split
 from stages.distill import loop
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-from stages.models import registry
-from stages.models.digits_data import load_split
-from stages.models.identity import EMBEDDED, parse_config
+from stages.models import build
 from stages.models.loading import load_teacher, save_model
-from stages.models.settings import ModelSettings
+from stages.models.source import EMBEDDED, parse_config
+from stages.settings import DistillSettings, ModelSettings
 
 STUDENTS = ("digits-cnn-small", "resnet8", "resnet8-gn", "wrn-16-1")
 HEAVY = "resnet56"
@@ -63,7 +62,7 @@ def heavy_teacher(folder: Path) -> str:
     config, _ = parse_config((home / "config.json").read_bytes(), str(home))
     config = config.model_copy(update={"architecture": HEAVY})
     torch.manual_seed(0)
-    save_model(folder, registry.build(HEAVY, config.num_classes, config.channels).eval(), config)
+    save_model(folder, build.build(HEAVY, config.num_classes, config.channels).eval(), config)
     return str(folder)
 
 
@@ -106,7 +105,13 @@ def one_run(students: tuple[str, ...], manifest: str, teacher: str, out: Path, e
     """CPU seconds a step: whole, teacher's part T, students' part (all of them together), share of waiting for data."""
     clock = Clock(epochs)
     settings = DistillSettings.model_validate(
-        {"students": students, "epochs": epochs, "held_out": 0, "checkpoint_seconds": 1e9, "other_teacher": True}
+        {
+            "students": students,
+            "epochs": epochs,
+            "val_fraction": 0,
+            "checkpoint_seconds": 1e9,
+            "allow_other_teacher": True,
+        }
         | {"device": "cpu"}
     )
     originals = loop.teacher_targets, loop._learn

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from manifests.info import DATASET
-from manifests.sealed import SEAL, seal
-from manifests.tables import write_options
+from manifests.checked_json import SEAL, dump_checked
+from manifests.dataset import DATASET
+from manifests.schema import write_options
 from stages.distill import checkpoint
-from stages.models.identity import WEIGHTS_SHA256
+from stages.models.source import WEIGHTS_SHA256
 
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 1 << 31, 1 << 63, 1 << 200, 10**18, -0.5, 1e-320, 1e308, float("inf"), float("nan"),
@@ -71,7 +71,7 @@ def poisoned(values: Any, rng: random.Random) -> Any:
 
 
 def json_file(path: Path, rng: random.Random) -> None:
-    """A JSON file: its bytes, or one value under a new seal."""
+    """A JSON file: its bytes, or one value under a new dump_checked."""
     data = path.read_bytes()
     if rng.random() < 0.3:
         path.write_bytes(mutated(data, rng))
@@ -81,7 +81,7 @@ def json_file(path: Path, rng: random.Random) -> None:
     sealed = isinstance(lines[number], dict) and lines[number].pop(SEAL, None) is not None
     values = poisoned(lines[number], rng)
     try:
-        text = seal(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
+        text = dump_checked(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
     except ValueError:  # what our own writer cannot write
         text = json.dumps(values).encode()
     if path.suffix == ".jsonl":
@@ -151,7 +151,7 @@ def weights(folder: Path, rng: random.Random) -> None:
     config = json.loads((home / "config.json").read_bytes())
     del config[SEAL]
     (home / "model.safetensors").write_bytes(data)
-    (home / "config.json").write_bytes(seal(config | {WEIGHTS_SHA256: hashlib.sha256(data).hexdigest()}))
+    (home / "config.json").write_bytes(dump_checked(config | {WEIGHTS_SHA256: hashlib.sha256(data).hexdigest()}))
 
 
 def recipe(folder: Path, rng: random.Random) -> None:
@@ -167,6 +167,6 @@ def recipe(folder: Path, rng: random.Random) -> None:
             path.write_text(json.dumps(values))
 
 
-def labelled(folder: Path, rng: random.Random) -> None:
-    path = folder / rng.choice(("labelled.tar", "labelled.parquet"))
+def labeled(folder: Path, rng: random.Random) -> None:
+    path = folder / rng.choice(("labeled.tar", "labeled.parquet"))
     path.write_bytes(mutated(path.read_bytes(), rng))

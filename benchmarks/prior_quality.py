@@ -25,10 +25,10 @@ from cifar_data import third_party
 from train_natural_prior import HELD_OUT, load_pool, pixels
 
 from stages.models.loading import load_teacher
-from stages.synth.groups import Group
-from stages.synth.priors.families import load_prior
+from stages.settings import PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings
 
 BATCH = 50
 
@@ -88,7 +88,7 @@ def main() -> None:
     print(f"| uniform noise | {frechet(features(noise), real):.2f} |", flush=True)
     names = np.random.default_rng(0).permutation([name.lower() for name in pool.names * (args.samples // 200 + 1)])
     for cfg in args.cfg:
-        prior = load_prior(PriorSettings(path=args.prior, steps=args.steps, cfg=cfg), "cpu")
+        prior = load_prior(PriorSettings(path=args.prior, steps=args.steps, cfg_scale=cfg), "cpu")
         images = sampled(prior, [f"a photo of {name}" for name in names[: args.samples]], seed=0)
         print(f"| {args.samples} samples, {args.steps} steps, cfg {cfg:g} | {frechet(features(images), real):.2f} |")
         if args.grid:

@@ -30,15 +30,14 @@ os.environ.setdefault("WDS_SECURE", "1")
 
 import webdataset
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.distill.batches import Batches
-from stages.distill.pixels import CachedPixels, Pixels, StreamedPixels
+from stages.distill.batches import Batches, CachedPixels, Pixels, StreamedPixels
 from stages.distill.rows import EpochOrder, select_rows
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 SIDE, BATCH, SHARDS, PAD = 32, 256, 4, 4
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ def ours(manifest: str, make_pixels: Callable[..., Pixels]) -> tuple[Batches, fl
     """Batches of stage 2 on this machine's CPU, and the seconds of CPU time that opening them took."""
     started = time.process_time()
     settings = DistillSettings.model_validate(
-        {"batch_size": BATCH, "held_out": 0, "views": {"crop": PAD / SIDE, "flip": True, "cutmix": 0, "mixup": 0}}
+        {"batch_size": BATCH, "val_fraction": 0, "augment": {"crop": PAD / SIDE, "flip": True, "cutmix": 0, "mixup": 0}}
     )
     rows = select_rows([(Manifest.open(manifest), 1.0)], settings)
     order = EpochOrder(rows, np.arange(len(rows)), settings)

@@ -43,7 +43,7 @@ def timed_run(recipe: Recipe, workers: int) -> dict[str, float]:
 
 def overhead(recipe: Recipe) -> dict[str, float]:
     """Share of a shard's time outside sampling, teacher scores and image encoding."""
-    from stages.synth.shard_worker import ShardWorker
+    from stages.synth.worker import ShardWorker
 
     sampling = 0.0
     original = ShardWorker.group_rows

@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from many_students import HEAVY, digits_dataset, heavy_teacher
 
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-from stages.models.settings import ModelSettings
+from stages.settings import DistillSettings, ModelSettings
 
 STUDENT = "digits-cnn-small"
 
 
 def seconds(manifest: str, teacher: str, out: Path, epochs: int, views: int, cached: bool) -> float:
     settings: dict[str, Any] = {
-        "students": [STUDENT], "epochs": epochs, "held_out": 0, "checkpoint_seconds": 1e9, "other_teacher": True,
-        "views": {"cutmix": 0, "mixup": 0, "fixed": views}, "cache": {"use": cached}, "device": "cpu",
+        "students": [STUDENT], "epochs": epochs, "val_fraction": 0, "checkpoint_seconds": 1e9,
+        "allow_other_teacher": True,
+        "augment": {"cutmix": 0, "mixup": 0, "num_views": views}, "teacher_cache": {"enabled": cached}, "device": "cpu",
     }  # fmt: skip
     started = time.process_time()
     run_distill(

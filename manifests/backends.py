@@ -131,6 +131,6 @@ class RemoteBackend:
 
 
 def _remove(pid: int, folder: Path) -> None:
-    """Only the process that made a temporary folder removes it: a forked child inherits the finaliser."""
+    """Only the process that made a temporary folder removes it: a forked child inherits the finalizer."""
     if pid == os.getpid():
         shutil.rmtree(folder, ignore_errors=True)

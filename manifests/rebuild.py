@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from manifests.dataset import DATASET, DatasetInfo, file_name
 from manifests.errors import DataError, LinkError
-from manifests.info import DATASET, DatasetInfo, file_name
-from manifests.inspection import tar_rows
 from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
 from manifests.schema import to_table
 from manifests.shard import DoneRecord, committed, done_name, make_record, publish, write_shard_table
 from manifests.storage import Storage, writing
+from manifests.tars import tar_rows
 
 _TAR = re.compile(r"^shards/([0-9]{6,8})-[0-9a-f]{12}\.tar$", re.ASCII)
 

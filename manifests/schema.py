@@ -1,4 +1,4 @@
-"""What a manifest holds: the columns of a row, its JSON twin inside the tar, and what the whole dataset says of itself.
+"""What a manifest holds: the columns of a row, its JSON twin inside the tar, and the Parquet tables that carry them.
 
 ``m.parquet`` and the table of every shard have the columns of :data:`SCHEMA`; ``KEY.json`` beside each image in a tar
 holds the same row without ``offset`` and ``size``, so tables can be rebuilt from tars alone.
@@ -6,15 +6,18 @@ holds the same row without ``offset`` and ``size``, so tables can be rebuilt fro
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from manifests.checked_json import load_json
 from manifests.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # raise when files of an earlier version can no longer be read
 KEY = "^[0-9]{6,}-[0-9]{6,}$"
 EXTENSIONS = ("png", "jpg", "webp")
 
@@ -22,8 +25,6 @@ MAX_ROW_JSON = 1 << 20
 """Bytes of one ``KEY.json``; a row with 1,000 logits and 50 cuts needs 12 kB."""
 MAX_IMAGE = 64 << 20
 """Bytes of one stored image."""
-DEEPEST = 32
-"""Levels of the JSON that describes a dataset, a run or a model; our own has 7."""
 
 _CUT = pa.struct(
     [
@@ -79,8 +80,6 @@ SCHEMA = pa.schema(
         _column("skipped_updates", pa.int16()),  # of the guidance, for a gradient that was not finite; null: none
     ]
 )
-ADDED = frozenset({"skipped_updates"})
-"""Columns that files of earlier versions lack; they read as null."""
 REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
 PLACEMENT = frozenset({"offset", "size"})
 """Columns that only the finished tar knows; they are no part of a row's JSON."""
@@ -180,7 +179,7 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
 _CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
 
 
-def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
+def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
     """``row`` with exactly the stored values: every column present, in order, null where it was missing.
 
     Raises ``ValueError`` naming the column for an unknown column, a wrong type or a missing required value.
@@ -202,11 +201,11 @@ def normalise(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def row_json(row: Mapping[str, Any]) -> bytes:
     """The canonical ``KEY.json`` of a row: columns in order, nulls, ``offset`` and ``size`` left out."""
-    return normalised_json(normalise({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
+    return normalized_json(normalize({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
 
 
-def normalised_json(full: Mapping[str, Any]) -> bytes:
-    """:func:`row_json` of a row that :func:`normalise` returned."""
+def normalized_json(full: Mapping[str, Any]) -> bytes:
+    """:func:`row_json` of a row that :func:`normalize` returned."""
     values = {name: v for name, v in full.items() if v is not None and name not in PLACEMENT}
     values["xxh3"] = values["xxh3"].hex()
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
@@ -220,63 +219,10 @@ def parse_row(data: bytes) -> dict[str, Any]:
         values = load_json(data)
         if not isinstance(values, dict) or PLACEMENT & set(values):
             raise ValueError("expected an object without offset and size")
-        full = normalise({**values, "offset": 0, "size": 0})
+        full = normalize({**values, "offset": 0, "size": 0})
     except ValueError as error:
         raise DataError(f"not a row: {error}") from None
     return {name: value for name, value in full.items() if name not in PLACEMENT}
-
-
-def load_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, finite numbers, sane depth. Raises ``ValueError`` only."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is not allowed")
-
-    try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def dump_json(values: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """JSON that every reader takes: numbers that are not finite become null, as in the rows of a manifest.
-
-    >>> dump_json({"loss": float("nan"), "seconds": [1.5, float("inf")]})
-    '{"loss": null, "seconds": [1.5, null]}'
-    """
-    return json.dumps(finite_json(values), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
-
-
-def finite_json(value: Any) -> Any:
-    """``value`` with null in place of every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite_json(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_json(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def load_tree(data: bytes) -> Any:
-    """:func:`load_json` for files that are walked, stored and printed later: at most ``DEEPEST`` levels, every number
-    finite (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""
-    values = load_json(data)
-    level = [values]
-    for _ in range(DEEPEST):
-        if not level:
-            return values
-        for value in level:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("a number is not finite")
-            if isinstance(value, str):
-                value.encode()
-        level = [child for value in level for child in _children(value)]
-    raise ValueError(f"nested more than {DEEPEST} deep")
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else []
 
 
 def to_table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -284,18 +230,9 @@ def to_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def filled(table: pa.Table) -> pa.Table:
-    """``table`` with the columns of :data:`ADDED` that it lacks, as nulls."""
-    for name in sorted(ADDED - set(table.column_names)):
-        table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
-    return table
-
-
 def same_columns(schema: pa.Schema) -> str | None:
-    """None where names, order and types are those of :data:`SCHEMA` (:data:`ADDED` may lack); else what differs."""
+    """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
     for index, field in enumerate(SCHEMA):
-        if field.name in ADDED and index >= len(schema):
-            continue
         if index >= len(schema) or schema.field(index).name != field.name:
             found = repr(schema.field(index).name[:80]) if index < len(schema) else "missing"
             return f"column {index + 1} is {found}, expected {field.name!r}"
@@ -305,3 +242,79 @@ def same_columns(schema: pa.Schema) -> str | None:
         return f"unexpected column {schema.field(len(SCHEMA)).name[:80]!r}"
     loose = [field.name for field in schema if field.nullable and field.name in REQUIRED]
     return f"column {loose[0]!r} may be null" if loose else None
+
+
+# Parquet in and out: one set of options for every table that is written, one guard for every table that is read.
+
+
+_REPEATED = ("class_name", "prompt", "negative_prompt", "method", "source_key", "cosine_ref", "cosine_space")
+DICTIONARY = (*_REPEATED, "reject_reason")
+"""Text that repeats: stored once per row group, and read as Arrow dictionaries where speed matters."""
+
+MAX_GROUP_BYTES = 1 << 30
+_SMALL = (
+    "shard",
+    "label",
+    "prior_label",
+    "seed",
+    "group",
+    "trajectory",
+    "step",
+    "timestep",
+    "teacher_label",
+    "loss_bn",
+)
+
+
+def write_options() -> dict[str, Any]:
+    """Options of every table. Page checksums make a flipped bit an error instead of a wrong value."""
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [*DICTIONARY, *_SMALL],
+        "write_page_checksum": True,
+        "version": "2.6",
+    }
+
+
+@contextmanager
+def parquet_errors(where: str) -> Iterator[None]:
+    """Whatever Arrow says about a bad file, as one line naming it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{where}: not a readable Parquet file: {reason}") from None
+
+
+def open_table(source: BinaryIO | pa.NativeFile, where: str, dictionary: bool = False) -> pq.ParquetFile:
+    """Open a table of ours: columns and sizes are checked before any value is read.
+
+    With ``dictionary`` repeated text is read as Arrow dictionaries: faster to filter, smaller in memory.
+    """
+    with parquet_errors(where):
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        difference = same_columns(file.schema.to_arrow_schema())
+        if difference:
+            raise DataError(f"{where}: not a manifest of this factory: {difference}")
+        metadata = file.metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        if any(not 0 <= group.total_byte_size <= MAX_GROUP_BYTES or group.num_rows < 0 for group in groups):
+            raise DataError(f"{where}: a row group claims more than {MAX_GROUP_BYTES} bytes")
+        if sum(group.num_rows for group in groups) != metadata.num_rows:
+            raise DataError(f"{where}: its row groups do not add up to {metadata.num_rows} rows")
+        if not dictionary:
+            return file
+        return pq.ParquetFile(
+            source, metadata=metadata, read_dictionary=[*DICTIONARY], page_checksum_verification=True, pre_buffer=True
+        )
+
+
+def read_table(data: bytes, where: str) -> pa.Table:
+    """A whole small table from its bytes, with exactly the columns of :data:`SCHEMA` and no null where none may be."""
+    file = open_table(pa.BufferReader(data), where)
+    with parquet_errors(where):
+        table = file.read(use_threads=False).replace_schema_metadata(None)
+        return table.cast(SCHEMA)

@@ -5,6 +5,8 @@ content's hash, so two attempts at one shard never overwrite each other with som
 """
 
 import hashlib
+import os
+import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from manifests.checked_json import dump_checked, load_checked
+from manifests.dataset import TarInfo, file_name, is_count, is_sha256
 from manifests.errors import DataError
-from manifests.faults import fault
-from manifests.info import TarInfo, file_name, is_count, is_sha256
 from manifests.local import temporary_name
 from manifests.schema import (
     EXTENSIONS,
@@ -26,14 +28,50 @@ from manifests.schema import (
     MAX_IMAGE,
     MAX_ROW_JSON,
     make_key,
-    normalise,
-    normalised_json,
+    normalize,
+    normalized_json,
+    read_table,
     to_table,
+    write_options,
 )
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage, writing
-from manifests.tables import read_table, write_options
 from manifests.tars import TarStream, walk
+
+# Dying on purpose: kill tests and benchmarks set ``FACTORY_FAULT`` to stop a process inside the commit protocol.
+#
+# ``FACTORY_FAULT=STEP:SHARD`` kills this process (SIGKILL, nothing is cleaned up) when ``SHARD`` reaches ``STEP``;
+# ``STEP:SHARD:FILE`` does so once, remembered by ``FILE`` (which then holds the process id); ``STEP:SHARD:FILE:stop``
+# freezes it there instead (SIGSTOP), so that others can be killed meanwhile; ``@FILE`` reads any of these from a file.
+# Unset, a step costs one look at the environment.
+
+
+STEPS = (
+    "opened",  # temporary tar exists, no sample yet
+    "sample",  # first sample written
+    "written",  # temporary tar and table closed
+    "checked",  # both reopened, counted and hashed
+    "tar",  # tar published
+    "table",  # table published
+    "done",  # done record written
+)
+
+
+def fault(step: str, shard: int) -> None:
+    """Die here if the environment asks for it."""
+    wanted = os.environ.get("FACTORY_FAULT")
+    if wanted and wanted.startswith("@"):
+        wanted = Path(wanted[1:]).read_text()
+    if not wanted:
+        return
+    chosen_step, chosen_shard, once, how = [*wanted.split(":", 3), "", "", ""][:4]
+    if (chosen_step, chosen_shard) != (step, str(shard)):
+        return
+    if once:
+        if Path(once).exists():
+            return
+        Path(once).write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+
 
 _MAX_RECORD = 1 << 16
 
@@ -64,7 +102,7 @@ class DoneRecord:
             raise ValueError("fingerprint must be text")
 
     def to_json(self) -> bytes:
-        return seal(asdict(self))
+        return dump_checked(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DoneRecord":
@@ -72,7 +110,7 @@ class DoneRecord:
         try:
             if len(data) > _MAX_RECORD:
                 raise ValueError(f"{len(data)} bytes")
-            return cls(**unseal(data))
+            return cls(**load_checked(data))
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: damaged done record: {error}") from None
 
@@ -161,8 +199,8 @@ class ShardWriter:
         if len(image) > MAX_IMAGE:
             raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
         digest = xxhash.xxh3_128_digest(image)
-        full = normalise({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
-        text = normalised_json(full)
+        full = normalize({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
+        text = normalized_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         with writing(self._tar_path):

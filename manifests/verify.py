@@ -11,15 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from manifests.checked_json import load_checked
+from manifests.dataset import DATASET, DatasetInfo, TarInfo
 from manifests.errors import DataError
-from manifests.info import DATASET, DatasetInfo, TarInfo
-from manifests.inspection import tar_flaws
 from manifests.merge import load_shard_table
 from manifests.reader import Manifest, manifest_url
 from manifests.schema import SCHEMA, SCORED
-from manifests.sealed import unseal
 from manifests.shard import DoneRecord, done_name
 from manifests.storage import Storage, split
+from manifests.tars import tar_flaws
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Check:
         if not self.storage.exists("plan.json"):
             return
         try:
-            plan = unseal(self.storage.read("plan.json"))
+            plan = load_checked(self.storage.read("plan.json"))
             self.fingerprint, shards = plan["fingerprint"], int(plan["shards"])
         except (ValueError, KeyError, TypeError) as error:
             yield Problem("plan.json", f"damaged: {error}")

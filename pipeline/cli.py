@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands import demo, export, keep, look, recipes, rescore, run, score
+from pipeline.commands import data, models, run
 
 app = typer.Typer(
     name="factory",
@@ -24,16 +24,16 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 data does not fit, 130 interrupted (the same command resumes).",
 )
 app.add_typer(run.app, name="run")
-app.command()(demo.demo)
-app.command()(recipes.recipes)
-app.command(rich_help_panel="Look")(look.status)
-app.command(rich_help_panel="Look")(look.inspect)
-app.command(rich_help_panel="Look")(look.verify)
-app.command(name="eval", rich_help_panel="Look")(score.evaluate)
-app.command(rich_help_panel="Keep")(export.export)
-app.command(rich_help_panel="Keep")(rescore.rescore)
-app.command(rich_help_panel="Keep")(keep.gc)
-app.command(rich_help_panel="Keep")(keep.rebuild)
+app.command()(run.demo)
+app.command()(models.recipes)
+app.command(rich_help_panel="Look")(data.status)
+app.command(rich_help_panel="Look")(data.inspect)
+app.command(rich_help_panel="Look")(data.verify)
+app.command(name="eval", rich_help_panel="Look")(models.evaluate)
+app.command(rich_help_panel="Keep")(models.export)
+app.command(rich_help_panel="Keep")(data.rescore)
+app.command(rich_help_panel="Keep")(data.gc)
+app.command(rich_help_panel="Keep")(data.rebuild)
 
 DEBUG = "FACTORY_DEBUG"
 
@@ -63,7 +63,7 @@ def main() -> None:
     except FactoryError as error:
         if "--debug" in sys.argv or os.environ.get(DEBUG):
             raise
-        from pipeline.text import plain
+        from pipeline.terminal import plain
 
         for line in str(error).splitlines() or [type(error).__name__]:
             print(plain(line), file=sys.stderr)

@@ -15,15 +15,12 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import synth_place
-from pipeline.folders import local_folder
-from pipeline.inspect import samples
-from pipeline.pictures import beside, contact_sheet, png
-from pipeline.progress import say
+from pipeline.inspect import contact_sheet, hstack, png, samples
+from pipeline.plan import local_folder
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from pipeline.text import duration, plain
-from stages.distill.settings import student_name
-from stages.synth.settings import SynthSettings
+from pipeline.terminal import duration, plain, say
+from stages.settings import SynthSettings, student_name
 
 MINUTES = 2
 UNGUIDED = "dmkd"
@@ -89,12 +86,12 @@ def picture(unguided: str, guided: str) -> bytes:
     panels = []
     for title, folder in (("unguided", unguided), ("guided", guided)):
         panels.append((title, contact_sheet(samples(Manifest.open(folder), columns=PICTURES_PER_CLASS))))
-    return png(beside(panels))
+    return png(hstack(panels))
 
 
 def _test_digits(root: Storage) -> str:
     """The real digits that score the students; written here, read by nothing before the very end."""
-    from stages.models.digits_data import write_split
+    from stages.digits import write_split
 
     root.put_file(write_split("test", root.scratch() / temporary_name("write")), TEST)
     return root.path(TEST)

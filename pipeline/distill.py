@@ -12,21 +12,18 @@ from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
+from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.signals import StopSignals
-from pipeline.folders import refuse_file
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
-from pipeline.plan import PLAN, RESOLVED
-from pipeline.progress import progress, say
+from pipeline.plan import PLAN, RESOLVED, refuse_file
 from pipeline.recipe import Recipe, given, to_yaml
-from pipeline.text import duration, flop, plain, plain_block, size
-from stages.distill.settings import DistillSettings
-from stages.models.schemes import split_name
-from stages.models.settings import ModelSettings
+from pipeline.terminal import duration, flop, plain, plain_block, progress, say, size
+from stages.models.source import split_name
+from stages.settings import DistillSettings, ModelSettings
 
-NOT_STORED = frozenset({"track", "skip_bad", "other_teacher"})
-"""Settings of stage 2 that are the user's own, never taken from the recipe inside a manifest; nor is cache.folder."""
+NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
+"""Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
 INLINE = ExecutorSettings()
 UNTIL = "at the next checkpoint"
 
@@ -42,8 +39,8 @@ def resolve_distill(
     stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
     if isinstance(stored.get("distill"), dict):
         stored["distill"] = {key: value for key, value in stored["distill"].items() if key not in NOT_STORED}
-        if isinstance(cache := stored["distill"].get("cache"), dict):
-            stored["distill"]["cache"] = {key: value for key, value in cache.items() if key != "folder"}
+        if isinstance(cache := stored["distill"].get("teacher_cache"), dict):
+            stored["distill"]["teacher_cache"] = {key: value for key, value in cache.items() if key != "folder"}
     mine = given(source, section="distill", sets=sets, flags=flags)
     recipe = validate(Recipe, mine.over(mapping_layer(stored, f"recipe stored in {manifest.url}")))
     if "students" not in mine.values.get("distill", {}):
@@ -92,7 +89,7 @@ def run_distill(
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
     from stages.distill.run import begin, prepare, train_students
-    from stages.distill.watcher import Watcher
+    from stages.distill.runtime import Callbacks
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
@@ -123,13 +120,13 @@ def run_distill(
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
             begin(prepared, storage, on_event)
-            return train_students(prepared, storage, test_data, Watcher(on_event, shown, should_stop))
+            return train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
 
         import torch
 
         from pipeline.executors.ray import cluster
         from pipeline.executors.ray_train import train_on_ray
-        from stages.distill.ranks import Ranks
+        from stages.distill.runtime import Ranks
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
@@ -185,8 +182,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     yield check_line(result["teacher_check"])
     for name, facts in result["students"].items():
         scores = []
-        if facts["held_out"]:
-            scores.append(f"{facts['held_out']['agreement']:.1%} agreement with the teacher on held-out images")
+        if facts["val"]:
+            scores.append(f"{facts['val']['agreement']:.1%} agreement with the teacher on validation images")
         if facts["test"]:
             scores.append(f"{facts['test']['accuracy']:.1%} on the test data")
         yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {plain(facts['folder'])}"
@@ -208,12 +205,12 @@ def dry_run(
 ) -> dict[str, Any]:
     """What ``run_distill`` would train on, for how long and at what cost; writes nothing, and reads no image."""
     from stages.distill.batches import batch_bounds
-    from stages.distill.rows import EpochOrder, select_rows, split_held_out
+    from stages.distill.rows import EpochOrder, select_rows, split_validation
 
     settings = recipe.distill
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
     rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
-    images = EpochOrder(rows, split_held_out(rows, settings.held_out, settings.seed)[0], settings).length
+    images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]
     return {
@@ -238,9 +235,9 @@ def cost(
 ) -> dict[str, Any] | None:
     """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
     bytes; None where the teacher is not at hand or a black box."""
-    from stages.distill.cost import distill_cost
-    from stages.models.blank import blank, blank_teacher
-    from stages.models.carried import carried_config
+    from stages.cost import distill_cost
+    from stages.models.build import blank, blank_teacher
+    from stages.models.loading import carried_config
 
     if teacher:
         shape = blank_teacher(ModelSettings(name=teacher))
@@ -252,7 +249,7 @@ def cost(
         return None
     found = distill_cost(settings, shape, manifest.info.image_size)
     seen = images * settings.epochs
-    asked = rows * settings.views.fixed if settings.cache.use else seen
+    asked = rows * settings.augment.num_views if settings.teacher_cache.enabled else seen
     return {
         "teacher": found.teacher * asked,
         "students": {name: value * seen for name, value in found.students.items()},

@@ -7,13 +7,12 @@ from typing import Any
 from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.folders import refuse_file
-from pipeline.plan import make_plan
+from pipeline.plan import make_plan, refuse_file
 from pipeline.recipe import Recipe
-from pipeline.text import flop, plain, plain_block, size
-from stages.synth.plan_inputs import SynthInputs, inspect_inputs, varies
-from stages.synth.priors.families import NotFetched
-from stages.synth.settings import SynthSettings
+from pipeline.terminal import flop, plain, plain_block, size
+from stages.settings import SynthSettings
+from stages.synth.inputs import SynthInputs, inspect_inputs, varies
+from stages.synth.priors.files import NotFetched
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
 RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy images need about this much
@@ -62,7 +61,7 @@ def cost(synth: SynthSettings) -> dict[str, Any] | None:
     """Counted FLOPs of a trajectory by purpose, and bytes of a worker; None for ``noise``, which runs no model."""
     if synth.method == "noise":
         return None
-    from stages.synth.cost import synth_cost
+    from stages.cost import synth_cost
 
     found = synth_cost(synth)
     if found is None:

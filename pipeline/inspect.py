@@ -1,21 +1,92 @@
-"""What is in a manifest: counts, score quantiles, metrics, a contact sheet. Used by ``factory inspect``."""
+"""What is in a manifest: counts, score quantiles, metrics, contact sheets (``factory inspect``, ``eval``, ``demo``)."""
 
+import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from manifests.info import unique_names
+from manifests.dataset import unique_names
+from manifests.errors import DataError, StoreError
+from manifests.images import decode
 from manifests.reader import Manifest
-from pipeline.pictures import contact_sheet, png
-from pipeline.text import plain
+from pipeline.terminal import plain
+
+# Contact sheets: rows of samples with their names, as one PNG. Used by ``factory inspect``, ``eval`` and ``demo``.
+
+
+GAP = 2
+NAME_WIDTH = 64
+TITLE_HEIGHT = 16
+BACKGROUND, INK = (250, 250, 250), (20, 20, 20)
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]], cell: int = 48) -> Image.Image:
+    """One row of pictures per ``(name, encoded images)``; pictures are scaled to fit ``cell`` pixels."""
+    columns = max((len(images) for _, images in rows), default=0)
+    step = cell + GAP
+    sheet = Image.new("RGB", (NAME_WIDTH + columns * step + GAP, len(rows) * step + GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for y, (name, images) in enumerate(rows):
+        draw.text((GAP, y * step + step // 2 - 6), printable(name)[:10], fill=INK)
+        for x, data in enumerate(images):
+            sheet.paste(picture(data, cell), (NAME_WIDTH + x * step, y * step + GAP))
+    return sheet
+
+
+def hstack(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Panels next to each other, each under its title."""
+    width = sum(panel.width for _, panel in panels)
+    whole = Image.new("RGB", (width, TITLE_HEIGHT + max(panel.height for _, panel in panels)), BACKGROUND)
+    draw, x = ImageDraw.Draw(whole), 0
+    for title, panel in panels:
+        draw.text((x + NAME_WIDTH, 2), printable(title), fill=INK)
+        whole.paste(panel, (x, TITLE_HEIGHT))
+        x += panel.width
+    return whole
+
+
+def picture(data: bytes, cell: int) -> Image.Image:
+    """An encoded image as RGB, ``cell`` pixels square; small ones grow by whole pixels so that they stay sharp.
+
+    Raises DataError where it is none."""
+    try:
+        rgb = Image.fromarray(decode(data))
+    except ValueError as error:
+        raise DataError(f"an image of the contact sheet is {error}") from None
+    small = max(rgb.size) <= cell
+    return rgb.resize((cell, cell), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write an encoded picture, and nothing beside it. Raises StoreError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+def printable(text: str) -> str:
+    """What PIL's built-in font can draw."""
+    return text.encode("latin-1", "replace").decode("latin-1")
+
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SCORES = ("cosine", "confidence", "entropy", "margin")
 
 
-def summarise(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
+def summarize(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
     """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
     chosen = manifest.select(where, kept=False)
     kept = np.asarray(chosen.column("kept"), dtype=bool)
@@ -53,8 +124,8 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
 def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -> dict[str, Any]:
     """Statistics gap, diversity and near-duplicates of the kept images, as the teacher that the dataset carries sees
     them (:func:`stages.synth.metrics.measure`). Raises DataError where it carries none."""
-    from pipeline.progress import progress
-    from stages.models.carried import carried_teacher
+    from pipeline.terminal import progress
+    from stages.models.loading import carried_teacher
     from stages.synth.metrics import measure
 
     teacher = carried_teacher(manifest, ask="give it one with factory rescore --teacher")

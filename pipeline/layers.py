@@ -100,7 +100,7 @@ def mapping_layer(values: Mapping[str, Any], name: str) -> Layer:
 
 
 def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
-    """``FACTORY_SYNTH__GUIDANCE__SCALE=0.2`` sets ``synth.guidance.scale``.
+    """``FACTORY_SYNTH__GUIDANCE__STEP_SIZE=0.2`` sets ``synth.guidance.step_size``.
 
     Variables without a double underscore are not settings (``FACTORY_WORKERS`` belongs to a flag). One whose first
     part is no section of the recipe is refused rather than ignored; one for a section that the command does not use
@@ -120,7 +120,7 @@ def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequ
 
 
 def set_layer(texts: Iterable[str], model: type[BaseModel], section: str | None) -> Layer:
-    """``--set guidance.scale=0.2``, relative to ``section`` (the command's own), later ones win."""
+    """``--set guidance.step_size=0.2``, relative to ``section`` (the command's own), later ones win."""
     layer = EMPTY
     for text in texts:
         key, equals, value = text.partition("=")

@@ -11,15 +11,99 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from manifests.checked_json import dump_checked, load_checked
+from manifests.dataset import MAX_SHARD, is_count, is_sha256
 from manifests.errors import DataError, UsageError
-from manifests.info import MAX_SHARD, is_count, is_sha256
-from manifests.sealed import seal, unseal
+from manifests.schema import FORMAT_VERSION
 from manifests.storage import Storage
-from pipeline.failures import quarantined, release
-from pipeline.folders import refuse_file
+from pipeline.events import quarantined, release
 from pipeline.lease import live
 from pipeline.recipe import Recipe, to_yaml
-from stages.synth.plan_inputs import SynthInputs, semantics
+from stages.models.source import CONFIG, WEIGHTS, config_json, resolve
+from stages.settings import ModelSettings
+from stages.synth.inputs import SynthInputs, semantics
+
+# Folders that ``--out`` may name.
+
+
+def refuse_file(storage: Storage) -> None:
+    """Raises UsageError where ``storage`` is a file, or lies below one."""
+    path = storage.url
+    while storage.is_local and not os.path.exists(path):
+        path = os.path.dirname(path)
+    if storage.is_local and not os.path.isdir(path):
+        raise UsageError(f"{path} is a file; --out names a folder")
+
+
+def local_folder(out: str, why: str) -> Storage:
+    """``out`` as a folder of this machine, there already or not.
+
+    Raises UsageError for a URL, saying ``why``, and for a file.
+    """
+    storage = Storage(out)
+    if not storage.is_local:
+        raise UsageError(f"--out {out}: {why}")
+    refuse_file(storage)
+    return storage
+
+
+# The dataset carries its built-in teacher, so that a manifest alone is enough to distil from.
+#
+# Used by ``factory run synth`` when a plan starts, and by ``factory rescore`` for another teacher. Loading the weights
+# once here also finds a damaged file before anything is written.
+
+
+FOLDER = "teacher"
+
+
+@dataclass(frozen=True)
+class TeacherCopy:
+    """The files to publish below ``folder``, and the identity that the manifest's metadata stores."""
+
+    files: dict[str, bytes]
+    identity: dict[str, Any]
+    folder: str = FOLDER
+
+    def content_addressed(self) -> "TeacherCopy":
+        """The same in a folder named after its content, so that it never replaces another teacher's."""
+        if not self.files:
+            return self
+        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
+        folder = f"{FOLDER}-{digest[:12]}"
+        return replace(self, identity=self.identity | {"path": f"{folder}/{WEIGHTS}"}, folder=folder)
+
+
+def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
+    """Read, check and, where it is no safetensors file, convert the teacher that ``identity`` describes.
+
+    The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
+    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.
+
+    Raises DataError where the weights are damaged or do not fit.
+    """
+    if identity["kind"] != "builtin":
+        return TeacherCopy({}, identity)
+    from stages.models.loading import build_from, model_files
+
+    source = resolve(settings)
+    weights = source.read()
+    net = build_from(source.config, weights, str(source.weights))
+    files = model_files(net, source.config)
+    if source.weights.suffix == ".safetensors":
+        files = {WEIGHTS: weights, CONFIG: config_json(source.config, weights)}
+    stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
+    if stored["sha256"] != identity["sha256"]:
+        stored["source_sha256"] = identity["sha256"]
+    return TeacherCopy(files, stored)
+
+
+def publish(storage: Storage, copy: TeacherCopy) -> None:
+    """Write the files that are not there with the same content (a plan that was never started may be replaced)."""
+    for name, data in copy.files.items():
+        target = f"{copy.folder}/{name}"
+        if storage.size(target) != len(data) or storage.read(target) != data:
+            storage.write(target, data)
+
 
 PLAN = "plan.json"
 RESOLVED = "resolved.yaml"
@@ -36,6 +120,7 @@ class Plan:
     recipe: dict[str, Any]
     semantics: dict[str, Any]
     versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not is_sha256(self.fingerprint) or not is_count(self.shards, MAX_SHARD + 1) or not self.shards:
@@ -46,13 +131,16 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Readable, with its own checksum."""
-        return seal(asdict(self))
+        return dump_checked(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Plan":
         """Raises DataError where ``data`` is no plan; ``where`` names it in the message."""
         try:
-            return cls(**unseal(data))
+            values = load_checked(data)
+            if "recipe" in values and (version := values.get("format_version", 1)) != FORMAT_VERSION:
+                raise ValueError(f"its format version is {version}, this program's {FORMAT_VERSION}: use another --out")
+            return cls(**values)
         except (ValueError, TypeError) as error:
             raise DataError(f"{where} is not a plan of this program ({error})") from None
 
@@ -98,7 +186,7 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
     _check(storage, stored, plan)
 
 
-def settle(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:
+def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:
     """The plan to work by, called while holding the folder's lease: more shards than stored are added, and a plan
     of which nothing was made (its prior was damaged, say) is replaced. Errors as :func:`open_or_create`.
 
@@ -143,7 +231,7 @@ def _another_plan(storage: Storage, stored: Plan, plan: Plan, way_out: str = "")
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    """What the fingerprint covers, with the defaults that :func:`stages.synth.plan_inputs.semantics` leaves out."""
+    """What the fingerprint covers, with the defaults that :func:`stages.synth.inputs.semantics` leaves out."""
     settings = dict(plan.recipe.get("synth", {}))
     for place in ("shards", "device", "teacher", "adversary"):
         settings.pop(place, None)
@@ -153,7 +241,7 @@ def _described(plan: Plan) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """``settings.guidance.scale: 0.1 there, 0.2 here``, one line for each key that differs."""
+    """``settings.guidance.step_size: 0.1 there, 0.2 here``, one line for each key that differs."""
     left, right = dict(_flat(there)), dict(_flat(here))
     lines = []
     for key in sorted(left.keys() | right.keys()):

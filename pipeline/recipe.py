@@ -15,10 +15,8 @@ from pydantic import Field
 
 from manifests.errors import UsageError
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
-from stages.distill.settings import DistillSettings
-from stages.models.schemes import tells_all
-from stages.models.settings import Settings
-from stages.synth.settings import SynthSettings
+from stages.models.source import tells_all
+from stages.settings import DistillSettings, Settings, SynthSettings
 
 DEFAULT = "demo"
 SECTIONS = ("synth", "distill", "rounds")

@@ -12,18 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
-from manifests.info import DatasetInfo
 from manifests.merge import MANIFEST, write_manifest
-from manifests.reader import Manifest
-from manifests.selection import Selection
+from manifests.reader import Manifest, Selection
 from manifests.storage import split
 from pipeline.lease import Lease
-from pipeline.progress import progress, say
-from pipeline.teacher_copy import TeacherCopy, prepare, publish
-from pipeline.text import duration, plain
-from stages.models.identity import teacher_identity
-from stages.models.settings import ModelSettings
+from pipeline.plan import TeacherCopy, prepare, publish
+from pipeline.terminal import duration, plain, progress, say
+from stages.models.source import teacher_identity
+from stages.settings import ModelSettings
 
 DEFAULT = "rescored.parquet"
 
@@ -50,12 +48,11 @@ def rescore(
     storage, name = manifest.storage, target(manifest, out)
     started = time.monotonic()
     settings = ModelSettings(name=teacher) if teacher else None
-    copy = prepare(settings, teacher_identity(settings)).apart() if settings else None
+    copy = prepare(settings, teacher_identity(settings)).content_addressed() if settings else None
     least = own_threshold(manifest.info) if threshold is None else threshold
-    from stages.device import find_device
-    from stages.models.carried import carried_teacher, check_classes
-    from stages.models.loading import load_teacher
-    from stages.synth.rescore import rescored
+    from stages.memory import find_device
+    from stages.models.loading import carried_teacher, check_classes, load_teacher
+    from stages.synth.scores import rescored
 
     device = str(find_device(device))
     model = load_teacher(settings, device) if settings else carried_teacher(manifest, device)

@@ -18,14 +18,11 @@ from pipeline import estimate
 from pipeline import synth as stage
 from pipeline.distill import learnt_by, run_distill
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.folders import local_folder
+from pipeline.plan import local_folder
 from pipeline.recipe import Recipe
-from pipeline.text import duration, plain
-from stages.distill.settings import student_name
-from stages.models.identity import WEIGHTS, resolve
-from stages.models.schemes import only_named
-from stages.models.settings import ModelSettings
-from stages.synth.settings import MAX_SEED, UNSTEERED, SynthSettings
+from pipeline.terminal import duration, plain
+from stages.models.source import WEIGHTS, only_named, resolve
+from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds: each starts from new noise, and runs with seeds 0, 1, 2 … never share any."""
@@ -118,7 +115,7 @@ def round_report(
         "kept": made["kept"],
         "teacher_agreement": learnt["teacher_check"]["agreement"],
         "student": facts["folder"],
-        "held_out_agreement": facts["held_out"]["agreement"] if facts["held_out"] else None,
+        "val_agreement": facts["val"]["agreement"] if facts["val"] else None,
         "accuracy": facts["test"]["accuracy"] if facts["test"] else None,
     }
 
@@ -129,7 +126,7 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     for found in result["rounds"]:
         shares = "".join(
             f"{value:>{width}.1%}" if value is not None else f"{'–':>{width}}"
-            for value, width in ((found["held_out_agreement"], 11), (found["accuracy"], 8))
+            for value, width in ((found["val_agreement"], 11), (found["accuracy"], 8))
         )
         steered = "yes" if found["adversary"] else "no"
         yield f"{found['round']:<8}{found['images']:>8}{found['kept']:>8}{steered:>9}{shares}"

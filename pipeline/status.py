@@ -10,11 +10,10 @@ from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.shard import committed
 from manifests.storage import Storage
-from pipeline.events import read_events
-from pipeline.failures import quarantined
+from pipeline.events import quarantined, read_events
 from pipeline.lease import live
 from pipeline.plan import read_plan
-from pipeline.text import duration, plain, size
+from pipeline.terminal import duration, plain, size
 
 LAST_ERRORS = 3
 WINDOW = 20  # shards over which the rate is taken: long enough to be steady, short enough to follow a changed pool

@@ -6,24 +6,21 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from manifests.dataset import DATASET, DatasetInfo
 from manifests.errors import FactoryError, Interrupted
-from manifests.info import DATASET, DatasetInfo
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
+from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
 from pipeline.lease import Lease
-from pipeline.plan import Plan, make_plan, open_or_create, settle
-from pipeline.progress import progress, say
+from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan
 from pipeline.recipe import Recipe
-from pipeline.teacher_copy import TeacherCopy, prepare, publish
-from pipeline.text import duration, plain, size
-from stages.synth.plan_inputs import SynthInputs, inspect_inputs
-from stages.synth.planned import planned_models
+from pipeline.terminal import duration, plain, progress, say, size
+from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models
 
-WORKER = "stages.synth.worker:build_worker"
+WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
 
 
 def run_synth(
@@ -31,7 +28,7 @@ def run_synth(
     out: str,
     place: ExecutorSettings,
     *,
-    worker: str = WORKER,
+    worker: str | None = None,
     title: str = "synth",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -52,19 +49,19 @@ def run_synth(
             events.write("note", message=line)
             say(line)
 
-        stored = settle(storage, plan, note)
+        stored = resume_plan(storage, plan, note)
         publish(storage, teacher)
         info = dataset_info(stored, inputs, teacher)
         storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
         spec = WorkerSpec(
-            worker,
+            worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER),
             {
                 "settings": recipe.synth.model_dump(mode="json"),
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
-                "planned": planned_models(plan.semantics),
+                "planned": pinned_models(plan.semantics),
             },
         )
         try:

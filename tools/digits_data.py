@@ -6,7 +6,7 @@ Usage: ``python tools/digits_data.py --split test --out build/digits-test.parque
 import argparse
 from pathlib import Path
 
-from stages.models.digits_data import write_split
+from stages.digits import write_split
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from cifar_data import INPUT, split_table, tensors, third_party
 from prior_training import Budget, Fitted, Recipe, fit
 from torch import Tensor, nn
 
-from stages.models.identity import resolve
 from stages.models.inputs import InputSpec
 from stages.models.loading import build_from, save_model
+from stages.models.source import resolve
 
 SHIFT = 4  # pixels
 

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.distill.card import measure
-from stages.models import digits_data, registry
-from stages.models.identity import WEIGHTS, ModelConfig
+from stages import digits
+from stages.distill.export import measure
+from stages.models import build
 from stages.models.loading import save_model
-from stages.models.settings import InputSettings
+from stages.models.source import WEIGHTS, ModelConfig
+from stages.settings import InputSettings
 
 ARCHITECTURE = "digits-cnn"
 EMA_DECAY = 0.995
@@ -35,9 +36,9 @@ tags: [image-classification, handwritten-digits]
 A BatchNorm ConvNet (`{architecture}`) for 8×8 handwritten digits: the private teacher of the embedded example.
 {parameters:,} parameters, {mflop:.1f} MFLOP per image (two per multiply-add), {kilobytes:.0f} kB of safetensors.
 
-- **Input**: one channel (luminance), 8×8, [0, 1], normalised with mean {mean} and std {std}.
+- **Input**: one channel (luminance), 8×8, [0, 1], normalized with mean {mean} and std {std}.
 - **Data**: `sklearn.datasets.load_digits` (1,797 images, UCI "Optical Recognition of Handwritten Digits", CC BY 4.0),
-  split by label into 598 training, 300 validation and 899 test images (`stages/models/digits_data.py`).
+  split by label into 598 training, 300 validation and 899 test images (`stages/digits.py`).
 - **Training**: `python tools/train_digits_teacher.py --out stages/assets/digits-teacher --test`: {epochs} epochs,
   shifts, rotations and scalings, averaged weights.
 - **Accuracy**: validation {validation:.1f} % (used for tuning), test {test} (read once).
@@ -56,9 +57,9 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def tensors(split: digits_data.Split) -> tuple[Tensor, Tensor]:
+def tensors(split: digits.Split) -> tuple[Tensor, Tensor]:
     """Images ``[n, 1, 8, 8]`` in [0, 1] and labels ``[n]``."""
-    images, labels = digits_data.load_split(split)
+    images, labels = digits.load_split(split)
     return torch.from_numpy(images.astype(np.float32) / 16)[:, None], torch.from_numpy(labels).long()
 
 
@@ -68,10 +69,10 @@ def accuracy(net: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
-    """One-cycle SGD; returns the averaged network. ``x`` is normalised where black is ``x.min()``."""
+    """One-cycle SGD; returns the averaged network. ``x`` is normalized where black is ``x.min()``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net, black, batch = registry.build(ARCHITECTURE, 10, 1), x.min(), 64
+    net, black, batch = build.build(ARCHITECTURE, 10, 1), x.min(), 64
     average = copy.deepcopy(net).requires_grad_(False)
     steps = epochs * (len(x) // batch)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -118,7 +119,7 @@ def main() -> None:
         test = f"{accuracy(net, (x_test - mean) / std, labels_test):.1f} %"
         print(f"test {test}")
     config = ModelConfig(
-        architecture=ARCHITECTURE, num_classes=10, channels=1, class_names=digits_data.CLASS_NAMES,
+        architecture=ARCHITECTURE, num_classes=10, channels=1, class_names=digits.CLASS_NAMES,
         input=InputSettings(size=8, channels=1, mean=(mean,), std=(std,)),
     )  # fmt: skip
     save_model(args.out, net, config)

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from manifests.schema import dump_json
-from pipeline.text import plain
+from manifests.checked_json import dump_json
+from pipeline.terminal import plain
 
 RESULT = "Result"
 PLACE = "Where it runs"

@@ -1,4 +1,4 @@
-"""``factory run synth`` and ``run distill``: the two stages; ``run rounds``: both in turn."""
+"""``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
 from functools import partial
 from typing import Annotated
@@ -7,6 +7,24 @@ import typer
 
 from manifests.errors import FactoryError
 from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, RetryOption, SetOption, answer
+
+# ``factory demo``: both stages on the embedded default, guided and unguided, on a fresh machine, offline.
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the results go.")] = "demo",
+    set_: SetOption = None,
+    workers: Annotated[
+        int, typer.Option(envvar="FACTORY_WORKERS", help="1 runs in this process, more as Ray actors.")
+    ] = 1,
+    retry_failed: RetryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
+    from pipeline.demo import lines, run_demo
+
+    answer(run_demo(out, set_ or [], workers, retry_failed), as_json, lines)
+
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it; or both in turn.")
 
@@ -42,7 +60,7 @@ def synth(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: synthesise a dataset. The same command again resumes; a larger --shards adds."""
+    """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
     from pipeline import estimate
     from pipeline import synth as stage
     from pipeline.executors.settings import synth_place

@@ -1,24 +1,61 @@
-"""The one loop of ``factory run synth``: it hands out shards, counts attempts, quarantines what keeps failing.
+"""The one loop of ``factory run synth``: hands out shards, counts attempts, quarantines what keeps failing.
 
 Every decision of a run is made here; pools only run what they are given. A shard is done when its done record exists,
 whatever became of the attempt that wrote it, so killing driver or workers at any point costs at most unfinished shards.
 """
 
+import contextlib
 import heapq
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from manifests.errors import FactoryError, Interrupted
 from manifests.shard import committed, done_record
 from manifests.storage import Storage
-from pipeline.executors.inline import InlinePool
+from pipeline.events import Failure, failures, quarantine, release
+from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, Pool, WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.signals import StopSignals
-from pipeline.executors.worker import STORAGE_ERRORS, Finished, OnGroup, Pool, WorkerSpec
-from pipeline.failures import Failure, failures, quarantine, release
 from pipeline.lease import Lease
+
+# Ctrl-C for long runs: the first SIGINT or SIGTERM drains, the second stops.
+
+
+class StopSignals:
+    """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt`` and sets
+    ``stopping``, for loops to look at: an exception raised inside a callback or a finalizer is swallowed there.
+
+    Outside the main thread, where Python takes no handlers, it changes nothing.
+    """
+
+    def __init__(self, until: str = "after the running shards") -> None:
+        self.draining = self.stopping = False
+        self._line = f"\nstopping {until}; once more stops at once (either way the same command resumes)\n".encode()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.draining:
+            self.stopping = True
+            raise KeyboardInterrupt
+        self.draining = True
+        with contextlib.suppress(OSError):
+            os.write(2, self._line)  # not print: the signal may have interrupted one
+
 
 OnProgress = Callable[[float, float, str], None]
 """Called with (shards done, shards asked for, note); a shard under way in this process counts by its groups."""

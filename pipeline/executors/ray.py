@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
+import ray
+
+from manifests.errors import FactoryError, UsageError
+from pipeline.executors.pool import Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
+from pipeline.executors.settings import ExecutorSettings
+
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "false",
@@ -24,11 +30,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)  # read when ray is imported
 
-import ray  # noqa: E402
-
-from manifests.errors import FactoryError, UsageError  # noqa: E402
-from pipeline.executors.settings import ExecutorSettings  # noqa: E402
-from pipeline.executors.worker import Finished, Worker, WorkerSpec, attempt, enter, failure, start_error  # noqa: E402
 
 OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
 START_ATTEMPTS = 3
@@ -72,7 +73,7 @@ class _Slot:
 
 
 class RayPool:
-    """See :class:`pipeline.executors.worker.Pool`."""
+    """See :class:`pipeline.executors.pool.Pool`."""
 
     def __init__(self, spec: WorkerSpec, settings: ExecutorSettings):
         self._spec, self._settings = spec, settings

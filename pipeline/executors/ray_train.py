@@ -1,8 +1,8 @@
 """Stage 2 on several workers: ``factory run distill --workers N [--address auto]``, through Ray Train.
 
 Ray Train places the workers, joins them in a process group and starts all of them again when one is lost. What they do
-is the stage's own (:mod:`stages.distill.ranks`): they go on from its checkpoint, and its first rank writes the files.
-The driver and the first rank leave word for each other at a desk, an actor between them.
+is the stage's own (:mod:`stages.distill.runtime`): they go on from its checkpoint, and its first rank writes the files.
+The driver and the first rank leave word for each other at a mailbox, an actor between them.
 """
 
 import os
@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray.train
+import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
+from pipeline.executors.pool import enter, start_error
 from pipeline.executors.ray import actor_options, reason  # first: it sets what ray reads when imported
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import enter, start_error
 
 for _name, _value in {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -28,29 +32,26 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)  # read when ray.train is imported
 
-import ray.train  # noqa: E402
-import ray.train.torch  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 TICK = 0.3
-"""Seconds between two looks at the desk, from either side."""
+"""Seconds between two looks at the mailbox, from either side."""
 
 
-class Desk:
-    """What was told and not yet read, how far the run is, how it ended, and whether it is asked to stop."""
+class Mailbox:
+    """What was messages and not yet read, how far the run is, how it ended, and whether it is asked to stop."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.messages: list[tuple[str, dict[str, Any]]] = []
         self.reached: tuple[float, float, str] | None = None
         self.outcome: dict[str, Any] | None = None
         self.stopping = False
 
-    def tell(self, kind: str, fields: dict[str, Any]) -> None:
-        self.told.append((kind, fields))
+    def post(self, kind: str, fields: dict[str, Any]) -> None:
+        self.messages.append((kind, fields))
 
     def lost(self, error: str) -> None:
         if self.outcome is None:  # otherwise it was this worker's own doing
-            self.tell("worker_lost", {"error": error})
+            self.post("worker_lost", {"error": error})
 
     def reach(self, reached: tuple[float, float, str] | None) -> bool:
         self.reached = reached or self.reached
@@ -63,35 +64,35 @@ class Desk:
         return self.outcome is not None
 
     def read(self, stopping: bool) -> tuple[list[tuple[str, dict[str, Any]]], Any, dict[str, Any] | None]:
-        self.stopping, told, self.told = stopping, self.told, []
-        return told, self.reached, self.outcome
+        self.stopping, messages, self.messages = stopping, self.messages, []
+        return messages, self.reached, self.outcome
 
 
 class _Losses(ray.train.UserCallback):
     """Tells of lost workers; Ray Train calls it in its controller."""
 
-    def __init__(self, desk: Any):
-        self.desk = desk
+    def __init__(self, mailbox: Any):
+        self.mailbox = mailbox
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.desk.lost.remote(_first(worker_exceptions))
+        self.mailbox.lost.remote(_first(worker_exceptions))
 
 
 class _Caller:
-    """The first rank's way to the desk: events at once, progress and the question whether to stop now and then."""
+    """The first rank's way to the mailbox: events at once, progress and the question whether to stop now and then."""
 
-    def __init__(self, desk: Any):
-        self.desk, self.reached, self.stopping, self.asked = desk, None, False, 0.0
+    def __init__(self, mailbox: Any):
+        self.mailbox, self.reached, self.stopping, self.asked = mailbox, None, False, 0.0
 
     def on_event(self, kind: str, **fields: Any) -> None:
-        self.desk.tell.remote(kind, fields)
+        self.mailbox.post.remote(kind, fields)
 
     def on_progress(self, done: float, total: float, note: str) -> None:
         self.reached = (done, total, note)  # type: ignore[assignment]
 
     def should_stop(self) -> bool:
         if time.monotonic() - self.asked > TICK:
-            self.stopping, self.asked = ray.get(self.desk.reach.remote(self.reached)), time.monotonic()
+            self.stopping, self.asked = ray.get(self.mailbox.reach.remote(self.reached)), time.monotonic()
         return self.stopping
 
 
@@ -99,35 +100,33 @@ def work(job: dict[str, Any]) -> None:
     """What Ray Train runs in every worker: one rank of the training."""
     import torch
 
-    from stages.distill.ranks import Ranks
     from stages.distill.run import prepare, train_students
-    from stages.distill.settings import DistillSettings
-    from stages.distill.watcher import Watcher
-    from stages.models.settings import ModelSettings
+    from stages.distill.runtime import Callbacks, Ranks
+    from stages.settings import DistillSettings, ModelSettings
 
     enter(job["folder"])
-    desk = job["desk"]
+    mailbox = job["mailbox"]
     try:
-        if ray.get(desk.ended.remote()):
+        if ray.get(mailbox.ended.remote()):
             return  # started again after an error that trying again does not mend
     except ray.exceptions.RayActorError:
         return  # the driver has left
     ranks = Ranks.joined(ray.train.torch.get_device() if job["gpu"] else torch.device("cpu"))
     name = f"{socket.gethostname()}:{os.getpid()}"
-    desk.tell.remote("worker_started", {"rank": ranks.rank, "worker": name, "device": str(ranks.device)})
-    caller = _Caller(desk) if ranks.first else None
+    mailbox.post.remote("worker_started", {"rank": ranks.rank, "worker": name, "device": str(ranks.device)})
+    caller = _Caller(mailbox) if ranks.first else None
     try:
         teacher = ModelSettings.model_validate(job["teacher"]) if job["teacher"] else None
         prepared = prepare(DistillSettings.model_validate(job["settings"]), job["sources"], teacher, ranks)
-        watcher = Watcher(caller.on_event, caller.on_progress, caller.should_stop) if caller else Watcher()
-        results = train_students(prepared, Storage(job["out"]), job["test_data"], watcher)
+        callbacks = Callbacks(caller.on_event, caller.on_progress, caller.should_stop) if caller else Callbacks()
+        results = train_students(prepared, Storage(job["out"]), job["test_data"], callbacks)
     except FactoryError as error:
-        ray.get(desk.end.remote({"error": str(error), "exit_code": error.exit_code}))
+        ray.get(mailbox.end.remote({"error": str(error), "exit_code": error.exit_code}))
         if isinstance(error, Interrupted):
             return  # and so do all, at the same step
         raise
     if caller:
-        ray.get([desk.reach.remote(caller.reached), desk.end.remote({"results": results})])
+        ray.get([mailbox.reach.remote(caller.reached), mailbox.end.remote({"results": results})])
 
 
 def train_on_ray(
@@ -140,18 +139,18 @@ def train_on_ray(
     """Run ``job`` (arguments of :func:`work`) with ``place.workers`` workers of the connected cluster; its results.
 
     Raises what the training raised, UsageError where the cluster cannot hold the workers, FactoryError where they did
-    not start in time, were lost more often than ``place.attempts`` allows, or the desk was lost.
+    not start in time, were lost more often than ``place.attempts`` allows, or the mailbox was lost.
     """
     options = actor_options(place, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     each = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(Desk)
-    desk = actor.options(num_cpus=0, scheduling_strategy=here).remote()  # here: no other node's loss takes it along
-    callbacks: list[Any] = [_Losses(desk)]
+    actor: Any = ray.remote(Mailbox)
+    mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()  # here: no other node's loss takes it along
+    callbacks: list[Any] = [_Losses(mailbox)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         trainer = ray.train.torch.TorchTrainer(
             work,
-            train_loop_config=job | {"desk": desk, "gpu": options["num_gpus"] > 0, "folder": os.getcwd()},
+            train_loop_config=job | {"mailbox": mailbox, "gpu": options["num_gpus"] > 0, "folder": os.getcwd()},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=place.workers,
                 use_gpu=options["num_gpus"] > 0,
@@ -166,9 +165,9 @@ def train_on_ray(
         )
         fit = _Fit(trainer)
         try:
-            return _follow(fit, desk, place, on_event, on_progress, should_stop)
+            return _follow(fit, mailbox, place, on_event, on_progress, should_stop)
         finally:
-            ray.kill(desk)  # without it a first rank that still trains stops
+            ray.kill(mailbox)  # without it a first rank that still trains stops
 
 
 class _Fit(threading.Thread):
@@ -189,7 +188,7 @@ class _Fit(threading.Thread):
 
 def _follow(
     fit: _Fit,
-    desk: Any,
+    mailbox: Any,
     place: ExecutorSettings,
     on_event: Callable[..., None],
     on_progress: Callable[[float, float, str], None],
@@ -200,10 +199,10 @@ def _follow(
         running = fit.is_alive()
         stopping = should_stop()
         try:
-            told, reached, outcome = ray.get(desk.read.remote(stopping))
+            messages, reached, outcome = ray.get(mailbox.read.remote(stopping))
         except ray.exceptions.RayActorError as error:
             raise FactoryError(f"lost touch with the workers: {reason(error)}; the same command resumes") from error
-        for kind, fields in told:
+        for kind, fields in messages:
             on_event(kind, **fields)
             if kind == "worker_started":
                 begun = True

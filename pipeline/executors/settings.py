@@ -7,8 +7,7 @@ from pydantic import Field, field_validator
 
 from manifests.errors import UsageError
 from pipeline.layers import flag_layer, validate
-from stages.models.settings import Settings
-from stages.synth.settings import SynthSettings
+from stages.settings import Settings, SynthSettings
 
 MIN_GPU = 0.0001
 """The smallest share of a GPU that Ray can reserve."""

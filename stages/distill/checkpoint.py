@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"
@@ -17,20 +17,19 @@ TRAILER = b"\nsha256:"
 """Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
 
 
-def open_run(storage: Storage, spec: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
     """Claim the folder for ``spec`` (what decides the result), or check that it is this very run's.
 
-    What the stored run does not name counts as ``defaults``: it was begun before that setting existed. A run that never
-    reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
+    A run that never reached a checkpoint is replaced. Raises DataError listing what differs from one that did.
     """
-    data = seal(spec)
+    data = dump_checked(spec)
     if storage.create(RUN, data):
         return
     try:
-        found = unseal(storage.read(RUN))
+        found = load_checked(storage.read(RUN))
     except ValueError as error:
         raise DataError(f"{storage.path(RUN)} describes no run of this factory ({error}); use another folder") from None
-    changed = differences(_filled(found, defaults), unseal(data))
+    changed = differences(found, load_checked(data))
     if changed and not storage.exists(STATE):
         storage.write(RUN, data)
     elif changed:
@@ -56,19 +55,6 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
                 found.append(f"{name}: {_short(old, key)} -> {_short(new, key)}")
         return found
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def _filled(found: Any, defaults: Mapping[str, Any]) -> Any:
-    """``found`` with the keys that only ``defaults`` has."""
-    if not isinstance(found, Mapping):
-        return found
-    filled = dict(found)
-    for key, value in defaults.items():
-        if key not in filled:
-            filled[key] = value
-        elif isinstance(value, Mapping):
-            filled[key] = _filled(filled[key], value)
-    return filled
 
 
 def _short(values: Mapping[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Which of the model's classes a label means: one rule for every kind of labelled data.
+"""Which of the model's classes a label means: one rule for every kind of labeled data.
 
 - Names (folders, text, the names that Parquet metadata or a manifest lists) are matched to the model's class names;
   capitals, spaces and underscores may differ where that leaves one class. A name that the model lacks is an error.

@@ -1,29 +1,70 @@
-"""Score a classifier on labelled images: accuracy, agreement with the teacher, calibration, confusions.
+"""Score a classifier on labeled images: accuracy, agreement with the teacher, calibration, confusions.
 
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from manifests.errors import DataError
 from manifests.images import decode
-from stages.device import find_device
-from stages.distill.labelled import LabelledImages, Sample, labelled_images
-from stages.distill.pixels import images_at_once
-from stages.distill.threads import torch_threads
-from stages.models.carried import check_class_names
-from stages.models.identity import ModelConfig
-from stages.models.inputs import InputSpec, to_unit
-from stages.models.loading import load_model, load_teacher
-from stages.models.outputs import require_finite_weights
-from stages.models.settings import ModelSettings
+from stages.distill.batches import images_at_once
+from stages.distill.eval_data import LabeledImages, Sample, labeled_images
+from stages.distill.runtime import torch_threads
+from stages.memory import find_device
+from stages.models.inputs import InputSpec, require_finite_weights, to_unit
+from stages.models.loading import check_class_names, load_model, load_teacher
+from stages.models.source import ModelConfig
 from stages.models.teacher import Teacher
+from stages.settings import ModelSettings
+
+# The confusion matrix as a picture: rows are true classes, columns what the model says. Used by ``factory eval``.
+
+
+CELL, SMALL_CELL, NUMBERS_UP_TO = 34, 4, 30
+INK, PAPER, FULL = (20, 20, 20), (255, 255, 255), (8, 48, 107)
+
+
+def confusion_picture(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> bytes:
+    """PNG bytes of ``counts[true][predicted]``. Shade: share of the row; counts are written into up to 30 classes."""
+    table = np.asarray(counts, dtype=np.int64)
+    classes = len(table)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    labeled = classes <= NUMBERS_UP_TO
+    cell, name_width, head = (CELL, 110, 34) if labeled else (SMALL_CELL, 2, 18)
+    image = Image.new("RGB", (name_width + classes * cell + 2, head + classes * cell + 2), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((2, 2), "true (rows), predicted (columns)", fill=INK)
+    for row in range(classes):
+        y = head + row * cell
+        if labeled:
+            draw.text((4, y + cell // 2 - 6), _printable(class_names[row])[:16], fill=INK)
+            draw.text((name_width + row * cell + 3, 18), _printable(class_names[row])[:5], fill=INK)
+        for column in range(classes):
+            x, share = name_width + column * cell, shares[row, column]
+            shade = tuple(round(p + (f - p) * share) for p, f in zip(PAPER, FULL, strict=True))
+            draw.rectangle(
+                (x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225) if labeled else shade
+            )
+            if labeled and table[row, column]:
+                ink = PAPER if share > 0.5 else INK
+                draw.text((x + cell / 2, y + cell / 2), str(table[row, column]), fill=ink, anchor="mm")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _printable(text: str) -> str:
+    return text.encode("latin-1", "replace").decode("latin-1")  # what PIL's built-in font can draw
+
 
 BATCH = 256
 BINS = 15
@@ -32,7 +73,7 @@ BINS = 15
 def evaluate(
     model: str, data: str, teacher: ModelSettings | None = None, device: str = "cpu", threads: int = 1
 ) -> dict[str, Any]:
-    """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.labelled`).
+    """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
 
     ``data`` in the result is where the images were, with the sha256 of labels and encoded images in their order.
     Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
@@ -53,7 +94,7 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     spec = InputSpec(config.input)
     net.eval()
     device = next(net.parameters()).device
-    images, digest = labelled_images(data, config.class_names), hashlib.sha256()
+    images, digest = labeled_images(data, config.class_names), hashlib.sha256()
     labels, logits, *answers = run_models(
         replace(images, samples=_digested(images.samples, digest)),
         [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])],
@@ -85,16 +126,16 @@ def check_data(data: str, class_names: tuple[str, ...]) -> str:
 
     Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
     """
-    images = labelled_images(data, class_names)
+    images = labeled_images(data, class_names)
     first = next(images.samples, None)
     if first is None:
-        raise DataError(f"{data} holds no labelled image")
+        raise DataError(f"{data} holds no labeled image")
     _decoded(first, data)
     return images.class_order
 
 
 @torch.no_grad()
-def run_models(data: LabelledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
+def run_models(data: LabeledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
     """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
@@ -103,12 +144,12 @@ def run_models(data: LabelledImages, models: list[Callable[[Tensor], Tensor]], d
         for kept, model in zip(logits, models, strict=True):
             kept.append(model(to_unit(images.to(device))).float().cpu())
     if not labels:
-        raise DataError(f"{data.where} holds no labelled image")
+        raise DataError(f"{data.where} holds no labeled image")
     return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
 
 
-def _batches(data: LabelledImages) -> Iterator[tuple[list[int], Tensor]]:
-    """Labels and uint8 ``[n, h, w, 3]`` of neighbouring images of one size."""
+def _batches(data: LabeledImages) -> Iterator[tuple[list[int], Tensor]]:
+    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size."""
     labels: list[int] = []
     images: list[Tensor] = []
     most = BATCH

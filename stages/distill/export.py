@@ -1,20 +1,177 @@
-"""Students for other runtimes: ONNX or ``torch.export``, written only after their answers were compared with PyTorch's.
+"""A finished student: its card, one call that loads it, and exports to ONNX and ``torch.export``.
 
 Used by ``factory export``.
 """
 
+import html
 import os
+import re
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.errors import FactoryError, UsageError
-from stages.distill.saved import Deployable
+from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
+from stages.models.source import ModelConfig, only_named
+
+# What a finished student is: its size and speed, and the model card that goes with it.
+
+
+CARD = """---
+library_name: pytorch
+tags: [image-classification, knowledge-distillation, data-free, synthetic-data]
+---
+# {architecture}, distilled without the teacher's data
+
+A student of {parameters:,} parameters, {mflop:.2f} MFLOP per image (two per multiply-add), {kilobytes:.0f} kB of
+safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s), median, on the training machine).
+
+- **Input**: {input}
+- **Classes**: {classes}
+- **Teacher**: {teacher}
+- **Data**: {images:,} synthetic images ({val_images:,} more held out) of {datasets}; selection: {where}
+- **Training**: {epochs} epochs, batch {batch_size}, {optimizer}, {schedule} schedule, peak learning rate {lr},
+  seed {seed}; loss: {loss}; weights kept: {keep}
+- **Held-out synthetic images**: {held_out_score}
+- **Test data** (read once, at the end): {test}
+
+Load it with `stages.distill.export.load_student({model})` (images `[n, 3, h, w]` in [0, 1] in, logits out); score it
+with `factory eval {model} DATA`; write it for other runtimes with `factory export {model} --onnx FILE`.{named}
+"""
+NAMED = """
+No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
+`num_classes`, `class_names`, `input` and `stem` as they are in `config.json` into it.
+"""
+
+
+@torch.no_grad()
+def measure(net: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    """Parameters, MFLOP per image (two per multiply-add) and median latency in ms of one image, on the net's device."""
+    device = next(net.parameters()).device
+    x = torch.zeros(1, config.channels, config.input.size, config.input.size, device=device)
+    net.eval()
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    times = []
+    for _ in range(30):
+        started = time.perf_counter()
+        net(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "mflop": counter.get_total_flops() / 1e6,
+        "latency_ms": 1000 * statistics.median(times),
+    }
+
+
+def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any]) -> str:
+    """The README.md of a student folder. ``spec`` is the run's, ``facts`` this student's results."""
+    settings, wanted = spec["settings"], config.input
+    spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
+    weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "temperature"}
+    names = [markdown(name) for name in config.class_names[:10]]
+    architecture, by_name = markdown(config.architecture), only_named(config.architecture)
+    held, test = facts.get("val"), facts.get("test")
+    return CARD.format(
+        architecture=architecture,
+        parameters=facts["parameters"],
+        mflop=facts["mflop"],
+        kilobytes=facts["bytes"] / 1e3,
+        latency=facts["latency_ms"],
+        device=facts["device"],
+        threads=settings["threads"],
+        input=f"{wanted.channels}×{wanted.size}×{wanted.size}, mean {_plain(wanted.mean)}, std {_plain(wanted.std)}"
+        + ("; first layers changed to keep the resolution of small images" if config.stem == "small" else ""),
+        classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
+        teacher=f"{spec['teacher']['architecture']}, sha256 {spec['teacher']['sha256']}",
+        images=facts["images"],
+        val_images=facts["val_images"],
+        datasets=", ".join(
+            f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"]
+        ),
+        where=markdown(settings["where"] or "")
+        or ("every image" if settings["include_rejected"] else "every kept image"),
+        epochs=settings["epochs"],
+        batch_size=settings["batch_size"],
+        optimizer=settings["optimizer"]["name"],
+        schedule=settings["optimizer"]["schedule"],
+        lr=settings["optimizer"]["lr"],
+        seed=settings["seed"],
+        loss=", ".join(f"{k} {v:g}" for k, v in weights.items()) + f" (τ = {settings['loss']['temperature']:g})",
+        keep=settings["select"],
+        held_out_score=f"agreement with the teacher {held['agreement']:.1%}" if held else "none",
+        test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}; "
+        f"{test['images']:,} images, sha256 {test['data']['sha256']}"
+        if test
+        else "not given",
+        model="MODEL.yaml" if by_name else "FOLDER",
+        named=NAMED.rstrip("\n").format(architecture=architecture) if by_name else "",
+    )
+
+
+def markdown(text: object) -> str:
+    """``text`` as Markdown shows it: no HTML, web links, pictures, code or further lines come out of a class name.
+
+    GitHub makes links of bare ``https://…`` and ``www.…`` as well.
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))
+
+
+def _plain(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+# A finished student in use: one call loads it, images go in as they are. Also what ``factory export`` writes.
+
+
+class Classifier(nn.Module):
+    """Images ``[n, 3, h, w]`` in [0, 1], of any size, to logits ``[n, C]``; resizing and normalization included."""
+
+    def __init__(self, net: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.net, self.config, self.spec = net, config, InputSpec(config.input)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.spec(images * 2 - 1))
+        return logits
+
+
+class Deployable(nn.Module):
+    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+
+def load_student(folder: str | Path) -> Classifier:
+    """The student in ``folder``, on the CPU, in eval mode. Raises DataError where it is none.
+
+    >>> load_student("runs/demo/distill/digits-cnn-small")(images).argmax(1)  # doctest: +SKIP
+    """
+    net, config = load_model(folder)
+    return Classifier(net, config).eval()
+
 
 SIZES = (1, 5)
 """Batch sizes that answers are compared at; the exported batch is free."""

@@ -1,31 +1,110 @@
 """The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from manifests.errors import FactoryError, Interrupted
-from manifests.schema import dump_json
+from manifests.checked_json import dump_json
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import checkpoint
-from stages.distill.answers import Answers
 from stages.distill.batches import Batch, Batches
-from stages.distill.precision import autocast
-from stages.distill.ranks import ALONE, Ranks
+from stages.distill.losses import paired_layers, teacher_targets
 from stages.distill.rows import Ints
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import DistillSettings
-from stages.distill.student import Diverged, Student
-from stages.distill.targets import paired_layers, teacher_targets
-from stages.distill.track import Tracker, flat, open_trackers
-from stages.distill.watcher import Watcher
-from stages.micro_batches import out_of_memory
+from stages.distill.runtime import ALONE, Callbacks, Ranks, autocast
+from stages.distill.student import Diverged, Student, lr_factor
+from stages.distill.teacher_cache import TeacherCache
+from stages.memory import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
+from stages.settings import DistillSettings
+
+# Metrics to TensorBoard or Weights & Biases while training: off unless asked for with ``track``.
+
+
+FOLDER = "tensorboard"
+
+
+class Tracker(Protocol):
+    """Takes the numbers of an epoch."""
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        """One student's line of metrics.jsonl, flat."""
+
+    def close(self) -> None:
+        """Everything is on its way."""
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard/STUDENT. A resumed run replaces what it does again."""
+
+    def __init__(self, storage: Storage, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
+        if not storage.is_local:
+            raise UsageError(f"loggers: tensorboard writes to a local folder only, not {storage.url}")
+        self._open = lambda student: SummaryWriter(storage.folder(f"{FOLDER}/{student}"), purge_step=step + 1)
+        self._writers: dict[str, Any] = {}
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        writer = self._writers.setdefault(student, None) or self._open(student)
+        self._writers[student] = writer
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandB:
+    """One Weights & Biases run for the run folder; names are STUDENT/metric. Resumes the run of the same folder."""
+
+    def __init__(self, storage: Storage, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("loggers: wandb needs pip install 'dfkd-factory[wandb]'") from None
+        number = hashlib.sha256(storage.url.encode()).hexdigest()[:16]
+        self._run = wandb.init(project="dfkd-factory", name=storage.url, id=number, resume="allow", config=config)
+
+    def log(self, student: str, step: int, values: dict[str, float]) -> None:
+        self._run.log({f"{student}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(names: Iterable[str], storage: Storage, config: dict[str, Any], step: int) -> list[Tracker]:
+    """Those of ``names``; ``step``: where the run stands. Raises UsageError where one cannot work."""
+    trackers: list[Tracker] = []
+    for name in names:
+        trackers.append(TensorBoard(storage, step) if name == "tensorboard" else WandB(storage, config))
+    return trackers
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under slashed names.
+
+    >>> flat({"epoch": 1, "val": {"agreement": 0.5}})
+    {'epoch': 1.0, 'val/agreement': 0.5}
+    """
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        else:
+            found[prefix + name] = float(value)
+    return found
+
 
 METRICS = "metrics.jsonl"
 
@@ -44,9 +123,9 @@ class Training:
     held: Ints
     storage: Storage
     device: torch.device
-    watcher: Watcher
+    callbacks: Callbacks
     look: Callable[[Student], dict[str, Any] | None] | None = None  # at the test data, every eval_every epochs
-    answers: Answers | None = None  # the teacher's, where they were computed before
+    teacher_cache: TeacherCache | None = None  # the teacher's, where they were computed before
     ranks: Ranks = ALONE
     trackers: list[Tracker] = field(default_factory=list)
     step: int = 0
@@ -73,7 +152,7 @@ def train(run: Training) -> None:
     layers = _pair_layers(run)
     _resume(run)
     if run.ranks.first:
-        run.trackers = open_trackers(run.settings.track, run.storage, run.settings.model_dump(mode="json"), run.step)
+        run.trackers = open_trackers(run.settings.loggers, run.storage, run.settings.model_dump(mode="json"), run.step)
     try:
         _train(run, layers)
     finally:
@@ -89,11 +168,15 @@ def _train(run: Training, layers: list[str]) -> None:
         epoch = run.step // run.batches.steps
         started = time.monotonic()
         with autocast(run.settings.dtype, run.device):
-            targets = run.answers.targets(batch) if run.answers else teacher_targets(run.teacher, batch.x, loss, layers)
+            targets = (
+                run.teacher_cache.targets(batch)
+                if run.teacher_cache
+                else teacher_targets(run.teacher, batch.x, loss, layers)
+            )
         x = spec(batch.x)
         students = run.learning
         reasons = [_learn(run, student, x, batch, targets) for student in students]
-        stop = _agree(run, students, reasons, run.watcher.should_stop())
+        stop = _agree(run, students, reasons, run.callbacks.should_stop())
         run.step += 1
         if run.step % run.batches.steps == 0:
             _end_epoch(run, epoch)
@@ -102,7 +185,7 @@ def _train(run: Training, layers: list[str]) -> None:
         if due or stop or run.step == run.total:
             _checkpoint(run)
             saved = time.monotonic()
-        run.watcher.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
+        run.callbacks.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
         if stop and run.step < run.total:
             raise Interrupted(f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes")
         _check_learning(run)
@@ -147,7 +230,7 @@ def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: An
         if not (isinstance(error, Diverged) or out_of_memory(error)):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    student.optimiser.zero_grad(set_to_none=True)  # memory for the others
+    student.optimizer.zero_grad(set_to_none=True)  # memory for the others
     return reason
 
 
@@ -164,8 +247,8 @@ def _agree(run: Training, students: Sequence[Student], reasons: Sequence[str | N
 
 def _park(run: Training, student: Student, reason: str) -> None:
     student.parked = reason
-    run.watcher.on_event("student_parked", student=student.name, step=run.step, reason=reason)
-    run.watcher.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
+    run.callbacks.on_event("student_parked", student=student.name, step=run.step, reason=reason)
+    run.callbacks.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
 
 
 def _end_epoch(run: Training, epoch: int) -> None:
@@ -175,26 +258,26 @@ def _end_epoch(run: Training, epoch: int) -> None:
     share = run.waited / run.seconds if run.seconds else 0.0
     for student in run.learning:
         line: dict[str, Any] = {"epoch": epoch + 1, "step": run.step}
-        line["lr"] = run.settings.optimiser.lr * lr_factor(run.settings.optimiser, run.step - 1, run.total)
+        line["lr"] = run.settings.optimizer.lr * lr_factor(run.settings.optimizer, run.step - 1, run.total)
         line |= student.take_means()
         if len(run.held):
-            line["held_out"] = held_out(run, student)
+            line["val"] = validate(run, student)
         if run.look and run.ranks.first and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
             scores = run.look(student)
             line |= {"test_accuracy": scores["accuracy"]} if scores else {}
         student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
-        if run.settings.keep == "best" and line["held_out"]["agreement"] >= student.best:
-            student.best = line["held_out"]["agreement"]
+        if run.settings.select == "best" and line["val"]["agreement"] >= student.best:
+            student.best = line["val"]["agreement"]
             student.best_weights = {name: value.clone() for name, value in student.result.state_dict().items()}
         text = "".join(dump_json(entry) + "\n" for entry in student.metrics)
         _write(run, f"{student.name}/{METRICS}", text.encode())
         for tracker in run.trackers:
             tracker.log(student.name, run.step, flat(student.metrics[-1]))
-    run.watcher.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
+    run.callbacks.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
 
 
 @torch.no_grad()
-def held_out(run: Training, student: Student) -> dict[str, float]:
+def validate(run: Training, student: Student) -> dict[str, float]:
     """How far the student's classes match the teacher's and the manifest's on the held-out rows, unaugmented."""
     spec, rows = InputSpec(student.config.input), run.held[run.ranks.part(len(run.held))]
     if run._held_answers is None:
@@ -235,4 +318,4 @@ def _resume(run: Training) -> None:
             student.load(state["students"][student.name])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise checkpoint.damaged(run.storage, error) from None
-    run.watcher.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
+    run.callbacks.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from manifests.checked_json import dump_checked, load_checked
+from manifests.dataset import is_count, is_sha256
 from manifests.errors import DataError
-from manifests.info import is_count, is_sha256
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
-from stages.distill.watcher import Watcher
+from stages.distill.runtime import Callbacks
 
 RESULTS = "results.json"
 WEIGHTS = "weights_sha256"
@@ -19,7 +19,7 @@ Scores = Mapping[str, tuple[str, dict[str, Any]]]
 
 def write_results(storage: Storage, results: Mapping[str, Any]) -> None:
     """Replace the results, sealed: a score that is kept must be the one that was measured."""
-    storage.write(RESULTS, seal(results))
+    storage.write(RESULTS, dump_checked(results))
 
 
 def measured_before(storage: Storage, measured_now: bool = False) -> Scores:
@@ -33,7 +33,7 @@ def measured_before(storage: Storage, measured_now: bool = False) -> Scores:
     try:
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes")
-        students = unseal(storage.read(RESULTS))["students"]
+        students = load_checked(storage.read(RESULTS))["students"]
         found = {name: (facts[WEIGHTS], facts["test"]) for name, facts in students.items() if facts["test"]}
         for weights, test in found.values():
             _check(weights, test)
@@ -48,16 +48,16 @@ def measured_before(storage: Storage, measured_now: bool = False) -> Scores:
     return found
 
 
-def keep_score(name: str, weights: str, before: Scores, watcher: Watcher) -> dict[str, Any] | None:
+def keep_score(name: str, weights: str, before: Scores, callbacks: Callbacks) -> dict[str, Any] | None:
     """The score that ``weights`` of student ``name`` were given before; None, with a warning, where others were."""
     if name not in before:
         return None
     scored, test = before[name]
     of = f"{test['accuracy']:.1%} on {test['images']} images of {test['data']['path']}"
     if scored != weights:
-        watcher.on_event("warning", message=f"{name}: its weights changed since its test score: {of} is left out")
+        callbacks.on_event("warning", message=f"{name}: its weights changed since its test score: {of} is left out")
         return None
-    watcher.on_event("note", message=f"{name}: its test score was measured before and is kept: {of}")
+    callbacks.on_event("note", message=f"{name}: its test score was measured before and is kept: {of}")
     return test
 
 

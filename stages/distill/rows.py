@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
-from manifests.info import MAX_SHARD
 from manifests.order import combined_digest, mixed_order
-from manifests.reader import Manifest
+from manifests.reader import Manifest, Selection
 from manifests.schema import KEY
-from manifests.selection import Selection
-from stages.distill.seeds import mixed, uniform
-from stages.distill.settings import DistillSettings
-from stages.seeds import derive
+from stages.seeds import derive, mixed, uniform
+from stages.settings import DistillSettings
 
 Ints = npt.NDArray[np.int64]
 
@@ -76,7 +74,7 @@ def intact(selection: Selection) -> tuple[Selection, list[str]]:
 
 def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSettings) -> Rows:
     """Open selections of ``(manifest, weight)`` pairs as one table of rows."""
-    selections = [manifest.select(settings.where, kept=settings.kept) for manifest, _ in manifests]
+    selections = [manifest.select(settings.where, kept=not settings.include_rejected) for manifest, _ in manifests]
     bad: list[list[str]] = [[] for _ in selections]
     if settings.skip_bad:
         checked = [intact(selection) for selection in selections]
@@ -156,7 +154,7 @@ def family_numbers(rows: Iterable[Sequence[object]]) -> Ints:
     return np.array([numbers.setdefault(find(thing), len(numbers)) for thing in first], np.int64)
 
 
-def split_held_out(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
+def split_validation(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
     """Row numbers to train on and to hold out: whole families, in random order, until ``share`` of the rows is reached.
 
     Which families are held out depends on their samples and the seed alone.
@@ -165,11 +163,11 @@ def split_held_out(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
     if share == 0:
         return every, every[:0]
     if len(rows) < 2:
-        raise DataError(f"{len(rows)} row is left after selection; training needs 2, and held_out one more")
+        raise DataError(f"{len(rows)} row is left after selection; training needs 2, and val_fraction > 0 one more")
     family = family_numbers(links_of(rows))
     count = int(family.max()) + 1
     if count < 2:
-        raise UsageError("held_out: every row is linked to every other by trajectory or LCA; use held_out 0")
+        raise UsageError("val_fraction: every row is linked to every other by trajectory or LCA; use val_fraction 0")
     draw = np.ones(count)
     np.minimum.at(draw, family, uniform(seed, "held out", rows.ids))
     order = np.argsort(draw, kind="stable")
@@ -197,7 +195,7 @@ class EpochOrder:
                 self._parts.append(train[mine & of_class])
                 fair = each.sum() / (len(classes) * each[of_class].sum())
                 self._weights.append(rows.weights[number] * fair)
-                asked = f"{settings.where}|{settings.kept}|{settings.held_out}|{label}"
+                asked = f"{settings.where}|{settings.include_rejected}|{settings.val_fraction}|{label}"
                 self._digests.append(f"{selection.manifest.digest}|{asked}")
         self._laid = np.concatenate(self._parts)
         self.length = len(self(0))

@@ -18,32 +18,25 @@ from torch import nn
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from stages.device import find_device
-from stages.distill import card, checkpoint
-from stages.distill.answers import open_answers
-from stages.distill.batches import Batches, check_parts
+from stages.distill import checkpoint, export
+from stages.distill.batches import Batches, check_parts, open_pixels
 from stages.distill.evaluate import check_data, evaluate_net
 from stages.distill.loop import Training, train
-from stages.distill.pixels import open_pixels
-from stages.distill.precision import complaint
-from stages.distill.ranks import ALONE, Ranks
 from stages.distill.results import WEIGHTS, Scores, keep_score, measured_before, write_results
-from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_held_out
-from stages.distill.settings import PLACE, DistillSettings
+from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_validation
+from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, complaint, torch_threads
 from stages.distill.student import Student
-from stages.distill.teacher_check import check_teacher, complaints
-from stages.distill.teachers import find_teacher
-from stages.distill.threads import torch_threads
-from stages.distill.watcher import OnEvent, OnProgress, Watcher
-from stages.models.identity import ModelConfig
+from stages.distill.teacher_cache import open_teacher_cache
+from stages.distill.teacher_check import check_teacher, complaints, find_teacher
+from stages.memory import find_device
+from stages.models.build import adaptation_of
 from stages.models.loading import model_files
-from stages.models.registry import adaptation_of
-from stages.models.schemes import default_stem
-from stages.models.settings import ModelSettings
+from stages.models.source import ModelConfig, default_stem
 from stages.models.teacher import Teacher
+from stages.settings import ALGORITHM_VERSION, PLACE, DistillSettings, ModelSettings
 
-NO_DERIVED = "loss.derived does nothing: no image to train on was made from another, as method dda makes them"
-COMPARED: Any = {**dict.fromkeys(PLACE, True), "cache": {"folder"}}
+NO_DERIVED = "loss.variants_ce does nothing: no image to train on was made from another, as method dda makes them"
+COMPARED: Any = {**dict.fromkeys(PLACE, True), "teacher_cache": {"folder"}}
 """Settings left out of what a resumed run must share with its beginning."""
 
 
@@ -83,7 +76,7 @@ def run_distill(
     storage = out if isinstance(out, Storage) else Storage(out)
     prepared = prepare(settings, manifests, teacher)
     begin(prepared, storage, on_event)
-    return train_students(prepared, storage, test_data, Watcher(on_event, progress, should_stop))
+    return train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
 
 
 def prepare(
@@ -95,15 +88,16 @@ def prepare(
     """Open and check everything; the same in every process of ``ranks``."""
     device = ranks.device or find_device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
-    teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.other_teacher, device)
+    teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.allow_other_teacher, device)
     if settings.channels_last:
         teacher.to(memory_format=torch.channels_last)
     rows = select_rows(manifests, settings)
-    fit, held = split_held_out(rows, settings.held_out, settings.seed)
-    if settings.loss.active == ("derived",) and not rows.derived[fit].any():
+    fit, held = split_validation(rows, settings.val_fraction, settings.seed)
+    if settings.loss.active == ("variants_ce",) and not rows.derived[fit].any():
         raise UsageError(f"loss: nothing to learn from: {NO_DERIVED}; set loss.kd")
     configs = [student_config(name, settings, teacher) for name in settings.students]
     spec = {
+        "algorithm": ALGORITHM_VERSION,
         "settings": settings.model_dump(mode="json", exclude=COMPARED),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
@@ -126,42 +120,43 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
     for name in names:
         storage.folder(name)  # now, not after the training
     on_event("run_started", students=names, images=len(prepared.fit), workers=workers)
-    defaults = DistillSettings().model_dump(mode="json", exclude=COMPARED)
-    checkpoint.open_run(storage, prepared.spec, {"settings": defaults})
+    checkpoint.open_run(storage, prepared.spec)
 
 
-def train_students(prepared: Prepared, storage: Storage, test_data: str | None, watcher: Watcher) -> dict[str, Any]:
+def train_students(prepared: Prepared, storage: Storage, test_data: str | None, callbacks: Callbacks) -> dict[str, Any]:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
     settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
     if test_data and ranks.first:  # now, not after the training
         order = check_data(test_data, teacher.class_names)
-        watcher.on_event("note", message=f"test data: {order}")
+        callbacks.on_event("note", message=f"test data: {order}")
     before = measured_before(storage, bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
         for student in prepared.students:
             if adapted := adaptation_of(student.net):
                 size = student.config.input.size
-                watcher.on_event("note", message=f"{student.name}: stem fit to {size} px images: {adapted}")
+                callbacks.on_event("note", message=f"{student.name}: stem fit to {size} px images: {adapted}")
         for wrong in filter(None, rows.bad):
-            watcher.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
+            callbacks.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
         if slow := complaint(settings.dtype, prepared.device):
-            watcher.on_event("warning", message=slow)
-        if settings.loss.derived and not rows.derived[prepared.fit].any():
-            watcher.on_event("warning", message=NO_DERIVED)
+            callbacks.on_event("warning", message=slow)
+        if settings.loss.variants_ce and not rows.derived[prepared.fit].any():
+            callbacks.on_event("warning", message=NO_DERIVED)
         if settings.eval_every and not test_data:
-            watcher.on_event("warning", message="eval_every does nothing without --test-data")
+            callbacks.on_event("warning", message="eval_every does nothing without --test-data")
         pixels = open_pixels(rows, settings.memory_gb, prepared.device)
         batches = Batches(rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.fit) if ranks.first else {}
         if ranks.first:
-            watcher.on_event("teacher_checked", **check)
+            callbacks.on_event("teacher_checked", **check)
             for line in complaints(check, settings.min_agreement):
-                watcher.on_event("warning", message=line)
+                callbacks.on_event("warning", message=line)
+        use_cache = settings.teacher_cache.enabled
+        cache = open_teacher_cache(teacher, batches, storage, callbacks) if use_cache else None
         run = Training(
             settings=settings, teacher=teacher, students=prepared.students, batches=batches, held=prepared.held,
-            storage=storage, device=prepared.device, watcher=watcher, ranks=ranks,
-            look=(lambda s: _score(s.result, s, test_data, teacher, watcher)) if test_data else None,
-            answers=open_answers(teacher, batches, storage, watcher) if settings.cache.use else None,
+            storage=storage, device=prepared.device, callbacks=callbacks, ranks=ranks,
+            look=(lambda s: _score(s.result, s, test_data, teacher, callbacks)) if test_data else None,
+            teacher_cache=cache,
         )  # fmt: skip
         train(run)
         return _results(prepared, run, test_data, before, check) if ranks.first else {}
@@ -173,15 +168,15 @@ def _results(
     """Write every student's folder and the results of the run; the latter. ``before``: scores of an earlier command."""
 
     def score(student: Student, weights: str) -> dict[str, Any] | None:
-        new = _score(student.result, student, test_data, run.teacher, run.watcher) if test_data else None
-        return new or keep_score(student.name, weights, before, run.watcher)
+        new = _score(student.result, student, test_data, run.teacher, run.callbacks) if test_data else None
+        return new or keep_score(student.name, weights, before, run.callbacks)
 
     results: dict[str, Any] = {
         "out": run.storage.url,
         "teacher": prepared.spec["teacher"],
         "teacher_check": check,
         "images": len(prepared.fit),
-        "images_held_out": len(prepared.held),
+        "val_images": len(prepared.held),
         "workers": run.ranks.size,
         "seconds": run.seconds,
         "data_wait": run.waited / run.seconds if run.seconds else 0.0,
@@ -196,13 +191,13 @@ def _results(
 
 
 def _score(
-    net: nn.Module, student: Student, test_data: str, teacher: Teacher, watcher: Watcher
+    net: nn.Module, student: Student, test_data: str, teacher: Teacher, callbacks: Callbacks
 ) -> dict[str, Any] | None:
     """The student's scores on ``test_data``; None, with a warning, where there are none: that loses no student."""
     try:
         return evaluate_net(net, student.config, test_data, teacher)
     except DataError as error:
-        watcher.on_event("warning", message=f"{student.name} has no score on the test data: {error}")
+        callbacks.on_event("warning", message=f"{student.name} has no score on the test data: {error}")
         return None
 
 
@@ -210,25 +205,25 @@ def _finish(
     prepared: Prepared, run: Training, student: Student, score: Callable[[Student, str], dict[str, Any] | None]
 ) -> dict[str, Any]:
     """Write one student's folder; its results. ``score`` gets the sha256 of its weights."""
-    net, scores = student.result, student.metrics[-1].get("held_out")
-    if run.settings.keep == "best":
+    net, scores = student.result, student.metrics[-1].get("val")
+    if run.settings.select == "best":
         net.load_state_dict(student.best_weights)
-        scores = max(student.metrics, key=lambda line: (line["held_out"]["agreement"], line["epoch"]))["held_out"]
+        scores = max(student.metrics, key=lambda line: (line["val"]["agreement"], line["epoch"]))["val"]
     files = model_files(net, student.config)
     weights = hashlib.sha256(files["model.safetensors"]).hexdigest()
     facts: dict[str, Any] = {
         "folder": run.storage.path(student.name),
         "images": len(prepared.fit),
-        "images_held_out": len(run.held),
+        "val_images": len(run.held),
         "device": str(run.device),
         "last_epoch": student.metrics[-1],
-        "held_out": scores,
+        "val": scores,
         "test": score(student, weights),
-        **card.measure(net, student.config),
+        **export.measure(net, student.config),
         "bytes": len(files["model.safetensors"]),
         WEIGHTS: weights,
     }
-    files["README.md"] = card.model_card(student.config, prepared.spec, facts).encode()
+    files["README.md"] = export.model_card(student.config, prepared.spec, facts).encode()
     for name, data in files.items():
         run.storage.write(f"{student.name}/{name}", data)
     return facts

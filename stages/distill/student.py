@@ -1,4 +1,4 @@
-"""One student in training: network, optimiser, averaged weights, running sums. Knows nothing of the other students."""
+"""One student in training: network, optimizer, learning rate, averaged weights. Independent of the other students."""
 
 import copy
 import math
@@ -9,15 +9,38 @@ from torch import Tensor, nn
 
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
-from stages.distill.precision import autocast
-from stages.distill.ranks import ALONE, Ranks
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import DistillSettings, OptimiserSettings, student_name
-from stages.distill.targets import Targets, student_terms, weighted
-from stages.micro_batches import out_of_memory
-from stages.models import registry
-from stages.models.identity import ModelConfig
+from stages.distill.losses import Targets, student_terms, weighted
+from stages.distill.runtime import ALONE, Ranks, autocast
+from stages.memory import out_of_memory
+from stages.models import build
+from stages.models.source import ModelConfig
 from stages.seeds import derive
+from stages.settings import DistillSettings, OptimizerSettings, student_name
+
+# The learning rate as a pure function of the step: nothing to save, nothing to forget on resume.
+
+
+def lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
+    """Share of the peak learning rate at ``step`` (0 … total − 1).
+
+    cosine and step: linear warm-up, then half a cosine to 0, or ``gamma`` at each milestone. onecycle: a cosine from
+    1/25 up to 1 over ``warmup``, then a cosine down to 1/10,000 (Smith and Topin 2017, annealed as in PyTorch).
+    """
+    done = step / total
+    if settings.schedule == "onecycle":
+        if done < settings.warmup:
+            return _cosine(1 / 25, 1.0, done / settings.warmup)
+        return _cosine(1.0, 1e-4, (done - settings.warmup) / (1 - settings.warmup))
+    rising = math.ceil(settings.warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if settings.schedule == "step":
+        return settings.gamma ** sum(done >= milestone for milestone in settings.milestones)
+    return _cosine(1.0, 0.0, (step - rising) / (total - rising))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class Diverged(FactoryError):
@@ -32,13 +55,13 @@ class Student:
         self.name = student_name(config.architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
-            self.net = registry.build_net(config, named=True).to(device)
+            self.net = build.build_net(config, named=True).to(device)
         if settings.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net
         self.layers: list[str] = []  # for Grad-CAM, set by the run
-        self.optimiser = build_optimiser(self.net, settings.optimiser)
-        self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimiser.ema else None
+        self.optimizer = build_optimizer(self.net, settings.optimizer)
+        self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimizer.ema else None
         self.sums: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.best = -1.0  # highest held-out agreement so far
@@ -57,14 +80,14 @@ class Student:
         return all(bool(value.isfinite().all()) for value in values)
 
     def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
-        """One optimiser step on ``x``, this process's part of the batch as the student's input.
+        """One optimizer step on ``x``, this process's part of the batch as the student's input.
 
         Raises Diverged if the loss of the whole batch is not finite or memory runs out.
         """
         salt = [self.ranks.rank] if self.ranks.rank else []
         torch.manual_seed(derive(self.settings.seed, "step", self.name, step, *salt))  # for dropout and the like
         self.net.train()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         terms, failure = ("loss", *self.settings.loss.active), None
         try:
             part = self._gradients(x, batch, targets)
@@ -76,15 +99,15 @@ class Student:
             failure = (str(error) or type(error).__name__).encode()
         values = self.ranks.add_up(self.net, part, batch.share).tolist()
         if not math.isfinite(values[0]):
-            why = f"loss is {values[0]} at step {step}; a smaller learning rate or optimiser.clip may help"
+            why = f"loss is {values[0]} at step {step}; a smaller learning rate or optimizer.clip may help"
             raise Diverged((self.ranks.share(failure) or why.encode()).decode())
-        if self.settings.optimiser.clip:
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimiser.clip)
+        if self.settings.optimizer.clip:
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimizer.clip)
             if not math.isfinite(norm.item()):
                 raise Diverged(f"gradients are not finite at step {step}; a smaller learning rate may help")
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.optimiser.lr * lr_factor(self.settings.optimiser, step, total)
-        self.optimiser.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.optimizer.lr * lr_factor(self.settings.optimizer, step, total)
+        self.optimizer.step()
         self._follow(step)
         for name, value in zip(terms, values, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value * batch.count
@@ -105,7 +128,7 @@ class Student:
         """Move the averaged weights; the decay grows from 0.1, so that early steps are soon forgotten."""
         if self.average is None:
             return
-        decay = min(self.settings.optimiser.ema, (1 + step) / (10 + step))
+        decay = min(self.settings.optimizer.ema, (1 + step) / (10 + step))
         pairs = list(zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True))
         means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(means, values, 1 - decay)  # one kernel for all on a GPU
@@ -125,7 +148,7 @@ class Student:
         return {
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "sums": dict(self.sums),
             "metrics": list(self.metrics),
             "best": self.best,
@@ -135,7 +158,7 @@ class Student:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`. Raises what torch raises, or TypeError, where it is another one's."""
-        kinds = {"net": dict, "optimiser": dict, "sums": dict, "metrics": list, "best": float, "best_weights": dict}
+        kinds = {"net": dict, "optimizer": dict, "sums": dict, "metrics": list, "best": float, "best_weights": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
         wrong += [] if all(map(_is_epoch, state["metrics"])) else ["metrics"]
         if wrong or not isinstance(state["parked"], str | None):
@@ -143,20 +166,20 @@ class Student:
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
         self.best, self.best_weights, self.parked = state["best"], state["best_weights"], state["parked"]
 
 
 def _is_epoch(line: Any) -> bool:
     """Whether a line of the metrics has what the end of a run reads."""
-    held_out = line.get("held_out", {"agreement": 0.0}) if isinstance(line, dict) else None
-    return isinstance(held_out, dict) and all(
-        isinstance(number, int | float) for number in (line.get("epoch"), held_out.get("agreement"))
+    val = line.get("val", {"agreement": 0.0}) if isinstance(line, dict) else None
+    return isinstance(val, dict) and all(
+        isinstance(number, int | float) for number in (line.get("epoch"), val.get("agreement"))
     )
 
 
-def build_optimiser(net: nn.Module, settings: OptimiserSettings) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or AdamW; weight decay on matrices and kernels only."""
     groups = [
         {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},

@@ -1,27 +1,58 @@
-"""Before training: does the teacher recognise the data?
+"""Which teacher a run learns from, and before training: does it recognize the data?
 
-Its agreement shows a teacher unlike the one that guided the images: other weights, normalisation or class order. It
+Its agreement shows a teacher unlike the one that guided the images: other weights, normalization or class order. It
 shows no mistake of that one, which asked for what the same teacher now finds; the BatchNorm gap shows the large ones.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from manifests.info import unique_names
+from manifests.dataset import unique_names
+from manifests.errors import DataError
 from manifests.order import spread
+from manifests.reader import Manifest
 from stages.distill.batches import Batches
 from stages.distill.rows import Ints, Rows
-from stages.models.moments import Moments
-from stages.models.teacher import Teacher
+from stages.models.loading import ASK, carried_teacher, check_classes, load_teacher
+from stages.models.teacher import Moments, Teacher
+from stages.settings import ModelSettings
+
+# Which teacher a run learns from: the one its manifests carry, or the one that the user names. Never guessed.
+
+
+def find_teacher(
+    manifests: Sequence[Manifest], named: ModelSettings | None, other: bool, device: torch.device
+) -> Teacher:
+    """The frozen teacher of ``manifests``, or ``named`` after a check that it is the one the data was made for.
+
+    A copy beside the dataset is loaded only where its kind is ``builtin`` and its sha256 is the recorded one. With
+    ``other`` a named teacher may differ in weights. Raises DataError saying what was expected.
+    """
+    for manifest in manifests[1:]:
+        if manifest.info.class_names != manifests[0].info.class_names:
+            raise DataError(f"{manifest.url} has other classes than {manifests[0].url}")
+    teacher = load_teacher(named, device) if named else carried_teacher(manifests[0], device)
+    for manifest in manifests:
+        check_classes(teacher, manifest)
+        recorded = [manifest.info.teacher.get(key) for key in ("sha256", "source_sha256")]
+        expected = {str(value) for value in recorded if value is not None}
+        if not other and expected and teacher.identity["sha256"] not in expected:
+            raise DataError(
+                f"{manifest.url} was made for a teacher with sha256 {' or '.join(sorted(expected))}, this one has "
+                f"{teacher.identity['sha256']}; {ASK}, or allow another one with allow_other_teacher: true"
+            )
+    return teacher
+
 
 LOOKED_AT = 4096
 MOST = 0.9
 LOOKED_INTO, AT_ONCE = 256, 32
 LARGE_GAP = 1.0
 """BatchNorm gap that is warned about: layers see values a standard deviation off. Measured: teachers of digits and of
-CIFAR-10 on guided images 0.04 to 0.2, on unguided or 4 images up to 0.8, without their normalisation 1.1 to 1.5."""
+CIFAR-10 on guided images 0.04 to 0.2, on unguided or 4 images up to 0.8, without their normalization 1.1 to 1.5."""
 
 
 @torch.no_grad()
@@ -62,7 +93,7 @@ def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> dict[str, A
 
 def statistics_gap(teacher: Teacher, batches: Batches, rows: Ints) -> float | None:
     """How far what BatchNorm layers see of ``rows`` is from their running statistics, in units of these
-    (:meth:`stages.models.moments.Moments.gap`); None without such layers."""
+    (:meth:`stages.models.teacher.Moments.gap`); None without such layers."""
     if not teacher.has_batchnorm:
         return None
     moments = Moments()
@@ -87,13 +118,13 @@ def causes(check: dict[str, Any]) -> str:
     if check["as_recorded"] is not None and check["as_recorded"] < MOST:
         return (
             f"only {check['as_recorded']:.1%} of its answers are those recorded with the data: "
-            "other weights or another normalisation"
+            "other weights or another normalization"
         )
     if sum(count > 0 for count in check["classes"].values()) > 1 and share >= MOST:
-        return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalisation"
+        return f"it answers {name!r} to {share:.1%} of the images: wrong weights or normalization"
     if check["as_recorded"] is not None:
         return "its answers are those recorded with the data, which was made with too little guidance or none"
-    return "wrong weights, normalisation or class order, or data made without guidance"
+    return "wrong weights, normalization or class order, or data made without guidance"
 
 
 def complaints(check: dict[str, Any], min_agreement: float) -> list[str]:
@@ -105,7 +136,7 @@ def complaints(check: dict[str, Any], min_agreement: float) -> list[str]:
     if check["bn_gap"] is not None and check["bn_gap"] >= LARGE_GAP:
         lines.append(
             f"the teacher's BatchNorm gap is {check['bn_gap']:.2f} ({LARGE_GAP:g} or more): wrong weights or "
-            "normalisation, in synthesis as well if it was given the same, or images unlike those it was trained on"
+            "normalization, in synthesis as well if it was given the same, or images unlike those it was trained on"
         )
     empty = [name for name, count in check["classes"].items() if not count]
     if empty:

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stages.distill.seeds import Ids, mixed, uniform
-from stages.distill.settings import ViewSettings
+from stages.seeds import Ids, mixed, uniform
+from stages.settings import AugmentSettings
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Views:
         return Views(*(getattr(self, name).to(device) for name in ("dy", "dx", "flip", "lam", "box")))
 
 
-def turns(settings: ViewSettings, epoch: int, repeats: Ids) -> Ids:
+def turns(settings: AugmentSettings, epoch: int, repeats: Ids) -> Ids:
     """Which of its views each sample shows; ``repeats`` counts its earlier draws in this epoch.
 
     Fixed views take turns; others are new in every epoch, and only draws of one epoch need to be told apart.
     """
-    return (np.uint64(epoch) + repeats) % np.uint64(settings.fixed) if settings.fixed else repeats
+    return (np.uint64(epoch) + repeats) % np.uint64(settings.num_views) if settings.num_views else repeats
 
 
-def draw_views(settings: ViewSettings, side: int, seed: int, epoch: int, ids: Ids, taken: Ids) -> Views:
+def draw_views(settings: AugmentSettings, side: int, seed: int, epoch: int, ids: Ids, taken: Ids) -> Views:
     """Views for samples ``ids``; ``taken``: see :func:`turns`."""
-    when = "fixed" if settings.fixed else str(epoch)
+    when = "fixed" if settings.num_views else str(epoch)
 
     def draw(purpose: str) -> np.ndarray:
         return uniform(seed, f"{purpose}/{when}", mixed(ids ^ mixed(taken)))
@@ -56,7 +56,7 @@ def draw_views(settings: ViewSettings, side: int, seed: int, epoch: int, ids: Id
     dy, dx = (np.floor(draw(axis) * (2 * reach + 1)).astype(np.int64) - reach for axis in ("dy", "dx"))
     flip = np.zeros(len(ids), bool)
     if settings.flip:  # alternating: a sample's two sides take turns, the first one random
-        since = taken if settings.fixed else np.uint64(epoch) + taken
+        since = taken if settings.num_views else np.uint64(epoch) + taken
         flip = (np.floor(uniform(seed, "side", ids) * 2).astype(np.uint64) + since) % 2 == 1
     lam, box = np.ones(len(ids)), np.zeros((len(ids), 4), np.int64)
     if settings.cutmix or settings.mixup:
@@ -73,8 +73,8 @@ def boxes(lam: np.ndarray, cy: np.ndarray, cx: np.ndarray, side: int) -> np.ndar
     """CutMix boxes (Yun et al. 2019) ``[n, 4]``: sides √(1−λ) of the image's, centres in [0, 1), clipped."""
     length = np.round(side * np.sqrt(1 - lam)).astype(np.int64)
     found = []
-    for centre in (cy, cx):
-        low = np.floor(centre * side).astype(np.int64) - length // 2
+    for center in (cy, cx):
+        low = np.floor(center * side).astype(np.int64) - length // 2
         start = np.maximum(low, 0)
         found += [start, np.minimum(low + length, side) - start]
     return np.stack([found[0], found[2], found[1], found[3]], 1)

@@ -1,7 +1,9 @@
 """Load and save classifiers: model folders, safetensors, ``weights_only`` checkpoints. Nothing is ever unpickled."""
 
+import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,24 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from manifests.errors import DataError, UsageError
-from stages.models import foreign, registry
-from stages.models.black_box import BlackBox, onnx_answer
-from stages.models.identity import CONFIG, WEIGHTS, ModelConfig, config_json, identity_of, resolve
-from stages.models.imagenet_nets import torchvision_names
-from stages.models.schemes import IMAGENET_NETS, check_stored, split_name
-from stages.models.settings import ModelSettings
-from stages.models.taps import head_path
-from stages.models.teacher import Teacher
+from manifests.reader import Manifest
+from stages.models import build
+from stages.models.hooks import head_path
+from stages.models.nets import torchvision_names
+from stages.models.source import (
+    CONFIG,
+    IMAGENET_NETS,
+    WEIGHTS,
+    ModelConfig,
+    check_stored,
+    config_json,
+    identity_of,
+    resolve,
+    split_name,
+    stored_config,
+)
+from stages.models.teacher import BlackBox, Teacher, onnx_answer
+from stages.settings import ModelSettings
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 CIFAR_NAMES = ("resnet18", "resnet34")  # also circulate with names of CIFAR code bases
@@ -90,8 +102,8 @@ def build_from(config: ModelConfig, weights: bytes, where: str, named: bool = Fa
         check_stored(config.architecture, where)
     state = parse_weights(weights, where)
     if split_name(config.architecture)[0] == "hf":
-        return foreign.build_hf(config, state, where)
-    return filled(registry.build_net(config, named), config, state, where)
+        return build.build_hf(config, state, where)
+    return filled(build.build_net(config, named), config, state, where)
 
 
 def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
@@ -125,7 +137,7 @@ def load_model(name: str | Path) -> tuple[nn.Module, ModelConfig]:
     source = resolve(ModelSettings(name=str(name)))
     config, data = source.config, source.read()
     if source.named and (split_name(config.architecture)[0] == "onnx" or source.weights == source.code):
-        net = registry.build_net(config, named=True)  # without weights, or with its own
+        net = build.build_net(config, named=True)  # without weights, or with its own
     else:
         net = build_from(config, data, str(source.weights), source.named)
     return net.eval(), config
@@ -139,13 +151,13 @@ def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") ->
     if source.named and scheme == "onnx":
         return BlackBox(onnx_answer(data, where), config.input, config.class_names, identity).check()
     if source.named and scheme == "code":
-        made = foreign.call_code(config)
+        made = build.call_code(config)
         if not isinstance(made, nn.Module):
             if not callable(made) or data:
                 what = "weights cannot be loaded into it" if data else "expected a network or a function"
                 raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
             return BlackBox(made, config.input, config.class_names, identity).check()
-        net = foreign.finish(made, config)
+        net = build.finish(made, config)
         if source.weights != source.code:  # otherwise it brings its own
             net = filled(net, config, parse_weights(data, where), where)
     else:
@@ -180,3 +192,59 @@ def _replace(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+# The teacher that a dataset carries. Used by ``factory run distill``, ``rescore`` and ``inspect``.
+
+
+ASK = "name the teacher with --teacher"
+
+
+def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask: str = ASK) -> Teacher:
+    """The frozen built-in teacher whose weights lie beside ``manifest``, loaded after a check of their sha256.
+
+    Raises DataError where the manifest carries none or its files were altered; ``ask`` says what would help.
+    """
+    identity: dict[str, Any] = manifest.info.teacher
+    sha256 = identity.get("sha256")
+    if identity.get("kind") != "builtin" or not isinstance(identity.get("path"), str):
+        known = f"its sha256 is {sha256}" if sha256 else "its checksum is not recorded"
+        raise DataError(f"{manifest.url} does not carry its teacher, {known}: {ask}")
+    where, config = manifest.storage.path(identity["path"]), carried_config(manifest, ask)
+    weights = manifest.storage.read(identity["path"])
+    found = hashlib.sha256(weights).hexdigest()
+    if found != sha256:  # before anything is built from them
+        raise DataError(f"{where} was altered: sha256 {found}, expected {sha256}; restore it, or {ask}")
+    return teacher_from(config, weights, where, device)
+
+
+def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
+    """The config of the built-in teacher of ``manifest``. Raises DataError where that is damaged or another kind."""
+    try:
+        config = stored_config(manifest.info.teacher.get("config"), f"{manifest.url}: its teacher's config")
+    except DataError as error:
+        raise DataError(f"{error}; {ask}") from None
+    if split_name(config.architecture)[0] != "builtin":
+        raise DataError(f"{manifest.url} calls '{config.architecture}' a built-in teacher, which it is not: {ask}")
+    return config
+
+
+def check_classes(teacher: Teacher, manifest: Manifest) -> None:
+    """Raises DataError where ``teacher`` does not know the classes of ``manifest``, in their order."""
+    check_class_names(teacher, manifest.info.class_names, manifest.url)
+
+
+def check_class_names(teacher: Teacher, names: tuple[str, ...], where: str) -> None:
+    """Raises DataError where ``teacher`` has another number of classes than ``names`` of ``where``, or has a class of
+    them under another number. Other names are no contradiction: a teacher may have none."""
+    if len(names) != teacher.num_classes:
+        raise DataError(f"{where} has {len(names)} classes, the teacher {teacher.num_classes}")
+    if names == teacher.class_names:
+        return
+    count = Counter((*names, *teacher.class_names))
+    numbers = {name: number for number, name in enumerate(teacher.class_names)}
+    for number, name in enumerate(names):
+        other = numbers.get(name, number)
+        if other != number and count[name] == 2:  # a name that several classes have tells nothing
+            places = f"{name!r} is class {number} and class {other}"
+            raise DataError(f"{where} and the teacher have the same classes in another order: {places}")

@@ -1,4 +1,4 @@
-"""Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalised update of ẑ0 (equation 10)."""
+"""Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalized update of ẑ0 (equation 10)."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.models.teacher import Teacher, mean_and_variance
-from stages.synth.settings import GuidanceSettings
+from stages.settings import GuidanceSettings
 
 EPS = 1e-12
 DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on
@@ -22,7 +22,7 @@ def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalised).
+    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalized).
 
     mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), with biased batch variance. Dividing by the running
     std s per channel and averaging over layers makes one weight fit every teacher. ``inputs``: ``[n, c, ...]`` each.
@@ -122,10 +122,10 @@ def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSetti
 
     min(1, σ/α) shrinks the step with the noise, so that late steps stay within what the prior can absorb.
     """
-    if settings.normalise == "none":
-        return -settings.scale * gradient
+    if settings.normalize == "none":
+        return -settings.step_size * gradient
     rms = gradient.flatten(1).square().mean(1).sqrt().clamp_min(EPS).view(-1, 1, 1, 1)
-    return -settings.scale * min(1.0, sigma / alpha) * gradient / rms
+    return -settings.step_size * min(1.0, sigma / alpha) * gradient / rms
 
 
 def shifted(images: Tensor, limit: float, rng: torch.Generator) -> Tensor:

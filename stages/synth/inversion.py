@@ -1,14 +1,18 @@
-"""What the inverting methods share: images that the teacher could have been trained on, without a prior."""
+"""Inverting the teacher without a prior: what the methods share, and DeepInversion (Yin et al. 2020)."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from manifests.errors import DataError
 from stages.models.teacher import Teacher
-from stages.synth.groups import Group
-from stages.synth.guidance import Losses
+from stages.seeds import torch_rng
+from stages.settings import DeepInversionSettings, SynthSettings
+from stages.synth.group import Group
+from stages.synth.guidance import Losses, class_prior, inconsistency, moments_gap, shifted
+from stages.synth.sampler import Counters, DecodedGroup, Models
 
 
 class Best:
@@ -38,14 +42,87 @@ def inverted_side(teacher: Teacher, size: int | None) -> int:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: a teacher of luminance is shown (and given) grey images."""
+    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: a teacher of luminance is shown (and given) gray images."""
     return images.expand(-1, 3, -1, -1)
 
 
 def unit_pixels(noise: Tensor, teacher: Teacher) -> Tensor:
-    """Unit noise ``[n, channels, h, w]`` in the teacher's normalisation as pixels in [−1, 1]."""
+    """Unit noise ``[n, channels, h, w]`` in the teacher's normalization as pixels in [−1, 1]."""
     mean, std = (
         torch.tensor(v, device=noise.device).view(1, -1, 1, 1)
         for v in (teacher.input.settings.mean, teacher.input.settings.std)
     )
     return (2 * (mean + std * noise) - 1).clamp(-1, 1)
+
+
+# DeepInversion (Yin et al. 2020): pixels optimized against the teacher's class loss and BatchNorm statistics.
+#
+# BN is the normalized distance of :func:`stages.synth.guidance.moments_gap` with the first layer weighed more: the
+# paper's sum of plain norms differs by two orders of magnitude between teachers, so no weight would fit another one.
+
+
+BETAS = (0.5, 0.9)
+Moments = Sequence[tuple[Tensor, Tensor]]  # (mean, variance) of each layer, [c] each
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Σ over the four directions (right, down, both diagonals) of ‖x − shifted x‖₂, mean over images; a scalar."""
+    differences = (
+        x[..., :, 1:] - x[..., :, :-1],
+        x[..., 1:, :] - x[..., :-1, :],
+        x[..., 1:, 1:] - x[..., :-1, :-1],
+        x[..., 1:, :-1] - x[..., :-1, 1:],
+    )
+    return torch.stack([norms(d).mean() for d in differences]).sum()
+
+
+def norms(x: Tensor) -> Tensor:
+    """‖·‖₂ of each image ``[n]``, with a finite gradient at 0."""
+    return (x.flatten(1).square().sum(1) + 1e-12).sqrt()
+
+
+def competition(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """1 − JS(T, S) per sample ``[n]``, in nats: 1 where both agree (Adaptive DeepInversion)."""
+    return 1 - inconsistency(teacher_logits, student_logits)
+
+
+def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tensor:
+    """Σ_l w_l·d_l / L with w = ``first`` for the first layer and 1 for the others."""
+    return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
+
+
+def deepinversion(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+    """min over x of w_ce·CE + w_bn·BN + w_tv·TV + w_l2·‖x‖₂ (+ w_adv·(1 − JS)); the iterate of the lowest loss."""
+    own, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
+    labels = torch.tensor(group.labels, device=models.device)
+    noise = group.noise(settings.seed, (teacher.input.channels, side, side)).to(models.device)
+    x = unit_pixels(noise, teacher).requires_grad_()
+    adam, best = torch.optim.Adam([x], own.lr, BETAS), Best()
+    for step in range(own.steps):
+        rng = torch_rng(settings.seed, "view", group.index, step)
+        view = shifted(as_rgb(x), own.jitter, rng)
+        if own.flip and torch.rand((), generator=rng) < 0.5:
+            view = view.flip(-1)
+        losses = inversion_losses(view, labels, models, own)
+        loss = own.ce * losses.ce.mean() + own.bn * losses.bn + own.tv * total_variation(x) + own.l2 * norms(x).mean()
+        loss = loss + settings.guidance.adversarial * losses.adversarial.mean()
+        best.offer(loss, as_rgb(x), losses)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+        work.teacher_calls += 1
+    yield DecodedGroup(own.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
+
+
+def inversion_losses(view: Tensor, labels: Tensor, models: Models, settings: DeepInversionSettings) -> Losses:
+    """The terms that look at the teacher; ``adversarial`` is the competition with the adversary, if there is one."""
+    if settings.bn and models.teacher.has_batchnorm:
+        logits, batch = models.teacher.with_moments(view)
+        bn = weighted_statistics(batch, models.teacher.batchnorms, settings.first_bn)
+    else:
+        logits = models.teacher.logits(view)
+        bn = logits.new_zeros(())
+    against = competition(logits, models.adversary.logits(view)) if models.adversary else logits.new_zeros(len(logits))
+    return Losses(class_prior(logits, labels), against, bn)

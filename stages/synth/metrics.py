@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manifests.info import unique_names
+from manifests.dataset import unique_names
 from manifests.order import spread
-from manifests.selection import Selection
-from stages.models.carried import check_classes
-from stages.models.moments import Moments
-from stages.models.teacher import Teacher
-from stages.synth.stored import BATCH, stored_images
+from manifests.reader import Selection
+from stages.models.loading import check_classes
+from stages.models.teacher import Moments, Teacher
+from stages.synth.scores import BATCH, stored_images
 
 PER_CLASS = 512
 """Images of a class that are looked at, evenly spread over the dataset."""

@@ -1,4 +1,4 @@
-"""The denoising loop of one group: predict, decode what is due, guide, mix, step. Reads like DiffDFKD's algorithm."""
+"""The denoising loop of one group, and the methods that are nothing but it: ``diffdfkd`` and ``dmkd``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from manifests.errors import UsageError
 from stages.models.teacher import Teacher
-from stages.synth.groups import Group
+from stages.seeds import torch_rng
+from stages.settings import GuidanceSettings, LatentMixSettings, SynthSettings
+from stages.synth.group import Group
 from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
 from stages.synth.latent_mix import Mix, draw_mixes, mixing
-from stages.synth.priors.prior import Prediction, Prior
-from stages.synth.seeds import torch_rng
-from stages.synth.settings import GuidanceSettings, LatentMixSettings
+from stages.synth.priors.schedule import Prediction, Prior
 
 Decode = Callable[[Tensor], Tensor]
 """Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
@@ -55,13 +55,13 @@ class Guide:
 
     def losses(self, images: Tensor, rng: torch.Generator) -> Losses:
         bn = self.settings.bn > 0 and self.teacher.has_batchnorm
-        moved = shifted(images, self.settings.shift, rng)
+        moved = shifted(images, self.settings.jitter, rng)
         other = cropped(moved, rng) if two_views(self.settings, self.teacher) else None
         return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other)
 
 
 @dataclass
-class Frame:
+class DecodedGroup:
     """All images of a group decoded at one step: ``[n, 3, h, w]`` in [−1, 1], with what led there."""
 
     step: int
@@ -75,7 +75,7 @@ class Frame:
 
 
 @dataclass
-class Work:
+class Counters:
     """What a group cost so far, in calls on the whole group."""
 
     evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
@@ -121,15 +121,15 @@ def guide_step(
     """
     settings, levels, decode = guide.settings, prior.levels(state.step), guide.decode or prior.decode
     skipped = torch.zeros(len(state.z), dtype=torch.int16, device=state.z.device)
-    for _ in range(settings.inner):
+    for _ in range(settings.updates_per_step):
         with torch.enable_grad():
-            source = state.z if settings.through == "zt" else state.z0.detach().requires_grad_()
-            losses = guide.losses(decode(state.z0 if settings.through == "zt" else source), rng)
+            source = state.z if settings.gradient_at == "xt" else state.z0.detach().requires_grad_()
+            losses = guide.losses(decode(state.z0 if settings.gradient_at == "xt" else source), rng)
             (gradient,) = torch.autograd.grad(losses.total(settings), source)
         finite = gradient.isfinite().flatten(1).all(1)
         delta = update(gradient, *levels, settings).where(finite.view(-1, 1, 1, 1), 0)
         skipped += ~finite
-        if settings.through == "zt" and settings.normalise == "none":
+        if settings.gradient_at == "xt" and settings.normalize == "none":
             delta = delta / levels[0]  # equation 10 moves z_t itself, while ``move`` counts in ẑ0
         state = prior.move(state.detached(), delta)
     return state, losses.detached(), skipped
@@ -144,11 +144,11 @@ def denoise(
     guide: Guide | None = None,
     lca: LatentMixSettings | None = None,
     intermediates: int = 0,
-    work: Work | None = None,
+    work: Counters | None = None,
     origin: Tensor | None = None,
     first: int = 0,
     condition: Any = None,
-) -> Iterator[Frame]:
+) -> Iterator[DecodedGroup]:
     """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
 
     Image-to-image: from step ``first`` on, where the group starts as the clean latents ``origin`` with noise added.
@@ -158,15 +158,15 @@ def denoise(
     One evaluation of the prior per step. An intermediate is decoded before its step's update and mix.
     """
     n, steps = len(group.trajectories), len(prior.timesteps)
-    work = work or Work()
+    work = work or Counters()
     mixes: list[list[Mix]] = [[] for _ in range(n)]
     losses: Losses | None = None
     skipped = torch.zeros(n, dtype=torch.int16, device=device)
     store = intermediate_steps(intermediates, steps)
 
-    def frame(step: int, timestep: int, z0: Tensor) -> Frame:
+    def frame(step: int, timestep: int, z0: Tensor) -> DecodedGroup:
         work.decodes += 1
-        return Frame(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
+        return DecodedGroup(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
 
     if condition is None:
         condition = prior.encode(group.conditions(prior.conditioning))
@@ -174,7 +174,7 @@ def denoise(
     start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
     for step, timestep in list(enumerate(prior.timesteps))[first:]:
         active = guide if guide and guide.settings.at(step, steps) else None
-        with torch.set_grad_enabled(active is not None and active.settings.through == "zt"):
+        with torch.set_grad_enabled(active is not None and active.settings.gradient_at == "xt"):
             start.z.requires_grad_(torch.is_grad_enabled())
             state = prior.predict(start, condition)
         work.evaluations += 1
@@ -184,7 +184,7 @@ def denoise(
             state, losses, left_out = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
             skipped += left_out
             work.guided_steps += 1
-            work.updates += active.settings.inner
+            work.updates += active.settings.updates_per_step
         if lca and lca.at(step, steps):
             drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
             state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))
@@ -194,3 +194,26 @@ def denoise(
         start = prior.step(state.detached(), rngs)
     work.skipped_updates += int(skipped.sum())
     yield frame(steps, 0, start.z)
+
+
+# DiffDFKD (Qi et al.): the teacher guides every denoising step; latents of one class are cut and mixed (LCA).
+
+
+def diffdfkd(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+    """L = w_ce·CE + w_bn·BN + w_adv·ADV (equation 9), ẑ0 ← ẑ0 − s·∇L (10), LCA (11), then the scheduler's step (5)."""
+    labels = torch.tensor(group.labels, device=models.device)
+    guide = Guide(settings.guidance, models.teacher, labels, models.adversary, models.decode)
+    assert models.prior is not None
+    kept = settings.images.intermediates
+    yield from denoise(models.prior, group, settings.seed, models.device, guide, settings.lca, kept, work)
+
+
+# DM-KD (Li et al. 2023): plain samples of the prior, no guidance. The baseline, and the source of generate-then-select
+# (``min_confidence`` marks as kept what the teacher agrees with).
+
+
+def dmkd(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+    """Denoise without looking at the teacher; it only scores what was made."""
+    assert models.prior is not None
+    kept = settings.images.intermediates
+    yield from denoise(models.prior, group, settings.seed, models.device, None, None, kept, work)

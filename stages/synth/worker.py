@@ -1,35 +1,293 @@
-"""What an executor runs, in its own process or in an actor: ``build_worker`` is the factory that executors name.
+"""One worker's life: load prior and teacher once, then make shards of groups and commit them."""
 
-Imports torch only when a worker is built, so that the driver and ``--method noise`` do without it.
-"""
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import torch
+import torch.nn.functional as F
 
-from stages.synth.settings import SynthSettings
+from manifests.errors import DataError, NumericsError, UsageError
+from manifests.schema import make_key
+from manifests.shard import ShardWriter, done_record
+from manifests.storage import Storage
+from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
+from stages.models.inputs import to_unit
+from stages.models.loading import load_teacher
+from stages.models.teacher import Teacher
+from stages.settings import SynthSettings
+from stages.synth.cmi import cmi
+from stages.synth.dda import dda
+from stages.synth.decoders import fidelity, load_decoder
+from stages.synth.group import Group, make_group
+from stages.synth.guidance import two_views
+from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
+from stages.synth.inputs import Pinned, check_folder, check_network
+from stages.synth.inversion import deepinversion, inverted_side
+from stages.synth.latent_mix import Mix
+from stages.synth.priors.files import tiny_decoder
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
+from stages.synth.scores import SOURCE, filtered, teacher_columns
 
+log = logging.getLogger(__name__)
+
+
+Key = Callable[[int], str]
 OnGroup = Callable[[int, int], None]  # (groups done, groups in the shard)
+METHODS = {"diffdfkd": diffdfkd, "dmkd": dmkd, "cmi": cmi, "deepinversion": deepinversion, "dda": dda}
+MAX_SKIPPED = 0.05
+"""Share of a shard's guided updates that may be left out."""
 
 
-class Worker(Protocol):
-    """Makes shards of one plan."""
+def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pinned | None = None) -> Models:
+    """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method, or
+    are not the ``planned`` ones.
+
+    ``run`` is the run's folder, through which its workers share what they fit.
+    """
+    planned, device = planned or {}, str(find_device(settings.device))
+    teacher = load_teacher(settings.teacher, device)
+    check_network(planned, "teacher", settings.teacher.name, teacher.identity)
+    if settings.method != "dmkd":
+        if not teacher.differentiable:
+            raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
+        if bn_weight(settings) and not teacher.has_batchnorm:
+            views = settings.method == "diffdfkd" and two_views(settings.guidance, teacher)
+            instead = ", view consistency is on instead" if views else ""
+            log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
+    if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
+        raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
+    adversary = load_teacher(settings.adversary, device) if settings.adversary else None
+    if settings.adversary and adversary:
+        check_network(planned, "adversary", settings.adversary.name, adversary.identity)
+        check_adversary(adversary, teacher)
+    prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
+    if prior:
+        check_folder(planned, "prior", prior.folder, settings.prior.variant)
+        check_intermediates(settings.images.intermediates, prior.timesteps)
+    if "tiny_decoder" in planned:
+        check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
+    decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
+    return Models(prior, teacher, adversary, device, decode)
+
+
+def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
+    """Raises UsageError where ``adversary`` gives no gradient, DataError where it knows other classes than ``teacher``,
+    or the same ones in another order."""
+    if not adversary.differentiable:
+        raise UsageError(f"{adversary.what} gives no gradient and cannot be an adversary: name a network")
+    if adversary.num_classes != teacher.num_classes:
+        raise DataError(f"the adversary has {adversary.num_classes} classes, the teacher {teacher.num_classes}")
+    if adversary.class_names != teacher.class_names and {*adversary.class_names} == {*teacher.class_names}:
+        raise DataError("the adversary and the teacher have the same classes in another order")
+
+
+def decoder_report(models: Models, settings: SynthSettings) -> dict[str, Any]:
+    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one, where there
+    is memory for the full one's gradients."""
+    if models.decode is None or models.prior is None:
+        return {}
+    kind, facts = settings.guidance.decoder, {}
+    try:
+        facts = fidelity(models.decode, models.prior, settings, models.teacher)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        log.warning("guidance.decoder=%s: no memory to compare its gradients with the full decoder's", kind)
+    free_memory()  # the comparison may have taken more than the run will
+    return {"decoder": {"kind": kind, "sha256": getattr(models.decode, "sha256", None)} | facts}
+
+
+def bn_weight(settings: SynthSettings) -> float:
+    """Of the feature-statistics term, wherever the method keeps it."""
+    if settings.method == "diffdfkd":
+        return settings.guidance.bn
+    return settings.deepinversion.bn if settings.method == "deepinversion" else settings.cmi.bn
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A frame as it is stored: what the writer takes of each image, and as they are read back ``images [n, 3, side,
+    side]`` in [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
+
+    files: Sequence[torch.Tensor | bytes]
+    images: torch.Tensor
+    columns: list[dict[str, Any]]
+    features: torch.Tensor | None
+
+
+class ShardWorker:
+    """Makes shards of one plan and commits them into the folder or bucket ``storage``: every method but ``noise``.
+
+    ``settings`` is a dumped :class:`SynthSettings`. Raises DataError if a model that it loads is not the ``planned``
+    one (:mod:`stages.synth.inputs`).
+    """
+
+    def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Pinned | None = None) -> None:
+        self.settings = parsed = SynthSettings.model_validate(settings)
+        self.storage, self.fingerprint = Storage(storage), fingerprint
+        torch.set_num_threads(parsed.threads)
+        torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
+        self.models = load_models(parsed, self.storage, planned)
+        self.teacher, self.device = self.models.teacher, self.models.device
+        self.decoder_report = decoder_report(self.models, parsed)
+        self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels
+        self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
+        self.method = METHODS[parsed.method]
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
-        """Make and commit ``shard`` (at once if it is committed already); a small JSON-able report."""
+        """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
+        started, settings, work = time.monotonic(), self.settings, Counters()
+        splits: dict[int, int] = {}
+        self.models.limit_batches(None)
+        record = done_record(self.storage, shard)
+        if record is None:
+            with (
+                ShardWriter(self.storage, shard, self.fingerprint) as writer,
+                ImageWriter(writer, settings.images.format) as images,
+            ):
+                for position in range(settings.groups_per_shard):
+                    index = shard * settings.groups_per_shard + position
+                    group = make_group(settings, index, self.teacher.class_names)
+                    first = position * settings.group_size * settings.images_per_trajectory
+                    images.write(self.make_group_samples(group, work, partial(make_key, shard), first))
+                    check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
+                    if limit := self.teacher.batch_limit:
+                        splits[index] = limit
+                    if on_group:
+                        on_group(position + 1, settings.groups_per_shard)
+                images.flush()
+                record = writer.commit()
+        news, self.decoder_report = self.decoder_report, {}
+        return {
+            "shard": shard,
+            "rows": record.rows,
+            "kept": record.kept,
+            "bytes": record.tar_bytes,
+            "seconds": round(time.monotonic() - started, 3),
+            **asdict(work),
+            **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
+            **({"splits": splits} if splits else {}),
+            **news,
+        }
+
+    def make_group_samples(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
+        """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
+
+        Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
+        """
+        before = asdict(work)
+
+        def limit(size: int) -> None:
+            vars(work).update(before)
+            self.models.limit_batches(size)
+
+        return retry_with_smaller_batches(
+            lambda: self.group_rows(group, work, key, first),
+            self.teacher.batch_limit or len(group.trajectories),
+            limit,
+            f"group {group.index} does not fit the memory, not even one trajectory at a time",
+            "free memory, or try prior.dtype=fp16",
+        )
+
+    def group_rows(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
+        """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
+
+        ``key`` names samples by number; the group's begin at ``first``.
+        """
+        frames = list(self.method(self.models, group, self.settings, work))
+        stored = [self.stored_frame(frame, group) for frame in frames]
+        made: list[list[Sample]] = [[] for _ in group.trajectories]
+        for frame, own in zip(frames, stored, strict=True):
+            cosines = self.cosines(frame, own, stored, group)
+            for i in range(len(group.trajectories)):
+                row = self.row(group, i, frame) | own.columns[i] | (cosines[i] if cosines else {})
+                if frame.source is not None:
+                    row["source_key"] = key(first + i * len(frames) + frame.source)
+                    row |= filtered(row, self.settings.dda.min_cosine)
+                made[i].append((row, own.files[i]))
+        return [sample for trajectory in made for sample in trajectory]
+
+    def cosines(
+        self, frame: DecodedGroup, own: "Stored", stored: Sequence["Stored"], group: Group
+    ) -> list[dict[str, Any]]:
+        """Each sample's cosine with its source, with its final image, or of a final one with its class's weight row;
+        none where the teacher shows no features."""
+        space, a, weights = "teacher", own.features, self.teacher.class_weights
+        names = [SOURCE if frame.source is not None else "final"] * len(group.labels)
+        other = stored[-1 if frame.source is None else frame.source]
+        b = other.features
+        if frame.embed is not None:
+            space, a, b = "contrastive", frame.embed(own.images), frame.embed(other.images)
+        elif frame.source is None and frame.timestep == 0 and weights is not None:
+            names, b = [f"class:{label}" for label in group.labels], weights[torch.tensor(group.labels)]
+        if a is None or b is None or (weights is None and space == "teacher"):
+            return []
+        values = F.cosine_similarity(a, b.to(a), dim=1).tolist()
+        return [{"cosine": v, "cosine_ref": n, "cosine_space": space} for v, n in zip(values, names, strict=True)]
+
+    def stored_frame(self, frame: DecodedGroup, group: Group) -> "Stored":
+        """The frame as it will be read back, and what the teacher says of it."""
+        if not torch.isfinite(frame.images).all():
+            raise DataError(
+                f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
+                "try prior.dtype=fp32 or a smaller guidance.step_size"
+            )
+        pixels, files = as_stored(to_pixels(frame.images, self.side), self.settings.images.format)
+        images = to_unit(pixels).to(self.device)
+        with torch.no_grad():
+            logits, features = self.teacher.with_features(images)
+        columns = teacher_columns(logits, group.labels, self.settings.min_confidence)
+        if self.settings.store_logits:
+            for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
+                column["logits"] = values
+        return Stored(files, images, columns, features)
+
+    def row(self, group: Group, position: int, frame: DecodedGroup) -> dict[str, Any]:
+        """The columns that tell how a sample was made."""
+        settings, label, losses = self.settings, group.labels[position], frame.losses
+        prior = None if settings.inverts and frame.source is None else self.models.prior
+        conditioning = prior.conditioning if prior else "none"
+        return {
+            "label": label,
+            "class_name": self.teacher.class_names[label],
+            "prompt": group.prompts[position] if conditioning == "text" else None,
+            "negative_prompt": settings.prior.negative_prompt if conditioning == "text" else None,
+            "prior_label": self.prior_labels[self.teacher.class_names[label]] if conditioning == "class" else None,
+            "method": settings.method,
+            "seed": settings.seed,
+            "group": group.index,
+            "trajectory": group.trajectories[position],
+            "step": frame.step,
+            "timestep": frame.timestep,
+            "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[position]],
+            "loss_ce": losses.ce[position].item() if losses else None,
+            "loss_adv": losses.adversarial[position].item() if losses else None,
+            "loss_bn": losses.bn.item() if losses else None,
+            "skipped_updates": (frame.skipped[position] or None) if frame.skipped else None,
+        }
 
 
-def build_worker(
-    settings: dict[str, Any], storage: str, fingerprint: str, planned: dict[str, Any] | None = None
-) -> Worker:
-    """A worker for ``settings`` (dumped :class:`SynthSettings`) that commits into the folder or bucket ``storage``.
+def skipped_line(work: Counters, settings: SynthSettings) -> str:
+    """What the guidance left out, for people."""
+    return (
+        f"{work.skipped_updates} of {work.updates * settings.group_size} guided updates were left out: their gradient "
+        f"is not finite (prior.dtype={settings.prior.dtype})"
+    )
 
-    Raises DataError where a model that it loads is not the ``planned`` one (:mod:`stages.synth.planned`).
-    """
-    parsed = SynthSettings.model_validate(settings)
-    if parsed.method == "noise":
-        from stages.synth.methods.noise import NoiseWorker
 
-        return NoiseWorker(parsed, storage, fingerprint)
-    from stages.synth.shard_worker import ShardWorker
+def check_skipped(work: Counters, settings: SynthSettings, share: float) -> None:
+    """Raises NumericsError once more updates are left out than a whole shard may; ``share`` of it is done."""
+    if work.skipped_updates > MAX_SKIPPED * work.updates * settings.group_size / share:
+        half = settings.prior.dtype == "fp16"
+        remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
+        raise NumericsError(f"{skipped_line(work, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
 
-    return ShardWorker(parsed, storage, fingerprint, planned)
+
+def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:
+    """A mix as the manifest stores it: the partner by its trajectory number, not its position."""
+    return asdict(mix) | {"partner": trajectories[mix.partner]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from diffusers import AutoencoderTiny
 
-from stages.synth.cost import synth_cost
+from stages.cost import synth_cost
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/counted_work.py"
 

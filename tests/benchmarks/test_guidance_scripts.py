@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.synth.settings import SynthSettings
+from stages.settings import SynthSettings
 
-WHEN = ("interval", "every", "decoder", "through", "inner")
+WHEN = ("interval", "every", "decoder", "gradient_at", "updates_per_step")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -108,8 +108,8 @@ def test_a_cell_of_digits_is_kept_for_its_own_settings_alone(script, tmp_path, m
     asked = ("guided", 0, 40, None, "test.parquet", tmp_path)
     made = digits.cell(*asked)
     assert digits.cell(*asked) == made
-    monkeypatch.setitem(digits.ROWS, "guided", ["synth.guidance.scale=0.3"])
-    with pytest.raises(SystemExit, match=r"cell\.json was made with other settings \(.*scale: .* -> 0.3\): use"):
+    monkeypatch.setitem(digits.ROWS, "guided", ["synth.guidance.step_size=0.3"])
+    with pytest.raises(SystemExit, match=r"cell\.json was made with other settings \(.*step_size: .* -> 0.3\): use"):
         digits.cell(*asked)
 
 

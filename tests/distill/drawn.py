@@ -1,4 +1,4 @@
-"""A small labelled dataset in the factory's own format, drawn in this file: squares that say their class by place."""
+"""A small labeled dataset in the factory's own format, drawn in this file: squares that say their class by place."""
 
 import io
 
@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.models import registry
-from stages.models.identity import ModelConfig, identity_of
+from stages.models import build
 from stages.models.loading import model_files
-from stages.models.settings import InputSettings
+from stages.models.source import ModelConfig, identity_of
+from stages.settings import InputSettings
 
 NAMES = ("left", "right", "top")
 SIDE = 8
@@ -52,4 +52,4 @@ def teacher_files() -> dict[str, bytes]:
     """The files of an untrained teacher's folder; its random answers are as good as any to learn from."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return model_files(registry.build("digits-cnn-small", 3, 1).eval(), TEACHER)
+        return model_files(build.build("digits-cnn-small", 3, 1).eval(), TEACHER)

@@ -12,8 +12,7 @@ import torch.multiprocessing as mp
 from manifests.errors import FactoryError
 from manifests.storage import Storage
 from stages.distill import run, student
-from stages.distill.ranks import ALONE, Ranks
-from stages.distill.watcher import Watcher
+from stages.distill.runtime import ALONE, Callbacks, Ranks
 
 
 class Pair:
@@ -76,11 +75,11 @@ def distil(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
     try:
         if ranks.first:
             run.begin(prepared, Storage(out), lambda kind, **fields: None, ranks.size)
-        watcher = Watcher(
+        callbacks = Callbacks(
             on_event=lambda kind, **fields: found["events"].append(kind),
             should_stop=lambda: ranks.first and next(asked) == stop,
         )
-        found["results"] = run.train_students(prepared, Storage(out), test_data, watcher)
+        found["results"] = run.train_students(prepared, Storage(out), test_data, callbacks)
     except FactoryError as error:
         found["error"] = type(error).__name__
     finally:

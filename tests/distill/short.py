@@ -1,10 +1,10 @@
 """Settings of short runs, and what they leave behind."""
 
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 TWO = {"students": ["digits-cnn-small", "resnet8"]}
-SMALL = {"epochs": 3, "batch_size": 8, "held_out": 0.2, "optimiser": {"lr": 0.05}}
-REGION = {"loss": {"kd": 1.0, "ce": 0.5, "cam": 1.0, "gradcam": 1.0}, "views": {"cutmix": 0.5, "flip": True}}
+SMALL = {"epochs": 3, "batch_size": 8, "val_fraction": 0.2, "optimizer": {"lr": 0.05}}
+REGION = {"loss": {"kd": 1.0, "ce": 0.5, "cam": 1.0, "gradcam": 1.0}, "augment": {"cutmix": 0.5, "flip": True}}
 
 
 def settings(**changes) -> DistillSettings:

@@ -11,7 +11,7 @@ import pytest
 
 from manifests.errors import DataError
 from stages.distill.class_order import BY_NAME, BY_NUMBER, NAMED_BY_NUMBER, class_order
-from stages.distill.labelled import labelled_images
+from stages.distill.eval_data import labeled_images
 from tests.distill.drawn import NAMES, square, write_dataset
 
 ANIMALS = ("cat", "dog", "red fox")
@@ -49,7 +49,7 @@ def tar(path, labels, extension="cls"):
 
 def read(path, class_names):
     """By key (a folder's without its file) the class numbers, and the line."""
-    images = labelled_images(path, class_names)
+    images = labeled_images(path, class_names)
     return {key.split("/")[0]: number for key, _, number in images}, images.class_order
 
 
@@ -155,7 +155,7 @@ class TestParquet:
     )
     def test_what_means_no_class(self, tmp_path, labels, message):
         with pytest.raises(DataError, match=f"a.parquet.*{message}"):
-            labelled_images(parquet(tmp_path, labels), ANIMALS)  # before any image is scored
+            labeled_images(parquet(tmp_path, labels), ANIMALS)  # before any image is scored
 
     def test_class_label_in_another_order(self, tmp_path):
         path = parquet(tmp_path, [0, 1, 2], ["red_fox", "Cat", "dog"])
@@ -239,10 +239,10 @@ class TestManifests:
         turned = ("top", "left", "right")
         expected = [(i % 3 + 1) % 3 for i in range(12)]
         assert sorted(numbers(path, turned)) == sorted(expected)
-        by_key = {key: number for key, _, number in labelled_images(path, NAMES)}
-        assert {(by_key[key], number) for key, _, number in labelled_images(path, turned)} == {(0, 1), (1, 2), (2, 0)}
+        by_key = {key: number for key, _, number in labeled_images(path, NAMES)}
+        assert {(by_key[key], number) for key, _, number in labeled_images(path, turned)} == {(0, 1), (1, 2), (2, 0)}
         shards = sorted((tmp_path / "d/shards").glob("*.tar"))
-        assert {(by_key[k], n) for k, _, n in labelled_images(str(shards[0]), turned)} == {(0, 1), (1, 2), (2, 0)}
+        assert {(by_key[k], n) for k, _, n in labeled_images(str(shards[0]), turned)} == {(0, 1), (1, 2), (2, 0)}
         with pytest.raises(DataError, match="name no class of the model: left, right, top"):
             read(path, ANIMALS)
 

@@ -11,7 +11,7 @@ from pipeline.cli import app
 from pipeline.lease import Lease
 from tests.distill.drawn import teacher_files, write_dataset
 
-SHORT = ("--epochs", "2", "--batch-size", "8", "--set", "held_out=0.2")
+SHORT = ("--epochs", "2", "--batch-size", "8", "--set", "val_fraction=0.2")
 
 
 @pytest.fixture

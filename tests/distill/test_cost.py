@@ -2,12 +2,9 @@
 
 import torch
 
-from stages.counting import Flops
-from stages.distill.cost import distill_cost
-from stages.distill.settings import DistillSettings
-from stages.models.blank import blank_teacher
-from stages.models.registry import build
-from stages.models.settings import ModelSettings
+from stages.cost import Flops, distill_cost
+from stages.models.build import blank_teacher, build
+from stages.settings import DistillSettings, ModelSettings
 
 
 def test_a_step_costs_what_a_real_one_does():

@@ -1,4 +1,4 @@
-"""Scores by hand, and every kind of labelled data."""
+"""Scores by hand, and every kind of labeled data."""
 
 import io
 import json
@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from manifests.errors import DataError
+from stages.digits import load_split, write_split
+from stages.distill.eval_data import labeled_images
 from stages.distill.evaluate import calibration_error, evaluate, metrics
-from stages.distill.labelled import labelled_images
 from stages.distill.run import run_distill
-from stages.models.digits_data import load_split, write_split
-from stages.models.identity import EMBEDDED
 from stages.models.loading import load_model, save_model
-from stages.models.settings import ModelSettings
+from stages.models.source import EMBEDDED
+from stages.settings import ModelSettings
 from tests.distill.drawn import NAMES, square, teacher_files
 from tests.distill.short import settings
 
@@ -119,14 +119,14 @@ def test_weights_and_logits_that_are_no_numbers_are_no_score(samples, model, tmp
 
 def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
     path = write_folder(tmp_path / "a", samples, NAMES)
-    before = list(labelled_images(path, NAMES))
+    before = list(labeled_images(path, NAMES))
     (tmp_path / "a" / ".ipynb_checkpoints").mkdir()
-    assert list(labelled_images(path, NAMES)) == before
+    assert list(labeled_images(path, NAMES)) == before
     (tmp_path / "a" / "left").rename(tmp_path / "a" / "lfet")
     with pytest.raises(DataError, match=r"a has 3 sub-folders, of which 1 name no class of the model: lfet"):
-        list(labelled_images(path, NAMES))
+        list(labeled_images(path, NAMES))
     with pytest.raises(DataError, match=r"3 name no class of the model: lfet, right, top .* knows x, y"):
-        list(labelled_images(path, ("x", "y")))
+        list(labeled_images(path, ("x", "y")))
 
 
 def test_files_that_cannot_be_read_are_named_before_the_training(samples, model, dataset, tmp_path):
@@ -135,7 +135,7 @@ def test_files_that_cannot_be_read_are_named_before_the_training(samples, model,
         bad = tmp_path / "a/top/z.png"
         spoil(bad)
         with pytest.raises(DataError, match=f"^cannot read {bad}: (No such file|Is a directory)"):
-            next(labelled_images(path, NAMES))
+            next(labeled_images(path, NAMES))
         with pytest.raises(DataError, match=f"^cannot read {bad}: "):
             run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), test_data=path)
         assert not (tmp_path / "out/checkpoint.pt").exists()
@@ -153,7 +153,7 @@ def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, mod
     assert evaluate(model, str(folder))["images"] == 7
     write_split("validation", blobs / "7")
     (tmp_path / "v.parquet").symlink_to("blobs/7")
-    assert len([*labelled_images(str(tmp_path / "v.parquet"), [*map(str, range(10))])]) > 7
+    assert len([*labeled_images(str(tmp_path / "v.parquet"), [*map(str, range(10))])]) > 7
 
 
 def test_our_own_manifest_is_labelled_data_too(dataset, model):
@@ -213,7 +213,7 @@ def test_calibration_error_by_hand():
         ([("a.cls", b"1")], "sample 'a' has no image"),
         ([("a.png", b"x"), ("a.cls", b"1")], "sample 'a' is no image"),
         ([("a.png", b"x"), ("a.cls", b"7")], "sample 'a' has label 7, but the model has classes 0…2"),
-        ([], "holds no labelled image"),
+        ([], "holds no labeled image"),
     ],
 )
 def test_bad_tars(members, message, model, tmp_path):

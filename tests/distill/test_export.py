@@ -9,8 +9,8 @@ from PIL import Image
 
 from manifests.errors import DataError, FactoryError, UsageError
 from stages.distill import export
-from stages.distill.confusion import CELL, confusion_picture
-from stages.distill.saved import load_student
+from stages.distill.evaluate import CELL, confusion_picture
+from stages.distill.export import load_student
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
 from tests.distill.drawn import teacher_files
@@ -39,8 +39,8 @@ def test_torch_export(student, tmp_path):
     assert made["largest_difference"] <= export.TOLERANCE
     assert made["input"] == ["batch", 1, 8, 8]
     images = torch.rand(3, 1, 8, 8)
-    grey = load_student(student)(images.expand(-1, 3, -1, -1))
-    assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(images), grey, atol=1e-5)
+    gray = load_student(student)(images.expand(-1, 3, -1, -1))
+    assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(images), gray, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["s.pt2"]
 
 

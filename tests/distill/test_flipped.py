@@ -12,8 +12,8 @@ from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.results import RESULTS, measured_before
 from stages.distill.run import run_distill
-from stages.models.identity import CONFIG, WEIGHTS
 from stages.models.loading import load_model
+from stages.models.source import CONFIG, WEIGHTS
 from tests.distill import short
 
 STUDENT = "digits-cnn-small"
@@ -23,7 +23,7 @@ STUDENT = "digits-cnn-small"
 def run(dataset, tmp_path_factory) -> Path:
     """A finished run that keeps its best weights."""
     out = tmp_path_factory.mktemp("run")
-    run_distill(short.settings(epochs=1, keep="best"), [(dataset, 1.0)], str(out), test_data=dataset)
+    run_distill(short.settings(epochs=1, select="best"), [(dataset, 1.0)], str(out), test_data=dataset)
     return out
 
 
@@ -69,11 +69,11 @@ def test_a_flipped_model_folder_is_never_loaded(run, data):
 @given(data=st.data())
 def test_a_flipped_description_of_the_run_is_noticed(run, data):
     storage = Storage(run)
-    spec = checkpoint.unseal(storage.read(checkpoint.RUN))
+    spec = checkpoint.load_checked(storage.read(checkpoint.RUN))
     whole = flipped(run / checkpoint.RUN, data)
     try:
-        checkpoint.open_run(storage, spec, {})
-        assert checkpoint.unseal(storage.read(checkpoint.RUN)) == spec  # white space
+        checkpoint.open_run(storage, spec)
+        assert checkpoint.load_checked(storage.read(checkpoint.RUN)) == spec  # white space
     except DataError:
         return
     finally:

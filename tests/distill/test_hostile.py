@@ -21,10 +21,10 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from manifests.verify import verify
 from pipeline.distill import resolve_distill
-from stages.distill.card import markdown
 from stages.distill.evaluate import distinct, evaluate
+from stages.distill.export import markdown
 from stages.distill.run import run_distill
-from stages.models.identity import config_json
+from stages.models.source import config_json
 from tests.distill.drawn import TEACHER, square, teacher_files, write_dataset
 from tests.distill.short import settings
 
@@ -131,12 +131,21 @@ class TestStoredRecipe:
         assert self.recipe(tmp_path, {}, [f"students=['{name}']"]).distill.students == (name,)
 
     def test_it_says_nothing_of_places_and_lets_nothing_through(self, tmp_path):
-        hostile = {"track": ["wandb"], "skip_bad": True, "other_teacher": True, "epochs": 3}
-        found = self.recipe(tmp_path, hostile | {"cache": {"folder": str(tmp_path / "home"), "top": 5}}).distill
-        assert (found.track, found.skip_bad, found.other_teacher, found.cache.folder) == ((), False, False, None)
-        assert (found.epochs, found.cache.top) == (3, 5)
+        hostile = {"loggers": ["wandb"], "skip_bad": True, "allow_other_teacher": True, "epochs": 3}
+        found = self.recipe(
+            tmp_path, hostile | {"teacher_cache": {"folder": str(tmp_path / "home"), "top_k": 5}}
+        ).distill
+        assert (found.loggers, found.skip_bad, found.allow_other_teacher, found.teacher_cache.folder) == (
+            (),
+            False,
+            False,
+            None,
+        )
+        assert (found.epochs, found.teacher_cache.top_k) == (3, 5)
 
-    @pytest.mark.parametrize("distill", [5, [], "x", {"students": 5}, {"cache": 5}, {"epochs": 1.5}, {"lr": None}])
+    @pytest.mark.parametrize(
+        "distill", [5, [], "x", {"students": 5}, {"teacher_cache": 5}, {"epochs": 1.5}, {"lr": None}]
+    )
     def test_nonsense_is_one_line(self, tmp_path, distill):
         with pytest.raises(UsageError, match=r"^recipe stored in [^\n]*$"):
             self.recipe(tmp_path, distill)
@@ -291,7 +300,7 @@ def test_a_model_folder_cannot_run_code(tmp_path, marker):
         evaluate(str(folder), "x.tar")
 
 
-@pytest.mark.parametrize("metrics", [[None], [{"epoch": "1"}], [{"epoch": 1, "held_out": {}}]])
+@pytest.mark.parametrize("metrics", [[None], [{"epoch": "1"}], [{"epoch": 1, "val": {}}]])
 def test_a_checkpoint_whose_metrics_are_none_is_damaged(dataset, tmp_path, metrics):
     from stages.distill import checkpoint
 

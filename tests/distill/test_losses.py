@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from stages.distill import losses
-from stages.distill.precision import autocast
+from stages.distill.runtime import autocast
 
 LOG3 = math.log(3)
 

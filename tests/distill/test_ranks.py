@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
-from stages.distill.batches import Batches, batch_bounds, check_parts
-from stages.distill.pixels import open_pixels
-from stages.distill.ranks import ALONE, Ranks
+from stages.distill.batches import Batches, batch_bounds, check_parts, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
+from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, alone, distil
 from tests.distill.short import TWO, settings, weights
@@ -23,8 +22,8 @@ GROUP = "resnet8-gn"
 EVERY = {
     "students": [GROUP],
     "batch_size": 7,
-    "loss": {"kd": 1, "ce": 0.5, "derived": 0.5, "cam": 1, "gradcam": 1},
-    "optimiser": {"lr": 0.05, "clip": 1.0},
+    "loss": {"kd": 1, "ce": 0.5, "variants_ce": 0.5, "cam": 1, "gradcam": 1},
+    "optimizer": {"lr": 0.05, "clip": 1.0},
 }
 
 
@@ -108,13 +107,13 @@ def test_group_norm_two_equal_one_to_rounding_with_every_loss_term(pair, derived
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
     for line, alike in zip(lines(tmp_path / "two", GROUP), lines(tmp_path / "one", GROUP), strict=True):
-        for name in ("loss", "kd", "ce", "derived", "cam", "gradcam"):
+        for name in ("loss", "kd", "ce", "variants_ce", "cam", "gradcam"):
             assert line[name] == pytest.approx(alike[name], rel=1e-4), name
-        assert line["held_out"] == alike["held_out"]
+        assert line["val"] == alike["val"]
 
 
 def test_batch_norm_two_match_one_by_accuracy(pair, dataset, tmp_path):
-    asked = settings(students=["resnet8"], epochs=8, loss={"kd": 0, "ce": 1}, views={"cutmix": 0, "mixup": 0})
+    asked = settings(students=["resnet8"], epochs=8, loss={"kd": 0, "ce": 1}, augment={"cutmix": 0, "mixup": 0})
     one = alone(asked, dataset, str(tmp_path / "one"), dataset)["results"]["students"]["resnet8"]["test"]["accuracy"]
     found = pair(distil, asked, dataset, str(tmp_path / "two"), dataset)
     two = found[0]["results"]["students"]["resnet8"]["test"]["accuracy"]
@@ -171,7 +170,7 @@ def spoil_forward(student, step):
 
 def spoil_step(student, step):
     if student.name == "resnet8" and step == 4:
-        student.optimiser.step = exhausted
+        student.optimizer.step = exhausted
 
 
 def exhausted(*_):
@@ -181,7 +180,7 @@ def exhausted(*_):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (spoil_weights, "loss is nan at step 4; a smaller learning rate or optimiser.clip may help"),
+        (spoil_weights, "loss is nan at step 4; a smaller learning rate or optimizer.clip may help"),
         (spoil_forward, "CUDA out of memory. Tried to allocate 2 GiB."),
         (spoil_step, "CUDA out of memory. Tried to allocate 2 GiB."),
     ],
@@ -196,19 +195,21 @@ def test_a_student_that_fails_in_one_is_parked_in_both(pair, dataset, tmp_path, 
 
 
 def test_the_teachers_answers_are_shared_out_and_the_same_bytes(pair, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.distill.answers.CHUNK", 5)
-    asked = settings(students=[GROUP], views={"fixed": 2, "cutmix": 0, "mixup": 0}, cache={"use": True, "top": 2})
+    monkeypatch.setattr("stages.distill.teacher_cache.CHUNK", 5)
+    asked = settings(
+        students=[GROUP], augment={"num_views": 2, "cutmix": 0, "mixup": 0}, teacher_cache={"enabled": True, "top_k": 2}
+    )
     alone(asked, dataset, str(tmp_path / "one"))
     pair(small_chunks)
     pair(distil, asked, dataset, str(tmp_path / "two"))
-    one, two = ((tmp_path / name / "teacher-cache" / "answers.safetensors").read_bytes() for name in ("one", "two"))
+    one, two = ((tmp_path / name / "teacher-cache" / "logits.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
 
 def small_chunks(ranks):
-    from stages.distill import answers
+    from stages.distill import teacher_cache
 
-    answers.CHUNK = 5
+    teacher_cache.CHUNK = 5
 
 
 def test_words_reach_everyone_from_the_lowest_that_has_any(pair):

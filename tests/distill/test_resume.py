@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, Interrupted
 from manifests.merge import merge
 from manifests.reader import Manifest
@@ -65,7 +66,7 @@ KILLED = """
 import os, signal, sys
 import manifests.local as local
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
+from stages.settings import DistillSettings
 
 dataset, out, step, where = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -102,27 +103,25 @@ def test_a_finished_run_answers_again_without_training(dataset, tmp_path):
     steps = []
     again = run_distill(settings(), [(dataset, 1.0)], str(tmp_path), progress=lambda *where: steps.append(where))
     assert steps == []
-    assert again["students"]["digits-cnn-small"]["held_out"] == first["students"]["digits-cnn-small"]["held_out"]
+    assert again["students"]["digits-cnn-small"]["val"] == first["students"]["digits-cnn-small"]["val"]
 
 
 def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    with pytest.raises(DataError, match=r"settings\.optimiser\.lr: 0\.05 -> 0\.5"):
-        run_distill(settings(optimiser={"lr": 0.5}), [(dataset, 1.0)], str(tmp_path))
+    with pytest.raises(DataError, match=r"settings\.optimizer\.lr: 0\.05 -> 0\.5"):
+        run_distill(settings(optimizer={"lr": 0.5}), [(dataset, 1.0)], str(tmp_path))
     other = write_dataset(tmp_path / "other", seed=5)
     with pytest.raises(DataError, match="manifests"):
         run_distill(settings(), [(other, 1.0)], str(tmp_path))
     run_distill(settings(memory_gb=0.0, checkpoint_seconds=5.0), [(dataset, 1.0)], str(tmp_path))  # these may change
 
 
-def test_a_run_from_before_a_setting_existed_goes_on(dataset, tmp_path):
+def test_a_run_of_an_earlier_version_is_refused_by_its_version(dataset, tmp_path):
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    spec = json.loads((tmp_path / checkpoint.RUN).read_text())
-    del spec["settings"]["cache"], spec["settings"]["loss"]["tau"], spec["checksum"]
-    (tmp_path / checkpoint.RUN).write_text(json.dumps(spec))
-    run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
-    with pytest.raises(DataError, match=r"settings\.loss\.tau: 4\.0 -> 2\.0"):
-        run_distill(settings(loss={"tau": 2.0}), [(dataset, 1.0)], str(tmp_path))
+    spec = load_checked((tmp_path / checkpoint.RUN).read_bytes()) | {"algorithm": 1}
+    (tmp_path / checkpoint.RUN).write_bytes(dump_checked(spec))
+    with pytest.raises(DataError, match=r"holds another run: algorithm: 1 -> [0-9]+\. Use"):
+        run_distill(settings(), [(dataset, 1.0)], str(tmp_path))
 
 
 def test_a_damaged_checkpoint_is_named(dataset, tmp_path):
@@ -147,7 +146,7 @@ def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
     sources = [(dataset, 1.0), (write_dataset(tmp_path / "d", count=24, shards=1, seed=3), 0.5)]
     asked = settings(balance=True, memory_gb=0.0)
     whole = run_distill(asked, sources, str(tmp_path / "whole"))
-    assert whole["images"] + whole["images_held_out"] == 72
+    assert whole["images"] + whole["val_images"] == 72
     with pytest.raises(Interrupted):
         run_distill(asked, sources, str(tmp_path / "parts"), should_stop=stop_at(7))
     with pytest.raises(DataError, match=r"manifests.*0\.5"):

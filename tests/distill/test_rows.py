@@ -5,8 +5,8 @@ import pytest
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_held_out
-from stages.distill.settings import DistillSettings
+from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_validation
+from stages.settings import DistillSettings
 from tests.distill.drawn import NAMES, write_dataset
 
 
@@ -33,11 +33,11 @@ def test_families_by_hand():
 
 
 def test_rows_of_one_family_stay_together(linked):
-    rows = select_rows([(linked, 1.0)], DistillSettings(kept=False))
+    rows = select_rows([(linked, 1.0)], DistillSettings(include_rejected=True))
     families = family_numbers(links_of(rows))
     assert families.tolist() == [i // 4 for i in range(24)]
     for seed in range(5):
-        train, held = split_held_out(rows, 0.3, seed)
+        train, held = split_validation(rows, 0.3, seed)
         assert sorted([*train, *held]) == list(range(24))
         assert not set(families[train]) & set(families[held])
         assert len(held) == 4  # 30 % of 24 is 7.2: one family of four
@@ -45,19 +45,19 @@ def test_rows_of_one_family_stay_together(linked):
 
 def test_split_depends_on_samples_not_on_their_place(linked, tmp_path):
     other = Manifest.open(write_dataset(tmp_path / "o", count=12, seed=1))
-    settings = DistillSettings(kept=False)
+    settings = DistillSettings(include_rejected=True)
     first, second = (
         select_rows([(linked, 1.0), (other, 1.0)], settings),
         select_rows([(other, 1.0), (linked, 1.0)], settings),
     )
-    assert set(first.ids[split_held_out(first, 0.3, 0)[1]]) == set(second.ids[split_held_out(second, 0.3, 0)[1]])
+    assert set(first.ids[split_validation(first, 0.3, 0)[1]]) == set(second.ids[split_validation(second, 0.3, 0)[1]])
 
 
 def test_where_and_kept(linked):
     assert len(select_rows([(linked, 1.0)], DistillSettings())) == 23
     assert len(select_rows([(linked, 1.0)], DistillSettings(where="confidence >= 0.5"))) == 12
     with pytest.raises(UsageError, match="unknown column"):
-        select_rows([(linked, 1.0)], DistillSettings(where="colour == 1"))
+        select_rows([(linked, 1.0)], DistillSettings(where="color == 1"))
     with pytest.raises(DataError, match="none of its"):
         select_rows([(linked, 1.0)], DistillSettings(where="confidence > 2"))
 
@@ -80,15 +80,15 @@ def test_one_family_cannot_be_split(tmp_path):
     rows = select_rows(
         [(Manifest.open(write_dataset(tmp_path / "d", count=6, trajectory=lambda i: 0)), 1.0)], DistillSettings()
     )
-    with pytest.raises(UsageError, match="use held_out 0"):
-        split_held_out(rows, 0.5, 0)
-    assert len(split_held_out(rows, 0.0, 0)[0]) == 6
+    with pytest.raises(UsageError, match="use val_fraction 0"):
+        split_validation(rows, 0.5, 0)
+    assert len(split_validation(rows, 0.0, 0)[0]) == 6
 
 
 def test_one_row_is_too_few(linked):
-    rows = select_rows([(linked, 1.0)], DistillSettings(where="trajectory == 2 and not kept", kept=False))
+    rows = select_rows([(linked, 1.0)], DistillSettings(where="trajectory == 2 and not kept", include_rejected=True))
     with pytest.raises(DataError, match="1 row is left after selection; training needs 2"):
-        split_held_out(rows, 0.5, 0)
+        split_validation(rows, 0.5, 0)
 
 
 def order_of(manifests, **settings):

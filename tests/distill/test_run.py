@@ -7,14 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
-from stages.distill import checkpoint, loop, pixels, precision, student
+from stages.distill import batches, checkpoint, loop, runtime, student
 from stages.distill.run import run_distill
-from stages.models.identity import config_json
 from stages.models.loading import load_model
-from stages.models.settings import ModelSettings
+from stages.models.source import config_json
+from stages.settings import ModelSettings
 from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
@@ -29,17 +29,17 @@ def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
         progress=lambda done, total, note: steps.append((done, total)),
     )  # fmt: skip
     found = results["students"]["digits-cnn-small"]
-    assert results["images"] + results["images_held_out"] == 48
+    assert results["images"] + results["val_images"] == 48
     assert found["test"]["images"] == 48
     assert results["teacher_accuracy"] == found["test"]["teacher_accuracy"]
-    assert unseal((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(results))
+    assert load_checked((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(results))
     net, config = load_model(tmp_path / "digits-cnn-small")
     assert config.class_names == ("left", "right", "top")
     assert sum(p.numel() for p in net.parameters()) == found["parameters"]
     lines = [json.loads(line) for line in (tmp_path / "digits-cnn-small" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {"kd", "lr", "held_out", "seconds", "data_wait"} <= set(lines[0])
+    assert {"kd", "lr", "val", "seconds", "data_wait"} <= set(lines[0])
     card = (tmp_path / "digits-cnn-small" / "README.md").read_text()
     assert "fingerprint print-0" in card
     assert "accuracy" in card
@@ -76,11 +76,11 @@ def diverging(monkeypatch, *names):
 
 
 def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
-    asked = settings(cache={"use": True}, views={"fixed": 2, "cutmix": 0, "mixup": 0})
-    taken, take = [], pixels.CachedPixels.take
-    monkeypatch.setattr(pixels.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
-    for out, at_once, most in (("all", pixels.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
-        monkeypatch.setattr(pixels, "AT_ONCE", at_once)
+    asked = settings(teacher_cache={"enabled": True}, augment={"num_views": 2, "cutmix": 0, "mixup": 0})
+    taken, take = [], batches.CachedPixels.take
+    monkeypatch.setattr(batches.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
+    for out, at_once, most in (("all", batches.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
+        monkeypatch.setattr(batches, "AT_ONCE", at_once)
         run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))
         assert max(taken) == most
         taken.clear()
@@ -119,19 +119,19 @@ def test_best_weights_are_those_of_the_best_epoch_also_of_an_earlier_part(datase
         seen.append({name: value.clone() for name, value in student.result.state_dict().items()})
         return {"agreement": next(scores), "accuracy": 0.0}
 
-    monkeypatch.setattr(loop, "held_out", scored)
-    asked, steps = settings(keep="best", checkpoint_seconds=1e9), iter(range(1, 100))
+    monkeypatch.setattr(loop, "validate", scored)
+    asked, steps = settings(select="best", checkpoint_seconds=1e9), iter(range(1, 100))
     if stop:
         with pytest.raises(Interrupted):
             run_distill(asked, [(dataset, 1.0)], str(tmp_path), should_stop=lambda: next(steps) == stop)
     results = run_distill(asked, [(dataset, 1.0)], str(tmp_path))
     saved = safetensors.torch.load(weights(tmp_path))
     assert len(seen) == 3 and all(torch.equal(value, saved[name]) for name, value in seen[0].items())
-    assert results["students"]["digits-cnn-small"]["held_out"]["agreement"] == 0.5
+    assert results["students"]["digits-cnn-small"]["val"]["agreement"] == 0.5
 
 
 def test_without_averaged_weights(dataset, tmp_path):
-    run_distill(settings(optimiser={"ema": 0.0, "name": "adamw", "lr": 0.01}), [(dataset, 1.0)], str(tmp_path))
+    run_distill(settings(optimizer={"ema": 0.0, "name": "adamw", "lr": 0.01}), [(dataset, 1.0)], str(tmp_path))
     state = torch.load(tmp_path / checkpoint.STATE, weights_only=True)["students"]["digits-cnn-small"]
     saved = safetensors.torch.load(weights(tmp_path))
     assert state["average"] is None
@@ -161,19 +161,19 @@ def test_bf16_learns_nearly_the_same_and_keeps_weights_in_fp32(dataset, tmp_path
     plain, mixed = (safetensors.torch.load(weights(tmp_path / run)) for run in ("full", "half"))
     assert all(value.dtype == plain[name].dtype for name, value in mixed.items())
     assert weights(tmp_path / "full") != weights(tmp_path / "half")
-    ends = [run["students"]["digits-cnn-small"]["held_out"]["agreement"] for run in (full, half)]
+    ends = [run["students"]["digits-cnn-small"]["val"]["agreement"] for run in (full, half)]
     assert abs(ends[0] - ends[1]) < 0.25
 
 
 def test_bf16_warns_where_the_cpu_is_slower_at_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False}, raising=False)
-    assert "fp32 is faster here" in precision.complaint("bf16", cpu)
-    assert precision.complaint("fp32", cpu) == precision.complaint("bf16", gpu) == ""
+    assert "fp32 is faster here" in runtime.complaint("bf16", cpu)
+    assert runtime.complaint("fp32", cpu) == runtime.complaint("bf16", gpu) == ""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
-    assert precision.complaint("bf16", cpu) == ""
+    assert runtime.complaint("bf16", cpu) == ""
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert precision.complaint("bf16", cpu) == ""  # not known, nothing said
+    assert runtime.complaint("bf16", cpu) == ""  # not known, nothing said
 
 
 def test_a_compiled_student_is_saved_under_plain_names(dataset, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_clipping_bounds_the_step_and_notices_infinite_gradients(dataset, tmp_pa
 
     monkeypatch.setattr(student.nn.utils, "clip_grad_norm_", clip)
     with pytest.raises(FactoryError, match="gradients are not finite at step 2"):
-        run_distill(settings(optimiser={"clip": 0.01}), [(dataset, 1.0)], str(tmp_path))
+        run_distill(settings(optimizer={"clip": 0.01}), [(dataset, 1.0)], str(tmp_path))
     assert max(norms) <= 0.0101
 
 
@@ -244,7 +244,7 @@ class TestScores:
         test_data = changes.pop("test_data", None)
         return run_distill(settings(**changes), [(dataset, 1.0)], str(out), test_data=test_data, on_event=tell)
 
-    @pytest.mark.parametrize("changes", [TWO, {"keep": "best"}], ids=["two", "best"])
+    @pytest.mark.parametrize("changes", [TWO, {"select": "best"}], ids=["two", "best"])
     def test_a_command_without_test_data_keeps_it(self, dataset, tmp_path, changes):
         said = []
         first = self.again(dataset, tmp_path, test_data=dataset, **changes)
@@ -258,7 +258,7 @@ class TestScores:
             line = f"{name}: its test score was measured before and is kept: {test['accuracy']:.1%} on 48 images of "
             assert line + dataset in said
         assert second["teacher_accuracy"] == first["teacher_accuracy"]
-        assert unseal((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(second))
+        assert load_checked((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(second))
 
     def test_other_test_data_replaces_it(self, dataset, tmp_path):
         other = write_dataset(tmp_path / "other", count=20, seed=1)
@@ -294,9 +294,11 @@ class TestScores:
         [
             lambda values: b"{",
             lambda values: json.dumps(values | {"checksum": "0" * 64}).encode(),
-            lambda values: seal(values | {"students": []}),
-            lambda values: seal(values | {"students": {"a": {"weights_sha256": "x", "test": {"accuracy": "99"}}}}),
-            lambda values: seal(
+            lambda values: dump_checked(values | {"students": []}),
+            lambda values: dump_checked(
+                values | {"students": {"a": {"weights_sha256": "x", "test": {"accuracy": "99"}}}}
+            ),
+            lambda values: dump_checked(
                 values | {"students": {"a": {"weights_sha256": "0" * 64, "test": SCORE | {"images": -1}}}}
             ),
         ],
@@ -304,7 +306,7 @@ class TestScores:
     def test_damaged_results_are_refused_until_measured_again(self, dataset, tmp_path, spoil):
         self.again(dataset, tmp_path, epochs=1, test_data=dataset)
         file = tmp_path / "results.json"
-        file.write_bytes(spoil(unseal(file.read_bytes())))
+        file.write_bytes(spoil(load_checked(file.read_bytes())))
         before = file.read_bytes()
         with pytest.raises(
             DataError, match=r"results\.json is damaged .* again with --test-data, or delete it"
@@ -345,11 +347,13 @@ class TestTeacher:
         mine = ModelSettings(name=str(named))
         with pytest.raises(DataError, match="was made for a teacher with sha256"):
             run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), teacher=mine)
-        run_distill(settings(other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=mine)
+        run_distill(settings(allow_other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=mine)
 
     def test_class_count_must_match(self, dataset, tmp_path):
         with pytest.raises(DataError, match="has 3 classes, the teacher 10"):
-            run_distill(settings(other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=ModelSettings())
+            run_distill(
+                settings(allow_other_teacher=True), [(dataset, 1.0)], str(tmp_path / "out"), teacher=ModelSettings()
+            )
 
     def test_a_teacher_that_disagrees_is_warned_about(self, dataset, tmp_path):
         events = []
@@ -382,7 +386,7 @@ def test_bad_images_are_left_out_on_request(tmp_path):
         settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"),
         on_event=lambda kind, **fields: events.append((kind, fields.get("message", ""))),
     )  # fmt: skip
-    assert results["images"] + results["images_held_out"] == 23
+    assert results["images"] + results["val_images"] == 23
     assert any("25 images are left out; the first: " in text and "'000000-000000'" in text for _, text in events)
     data[600] ^= 1
     first.write_bytes(data)  # other rows than the checkpoint's
@@ -392,12 +396,12 @@ def test_bad_images_are_left_out_on_request(tmp_path):
 
 def test_settings_that_do_nothing_are_told_and_refused_where_nothing_trains(dataset, tmp_path):
     said = []
-    asked = settings(epochs=1, eval_every=1, loss={"kd": 1.0, "derived": 1.0})
+    asked = settings(epochs=1, eval_every=1, loss={"kd": 1.0, "variants_ce": 1.0})
     run_distill(asked, [(dataset, 1.0)], str(tmp_path), on_event=lambda kind, **f: said.append(f.get("message", "")))
-    assert any("loss.derived does nothing: no image" in line for line in said)
+    assert any("loss.variants_ce does nothing: no image" in line for line in said)
     assert any("eval_every does nothing without --test-data" in line for line in said)
-    with pytest.raises(UsageError, match=r"nothing to learn from: loss.derived does nothing: .*; set loss.kd"):
-        run_distill(settings(loss={"kd": 0.0, "derived": 1.0}), [(dataset, 1.0)], str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"nothing to learn from: loss.variants_ce does nothing: .*; set loss.kd"):
+        run_distill(settings(loss={"kd": 0.0, "variants_ce": 1.0}), [(dataset, 1.0)], str(tmp_path / "out"))
 
 
 def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypatch):

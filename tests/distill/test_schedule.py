@@ -2,12 +2,12 @@
 
 import pytest
 
-from stages.distill.schedule import lr_factor
-from stages.distill.settings import OptimiserSettings
+from stages.distill.student import lr_factor
+from stages.settings import OptimizerSettings
 
 
 def factors(total=100, **settings):
-    wanted = OptimiserSettings.model_validate(settings)
+    wanted = OptimizerSettings.model_validate(settings)
     return [lr_factor(wanted, step, total) for step in range(total)]
 
 

@@ -11,9 +11,9 @@ from pipeline.distill import resolve_distill
 from stages.distill.evaluate import evaluate
 from stages.distill.export import export_torch
 from stages.distill.run import run_distill
-from stages.distill.settings import DistillSettings
-from stages.models.identity import ModelConfig
 from stages.models.loading import load_model
+from stages.models.source import ModelConfig
+from stages.settings import DistillSettings
 from tests.distill.short import settings
 
 
@@ -21,7 +21,12 @@ def test_a_timm_student_is_fit_to_small_images_and_comes_back(dataset, tmp_path)
     pytest.importorskip("timm")
     events = []
     settings = DistillSettings.model_validate(
-        {"students": ["timm:mobilenetv3_small_050", "wrn-16-1"], "epochs": 1, "batch_size": 16, "views": {"crop": 0.1}}
+        {
+            "students": ["timm:mobilenetv3_small_050", "wrn-16-1"],
+            "epochs": 1,
+            "batch_size": 16,
+            "augment": {"crop": 0.1},
+        }
     )
     results = run_distill(
         settings, [(dataset, 1.0)], str(tmp_path), on_event=lambda kind, **f: events.append((kind, f.get("message")))

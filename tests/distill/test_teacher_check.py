@@ -5,18 +5,17 @@ import pytest
 import torch
 
 from manifests.reader import Manifest
-from stages.distill.batches import Batches
-from stages.distill.pixels import open_pixels
+from stages.distill.batches import Batches, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
-from stages.distill.settings import DistillSettings
 from stages.distill.teacher_check import check_teacher, complaints
-from stages.models.carried import carried_teacher
 from stages.models.inputs import InputSpec
-from stages.synth.stored import stored_images
+from stages.models.loading import carried_teacher
+from stages.settings import DistillSettings
+from stages.synth.scores import stored_images
 from tests.distill.drawn import NAMES, TEACHER, write_dataset
 
 
-class Answers:
+class TeacherCache:
     """A teacher that answers what it is told to: ``answers[i]`` to the i-th image of class order 0, 1, 2, 0, …"""
 
     class_names, num_classes, has_batchnorm = NAMES, 3, False
@@ -29,12 +28,12 @@ class Answers:
 
 
 def check(tmp_path, answers, **columns):
-    return check_as(tmp_path, Answers(answers), **columns)
+    return check_as(tmp_path, TeacherCache(answers), **columns)
 
 
 def check_as(tmp_path, teacher, **columns):
     path = write_dataset(tmp_path / "d", count=12, shards=1, **columns)
-    settings, cpu = DistillSettings(held_out=0), torch.device("cpu")
+    settings, cpu = DistillSettings(val_fraction=0), torch.device("cpu")
     rows = select_rows([(Manifest.open(path), 1.0)], settings)
     order = EpochOrder(rows, np.arange(12), settings)
     batches = Batches(rows, order, open_pixels(rows, 1.0, cpu), settings, cpu)
@@ -42,7 +41,7 @@ def check_as(tmp_path, teacher, **columns):
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(Answers, "class_names", ("crane", "crane", "top"))
+    monkeypatch.setattr(TeacherCache, "class_names", ("crane", "crane", "top"))
     assert check(tmp_path, [0, 1, 2] * 4)["classes"] == {"crane (0)": 4, "crane (1)": 4, "top": 4}
 
 
@@ -64,8 +63,8 @@ def test_the_numbers(tmp_path):
         ([0, 0, 0] * 4, {}, "answers 'left' to 100.0% of the images"),
         ([0, 2, 0, 1, 0, 1] * 2, {"teacher_label": lambda i: i % 3}, "only 16.7% of its answers are those recorded"),
         ([1, 1, 1, 0, 0, 0] * 2, {"teacher_label": lambda i: 1 - i // 3 % 2}, "with too little guidance or none"),
-        ([1] * 12, {"label": lambda i: 0}, "wrong weights, normalisation or class order"),
-        ([1, 1, 1, 0, 0, 0] * 2, {}, "wrong weights, normalisation or class order, or data made without guidance"),
+        ([1] * 12, {"label": lambda i: 0}, "wrong weights, normalization or class order"),
+        ([1, 1, 1, 0, 0, 0] * 2, {}, "wrong weights, normalization or class order, or data made without guidance"),
     ],
 )
 def test_likely_causes(tmp_path, answers, columns, words):
@@ -91,7 +90,7 @@ def test_statistics_unlike_the_teachers_are_told(tmp_path):
     wrong = check_as(tmp_path / "wrong", teacher)
     assert complaints(wrong, 0.0) == [
         f"the teacher's BatchNorm gap is {wrong['bn_gap']:.2f} (1 or more): wrong weights or "
-        "normalisation, in synthesis as well if it was given the same, or images unlike those it was trained on"
+        "normalization, in synthesis as well if it was given the same, or images unlike those it was trained on"
     ]
 
 

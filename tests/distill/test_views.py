@@ -6,14 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.distill.seeds import uniform
-from stages.distill.settings import ViewSettings
 from stages.distill.views import Views, apply_views, boxes, draw_views, mix, turns
-from stages.seeds import derive
+from stages.seeds import derive, uniform
+from stages.settings import AugmentSettings
 
 IDS = np.arange(200, dtype=np.uint64)
 NONE = np.zeros(200, np.uint64)
-FULL = ViewSettings(crop=0.125, flip=True, cutmix=0.4, mixup=0.3)
+FULL = AugmentSettings(crop=0.125, flip=True, cutmix=0.4, mixup=0.3)
 
 
 def fields(views):
@@ -48,13 +47,13 @@ def test_uniform_numbers_are_uniform():
 
 
 def test_flip_alternates_between_epochs():
-    even, odd = (draw_views(ViewSettings(flip=True), 8, 0, epoch, IDS, NONE).flip for epoch in (4, 5))
+    even, odd = (draw_views(AugmentSettings(flip=True), 8, 0, epoch, IDS, NONE).flip for epoch in (4, 5))
     assert torch.equal(even, ~odd)
     assert 0.3 < even.float().mean() < 0.7
 
 
 def test_shift_reaches_both_ends():
-    views = draw_views(ViewSettings(crop=0.125, cutmix=0, mixup=0), 16, 0, 0, IDS, NONE)
+    views = draw_views(AugmentSettings(crop=0.125, cutmix=0, mixup=0), 16, 0, 0, IDS, NONE)
     assert set(views.dy.tolist()) == set(views.dx.tolist()) == {-2, -1, 0, 1, 2}
     assert not views.mixes
 
@@ -88,15 +87,15 @@ def test_mix_pastes_boxes_and_blends():
 
 
 def test_lam_is_the_share_that_was_kept():
-    views = draw_views(ViewSettings(cutmix=1.0, mixup=0), 16, 0, 0, IDS, NONE)
+    views = draw_views(AugmentSettings(cutmix=1.0, mixup=0), 16, 0, 0, IDS, NONE)
     kept = mix(torch.ones(200, 1, 16, 16), torch.zeros(200, 1, 16, 16), views).mean((1, 2, 3))
     assert torch.allclose(kept, views.lam, atol=1e-6)
-    shares = draw_views(ViewSettings(cutmix=0.25, mixup=0.25), 16, 0, 0, IDS, NONE)
+    shares = draw_views(AugmentSettings(cutmix=0.25, mixup=0.25), 16, 0, 0, IDS, NONE)
     assert 0.3 < (shares.lam < 1).float().mean() < 0.65
 
 
 def test_fixed_views_recur_and_take_turns():
-    fixed = ViewSettings(fixed=3, flip=True, cutmix=0, mixup=0)
+    fixed = AugmentSettings(num_views=3, flip=True, cutmix=0, mixup=0)
 
     def shown(epoch, repeats=NONE):
         views = draw_views(fixed, 16, 0, epoch, IDS, turns(fixed, epoch, repeats))

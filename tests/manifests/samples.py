@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.shard import DoneRecord, ShardWriter
 from manifests.storage import Storage
@@ -11,7 +11,7 @@ from manifests.storage import Storage
 FINGERPRINT = "ab" * 32
 INFO = DatasetInfo(
     fingerprint=FINGERPRINT,
-    recipe={"name": "test", "synth": {"guidance": {"scale": 0.1}}},
+    recipe={"name": "test", "synth": {"guidance": {"step_size": 0.1}}},
     prior={"kind": "embedded"},
     teacher={"kind": "builtin", "sha256": "cd" * 32},
     image_size=32,

@@ -12,15 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifests import selection as selection_module
+from manifests import reader as selection_module
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
-from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest, parse_source
-from manifests.schema import SCHEMA
-from manifests.select import compile_where
+from manifests.schema import SCHEMA, write_options
 from manifests.storage import Storage
-from manifests.tables import write_options
+from manifests.where import compile_where
 from tests.manifests.samples import INFO, flip, make_dataset, make_image, make_row, write_shard
 
 SHARDS, ROWS = 3, 6
@@ -133,8 +132,8 @@ def test_columns(whole: Storage) -> None:
     assert selection.column("class_name") == ["one"] * 6
     assert np.isnan(selection.column("cosine")).any()
     assert selection.column("kept").dtype == bool  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="unknown column 'colour'; columns: key, shard"):
-        selection.column("colour")
+    with pytest.raises(UsageError, match="unknown column 'color'; columns: key, shard"):
+        selection.column("color")
 
 
 def test_nothing_selected_is_a_data_error(whole: Storage, tmp_path: Path) -> None:

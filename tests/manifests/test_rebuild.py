@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
-from manifests.info import DatasetInfo
 from manifests.reader import Manifest
 from manifests.rebuild import rebuild
 from manifests.shard import done_name, done_records
@@ -134,7 +134,7 @@ def test_rows_of_another_sample_are_refused(tmp_path: Path) -> None:
     import hashlib
     import io
 
-    from manifests.info import file_name
+    from manifests.dataset import file_name
     from manifests.tars import walk
 
     storage = make_dataset(tmp_path, shards=1)

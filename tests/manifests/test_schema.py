@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import DataError
-from manifests.schema import MAX_ROW_JSON, SCHEMA, make_key, normalise, parse_row, row_json, to_table
+from manifests.schema import MAX_ROW_JSON, SCHEMA, make_key, normalize, parse_row, row_json, to_table
 
 REQUIRED = {
     "key": "000012-000345",
@@ -48,9 +48,9 @@ ROWS = st.fixed_dictionaries(
 
 @given(ROWS)
 def test_json_and_table_hold_the_same_row(row: dict[str, Any]) -> None:
-    full = normalise(row)
+    full = normalize(row)
     parsed = parse_row(row_json(row))
-    again = normalise({**parsed, "offset": row["offset"], "size": row["size"]})
+    again = normalize({**parsed, "offset": row["offset"], "size": row["size"]})
     assert to_table([full]).equals(to_table([again]))
     assert row_json(again) == row_json(row)
     from_table = to_table([full]).to_pylist()[0]
@@ -79,7 +79,7 @@ def test_row_json_is_readable_and_leaves_placement_out() -> None:
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:
-    row = normalise({**REQUIRED, "loss_ce": math.nan, "entropy": np.float32("inf"), "logits": [1.0, math.inf]})
+    row = normalize({**REQUIRED, "loss_ce": math.nan, "entropy": np.float32("inf"), "logits": [1.0, math.inf]})
     assert row["loss_ce"] is None
     assert row["entropy"] is None
     assert row["logits"] == [1.0, None]
@@ -104,7 +104,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 )
 def test_wrong_values_are_named(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        normalise({**REQUIRED, **change})
+        normalize({**REQUIRED, **change})
 
 
 GOOD = json.loads(row_json(REQUIRED))

@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests.errors import DataError
-from manifests.faults import STEPS
-from manifests.shard import DoneRecord, ShardWriter, done_record, done_records
+from manifests.shard import STEPS, DoneRecord, ShardWriter, done_record, done_records
 from manifests.storage import Storage
 from tests.manifests.samples import FINGERPRINT, all_files, make_image, make_row, write_shard
 

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from manifests.errors import DataError
 from manifests.reader import Manifest
-from manifests.schema import SCHEMA
+from manifests.schema import SCHEMA, write_options
 from manifests.shard import done_name, done_records
 from manifests.storage import Storage
-from manifests.tables import write_options
 from manifests.verify import verify
 from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, write_shard
 

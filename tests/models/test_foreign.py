@@ -10,12 +10,11 @@ import torch
 import yaml
 
 from manifests.errors import DataError, UsageError
-from stages.models import registry
-from stages.models.identity import ModelConfig, resolve, teacher_identity
+from stages.models import build
+from stages.models.hooks import head_of, outputs_of, stage_paths
 from stages.models.loading import load_model, load_teacher, save_model, teacher_from
-from stages.models.schemes import default_stem, source_file, split_name
-from stages.models.settings import InputSettings, ModelSettings
-from stages.models.taps import head_of, outputs_of, stage_paths
+from stages.models.source import ModelConfig, default_stem, resolve, source_file, split_name, teacher_identity
+from stages.settings import InputSettings, ModelSettings
 
 RGB = InputSettings(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -128,7 +127,7 @@ class TestOwnCode:
         assert not load_teacher(own("cut_off")).differentiable
 
     def test_code_is_never_run_because_a_file_says_so(self, tmp_path):
-        save_model(tmp_path, registry.build_net(config("tests.models.nets:tiny"), named=True), config("os:getcwd"))
+        save_model(tmp_path, build.build_net(config("tests.models.nets:tiny"), named=True), config("os:getcwd"))
         for load in (load_model, lambda folder: load_teacher(ModelSettings(name=str(folder)))):
             with pytest.raises(UsageError, match="never loaded because a file says so"):
                 load(tmp_path)
@@ -174,8 +173,8 @@ class TestBlackBoxes:
 class TestTorchvision:
     def test_saved_students_come_back(self, tmp_path):
         wanted = config("torchvision:mobilenet_v3_small", stem="small", size=32)
-        net = registry.build_net(wanted).eval()
-        assert registry.adaptation_of(net).startswith("features.0.0: 3×3 of stride 1; features.1")
+        net = build.build_net(wanted).eval()
+        assert build.adaptation_of(net).startswith("features.0.0: 3×3 of stride 1; features.1")
         save_model(tmp_path, net, wanted)
         again, _ = load_model(tmp_path)
         x = torch.randn(2, 3, 32, 32)
@@ -184,7 +183,7 @@ class TestTorchvision:
 
     def test_names_are_checked(self):
         with pytest.raises(UsageError, match="no classifier 'resnet19': did you mean resnet101"):
-            registry.build_net(config("torchvision:resnet19"))
+            build.build_net(config("torchvision:resnet19"))
         with pytest.raises(UsageError, match="needs weights, input, num_classes"):
             resolve(ModelSettings(name="torchvision:resnet18"))
 
@@ -195,7 +194,7 @@ class TestTimm:
         return pytest.importorskip("timm")
 
     def save(self, folder, name, **more):
-        net = registry.build_net(config(name))
+        net = build.build_net(config(name))
         safetensors.torch.save_file(net.state_dict(), folder / "model.safetensors")
         own_config = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
         content = {"architecture": name[5:], "num_classes": 5, "pretrained_cfg": own_config | more}
@@ -223,27 +222,27 @@ class TestTimm:
             resolve(ModelSettings(name=f"timm:{tmp_path}"))
 
     def test_a_vision_transformer_has_no_batchnorm_and_no_maps(self):
-        net = registry.build_net(config("timm:test_vit", size=32))  # 2×2 patches
+        net = build.build_net(config("timm:test_vit", size=32))  # 2×2 patches
         with pytest.raises(UsageError, match="cam and gradcam"):
             stage_paths(net)
 
     def test_a_small_stem_keeps_the_resolution(self):
         sides = {}
         for stem in ("native", "small"):
-            net = registry.build_net(config("timm:test_resnet", stem=stem, size=32)).eval()
+            net = build.build_net(config("timm:test_resnet", stem=stem, size=32)).eval()
             with outputs_of(net, ["layer4"]) as seen:
                 net(torch.zeros(1, 3, 32, 32))
             sides[stem] = seen["layer4"].shape[-1]
         assert sides == {"native": 1, "small": 4}
 
     def test_stages_and_head_are_found(self):
-        net = registry.build_net(config("timm:test_resnet", stem="small", size=32))
+        net = build.build_net(config("timm:test_resnet", stem="small", size=32))
         assert stage_paths(net) == ["layer1", "layer2", "layer3", "layer4"]
         assert head_of(net) is net.fc
         assert all(module.training for module in net.modules())
 
     def test_other_weights_hint_at_the_stem(self, tmp_path):
-        save_model(tmp_path, registry.build_net(config("timm:resnet10t", stem="small")), config("resnet18"))
+        save_model(tmp_path, build.build_net(config("timm:resnet10t", stem="small")), config("resnet18"))
         weights = str(tmp_path / "model.safetensors")
         settings = ModelSettings(name="timm:test_efficientnet", weights=weights, input=RGB, num_classes=5)
         with pytest.raises(DataError, match=r"does not fit EfficientNet.*set stem: small"):
@@ -251,12 +250,12 @@ class TestTimm:
 
     def test_names_that_fetch_are_refused(self):
         with pytest.raises(UsageError, match="timm has no model"):
-            registry.build_net(config("timm:hf-hub:timm/resnet18.a1_in1k"))
+            build.build_net(config("timm:hf-hub:timm/resnet18.a1_in1k"))
 
 
 class TestSettingsFile:
     def test_a_teacher_in_a_file(self, tmp_path):
-        save_model(tmp_path, registry.build("resnet8", 5), config("resnet8"))
+        save_model(tmp_path, build.build("resnet8", 5), config("resnet8"))
         content = {"name": "resnet8", "weights": str(tmp_path / "model.safetensors"), "num_classes": 5}
         (tmp_path / "t.yaml").write_text(yaml.safe_dump(content | {"input": RGB.model_dump(mode="json")}))
         given = ModelSettings(name=str(tmp_path / "t.yaml"))

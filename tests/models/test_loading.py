@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.models import registry
-from stages.models.identity import EMBEDDED, ModelConfig, config_json, teacher_identity
+from stages.models import build
 from stages.models.loading import load_model, load_teacher, save_model
-from stages.models.settings import InputSettings, ModelSettings
+from stages.models.source import EMBEDDED, ModelConfig, config_json, teacher_identity
+from stages.settings import InputSettings, ModelSettings
 
 INPUT = InputSettings(size=8, channels=1, mean=(0.3,), std=(0.4,))
 CONFIG = ModelConfig(
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    save_model(tmp_path / "m", registry.build("digits-cnn-small", 3, 1), CONFIG)
+    save_model(tmp_path / "m", build.build("digits-cnn-small", 3, 1), CONFIG)
     return tmp_path / "m"
 
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_without_weights_is_no_random_network(tmp_path, content):
 
 def test_one_class_leaves_nothing_to_choose(tmp_path):
     one = CONFIG.model_copy(update={"num_classes": 1, "class_names": ("a",)})
-    save_model(tmp_path, registry.build("digits-cnn-small", 1, 1), one)
+    save_model(tmp_path, build.build("digits-cnn-small", 1, 1), one)
     with pytest.raises(DataError, match=r"config\.json: number of classes is 1; expected 2 to 100000"):
         load_model(tmp_path)
 
@@ -135,7 +135,7 @@ def test_class_counts_must_agree(folder):
 
 def test_unknown_names():
     with pytest.raises(UsageError, match=r"did you mean .*resnet20"):
-        registry.build("resnet-20", 10)
+        build.build("resnet-20", 10)
     with pytest.raises(UsageError, match="embedded are embedded:digits"):
         load_teacher(ModelSettings(name="embedded:letters"))
     with pytest.raises(UsageError, match="needs weights, input, num_classes"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.models.moments import Moments
+from stages.models.teacher import Moments
 from stages.synth.guidance import feature_statistics
 
 

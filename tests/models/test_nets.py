@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from manifests.errors import UsageError
-from stages.models import registry
+from stages.models import build
+from stages.models.hooks import outputs_of, submodule
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_teacher
-from stages.models.settings import InputSettings, ModelSettings
-from stages.models.taps import outputs_of, submodule
+from stages.settings import InputSettings, ModelSettings
 
 # He et al. 2015, table 6, with the linear layer of 10 classes and option-A shortcuts
 PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018}
 PARAMETERS |= {"wrn-16-1": 175_066, "wrn-16-2": 691_674, "wrn-40-1": 563_930, "wrn-40-2": 2_243_546}
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", build.names())
 def test_every_architecture_runs_and_names_its_parts(name):
     side, channels = (8, 1) if name.startswith("digits") else (16, 3)
-    net = registry.build(name, 7, channels, "small").eval()
+    net = build.build(name, 7, channels, "small").eval()
     with outputs_of(net, net.stages) as seen:
         logits = net(torch.zeros(2, channels, side, side))
     assert logits.shape == (2, 7)
@@ -30,7 +30,7 @@ def test_every_architecture_runs_and_names_its_parts(name):
     assert [seen[s].ndim for s in net.stages] == [4] * len(net.stages)
     assert seen[net.stages[-1]].shape[1] == submodule(net, net.head).in_features
     if name in PARAMETERS:
-        assert sum(p.numel() for p in registry.build(name, 10).parameters()) == PARAMETERS[name]
+        assert sum(p.numel() for p in build.build(name, 10).parameters()) == PARAMETERS[name]
 
 
 def test_pixels_to_unit_range():
@@ -47,7 +47,7 @@ def test_input_spec_luminance_and_normalisation():
 
 def test_resize_is_antialiased():
     stripes = torch.ones(1, 3, 32, 32)
-    stripes[..., ::2] = -1  # without antialiasing a 4x reduction would see one colour only
+    stripes[..., ::2] = -1  # without antialiasing a 4x reduction would see one color only
     for rule in ("bilinear", "bicubic", "area"):
         spec = InputSpec(InputSettings(size=8, mean=(0.0,) * 3, std=(1.0,) * 3, resize=rule))
         assert spec(stripes)[..., 1:-1].sub(0.5).abs().max() < 0.02
@@ -106,9 +106,9 @@ def test_teacher_stays_frozen():
 
 def test_taps_name_the_modules_that_exist():
     with pytest.raises(UsageError, match="no module 'layer9' in ResNetCifar: it has conv1, bn1, layer1"):
-        submodule(registry.build("resnet8", 10), "layer9")
+        submodule(build.build("resnet8", 10), "layer9")
 
 
 def test_settings_and_identity_import_no_torch():
-    code = "import sys, stages.models.identity; assert 'torch' not in sys.modules"
+    code = "import sys, stages.models.source; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""A worker without a model: a solid colour per row, so that the pipeline is tested in milliseconds."""
+"""A worker without a model: a solid color per row, so that the pipeline is tested in milliseconds."""
 
 import io
 from typing import Any
@@ -52,7 +52,7 @@ def row(shard: int, i: int) -> dict[str, Any]:
 
 
 def image(shard: int, i: int) -> bytes:
-    """An 8 × 8 PNG of one colour."""
+    """An 8 × 8 PNG of one color."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (shard % 256, i % 256, 128)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -8,7 +8,7 @@ from manifests.reader import Manifest
 from pipeline.distill import run_distill
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from stages.models.settings import ModelSettings
+from stages.settings import ModelSettings
 from tests.pipeline.conftest import INLINE
 from tests.synth.tiny import save_stable_diffusion
 
@@ -20,7 +20,7 @@ TEACHER = {
 
 
 def recipe_file(tmp_path, **synth):
-    prior = {"path": str(save_stable_diffusion(tmp_path / "prior")), "steps": 2, "cfg": 1.0}
+    prior = {"path": str(save_stable_diffusion(tmp_path / "prior")), "steps": 2, "cfg_scale": 1.0}
     sizes = {"shards": 2, "groups_per_shard": 1, "group_size": 20, "device": "cpu"}
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"synth": {"prior": prior, "teacher": TEACHER, **sizes, **synth}}))

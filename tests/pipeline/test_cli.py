@@ -11,8 +11,8 @@ import time
 import pytest
 from PIL import Image
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError, Interrupted
-from manifests.sealed import seal, unseal
 from manifests.storage import Storage
 from pipeline import cli, synth
 from pipeline.lease import Lease
@@ -40,7 +40,6 @@ NOISE = ("--method", "noise", "--set", "groups_per_shard=2", "--set", "group_siz
 @pytest.fixture
 def factory(monkeypatch, capsys):
     """``factory ARGS`` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(synth, "WORKER", FACTORY)
     monkeypatch.setattr(synth.run_synth, "__kwdefaults__", synth.run_synth.__kwdefaults__ | {"worker": FACTORY})
     monkeypatch.delenv(cli.DEBUG, raising=False)
 
@@ -157,10 +156,10 @@ def test_a_lost_index_is_rebuilt_byte_for_byte(factory, run_folder):
 
 def test_rebuilding_looks_for_no_prior_and_no_teacher(factory, run_folder, monkeypatch):
     (run_folder / "m.parquet").unlink()
-    plan = unseal((run_folder / "plan.json").read_bytes())
+    plan = load_checked((run_folder / "plan.json").read_bytes())
     plan["recipe"]["synth"]["prior"]["path"] = "evil/prior"  # hub ids that a downloaded plan names
     plan["recipe"]["synth"]["teacher"]["name"] = "hf:evil/teacher"
-    (run_folder / "plan.json").write_bytes(seal(plan))
+    (run_folder / "plan.json").write_bytes(dump_checked(plan))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
     code, out, err = factory("rebuild", run_folder)
     assert code == 0 and "40 rows of 2 shards" in out, err
@@ -183,7 +182,7 @@ def test_rebuilding_without_a_whole_tar_says_what_to_make_again(factory, run_fol
     ("args", "code", "part"),
     [
         (["run", "synth", "-c", "nonsense"], 2, "no recipe 'nonsense'"),
-        (["run", "synth", "--set", "guidance.scael=1"], 2, "did you mean scale?"),
+        (["run", "synth", "--set", "guidance.step_sice=1"], 2, "did you mean step_size?"),
         (["run", "synth", "--set", "seed=x"], 2, "--set seed=x: synth.seed"),
         (["run", "synth", "--shards", "0"], 2, "--shards: synth.shards: input should be greater than 0, got 0"),
         (["run", "synth", "--workers", "0", *NOISE], 2, "--workers: workers: input should be greater than 0, got 0"),
@@ -233,8 +232,8 @@ def test_what_tells_to_retry_takes_the_flag(factory, tmp_path, monkeypatch, comm
 
 def test_where_that_cannot_work(factory, run_folder):
     args = ["run", "distill", "-m", run_folder / "m.parquet", "--dry-run", "--where"]
-    code, _, err = factory(*args, "colour == 3")
-    assert code == 2 and "colour" in err and "confidence" in err
+    code, _, err = factory(*args, "color == 3")
+    assert code == 2 and "color" in err and "confidence" in err
     code, _, err = factory(*args, "label == 77")
     assert code == 3 and len(err.splitlines()) == 1
     assert not (run_folder / "distill").exists()

@@ -9,7 +9,7 @@ from manifests.errors import FactoryError
 from manifests.reader import Manifest
 from pipeline.demo import lines, run_demo, without_guidance
 from pipeline.recipe import resolve
-from stages.synth.settings import SynthSettings
+from stages.settings import SynthSettings
 from tests.synth.tiny import save_stable_diffusion
 
 TINY = (

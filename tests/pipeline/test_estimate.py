@@ -7,8 +7,8 @@ from manifests.reader import Manifest
 from pipeline import distill
 from pipeline.estimate import dry_run, dry_run_lines
 from pipeline.recipe import resolve
-from pipeline.text import flop
-from stages.synth.cost import synth_cost
+from pipeline.terminal import flop
+from stages.cost import synth_cost
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.synth.tiny import save_ddpm
 
@@ -24,9 +24,9 @@ def test_dry_run_counts_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "calls"),
     [
-        (["prior.cfg=1.0"], 20),
-        (["prior.cfg=3.0"], 40),
-        (["prior.cfg=3.0", "prior.cfg_interval=[0.25,0.5]"], 25),
+        (["prior.cfg_scale=1.0"], 20),
+        (["prior.cfg_scale=3.0"], 40),
+        (["prior.cfg_scale=3.0", "prior.cfg_interval=[0.25,0.5]"], 25),
         (["method=noise"], 0),
     ],
 )
@@ -41,7 +41,7 @@ def test_the_dry_run_counts_no_cfg_for_an_unconditional_prior(tmp_path):
         "shards=1",
         "groups_per_shard=1",
         "group_size=2",
-        "prior.cfg=3.0",
+        "prior.cfg_scale=3.0",
         f"prior.path={save_ddpm(tmp_path / 'p')}",
     ]
     assert (
@@ -88,7 +88,7 @@ def test_a_black_box_cannot_guide_and_the_dry_run_says_so(tmp_path, monkeypatch)
 
 def test_stage_two_counts_the_teacher_once_where_its_answers_are_cached(run_folder):
     manifest = Manifest.open(run_folder)
-    cached = ["views.fixed=2", "views.cutmix=0", "views.mixup=0", "cache.use=true"]
+    cached = ["augment.num_views=2", "augment.cutmix=0", "augment.mixup=0", "teacher_cache.enabled=true"]
     plain, stored, short = (
         distill.dry_run(distill.resolve_distill(manifest, None, sets, {}), [(manifest.url, 1.0)], "out", None)
         for sets in (["epochs=10"], ["epochs=10", *cached], ["epochs=1", *cached])

@@ -4,7 +4,7 @@ import pytest
 
 from manifests.errors import DataError
 from manifests.storage import Storage
-from pipeline.failures import Failure, failures, quarantine, quarantined, release
+from pipeline.events import Failure, failures, quarantine, quarantined, release
 
 
 def test_round_trip_and_release(tmp_path):

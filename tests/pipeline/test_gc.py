@@ -6,9 +6,9 @@ from manifests.errors import DataError, FactoryError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from manifests.verify import verify
-from pipeline.failures import Failure, quarantine, quarantined
-from pipeline.gc import collect
+from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
+from pipeline.repair import collect
 
 HEX = "0123456789abcdef" * 2
 WRITE, HALF = f"write-{HEX}", f"tmp/000001-{HEX}.tar"

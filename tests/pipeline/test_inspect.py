@@ -5,13 +5,13 @@ import json
 
 import pytest
 
+from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
-from manifests.info import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
 from manifests.storage import Storage
-from pipeline.inspect import lines, metric_lines, metrics, quantiles, samples, summarise
+from pipeline.inspect import lines, metric_lines, metrics, quantiles, samples, summarize
 from tests.distill.drawn import write_dataset
 from tests.pipeline.fake_worker import image, row
 
@@ -29,7 +29,7 @@ def dataset(folder, rows):
 
 
 def test_counts_and_quantiles_by_hand(tmp_path):
-    found = summarise(dataset(tmp_path, [{"cosine": c} for c in (0.0, 0.25, 0.5, 0.75, 1.0)]))
+    found = summarize(dataset(tmp_path, [{"cosine": c} for c in (0.0, 0.25, 0.5, 0.75, 1.0)]))
     assert (found["rows"], found["kept"], found["rejected"]) == (5, 4, {"confidence": 1})
     assert found["classes"]["4"] == {"rows": 1, "kept": 0}
     assert found["scores"]["cosine"] == {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
@@ -39,19 +39,19 @@ def test_counts_and_quantiles_by_hand(tmp_path):
 
 def test_where_narrows(tmp_path):
     manifest = dataset(tmp_path, [{"cosine": c} for c in (0.1, 0.2, 0.3)])
-    assert summarise(manifest, "cosine > 0.15")["rows"] == 2
+    assert summarize(manifest, "cosine > 0.15")["rows"] == 2
 
 
 def test_a_manifest_without_scores_or_teacher(tmp_path):
     nothing = {"cosine": None, "confidence": None, "teacher_label": None, "class_name": None}
-    found = summarise(dataset(tmp_path, [nothing] * 3))
+    found = summarize(dataset(tmp_path, [nothing] * 3))
     assert found["teacher_agreement"] is None
     assert found["scores"]["cosine"] is None
     assert len(list(lines(found))) == 1 + 1 + 4 + 1 + 3
 
 
 def test_stored_text_is_defused(tmp_path):
-    found = summarise(dataset(tmp_path, [{}, {"kept": False, "reject_reason": "\x1b[2J"}]))
+    found = summarize(dataset(tmp_path, [{}, {"kept": False, "reject_reason": "\x1b[2J"}]))
     text = "".join(lines(found))
     assert text.isprintable()
     assert "zero\\x1b]0;x\\x07" in text
@@ -59,7 +59,7 @@ def test_stored_text_is_defused(tmp_path):
 
 def test_metrics_come_from_the_carried_teacher(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 9))
-    found = summarise(manifest) | {"metrics": metrics(manifest, quiet=True)}
+    found = summarize(manifest) | {"metrics": metrics(manifest, quiet=True)}
     assert json.loads(json.dumps(found)) == found
     text = list(lines(found))
     assert "9 kept images looked at" in text[-6] and "BatchNorm gap" in text[-6]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from manifests.faults import STEPS
+from manifests.shard import STEPS
 from manifests.storage import Storage
-from pipeline.gc import collect
+from pipeline.repair import collect
 from pipeline.synth import run_synth
 from tests.pipeline.conftest import INLINE, SMALL, small_recipe
 

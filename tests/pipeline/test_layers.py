@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from manifests.errors import UsageError
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, validate, yaml_layer
-from stages.models.settings import Settings
+from stages.settings import Settings
 
 
 class Inner(Settings):

@@ -13,8 +13,8 @@ from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline import cli
 from pipeline.events import EventLog
-from pipeline.gc import collect
 from pipeline.lease import Lease, current
+from pipeline.repair import collect
 from pipeline.synth import run_synth
 from tests.distill.drawn import write_dataset
 from tests.pipeline.conftest import INLINE, small_recipe
@@ -135,7 +135,14 @@ def test_stage_2_writes_through_no_link(dataset, tmp_path, victim, place, target
     folder = shutil.copytree(dataset, tmp_path / "data")
     link(folder / place, victim / target)
     before = contents(victim)
-    sets = ("cache.use=true", "views.fixed=1", "views.cutmix=0", "views.mixup=0", "min_agreement=0", "epochs=1")
+    sets = (
+        "teacher_cache.enabled=true",
+        "augment.num_views=1",
+        "augment.cutmix=0",
+        "augment.mixup=0",
+        "min_agreement=0",
+        "epochs=1",
+    )
     options = (text for setting in sets for text in ("--set", setting))
     code, _, lines = factory(monkeypatch, capsys, "run", "distill", "-m", folder / "m.parquet", *options)
     assert code == 3 and lines[-1].startswith(f"{folder}/{place}: is a symbolic link"), lines

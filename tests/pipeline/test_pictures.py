@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from pipeline.pictures import GAP, NAME_WIDTH, TITLE_HEIGHT, beside, contact_sheet, picture, png
+from pipeline.inspect import GAP, NAME_WIDTH, TITLE_HEIGHT, contact_sheet, hstack, picture, png
 from tests.pipeline.fake_worker import image
 
 
@@ -24,7 +24,7 @@ def test_small_pictures_grow_by_whole_pixels():
 
 def test_panels_stand_side_by_side():
     panel = contact_sheet([("a", [image(0, 0)])], cell=16)
-    whole = beside([("unguided", panel), ("guided", panel)])
+    whole = hstack([("unguided", panel), ("guided", panel)])
     assert whole.size == (2 * panel.width, TITLE_HEIGHT + panel.height)
     assert Image.open(io.BytesIO(png(whole))).size == whole.size
 

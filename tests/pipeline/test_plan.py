@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manifests.checked_json import dump_checked
 from manifests.errors import DataError, UsageError
-from manifests.sealed import seal
 from manifests.storage import Storage
-from pipeline.failures import Failure, quarantine, quarantined
+from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
-from pipeline.plan import Plan, differences, fingerprint, make_plan, open_or_create, read_plan, settle
+from pipeline.plan import Plan, differences, fingerprint, make_plan, open_or_create, read_plan, resume_plan
 from pipeline.recipe import resolve
-from stages.synth.plan_inputs import inspect_inputs
+from stages.synth.inputs import inspect_inputs
 from tests.pipeline.conftest import small_recipe
 
 
@@ -38,7 +38,7 @@ def test_fingerprint_is_canonical():
 def test_shards_and_device_do_not_enter_but_method_and_seed_do():
     base = plan_of().fingerprint
     assert plan_of("shards=9", "device=cpu").fingerprint == base
-    for change in ("seed=1", "group_size=11", "guidance.scale=0.3", "prompts.styles=[x]"):
+    for change in ("seed=1", "group_size=11", "guidance.step_size=0.3", "prompts.styles=[x]"):
         assert plan_of(change).fingerprint != base
 
 
@@ -55,7 +55,7 @@ def test_created_once_then_reopened(tmp_path):
     open_or_create(storage, plan)
     assert read_plan(storage) == plan
     open_or_create(storage, plan)
-    assert settle(storage, plan) == plan == read_plan(storage)
+    assert resume_plan(storage, plan) == plan == read_plan(storage)
 
 
 def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_path):
@@ -64,10 +64,10 @@ def test_another_plan_is_refused_with_what_differs_and_nothing_is_written(tmp_pa
     storage.write("done/000000.json", b"{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(DataError) as caught:
-        open_or_create(storage, plan_of("guidance.scale=0.3", "seed=4"))
+        open_or_create(storage, plan_of("guidance.step_size=0.3", "seed=4"))
     lines = str(caught.value).splitlines()
     assert lines[1:] == [
-        "  settings.guidance.scale: 1.0 there, 0.3 here",
+        "  settings.guidance.step_size: 1.0 there, 0.3 here",
         "  settings.seed: 0 there, 4 here",
     ]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -83,13 +83,13 @@ def test_a_run_made_with_the_defaults_of_an_older_version_is_refused_by_name_and
     told = "\n".join(str(caught.value).splitlines()[1:])
     assert "settings.guidance.decoder: full there, fitted here" in told
     assert "settings.prior.steps: 50 there, 20 here" in told
-    assert settle(storage, plan_of(*old, "shards=5")).shards == 5
+    assert resume_plan(storage, plan_of(*old, "shards=5")).shards == 5
 
 
 def test_shards_only_grow(tmp_path):
     storage = Storage(tmp_path / "run")
     open_or_create(storage, plan_of())
-    assert settle(storage, plan_of("shards=5")).shards == 5
+    assert resume_plan(storage, plan_of("shards=5")).shards == 5
     assert read_plan(storage).shards == 5
     assert resolve(str(tmp_path / "run/resolved.yaml"), environ={}).synth.shards == 5
     with pytest.raises(UsageError, match="planned for 5 shards, 2 asked for"):
@@ -107,13 +107,13 @@ def test_edited_settings_of_stage_2_are_stored_anew_and_named(tmp_path):
         return make_plan(base.model_copy(update={"synth": synth, "distill": stage_2}), inputs)
 
     open_or_create(storage, plan(epochs=3))
-    settle(storage, plan(epochs=3), lines.append)
+    resume_plan(storage, plan(epochs=3), lines.append)
     before = [storage.read(name) for name in ("plan.json", "resolved.yaml")]
-    settle(storage, plan(epochs=3), lines.append)
+    resume_plan(storage, plan(epochs=3), lines.append)
     assert not lines and before == [storage.read(name) for name in ("plan.json", "resolved.yaml")]
     for shards in (2, 4):  # on a planned run, and on one that grows
         edited = plan(shards, epochs=3 + shards, where="kept")
-        assert settle(storage, edited, lines.append) == edited == read_plan(storage)
+        assert resume_plan(storage, edited, lines.append) == edited == read_plan(storage)
         resolved = resolve(str(tmp_path / "run/resolved.yaml"), environ={})
         assert (resolved.distill.epochs, resolved.distill.where, resolved.synth.shards) == (3 + shards, "kept", shards)
     head = f"stage 2's settings stored in {storage.url} are replaced: "
@@ -122,7 +122,7 @@ def test_edited_settings_of_stage_2_are_stored_anew_and_named(tmp_path):
         f"{head}distill.epochs: 5 there, 7 here",
     ]
     with pytest.raises(UsageError, match="shards can only grow"):
-        settle(storage, plan(1, epochs=9))
+        resume_plan(storage, plan(1, epochs=9))
     assert read_plan(storage).recipe["distill"]["epochs"] == 7
 
 
@@ -133,15 +133,15 @@ def test_a_plan_of_which_nothing_was_made_may_be_replaced_unless_a_driver_is_at_
     with Lease(storage), pytest.raises(DataError, match="another plan"):
         open_or_create(storage, plan_of("seed=4"))
     open_or_create(storage, plan_of("seed=4", "shards=1"))
-    assert settle(storage, plan_of("seed=4", "shards=1")).shards == 1
+    assert resume_plan(storage, plan_of("seed=4", "shards=1")).shards == 1
     assert not quarantined(storage)
     storage.write("shards/000000-0123456789ab.tar", b"of an attempt that was killed")
     with pytest.raises(DataError, match="another plan.*factory gc"):
-        settle(storage, plan_of("seed=5"))
+        resume_plan(storage, plan_of("seed=5"))
     assert storage.list("shards")
     storage.write("done/000000.json", b"{}")
     with pytest.raises(DataError, match="another plan"):
-        settle(storage, plan_of("seed=5"))
+        resume_plan(storage, plan_of("seed=5"))
 
 
 def test_a_run_killed_while_it_wrote_its_plan_is_not_in_its_own_way(tmp_path):
@@ -198,7 +198,7 @@ def test_a_flipped_byte_is_noticed_or_harmless(data):
 )
 def test_a_plan_that_was_never_ours_is_refused(change):
     with pytest.raises(DataError, match="x is not a plan of this program"):
-        Plan.from_json(seal(asdict(PLAN) | change), "x")
+        Plan.from_json(dump_checked(asdict(PLAN) | change), "x")
 
 
 def test_differences_are_flat_sorted_and_short():

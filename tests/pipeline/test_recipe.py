@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from manifests.errors import UsageError
 from pipeline.layers import mapping_layer
 from pipeline.recipe import Recipe, packaged, resolve, to_yaml
-from stages.models.settings import ModelSettings
+from stages.settings import ModelSettings, SynthSettings
 from stages.synth.sampler import intermediate_steps
-from stages.synth.settings import SynthSettings
 
 
 def refusal(*args, **kwargs) -> str:
@@ -99,15 +98,15 @@ def test_recipe_file_that_cannot_be_read(tmp_path):
 
 def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
     file = tmp_path / "r.yaml"
-    file.write_text("name: r\nsynth:\n  guidance:\n    scael: 0.2\n")
-    assert refusal(str(file)) == f"{file}:4: synth.guidance.scael: unknown key; did you mean scale?"
+    file.write_text("name: r\nsynth:\n  guidance:\n    step_sice: 0.2\n")
+    assert refusal(str(file)) == f"{file}:4: synth.guidance.step_sice: unknown key; did you mean step_size?"
 
 
 @pytest.mark.parametrize(
     ("assignment", "part"),
     [
-        ("guidance.scael=1", "unknown key; did you mean scale?"),
-        ("guidance.scale=-1", "should be greater than or equal to 0, got -1"),
+        ("guidance.step_sice=1", "unknown key; did you mean step_size?"),
+        ("guidance.step_size=-1", "should be greater than or equal to 0, got -1"),
         ("method=magic", "'deepinversion' or 'noise', got 'magic'"),
         ("guidance.interval=[0.9, 0.1]", "interval must satisfy 0 <= start < end <= 1"),
         ("lca.interval=[0.8, 0.2]", "interval must satisfy 0 <= start < end <= 1"),
@@ -115,7 +114,7 @@ def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
         ("prompts.template={who}", "template may use only"),
         ("prompts.template={subject.__class__}", "template may use only"),
         ("prompts.template={subject:>999999999999}", "template may use only"),
-        ("guidance.scale=.inf", "should be a finite number"),
+        ("guidance.step_size=.inf", "should be a finite number"),
         ("guidance=5", "synth.guidance"),
         ("teacher.input.size=8", "this key is needed"),
     ],

@@ -94,7 +94,7 @@ def test_a_paper_recipe_says_what_to_change_and_trains_a_known_student(name):
     assert teacher.class_names is None or len(set(teacher.class_names)) == teacher.num_classes
     assert recipe.synth.images.size == teacher.input.size or recipe.synth.method == "dmkd"
     assert recipe.distill.students[0] == ("wrn-16-1" if recipe.synth.method == "dda" else "resnet18")
-    assert recipe.distill.loss.tau >= 10
+    assert recipe.distill.loss.temperature >= 10
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -109,7 +109,7 @@ def test_a_twin_runs_both_stages(tmp_path, name):
     students = distill.resolve_distill(manifest, None, [], {})
     assert students.distill == recipe.distill
     result = distill.run_distill(students, [(manifest.url, 1.0)], str(tmp_path / "out"), quiet=True)
-    assert result["images"] + result["images_held_out"] == made["kept"] > TWINS[name][0] // 2 and not result["parked"]
+    assert result["images"] + result["val_images"] == made["kept"] > TWINS[name][0] // 2 and not result["parked"]
 
 
 def test_a_recipe_extends_another_and_every_value_knows_its_place(tmp_path):

@@ -13,11 +13,11 @@ from manifests.shard import done_name, done_records
 from manifests.storage import Storage
 from manifests.verify import verify
 from pipeline.distill import run_distill
-from pipeline.inspect import summarise
+from pipeline.inspect import summarize
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
 from pipeline.rescore import report_lines, rescore
-from stages.models import registry
+from stages.models import build
 from stages.models.loading import save_model
 from tests.distill.drawn import TEACHER, write_dataset
 
@@ -31,7 +31,7 @@ def manifest(tmp_path):
 def other(tmp_path):
     """Another teacher of the same classes."""
     torch.manual_seed(3)
-    save_model(tmp_path / "other", registry.build("digits-cnn-small", 3, 1), TEACHER)
+    save_model(tmp_path / "other", build.build("digits-cnn-small", 3, 1), TEACHER)
     return str(tmp_path / "other")
 
 
@@ -55,11 +55,11 @@ def test_columns_come_from_the_carried_teacher_and_nothing_else_changes(tmp_path
 def test_verify_inspect_and_distill_work_on_it(tmp_path, manifest, other):
     result = rescore(manifest, other, 0.2, "b.parquet", quiet=True)
     assert verify(result["manifest"]) == verify(manifest) == []
-    assert summarise(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
-    recipe = resolve("demo", section="distill", sets=["epochs=1", "views.cutmix=0", "views.mixup=0"], environ={})
+    assert summarize(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
+    recipe = resolve("demo", section="distill", sets=["epochs=1", "augment.cutmix=0", "augment.mixup=0"], environ={})
     done = run_distill(recipe, [(result["manifest"], 1.0)], str(tmp_path / "s"), quiet=True)
     assert done["teacher_check"]["as_recorded"] == 1
-    assert done["images"] + done["images_held_out"] == result["kept"]
+    assert done["images"] + done["val_images"] == result["kept"]
 
 
 def test_a_second_teacher_lies_beside_the_first(tmp_path, manifest, other):
@@ -98,9 +98,9 @@ def test_a_published_rescored_manifest_needs_only_the_tars_and_its_rows_are_chec
 def test_refusals_write_nothing(tmp_path, manifest, other):
     torch.manual_seed(0)
     config = TEACHER.model_copy(update={"num_classes": 4, "class_names": ("a", "b", "c", "d")})
-    save_model(tmp_path / "four", registry.build("digits-cnn-small", 4, 1), config)
+    save_model(tmp_path / "four", build.build("digits-cnn-small", 4, 1), config)
     turned = TEACHER.model_copy(update={"class_names": TEACHER.class_names[::-1]})
-    save_model(tmp_path / "turned", registry.build("digits-cnn-small", 3, 1), turned)
+    save_model(tmp_path / "turned", build.build("digits-cnn-small", 3, 1), turned)
     before = files(tmp_path / "d")
     for error, says, arguments in (
         (UsageError, "--teacher, --threshold or both", {}),

@@ -10,8 +10,8 @@ from manifests.verify import verify
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.rounds import SEED_STRIDE, report_lines, round_report, round_settings, run_rounds
-from stages.models.identity import teacher_identity
-from stages.models.settings import ModelSettings
+from stages.models.source import teacher_identity
+from stages.settings import ModelSettings
 from tests.synth.tiny import save_stable_diffusion
 
 INLINE = ExecutorSettings(retry_delay=0)

@@ -9,7 +9,7 @@ from pipeline.lease import Lease
 from pipeline.plan import make_plan, open_or_create
 from pipeline.status import lines, status
 from pipeline.synth import run_synth
-from stages.synth.plan_inputs import inspect_inputs
+from stages.synth.inputs import inspect_inputs
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
 

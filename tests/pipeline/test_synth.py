@@ -8,8 +8,7 @@ from manifests.errors import DataError, FactoryError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
-from pipeline.events import read_events
-from pipeline.failures import quarantined
+from pipeline.events import quarantined, read_events
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
 from pipeline.synth import WORKER, run_synth

@@ -7,10 +7,10 @@ import torch
 
 from manifests.errors import DataError
 from manifests.storage import Storage
-from pipeline.teacher_copy import prepare, publish
-from stages.models.identity import resolve, teacher_identity
+from pipeline.plan import prepare, publish
 from stages.models.loading import load_model, load_teacher
-from stages.models.settings import InputSettings, ModelSettings
+from stages.models.source import resolve, teacher_identity
+from stages.settings import InputSettings, ModelSettings
 
 DIGITS = ModelSettings()
 

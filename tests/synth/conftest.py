@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from stages.synth import fitted_decoder
-from stages.synth.priors.text import TextPrior
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth import decoders
+from stages.synth.priors.kinds import TextPrior
 from tests.synth.tiny import save_stable_diffusion
 
 
@@ -20,14 +20,14 @@ def quick_fit(monkeypatch, tmp_path):
     """Decoders are fitted badly but soon, in a cache of the test's own."""
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "cache"))
     for name, value in {"STEPS": 20, "VISITS": 2, "BATCH": 16, "ROWS": 1}.items():
-        monkeypatch.setattr(fitted_decoder, name, value)
+        monkeypatch.setattr(decoders, name, value)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction", "sample"])
 def any_prior(request, tmp_path_factory):
     """A tiny prior of each prediction type, five steps, CFG 2."""
     folder = save_stable_diffusion(tmp_path_factory.mktemp(request.param) / "prior", request.param)
-    return TextPrior(folder, PriorSettings(path=str(folder), steps=5, cfg=2.0), "cpu")
+    return TextPrior(folder, PriorSettings(path=str(folder), steps=5, cfg_scale=2.0), "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +37,4 @@ def prior_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prior(prior_folder):
-    return TextPrior(prior_folder, PriorSettings(path=str(prior_folder), steps=6, cfg=1.0), "cpu")
+    return TextPrior(prior_folder, PriorSettings(path=str(prior_folder), steps=6, cfg_scale=1.0), "cpu")

@@ -6,8 +6,8 @@ import pytest
 from manifests.errors import UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.settings import SynthSettings
-from stages.synth.worker import build_worker
+from stages.settings import SynthSettings
+from stages.synth.worker import ShardWorker
 
 TEACHER = {
     "name": "tests.models.nets:scores",
@@ -17,13 +17,17 @@ TEACHER = {
 
 
 def settings(prior_folder, method):
-    given = {"prior": {"path": str(prior_folder), "steps": 2, "cfg": 1.0}, "groups_per_shard": 1, "group_size": 10}
+    given = {
+        "prior": {"path": str(prior_folder), "steps": 2, "cfg_scale": 1.0},
+        "groups_per_shard": 1,
+        "group_size": 10,
+    }
     more = {"teacher": TEACHER, "method": method, "device": "cpu"}
     return SynthSettings.model_validate(given | more).model_dump(mode="json")
 
 
 def test_a_black_box_scores_without_cosines(prior_folder, tmp_path):
-    build_worker(settings(prior_folder, "dmkd"), str(tmp_path), "f" * 64).run(0)
+    ShardWorker(settings(prior_folder, "dmkd"), str(tmp_path), "f" * 64).run(0)
     rows = pq.read_table(tmp_path / done_records(Storage(str(tmp_path)))[0].table).to_pylist()
     assert len(rows) == 10
     for row in rows:
@@ -33,4 +37,4 @@ def test_a_black_box_scores_without_cosines(prior_folder, tmp_path):
 
 def test_a_black_box_does_not_guide(prior_folder, tmp_path):
     with pytest.raises(UsageError, match="cannot guide: use --method dmkd"):
-        build_worker(settings(prior_folder, "diffdfkd"), str(tmp_path), "f" * 64)
+        ShardWorker(settings(prior_folder, "diffdfkd"), str(tmp_path), "f" * 64)

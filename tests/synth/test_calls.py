@@ -3,10 +3,10 @@
 import pytest
 
 from pipeline.recipe import resolve
-from stages.synth import fitted_decoder
-from stages.synth.priors.text import PROMPTS
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.settings import SynthSettings
+from stages.synth import decoders
+from stages.synth.priors.kinds import PROMPTS
+from stages.synth.worker import ShardWorker
 
 STEPS, SIZE = 20, 4  # of the demo recipe; trajectories of a group
 
@@ -47,15 +47,18 @@ def counted(made, monkeypatch):
         ([], {"prior": 20, "vae": 14 + 1, "teacher": 14 + 1}),
         (["guidance.decoder=fitted"], {"prior": 20, "decoder": 14, "vae": 1, "teacher": 14 + 1}),
         (["guidance.decoder=fitted", "guidance.every=2"], {"prior": 20, "decoder": 7, "vae": 1, "teacher": 7 + 1}),
-        (["guidance.decoder=fitted", "guidance.inner=2"], {"prior": 20, "decoder": 28, "vae": 1, "teacher": 28 + 1}),
-        (["guidance.through=zt"], {"prior": 20, "vae": 14 + 1, "teacher": 14 + 1}),
-        (["prior.cfg=3", "prior.cfg_interval=[0,0.5]"], {"prior": 10 * 2 + 10, "vae": 15, "teacher": 15}),
+        (
+            ["guidance.decoder=fitted", "guidance.updates_per_step=2"],
+            {"prior": 20, "decoder": 28, "vae": 1, "teacher": 28 + 1},
+        ),
+        (["guidance.gradient_at=xt"], {"prior": 20, "vae": 14 + 1, "teacher": 14 + 1}),
+        (["prior.cfg_scale=3", "prior.cfg_interval=[0,0.5]"], {"prior": 10 * 2 + 10, "vae": 15, "teacher": 15}),
         (["method=dmkd", "guidance.decoder=fitted"], {"prior": 20, "vae": 1, "teacher": 1}),
         (["guidance.decoder=fitted", "images.intermediates=2"], {"prior": 20, "decoder": 14, "vae": 3, "teacher": 17}),
     ],
 )
 def test_networks_are_asked_no_more_than_they_must(quick_fit, prior_folder, tmp_path, monkeypatch, sets, expected):
-    monkeypatch.setattr(fitted_decoder, "STEPS", 5)
+    monkeypatch.setattr(decoders, "STEPS", 5)
     seen, report = counted(worker(prior_folder, tmp_path, *sets), monkeypatch)
     assert seen == expected
     assert report["evaluations"] == STEPS

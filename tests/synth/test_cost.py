@@ -1,24 +1,20 @@
 """Counted cost: the meta run of single steps equals FLOPs counted while really sampling, for every kind of step."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.counting import Flops, FusedAttention, flops, saved_bytes, weight_bytes
-from stages.models.identity import ModelConfig
+from stages.cost import Flops, FusedAttention, flops, saved_bytes, step_kinds, synth_cost, weight_bytes
+from stages.models.build import build_net
 from stages.models.loading import load_teacher, save_model
-from stages.models.registry import build_net
-from stages.models.settings import InputSettings
-from stages.synth.cost import step_kinds, synth_cost
-from stages.synth.groups import make_group
-from stages.synth.guidance_decoder import load_decoder
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors.families import load_prior
-from stages.synth.sampler import Models, Work
-from stages.synth.settings import SynthSettings
+from stages.models.source import ModelConfig
+from stages.settings import InputSettings, SynthSettings
+from stages.synth.decoders import load_decoder
+from stages.synth.group import make_group
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Counters, Models, diffdfkd, dmkd
+from stages.synth.worker import METHODS
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import (
     save_ddpm,
@@ -55,21 +51,25 @@ def counted(settings: SynthSettings) -> int:
         models.prior.encode(conditions)
     method = {"diffdfkd": diffdfkd, "dmkd": dmkd}[settings.method]
     with Flops() as total:
-        list(method.synthesise(models, group, settings, Work()))
+        list(method(models, group, settings, Counters()))
     return (total.total - text.total) // settings.group_size
 
 
 @pytest.mark.parametrize(
     ("save", "prior", "other"),
     [
-        (save_stable_diffusion, {"cfg": 3.0, "cfg_interval": (0.25, 0.75)}, {"guidance": {"every": 2, "inner": 2}}),
-        (save_stable_diffusion, {"cfg": 3.0}, {"guidance": {"through": "zt", "interval": (0.5, 1.0)}}),
-        (save_stable_diffusion, {"cfg": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
-        (save_stable_diffusion_xl, {"cfg": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
-        (save_dit, {"cfg": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
-        (save_if, {"cfg": 2.0}, {"guidance": {"every": 3}}),
-        (save_ldm, {"cfg": 1.0}, {"guidance": {"bn": 0.0}}),
-        (save_ddpm, {"cfg": 1.0, "scheduler": "ddpm"}, {"guidance": {"through": "zt"}}),
+        (
+            save_stable_diffusion,
+            {"cfg_scale": 3.0, "cfg_interval": (0.25, 0.75)},
+            {"guidance": {"every": 2, "updates_per_step": 2}},
+        ),
+        (save_stable_diffusion, {"cfg_scale": 3.0}, {"guidance": {"gradient_at": "xt", "interval": (0.5, 1.0)}}),
+        (save_stable_diffusion, {"cfg_scale": 2.0}, {"method": "dmkd", "images": {"intermediates": 2}}),
+        (save_stable_diffusion_xl, {"cfg_scale": 1.0}, {"lca": {"every": 2}, "images": {"intermediates": 1}}),
+        (save_dit, {"cfg_scale": 2.0, "labels": {"a": 0, "b": 3}, "scheduler": "dpmsolver++"}, {}),
+        (save_if, {"cfg_scale": 2.0}, {"guidance": {"every": 3}}),
+        (save_ldm, {"cfg_scale": 1.0}, {"guidance": {"bn": 0.0}}),
+        (save_ddpm, {"cfg_scale": 1.0, "scheduler": "ddpm"}, {"guidance": {"gradient_at": "xt"}}),
     ],
 )
 def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, prior, other):
@@ -116,7 +116,7 @@ def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
         prior = load_prior(one.prior, "cpu")
         assert synth_cost(one).weights == weight_bytes(prior.network, prior.vae, *prior.encoders, teacher.net)
     assert synth_cost(half).saved < cost.saved
-    through = settings.guidance.model_copy(update={"through": "zt"})
+    through = settings.guidance.model_copy(update={"gradient_at": "xt"})
     assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
 
 
@@ -128,7 +128,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
     base = {
         "method": method,
         "teacher": {"name": str(teacher_folder)},
-        "prior": {"path": str(prior_folder), "steps": 4, "cfg": 0.5},
+        "prior": {"path": str(prior_folder), "steps": 4, "cfg_scale": 0.5},
         "cmi": {"steps": 5, "batches": 2, "width": 8, "latent": 8},
         "deepinversion": {"steps": 5},
         "dda": {"variants": 2, "strength": 0.5},
@@ -137,7 +137,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
     settings = SynthSettings.model_validate(base)
     prior = load_prior(settings.prior, "cpu") if method == "dda" else None
     models = Models(prior, load_teacher(settings.teacher), None, "cpu")
-    group, module = make_group(settings, 0, NAMES), import_module(f"stages.synth.methods.{method}")
+    group, module = make_group(settings, 0, NAMES), METHODS[method]
     text = 0
     if prior:
         prior.encode(group.prompts)
@@ -145,7 +145,7 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
             prior.encode(group.prompts)
         text = encoder.total
     with Flops() as real:
-        list(module.synthesise(models, group, settings, Work()))
+        list(module(models, group, settings, Counters()))
     cost = synth_cost(settings)
     assert cost.inversion > 0 and cost.saved > 0
     assert cost.flops - cost.score == pytest.approx(

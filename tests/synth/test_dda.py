@@ -16,18 +16,16 @@ from pipeline.recipe import resolve
 from pipeline.repair import rebuild_run
 from pipeline.rescore import rescore
 from pipeline.synth import run_synth
-from stages.distill.rows import select_rows, split_held_out
+from stages.distill.rows import select_rows, split_validation
 from stages.models.loading import load_teacher
-from stages.synth.groups import make_group
-from stages.synth.inversion_settings import DdaSettings
-from stages.synth.methods import dda
-from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.priors.families import load_prior
-from stages.synth.sampler import Work, denoise
-from stages.synth.scores import filtered
-from stages.synth.settings import PriorSettings, SynthSettings
-from stages.synth.shard_worker import load_models
-from stages.synth.stored import stored_images
+from stages.settings import DdaSettings, PriorSettings, SynthSettings
+from stages.synth.dda import dda
+from stages.synth.group import make_group
+from stages.synth.inputs import inspect_inputs
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Counters, denoise
+from stages.synth.scores import filtered, stored_images
+from stages.synth.worker import load_models
 from tests.synth.tiny import save_ddpm, save_dit, save_ldm, save_stable_diffusion_dc, save_stable_diffusion_xl
 
 PLACE = ExecutorSettings()
@@ -36,8 +34,8 @@ FAMILIES = [save_dit, save_ldm, save_ddpm, save_stable_diffusion_dc, save_stable
 
 def recipe(prior_folder, **more):
     tiny = [
-        *("method=dda", f"prior.path={prior_folder}", "prior.steps=5", "prior.cfg=0.5", "device=cpu"),
-        *("cmi.steps=3", "cmi.width=4", "cmi.latent=8", "dda.variants=2", "dda.cosine=0.5", "min_confidence=0.05"),
+        *("method=dda", f"prior.path={prior_folder}", "prior.steps=5", "prior.cfg_scale=0.5", "device=cpu"),
+        *("cmi.steps=3", "cmi.width=4", "cmi.latent=8", "dda.variants=2", "dda.min_cosine=0.5", "min_confidence=0.05"),
         *("groups_per_shard=2", "group_size=6", "shards=2"),
     ]
     return resolve("demo", section="synth", sets=[*tiny, *(f"{k.replace('__', '.')}={v}" for k, v in more.items())])
@@ -77,12 +75,12 @@ def test_the_filter_by_hand():
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])
 def test_strength_one_is_pure_generation_and_none_the_source(prior_folder, scheduler):
-    prior = load_prior(PriorSettings(path=str(prior_folder), scheduler=scheduler, steps=4, cfg=0.5), "cpu")
+    prior = load_prior(PriorSettings(path=str(prior_folder), scheduler=scheduler, steps=4, cfg_scale=0.5), "cpu")
     group = make_group(SynthSettings(group_size=3), 0, ("a", "b"))
     origin = prior.encode_images(pictures())
 
     def made(first, **kw):
-        work = Work()
+        work = Counters()
         (frame,) = denoise(prior, group, 5, "cpu", None, None, 0, work, origin, first, **kw)
         return frame.images, work.evaluations
 
@@ -99,7 +97,7 @@ def test_strength_one_is_pure_generation_and_none_the_source(prior_folder, sched
 
 def test_the_embedded_prior_gives_back_what_it_is_given():
     """Encoding inverts decoding up to the VAE's error, and the less strength, the nearer stays the source."""
-    prior = load_prior(PriorSettings(steps=10, cfg=1.0), "cpu")
+    prior = load_prior(PriorSettings(steps=10, cfg_scale=1.0), "cpu")
     drawn = SynthSettings(group_size=8, prompts={"template": "two thick connected strokes, a loop and a line"})
     group = make_group(drawn, 0, ("a", "b"))
     *_, source = denoise(prior, group, 0, "cpu")
@@ -128,7 +126,7 @@ def test_guidance_below_one_lies_between_the_two_predictions(prior_folder):
     """eps_u + 0.5·(eps_c − eps_u)."""
     outputs = {}
     for cfg in (0.0, 0.5, 1.0):
-        prior = load_prior(PriorSettings(path=str(prior_folder), steps=4, cfg=cfg, negative_prompt="b"), "cpu")
+        prior = load_prior(PriorSettings(path=str(prior_folder), steps=4, cfg_scale=cfg, negative_prompt="b"), "cpu")
         noise = torch.randn(2, *prior.latent_shape, generator=torch.Generator().manual_seed(0))
         outputs[cfg] = prior.predict(prior.start(noise), prior.encode(["a", "a"])).output
     assert torch.allclose(outputs[0.5], (outputs[0.0] + outputs[1.0]) / 2, atol=1e-5)
@@ -205,16 +203,16 @@ def test_rescoring_asks_the_filter_again(made):
 
 def test_stage_two_holds_families_out_together_and_learns_from_derived_images(made, tmp_path):
     _, _, manifest = made
-    sets = ["epochs=2", "loss.derived=1", "held_out=0.3", "kept=false"]
+    sets = ["epochs=2", "loss.variants_ce=1", "val_fraction=0.3", "include_rejected=true"]
     given = resolve("demo", section="distill", environ={}, sets=sets)
     rows = select_rows([(manifest, 1.0)], given.distill)
     assert rows.derived.tolist() == [False, True, True] * 24
-    train, held = split_held_out(rows, 0.3, 0)
+    train, held = split_validation(rows, 0.3, 0)
     assert len(held) and len(held) % 3 == 0 and not set(train // 3) & set(held // 3)
     done = run_distill(given, [(manifest.url, 1.0)], str(tmp_path / "s"), quiet=True)
-    assert done["images_held_out"] == len(held)
+    assert done["val_images"] == len(held)
     (metrics,) = (tmp_path / "s").glob("*/metrics.jsonl")
-    assert [json.loads(line)["derived"] > 0 for line in metrics.read_text().splitlines()] == [True, True]
+    assert [json.loads(line)["variants_ce"] > 0 for line in metrics.read_text().splitlines()] == [True, True]
 
 
 def test_the_contrastive_space_and_steering(prior_folder):
@@ -228,7 +226,7 @@ def test_the_contrastive_space_and_steering(prior_folder):
         parsed = recipe(prior_folder, **more).synth
         models = load_models(parsed)
         group = make_group(parsed, 0, models.teacher.class_names)
-        frames[name] = list(dda.synthesise(models, group, parsed, Work()))
+        frames[name] = list(dda(models, group, parsed, Counters()))
     assert torch.equal(frames["plain"][1].images, frames["contrastive"][1].images)
     assert torch.equal(frames["plain"][0].images, frames["guided"][0].images)
     assert not torch.equal(frames["plain"][1].images, frames["guided"][1].images)
@@ -259,13 +257,13 @@ def test_variants_that_begin_too_late_are_refused(prior_folder):
 
 
 def test_a_teacher_without_features_needs_the_contrastive_space(prior_folder, monkeypatch):
-    from stages.synth import shard_worker
+    from stages.synth import worker
 
     def headless(*given):
         teacher = load_teacher(*given)
         teacher._head = None
         return teacher
 
-    monkeypatch.setattr(shard_worker, "load_teacher", headless)
+    monkeypatch.setattr(worker, "load_teacher", headless)
     with pytest.raises(UsageError, match="dda.space=contrastive"):
         load_models(recipe(prior_folder).synth)

@@ -5,11 +5,10 @@ import torch
 
 from pipeline.recipe import resolve
 from stages.models.loading import load_teacher
-from stages.synth.groups import make_group
-from stages.synth.methods import diffdfkd, dmkd
-from stages.synth.priors.families import load_prior
-from stages.synth.sampler import Models, Work
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth.group import make_group
+from stages.synth.priors.kinds import load_prior
+from stages.synth.sampler import Counters, Models, diffdfkd, dmkd
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def final(method, demo, **changes):
     settings, prior, teacher = demo
     settings = settings.model_copy(update=changes)
     group = make_group(settings, 0, teacher.class_names)
-    *_, last = method.synthesise(Models(prior, teacher, None, "cpu"), group, settings, Work())
+    *_, last = method(Models(prior, teacher, None, "cpu"), group, settings, Counters())
     return last, torch.tensor(group.labels)
 
 
@@ -58,8 +57,8 @@ def test_guidance_makes_what_the_teacher_was_asked_for(demo):
 
 def test_the_embedded_prior_is_a_plain_diffusers_folder():
     """What loads it is what loads Stable Diffusion; CFG and a negative prompt change the result."""
-    plain = load_prior(PriorSettings(steps=4, cfg=1.0), "cpu")
-    steered = load_prior(PriorSettings(steps=4, cfg=4.0, negative_prompt="one thin stroke, a line"), "cpu")
+    plain = load_prior(PriorSettings(steps=4, cfg_scale=1.0), "cpu")
+    steered = load_prior(PriorSettings(steps=4, cfg_scale=4.0, negative_prompt="one thin stroke, a line"), "cpu")
     assert plain.image_size == 32 and plain.latent_shape == (4, 8, 8)
     assert plain.encode(["one thick stroke, a loop"]).shape[0] == 1
     assert steered.encode(["one thick stroke, a loop"]).shape[0] == 2

@@ -11,14 +11,13 @@ from diffusers import AutoencoderKL
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.counting import Flops
+from stages.cost import Flops, synth_cost
 from stages.models.loading import load_teacher
-from stages.synth import fitted_decoder as fd
-from stages.synth.cost import synth_cost
-from stages.synth.guidance_decoder import fidelity, load_decoder
-from stages.synth.priors.families import load_prior
-from stages.synth.settings import PriorSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.settings import PriorSettings, SynthSettings
+from stages.synth import decoders as fd
+from stages.synth.decoders import fidelity, load_decoder
+from stages.synth.priors.kinds import load_prior
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import save_ddpm
 
 pytestmark = pytest.mark.usefixtures("quick_fit")
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 def settings(folder, **kw):
     return SynthSettings.model_validate(
         {
-            "prior": {"path": str(folder), "steps": 3, "cfg": 1.0},
+            "prior": {"path": str(folder), "steps": 3, "cfg_scale": 1.0},
             "guidance": {"decoder": "fitted"},
             "groups_per_shard": 1,
             "group_size": 4,
@@ -60,7 +59,7 @@ def test_pull_back_is_the_jacobian_transposed_whatever_the_chunks(monkeypatch):
 
     for cells in (1, 8, 4096):  # one, two, all latents at once
         monkeypatch.setattr(fd, "AT_ONCE", cells)
-        images, gradients = fd.pull_back(decode, latents, cotangents)
+        images, gradients = fd.decode_with_vjp(decode, latents, cotangents)
         torch.testing.assert_close(images, decode(latents))
         torch.testing.assert_close(gradients.flatten(1), cotangents.flatten(1) @ matrix)
 
@@ -82,7 +81,9 @@ def test_equal_fits_are_equal_bit_by_bit(prior):
 
 def test_a_fit_learns_images_and_gradients(monkeypatch):
     monkeypatch.setattr(fd, "STEPS", 80)
-    prior = load_prior(PriorSettings(steps=10, cfg=1.0), "cpu")  # the embedded one: a trained decoder is learnable
+    prior = load_prior(
+        PriorSettings(steps=10, cfg_scale=1.0), "cpu"
+    )  # the embedded one: a trained decoder is learnable
     wanted = ["two thin connected strokes, a loop", "one thick stroke, an arc"] * 8
     net = fd.fit(prior, wanted, 8, "bilinear")
     latents = fd.draw_latents(prior, wanted, 2, seed=9)
@@ -91,8 +92,8 @@ def test_a_fit_learns_images_and_gradients(monkeypatch):
     def full(z0):
         return F.interpolate(prior.decode(z0), size=(8, 8), mode="bilinear", antialias=True)
 
-    images, gradients = fd.pull_back(full, latents, cotangents)
-    made, slopes = fd.pull_back(net, latents, cotangents)
+    images, gradients = fd.decode_with_vjp(full, latents, cotangents)
+    made, slopes = fd.decode_with_vjp(net, latents, cotangents)
     assert (made - images).square().mean() < 0.08 * images.var()
     assert (
         F.cosine_similarity(slopes.flatten(1), gradients.flatten(1)).mean() > 0.8
@@ -135,12 +136,12 @@ def test_a_cache_that_cannot_be_written_costs_a_line_a_run_folder_the_run(tmp_pa
 
 def test_workers_of_a_run_share_weights_even_if_their_machines_would_fit_others(prior_folder, tmp_path, monkeypatch):
     asked, url = settings(prior_folder, shards=2).model_dump(mode="json"), str(tmp_path / "run")
-    report = build_worker(asked, url, "f" * 64).run(0)
+    report = ShardWorker(asked, url, "f" * 64).run(0)
     assert report["decoder"]["kind"] == "fitted" and report["decoder"]["pixel_error"] > 0
     assert (report["updates"], report["decodes"]) == (3, 1)
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "another machine"))
     monkeypatch.setattr(fd, "fit", lambda *a: pytest.fail("the run's folder has one"))
-    worker = build_worker(asked, url, "f" * 64)
+    worker = ShardWorker(asked, url, "f" * 64)
     second = worker.run(1)
     assert second["decoder"] == report["decoder"]
     assert "decoder" not in worker.run(1)  # told once
@@ -174,7 +175,7 @@ def test_a_damaged_cache_is_dropped_and_never_reaches_a_run(prior_folder, tmp_pa
 def test_a_fit_that_diverges_is_one_line_and_not_kept(prior_folder, monkeypatch):
     asked = settings(prior_folder)
     prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
-    monkeypatch.setattr(fd, "misfit", lambda net, *a: sum(p.sum() for p in net.parameters()) * float("nan"))
+    monkeypatch.setattr(fd, "sobolev_loss", lambda net, *a: sum(p.sum() for p in net.parameters()) * float("nan"))
     with pytest.raises(NumericsError, match="not finite; set guidance.decoder=full"):
         load_decoder(prior, asked, teacher)
     assert not Storage(fd.cache_folder()).list("decoder")
@@ -206,9 +207,9 @@ def test_without_memory_for_the_full_decoders_gradients_a_worker_tells_no_fideli
     prior_folder, tmp_path, monkeypatch, caplog
 ):
     asked, storage = settings(prior_folder), Storage(tmp_path)
-    told = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)["decoder"]
+    told = ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)["decoder"]
     small_memory(monkeypatch, 0)
-    report = build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(1)
+    report = ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(1)
     assert report["decoder"] == {"kind": "fitted", "sha256": told["sha256"]} and report["updates"] == 3
     assert "no memory to compare" in caplog.text
 
@@ -217,7 +218,7 @@ def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):
     asked = settings(save_ddpm(tmp_path / "ddpm"))
     prior, teacher = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher)
     assert load_decoder(prior, asked, teacher) is None
-    report = build_worker(asked.model_dump(mode="json"), str(tmp_path / "run"), "f" * 64).run(0)
+    report = ShardWorker(asked.model_dump(mode="json"), str(tmp_path / "run"), "f" * 64).run(0)
     assert report["updates"] == 3 and "decoder" not in report
     tiny = settings(prior.folder, guidance={"decoder": "tiny", "tiny_decoder": "anything"})
     with pytest.raises(UsageError, match="works on pixels"):
@@ -225,7 +226,7 @@ def test_a_prior_of_pixels_is_guided_on_its_pixels(tmp_path):
 
 
 def test_the_counted_cost_of_a_fit_is_that_of_fitting(prior_folder):
-    asked = settings(prior_folder, prior={"path": str(prior_folder), "steps": 3, "cfg": 2.0})
+    asked = settings(prior_folder, prior={"path": str(prior_folder), "steps": 3, "cfg_scale": 2.0})
     prior, names = load_prior(asked.prior, "cpu"), load_teacher(asked.teacher).class_names
     wanted = fd.conditions(prior, asked, names, fd.trajectories(prior.latent_shape[1]))
     prior.encode(wanted)
@@ -242,6 +243,6 @@ def test_the_decoder_is_part_of_the_plan_and_of_the_bytes(prior_folder, tmp_path
     for kind in ("full", "fitted"):
         storage = Storage(str(tmp_path / kind))
         asked = settings(prior_folder, guidance={"decoder": kind})
-        build_worker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        ShardWorker(asked.model_dump(mode="json"), storage.url, "f" * 64).run(0)
         tars.append(done_records(storage)[0].tar_sha256)
     assert tars[0] != tars[1]

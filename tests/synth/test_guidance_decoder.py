@@ -9,12 +9,12 @@ from diffusers import AutoencoderTiny
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.groups import Group
-from stages.synth.guidance_decoder import TinyDecoder
-from stages.synth.plan_inputs import inspect_inputs, semantics
-from stages.synth.sampler import Guide, Work, denoise
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.decoders import TinyDecoder
+from stages.synth.group import Group
+from stages.synth.inputs import inspect_inputs, semantics
+from stages.synth.sampler import Counters, Guide, denoise
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -48,8 +48,10 @@ def test_guidance_alone_sees_through_the_tiny_decoder(prior, tiny_folder, monkey
     tiny, full = decoder.network.decode, prior.vae.decode
     monkeypatch.setattr(decoder.network, "decode", lambda z: seen.append(z.detach()) or tiny(z))
     monkeypatch.setattr(prior.vae, "decode", lambda z: stored.append(z) or full(z))
-    guide = Guide(GuidanceSettings(every=2, inner=2), TinyTeacher(), torch.tensor(GROUP.labels), None, decoder)
-    work = Work()
+    guide = Guide(
+        GuidanceSettings(every=2, updates_per_step=2), TinyTeacher(), torch.tensor(GROUP.labels), None, decoder
+    )
+    work = Counters()
     list(denoise(prior, GROUP, 0, "cpu", guide, intermediates=2, work=work))
     assert (len(seen), len(stored)) == (work.updates, work.decodes) == (3 * 2, 2 + 1)
     with torch.no_grad():
@@ -73,7 +75,7 @@ def test_families_without_a_tiny_decoder_say_so(tmp_path):
     from tests.synth.tiny import save_ldm
 
     folder = save_ldm(tmp_path / "ldm")
-    given = {"prior": {"path": str(folder), "cfg": 1.0}, "guidance": {"decoder": "tiny"}}
+    given = {"prior": {"path": str(folder), "cfg_scale": 1.0}, "guidance": {"decoder": "tiny"}}
     with pytest.raises(UsageError, match=r"no AutoencoderTiny is known for LDMPipeline.*guidance.tiny_decoder"):
         inspect_inputs(SynthSettings.model_validate(given))
 
@@ -95,7 +97,7 @@ def test_a_worker_guided_through_a_tiny_decoder_makes_other_images(prior_folder,
     for guidance in ({"decoder": "tiny", "tiny_decoder": str(tiny_folder)}, {"decoder": "full"}):
         settings = SynthSettings.model_validate(
             {
-                "prior": {"path": str(prior_folder), "steps": 3, "cfg": 1.0},
+                "prior": {"path": str(prior_folder), "steps": 3, "cfg_scale": 1.0},
                 "guidance": guidance,
                 "groups_per_shard": 1,
                 "group_size": 4,
@@ -103,7 +105,7 @@ def test_a_worker_guided_through_a_tiny_decoder_makes_other_images(prior_folder,
             }
         )
         storage = Storage(str(tmp_path / str(len(tars))))
-        report = build_worker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
+        report = ShardWorker(settings.model_dump(mode="json"), storage.url, "f" * 64).run(0)
         assert (report["updates"], report["decodes"]) == (3, 1)
         tars.append(done_records(storage)[0].tar_sha256)
     assert tars[0] != tars[1]

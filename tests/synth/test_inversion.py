@@ -10,21 +10,17 @@ from torch import nn
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.models import registry
-from stages.models.settings import InputSettings
+from stages.models import build
 from stages.models.teacher import Teacher
-from stages.synth.contrastive import embedding, info_nce
-from stages.synth.crops import draw_crops, draw_shifts, views
-from stages.synth.generator import Generator
-from stages.synth.groups import make_group
+from stages.settings import InputSettings, SynthSettings
+from stages.synth import cmi, inversion
+from stages.synth.cmi import Generator, draw_crops, draw_shifts, embedding, info_nce, views
+from stages.synth.group import make_group
 from stages.synth.guidance import Losses, moments_gap
+from stages.synth.inputs import inspect_inputs
 from stages.synth.inversion import Best
-from stages.synth.methods import cmi, deepinversion
-from stages.synth.plan_inputs import inspect_inputs
-from stages.synth.sampler import Models, Work
-from stages.synth.settings import SynthSettings
-from stages.synth.shard_worker import load_models
-from stages.synth.worker import build_worker
+from stages.synth.sampler import Counters, Models
+from stages.synth.worker import METHODS, ShardWorker, load_models
 
 
 def settings(method, **kw):
@@ -45,8 +41,8 @@ def models():
 
 
 def final(module, parsed, models, index=0):
-    work = Work()
-    (frame,) = module.synthesise(models, make_group(parsed, index, models.teacher.class_names), parsed, work)
+    work = Counters()
+    (frame,) = METHODS[parsed.method](models, make_group(parsed, index, models.teacher.class_names), parsed, work)
     return frame, work
 
 
@@ -54,7 +50,7 @@ def test_total_variation_by_hand():
     """[[0, 1], [2, 5]]: right (1, 3), down (2, 4), diagonals 5 and 2 − 1; √10 + √20 + 5 + 1, and 0 for a flat image."""
     x = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
     expected = (math.sqrt(10) + math.sqrt(20) + 5 + 1) / 2
-    assert deepinversion.total_variation(x).item() == pytest.approx(expected, abs=1e-4)
+    assert inversion.total_variation(x).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_competition_by_hand():
@@ -62,7 +58,7 @@ def test_competition_by_hand():
     t = torch.tensor([[math.log(3.0), 0.0], [1.0, 1.0]])
     s = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
     js = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert deepinversion.competition(t, s).tolist() == pytest.approx([1 - js, 1.0], abs=1e-6)
+    assert inversion.competition(t, s).tolist() == pytest.approx([1 - js, 1.0], abs=1e-6)
 
 
 def test_the_first_layer_weighs_more(models):
@@ -71,7 +67,7 @@ def test_the_first_layer_weighs_more(models):
     norms = models.teacher.batchnorms
     each = [moments_gap([b], [r]).item() for b, r in zip(batch, norms, strict=True)]
     expected = (10 * each[0] + sum(each[1:])) / len(each)
-    assert deepinversion.weighted_statistics(batch, norms, 10).item() == pytest.approx(expected, rel=1e-5)
+    assert inversion.weighted_statistics(batch, norms, 10).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_info_nce_by_hand():
@@ -92,8 +88,8 @@ def test_the_embedding_is_channel_means_in_units_of_the_running_statistics():
     net[1].running_mean.fill_(0.5)
     net[1].running_var.fill_(4.0)
     teacher = Teacher(net, InputSettings(size=4, channels=1, mean=(0.0,), std=(1.0,)), ("a", "b"), {})
-    grey = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)  # luminance 0 and 1
-    assert embedding(teacher, grey)[2].flatten().tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
+    gray = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)  # luminance 0 and 1
+    assert embedding(teacher, gray)[2].flatten().tolist() == pytest.approx([-0.25, 0.25], abs=1e-6)
 
 
 def test_views_are_crops_flips_and_shifts():
@@ -131,9 +127,9 @@ def test_the_lowest_loss_is_kept_and_never_nan():
     assert best.checked(group).item() == 2.0
 
 
-@pytest.mark.parametrize("module", [cmi, deepinversion])
+@pytest.mark.parametrize("module", [cmi, inversion])
 def test_losses_fall_and_the_teacher_sees_its_classes(module, models):
-    name = module.__name__.rsplit(".", 1)[1]
+    name = {cmi: "cmi", inversion: "deepinversion"}[module]
     small = {"width": 16, "lr": 3e-3}
     parsed = settings(name, cmi={"steps": 40} | small, deepinversion={"steps": 40}, group_size=20)
     short = settings(name, cmi={"steps": 1} | small, deepinversion={"steps": 1}, group_size=20)
@@ -142,13 +138,13 @@ def test_losses_fall_and_the_teacher_sees_its_classes(module, models):
     labels = torch.tensor(make_group(parsed, 0, models.teacher.class_names).labels)
     assert (models.teacher.logits(after.images).argmax(1) == labels).float().mean() > 0.8
     assert after.images.shape == (20, 3, 8, 8) and after.images.abs().max() <= 1
-    assert work.teacher_calls == (40 if module is deepinversion else 2 * 2 * 40)
+    assert work.teacher_calls == (40 if module is inversion else 2 * 2 * 40)
 
 
-@pytest.mark.parametrize("module", [cmi, deepinversion])
+@pytest.mark.parametrize("module", [cmi, inversion])
 def test_a_group_depends_on_itself_alone(module, models):
     """The same bytes again, whatever was made before; other groups and seeds differ."""
-    name = module.__name__.rsplit(".", 1)[1]
+    name = {cmi: "cmi", inversion: "deepinversion"}[module]
     parsed = settings(name)
     torch.manual_seed(1)
     first, state = final(module, parsed, models, 1)[0].images, torch.get_rng_state()
@@ -181,9 +177,9 @@ def test_later_batches_are_kept_apart_from_earlier_ones(models, monkeypatch):
 @pytest.mark.parametrize("method", ["cmi", "deepinversion"])
 def test_an_adversary_steers(method, models, tmp_path):
     parsed = settings(method, adversary={"name": "embedded:digits"}, guidance={"adversarial": 1.0})
-    module = {"cmi": cmi, "deepinversion": deepinversion}[method]
+    module = {"cmi": cmi, "deepinversion": inversion}[method]
     torch.manual_seed(0)
-    net = registry.build("digits-cnn-small", 10, 1)
+    net = build.build("digits-cnn-small", 10, 1)
     student = Teacher(net, models.teacher.input.settings, models.teacher.class_names, {})
     against = Models(None, models.teacher, student, "cpu")
     steered, plain = final(module, parsed, against)[0], final(module, settings(method), models)[0]
@@ -197,14 +193,14 @@ def test_shards_need_no_prior_and_tell_how_images_were_made(method, tmp_path):
     inputs = inspect_inputs(parsed)
     assert (inputs.image_size, inputs.prior["name"], inputs.prior["sha256"]) == (8, "none", None)
     storage, again = Storage(str(tmp_path / "a")), Storage(str(tmp_path / "b"))
-    report = build_worker(parsed.model_dump(mode="json"), storage.url, "f" * 64).run(1)
+    report = ShardWorker(parsed.model_dump(mode="json"), storage.url, "f" * 64).run(1)
     rows = pq.read_table(storage.path(done_records(storage)[1].table)).to_pylist()
     assert (report["evaluations"], report["rows"], len(rows)) == (0, 24, 24)
     assert {(row["method"], row["step"], row["timestep"], row["prompt"]) for row in rows} == {(method, 6, 0, None)}
     assert [row["trajectory"] for row in rows] == list(range(24, 48))
     assert all(row["cosine_ref"] == f"class:{row['label']}" and row["source_key"] is None for row in rows)
     assert all(row["loss_ce"] > 0 and row["loss_bn"] > 0 for row in rows)
-    worker = build_worker(parsed.model_dump(mode="json"), again.url, "f" * 64)
+    worker = ShardWorker(parsed.model_dump(mode="json"), again.url, "f" * 64)
     worker.run(0)
     worker.run(1)
     assert done_records(again)[1] == done_records(storage)[1]
@@ -221,7 +217,7 @@ def test_a_teacher_without_batchnorm_is_contrasted_by_its_features(models):
     net.__dict__["stages"], net.__dict__["head"] = (), "4"
     spec = models.teacher.input.settings
     plain = Models(None, Teacher(net, spec, models.teacher.class_names, {}), None, "cpu")
-    for module, method in ((cmi, "cmi"), (deepinversion, "deepinversion")):
+    for module, method in ((cmi, "cmi"), (inversion, "deepinversion")):
         frame, _ = final(module, settings(method), plain)
         assert frame.losses.bn == 0 and frame.images.isfinite().all()
     plain.teacher._head = None

@@ -8,13 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.synth.groups import Group
-from stages.synth.latent_cutmix import draw_box
-from stages.synth.latent_mix import Mix, draw_mixes, mixing
-from stages.synth.latent_window import cells, draw_window
-from stages.synth.priors.prior import Prediction
-from stages.synth.seeds import python_rng
-from stages.synth.settings import LatentMixSettings
+from stages.seeds import python_rng
+from stages.settings import LatentMixSettings
+from stages.synth.group import Group
+from stages.synth.latent_mix import Mix, cells, draw_box, draw_mixes, draw_window, mixing
+from stages.synth.priors.schedule import Prediction
 
 GROUP = Group(3, tuple(range(30, 38)), (0, 1, 0, 1, 2, 0, 1, 0), ("p",) * 8)
 SHAPE = (4, 8, 8)

@@ -12,14 +12,14 @@ from PIL import Image
 from manifests.errors import FactoryError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.micro_batches import halving, in_micro_batches, out_of_memory
+from stages.memory import in_micro_batches, out_of_memory, retry_with_smaller_batches
 from stages.models.loading import load_teacher
-from stages.synth.groups import Group
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.group import Group
 from stages.synth.guidance import teacher_losses
-from stages.synth.priors.prior import State
+from stages.synth.priors.schedule import State
 from stages.synth.sampler import Guide, guide_step
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.worker import build_worker
+from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, tuple(range(7)), (0, 1, 0, 1, 0, 1, 0), tuple("abababa"))
@@ -59,17 +59,17 @@ def test_the_gradient_in_parts_of_a_deep_teacher():
     assert parts.bn.item() == pytest.approx(whole.bn.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 def test_a_guided_step_in_parts(prior, through):
     """Decoder, teacher and (zt) denoiser on three trajectories at a time move ẑ0 as all seven at once do."""
-    guide = Guide(GuidanceSettings(through=through, bn=1.0), TinyTeacher(), LABELS)
+    guide = Guide(GuidanceSettings(gradient_at=through, bn=1.0), TinyTeacher(), LABELS)
     condition, noise = prior.encode(GROUP.prompts), GROUP.noise(0, prior.latent_shape)
 
     def moved(limit):
         prior.batch_limit = guide.teacher.batch_limit = limit
         try:
-            with torch.set_grad_enabled(through == "zt"):
-                state = prior.predict(State(noise.clone().requires_grad_(through == "zt"), 2), condition)
+            with torch.set_grad_enabled(through == "xt"):
+                state = prior.predict(State(noise.clone().requires_grad_(through == "xt"), 2), condition)
             return guide_step(prior, state, guide, torch.Generator())[0].z0
         finally:
             prior.batch_limit = None
@@ -102,7 +102,7 @@ def test_what_counts_as_out_of_memory():
 
 def settings(prior_folder, **kw):
     given = {
-        "prior": {"path": str(prior_folder), "steps": 5, "cfg": 2.0},
+        "prior": {"path": str(prior_folder), "steps": 5, "cfg_scale": 2.0},
         "guidance": {"decoder": "full"} | kw.pop("guidance", {}),
         "lca": {"every": 2, "interval": [0, 1]},
         "images": {"intermediates": 1},
@@ -140,9 +140,9 @@ EXACT = ("key", "label", "prompt", "group", "trajectory", "step", "timestep", "l
 
 def test_a_group_that_does_not_fit_is_made_in_micro_batches(prior_folder, tmp_path, monkeypatch):
     whole, split = Storage(tmp_path / "whole"), Storage(tmp_path / "split")
-    report = build_worker(settings(prior_folder), whole.url, "f" * 64).run(0)
+    report = ShardWorker(settings(prior_folder), whole.url, "f" * 64).run(0)
     assert "splits" not in report
-    worker = build_worker(settings(prior_folder), split.url, "f" * 64)
+    worker = ShardWorker(settings(prior_folder), split.url, "f" * 64)
     asked = small_memory(monkeypatch, worker, 6)
     assert worker.run(0)["splits"] == {0: 5, 1: 5}  # 20, 10, 5; the second group starts where the first ended
     assert asked.count(20) == 1 and asked.count(10) == 1 and set(asked) == {20, 10, 5}
@@ -157,7 +157,7 @@ def test_a_group_that_does_not_fit_is_made_in_micro_batches(prior_folder, tmp_pa
 
 
 def test_one_trajectory_that_does_not_fit_fails_clearly(prior_folder, tmp_path, monkeypatch):
-    worker = build_worker(settings(prior_folder), str(tmp_path), "f" * 64)
+    worker = ShardWorker(settings(prior_folder), str(tmp_path), "f" * 64)
     small_memory(monkeypatch, worker, 0)
     with pytest.raises(FactoryError, match=r"^group 0 does not fit the memory, not even one .*\(CUDA out of memory"):
         worker.run(0)
@@ -165,7 +165,7 @@ def test_one_trajectory_that_does_not_fit_fails_clearly(prior_folder, tmp_path, 
 
 
 def test_other_errors_are_not_tried_again(prior_folder, tmp_path, monkeypatch):
-    worker = build_worker(settings(prior_folder), str(tmp_path), "f" * 64)
+    worker = ShardWorker(settings(prior_folder), str(tmp_path), "f" * 64)
     calls = []
 
     def broken(latents):
@@ -185,5 +185,5 @@ def test_one_row_too_many_is_one_line_whatever_the_error_says():
         raise MemoryError  # as Python raises it: without a message
 
     with pytest.raises(FactoryError, match=r"^it does not fit \(MemoryError\): take less$"):
-        halving(call, 5, asked.append, "it does not fit", "take less")
+        retry_with_smaller_batches(call, 5, asked.append, "it does not fit", "take less")
     assert asked == [3, 2, 1]

@@ -8,12 +8,12 @@ from PIL import Image
 from manifests.shard import done_records
 from manifests.storage import Storage
 from manifests.tars import walk
-from stages.synth.worker import build_worker
+from stages.synth.noise import NoiseWorker
 
 
 def make(folder, shards, **settings):
     small = {"method": "noise", "groups_per_shard": 2, "group_size": 3, **settings}
-    worker = build_worker(small, str(folder), "f" * 64)
+    worker = NoiseWorker(small, str(folder), "f" * 64)
     return Storage(folder), [worker.run(shard) for shard in shards]
 
 

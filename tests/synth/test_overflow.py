@@ -7,11 +7,11 @@ import torch
 from manifests.errors import NumericsError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.groups import Group
-from stages.synth.priors.prior import State
-from stages.synth.sampler import Guide, Work, denoise, guide_step
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker, check_skipped
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.group import Group
+from stages.synth.priors.schedule import State
+from stages.synth.sampler import Counters, Guide, denoise, guide_step
+from stages.synth.worker import ShardWorker, check_skipped
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -36,15 +36,17 @@ def overflowing(prior, samples, value=torch.inf, images=False):
     return decode
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_sample_that_overflows_stays_where_it_was_and_the_others_move_as_ever(prior, monkeypatch, through, value):
-    guide = Guide(GuidanceSettings(through=through, inner=2 if through == "z0" else 1), TinyTeacher(), LABELS)
+    guide = Guide(
+        GuidanceSettings(gradient_at=through, updates_per_step=2 if through == "x0" else 1), TinyTeacher(), LABELS
+    )
     condition = prior.encode(GROUP.prompts)
 
     def moved():
-        start = GROUP.noise(0, prior.latent_shape).requires_grad_(through == "zt")
-        with torch.set_grad_enabled(through == "zt"):
+        start = GROUP.noise(0, prior.latent_shape).requires_grad_(through == "xt")
+        with torch.set_grad_enabled(through == "xt"):
             state = prior.predict(State(start, 2), condition)
         return state.z0.detach(), *guide_step(prior, state, guide, torch.Generator())
 
@@ -52,9 +54,9 @@ def test_a_sample_that_overflows_stays_where_it_was_and_the_others_move_as_ever(
     with monkeypatch.context() as patch:
         patch.setattr(prior, "decode", overflowing(prior, [1], value))
         _, after, _, skipped = moved()
-    assert none.tolist() == [0] * 4 and skipped.tolist() == [0, guide.settings.inner, 0, 0]
+    assert none.tolist() == [0] * 4 and skipped.tolist() == [0, guide.settings.updates_per_step, 0, 0]
     assert torch.equal(after.z0[1], before[1]) and not torch.equal(fine.z0[1], before[1])
-    if guide.settings.inner == 1:  # a second update sees the others' statistics with sample 1 unmoved
+    if guide.settings.updates_per_step == 1:  # a second update sees the others' statistics with sample 1 unmoved
         assert torch.equal(after.z0[[0, 2, 3]], fine.z0[[0, 2, 3]])
     assert after.z.isfinite().all()
 
@@ -69,7 +71,7 @@ def test_where_the_statistics_overflow_the_whole_group_is_left_out(prior, monkey
 
 
 def test_frames_count_what_was_left_out_so_far(prior, monkeypatch):
-    work, guide = Work(), Guide(GuidanceSettings(interval=(0.0, 0.5)), TinyTeacher(), LABELS)
+    work, guide = Counters(), Guide(GuidanceSettings(interval=(0.0, 0.5)), TinyTeacher(), LABELS)
     monkeypatch.setattr(prior, "decode", overflowing(prior, [3]))
     frames = list(denoise(prior, GROUP, 0, "cpu", guide, intermediates=2, work=work))
     assert [frame.skipped for frame in frames] == [[0, 0, 0, 2], [0, 0, 0, 3], [0, 0, 0, 3]]  # before steps 2, 4, 6
@@ -78,16 +80,16 @@ def test_frames_count_what_was_left_out_so_far(prior, monkeypatch):
 
 def test_more_than_five_percent_of_a_shard_is_refused_as_soon_as_it_is_certain():
     settings = SynthSettings(group_size=10, groups_per_shard=2)
-    check_skipped(Work(updates=20, skipped_updates=10), settings, 1.0)  # 10 of 200
+    check_skipped(Counters(updates=20, skipped_updates=10), settings, 1.0)  # 10 of 200
     with pytest.raises(NumericsError, match=r"11 of 200 guided .* \(prior.dtype=fp32\), more than 5% .* check"):
-        check_skipped(Work(updates=20, skipped_updates=11), settings, 1.0)
-    check_skipped(Work(updates=10, skipped_updates=10), settings, 0.5)  # the other half may be sound
+        check_skipped(Counters(updates=20, skipped_updates=11), settings, 1.0)
+    check_skipped(Counters(updates=10, skipped_updates=10), settings, 0.5)  # the other half may be sound
     with pytest.raises(NumericsError):
-        check_skipped(Work(updates=10, skipped_updates=11), settings, 0.5)
+        check_skipped(Counters(updates=10, skipped_updates=11), settings, 0.5)
 
 
 def given(prior_folder, **kw):
-    prior = {"path": str(prior_folder), "steps": 5, "cfg": 1.0} | kw.pop("prior", {})
+    prior = {"path": str(prior_folder), "steps": 5, "cfg_scale": 1.0} | kw.pop("prior", {})
     sizes = {"groups_per_shard": 1, "group_size": 20, "device": "cpu"}
     return SynthSettings.model_validate({"prior": prior, "guidance": {"bn": 0.0, "decoder": "full"}} | sizes | kw)
 

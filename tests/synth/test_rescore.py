@@ -7,15 +7,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from manifests.schema import SCHEMA, normalise
-from stages.synth.rescore import pieces, renewed, trajectory_starts
+from manifests.schema import SCHEMA, normalize
+from stages.synth.scores import pieces, renewed, trajectory_starts
 
 
 def table(*rows):
     made = []
     for i, changes in enumerate(rows):
         base = {"key": f"000000-{i:06d}", "shard": 0, "offset": 0, "size": 1, "xxh3": bytes(16), "label": 0}
-        made.append(normalise({**base, "method": "x", "kept": True, **changes}))
+        made.append(normalize({**base, "method": "x", "kept": True, **changes}))
     return pa.Table.from_pylist(made, schema=SCHEMA)
 
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from stages.models.blank import blank_teacher
-from stages.models.settings import ModelSettings
-from stages.synth.groups import Group
-from stages.synth.priors.prior import Prediction, State
-from stages.synth.priors.text import TextPrior
-from stages.synth.sampler import Guide, Work, denoise, guide_step, intermediate_steps
-from stages.synth.settings import GuidanceSettings, LatentMixSettings, PriorSettings
+from stages.models.build import blank_teacher
+from stages.settings import GuidanceSettings, LatentMixSettings, ModelSettings, PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import TextPrior
+from stages.synth.priors.schedule import Prediction, State
+from stages.synth.sampler import Counters, Guide, denoise, guide_step, intermediate_steps
 from tests.synth.tiny import TinyTeacher
 
 GROUP = Group(0, (0, 1, 2, 3), (0, 1, 0, 1), ("a", "b", "a", "b"))
@@ -30,25 +29,25 @@ def test_unguided_equals_the_pipelines_own_loop(prior):
     torch.testing.assert_close(frames(prior)[-1].images, expected)
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 def test_one_prior_evaluation_per_step(prior, monkeypatch, through):
     calls = []
     original = prior.network.forward
     monkeypatch.setattr(prior.network, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
-    guide = Guide(GuidanceSettings(through=through, every=2), TinyTeacher(), LABELS)
-    work = Work()
+    guide = Guide(GuidanceSettings(gradient_at=through, every=2), TinyTeacher(), LABELS)
+    work = Counters()
     frames(prior, guide, intermediates=2, work=work)
     assert len(calls) == work.evaluations == len(prior.timesteps)
     assert (work.guided_steps, work.decodes) == (3, 2 + 1)
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 def test_gradient_matches_finite_differences(prior, monkeypatch, through):
     """The update with raw gradients, against central differences of the total loss in random directions."""
     for network in (prior.network, prior.vae):
         network.double()
     try:
-        settings = GuidanceSettings(through=through, normalise="none", scale=1.0, bn=0.3)
+        settings = GuidanceSettings(gradient_at=through, normalize="none", step_size=1.0, bn=0.3)
         guide = Guide(settings, TinyTeacher(dtype=torch.float64), LABELS)
         condition = prior.encode(GROUP.prompts).double()
         monkeypatch.setattr(prior, "predict", double_predict(prior))
@@ -58,16 +57,16 @@ def test_gradient_matches_finite_differences(prior, monkeypatch, through):
 
         def loss(z):
             state = prior.predict(State(z, 2), condition)
-            point = prior.decode(state.z0 if through == "zt" else z)
+            point = prior.decode(state.z0 if through == "xt" else z)
             return guide.losses(point, rng).total(settings).item()
 
-        source = z.clone().requires_grad_(through == "zt")
-        with torch.set_grad_enabled(through == "zt"):
+        source = z.clone().requires_grad_(through == "xt")
+        with torch.set_grad_enabled(through == "xt"):
             state = prior.predict(State(source, 2), condition)
-        base = z if through == "zt" else state.z0.detach()
+        base = z if through == "xt" else state.z0.detach()
         moved, *_ = guide_step(prior, state, guide, rng)
         alpha = prior.levels(2)[0]
-        step = (moved.z0 - state.z0.detach()) * (alpha if through == "zt" else 1.0)  # zt: the move of z_t itself
+        step = (moved.z0 - state.z0.detach()) * (alpha if through == "xt" else 1.0)  # zt: the move of z_t itself
         generator = torch.Generator().manual_seed(3)
         for _ in range(3):
             direction = torch.randn(z.shape, generator=generator, dtype=torch.float64)
@@ -90,10 +89,10 @@ def double_predict(prior):
     return predict
 
 
-@pytest.mark.parametrize("through", ["z0", "zt"])
+@pytest.mark.parametrize("through", ["x0", "xt"])
 def test_guidance_lowers_the_guided_loss(prior, through):
     teacher = TinyTeacher()
-    guide = Guide(GuidanceSettings(through=through, scale=0.3, bn=0.0), teacher, LABELS)
+    guide = Guide(GuidanceSettings(gradient_at=through, step_size=0.3, bn=0.0), teacher, LABELS)
 
     def final_loss(images):
         return torch.nn.functional.cross_entropy(teacher.logits(images), LABELS).item()
@@ -103,7 +102,7 @@ def test_guidance_lowers_the_guided_loss(prior, through):
 
 def test_intermediates_are_decoded_before_the_update_and_cut_of_their_step(prior):
     cut_at_3 = LatentMixSettings(every=3, interval=(0, 1))
-    guide = Guide(GuidanceSettings(interval=(0.5, 1.0), scale=0.5), TinyTeacher(), LABELS)  # first guided step: 3
+    guide = Guide(GuidanceSettings(interval=(0.5, 1.0), step_size=0.5), TinyTeacher(), LABELS)  # first guided step: 3
     assert intermediate_steps(1, 6) == {3}
     plain = frames(prior, intermediates=1)
     steered = frames(prior, guide, lca=cut_at_3, intermediates=1)
@@ -120,7 +119,7 @@ def test_inner_updates_move_further(prior):
         state = prior.predict(State(GROUP.noise(0, prior.latent_shape), 2), condition)
 
     def loss_after(inner):
-        guide = Guide(GuidanceSettings(inner=inner, scale=0.05, bn=0.0), teacher, LABELS)
+        guide = Guide(GuidanceSettings(updates_per_step=inner, step_size=0.05, bn=0.0), teacher, LABELS)
         moved, *_ = guide_step(prior, state, guide, torch.Generator())
         return guide.losses(prior.decode(moved.z0), torch.Generator()).ce.sum().item()
 
@@ -136,9 +135,11 @@ def test_an_adversary_equal_to_the_teacher_adds_nothing(prior):
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "euler"])
 def test_the_loop_never_waits_for_the_device(prior_folder, scheduler):
     """On a device without data nothing can be read back: the first attempt comes after the last step."""
-    settings = PriorSettings(path=str(prior_folder), steps=6, cfg=2.0, cfg_interval=(0.0, 0.5), scheduler=scheduler)
+    settings = PriorSettings(
+        path=str(prior_folder), steps=6, cfg_scale=2.0, cfg_interval=(0.0, 0.5), scheduler=scheduler
+    )
     meta, teacher = TextPrior(prior_folder, settings, "meta"), blank_teacher(ModelSettings())
-    guide, work = Guide(GuidanceSettings(inner=2), teacher, LABELS.to("meta")), Work()
+    guide, work = Guide(GuidanceSettings(updates_per_step=2), teacher, LABELS.to("meta")), Counters()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         list(denoise(meta, GROUP, 0, "meta", guide, LatentMixSettings(every=2, interval=(0, 1)), work=work))
     assert (work.evaluations, work.updates) == (6, 12)

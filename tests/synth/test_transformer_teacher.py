@@ -9,10 +9,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.synth.plan_inputs import inspect_inputs, semantics
+from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.inputs import inspect_inputs, semantics
 from stages.synth.sampler import Guide
-from stages.synth.settings import GuidanceSettings, SynthSettings
-from stages.synth.shard_worker import ShardWorker
+from stages.synth.worker import ShardWorker
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def vit(tmp_path_factory):
 
 def made(vit, folder, **kw):
     given = {
-        "prior": {"path": "embedded:strokes32", "steps": 10, "cfg": 1.0},
+        "prior": {"path": "embedded:strokes32", "steps": 10, "cfg_scale": 1.0},
         "teacher": {"name": vit},
-        "guidance": {"scale": 1.0, "decoder": "full", **kw.pop("guidance", {})},
+        "guidance": {"step_size": 1.0, "decoder": "full", **kw.pop("guidance", {})},
         "groups_per_shard": 1,
         "group_size": 20,
         "device": "cpu",
@@ -70,12 +70,12 @@ def test_the_setting_is_part_of_the_plan_only_where_it_is_set(vit):
         return semantics(settings, inspect_inputs(settings))["settings"]
 
     base, changed = covered(), covered(consistency=2.0)
-    assert "consistency" not in base["guidance"]
-    assert changed == base | {"guidance": base["guidance"] | {"consistency": 2.0}}
+    assert "guidance" not in base
+    assert changed == base | {"guidance": {"consistency": 2.0}}
 
 
 def test_the_guides_losses_carry_the_term(vit, tmp_path):
-    given = {"teacher": {"name": vit}, "prior": {"cfg": 1.0}, "guidance": {"decoder": "full"}, "device": "cpu"}
+    given = {"teacher": {"name": vit}, "prior": {"cfg_scale": 1.0}, "guidance": {"decoder": "full"}, "device": "cpu"}
     settings = SynthSettings.model_validate(given)
     teacher = ShardWorker(settings, str(tmp_path), "f" * 64).teacher
     images, labels = torch.rand(6, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 0])

@@ -23,7 +23,7 @@ import cifar_data
 import make_cifar_bench
 from train_cifar_teacher import augmented
 
-from stages.distill.labelled import labelled_images
+from stages.distill.eval_data import labeled_images
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cifar10.py"
 
@@ -62,7 +62,7 @@ def test_the_hubs_cifar_becomes_what_the_benchmark_reads(tmp_path, monkeypatch):
         image.float().mean() in (10 * label, 10 * label + 100)
         for image, label in zip(images, labels.tolist(), strict=True)
     )
-    test = labelled_images(str(tmp_path / "bench/cifar10-test-a.tar"), cifar_data.CLASS_NAMES)
+    test = labeled_images(str(tmp_path / "bench/cifar10-test-a.tar"), cifar_data.CLASS_NAMES)
     assert [label for _, _, label in test] == [0, 1, 2, 3]
 
 
@@ -95,7 +95,7 @@ def test_without_data_the_benchmark_says_why(tmp_path, bench):
         (["--rates", "RATES"], "--rates needs --cpu-seconds"),
         (["--rates", "absent.json", "--cpu-seconds", "9"], "--rates absent.json: no such file"),
         (["--rates", "RATES", "--cpu-seconds", "9", "--rows", "guided", "real"], "has no rate of guided"),
-        (["--measure", "RATES", "--rows", "real-kd", "guided"], "real-kd synthesises nothing"),
+        (["--measure", "RATES", "--rows", "real-kd", "guided"], "real-kd synthesizes nothing"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, complaint):
@@ -108,7 +108,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch, ca
 
 
 def test_trajectories_of_a_rate_need_whole_groups_and_the_rest_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "synthesise", lambda recipe, shards, folder: (f"{shards} shards", 1.0))
+    monkeypatch.setattr(cifar10, "synthesize", lambda recipe, shards, folder: (f"{shards} shards", 1.0))
     recipe = cifar10.resolve(str(SCRIPT.with_suffix(".yaml")))  # groups of 250, one a shard
     assert cifar10.of_trajectories(recipe, 2151, tmp_path) == ("9 shards", 1.0, "trajectory < 2151")
 
@@ -130,6 +130,6 @@ def test_a_cell_of_other_settings_is_not_reused_and_steps_are_those_that_are_tak
     made = cifar10.cell("guided", 0, "test.tar", asked)
     assert (made["steps"], epochs) == (800, [100])  # eight batches an epoch: each image once, none left over
     assert cifar10.cell("guided", 0, "test.tar", asked) == made and len(epochs) == 1
-    for other in ({"steps": 900}, {"set": []}, {"set": [*asked.set, "synth.guidance.scale=0.2"]}):
+    for other in ({"steps": 900}, {"set": []}, {"set": [*asked.set, "synth.guidance.step_size=0.2"]}):
         with pytest.raises(SystemExit, match=r"cell\.json was made with other settings .*: use another --out"):
             cifar10.cell("guided", 0, "test.tar", argparse.Namespace(**vars(asked) | other))

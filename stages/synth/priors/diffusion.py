@@ -1,9 +1,9 @@
-"""What the families of priors share: a denoising network, an optional VAE, a schedule, classifier-free guidance."""
+"""What the kinds of priors share: a denoising network, an optional VAE, a schedule, classifier-free guidance."""
 
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifests.errors import DataError
-from stages.micro_batches import in_micro_batches
-from stages.synth.priors.attention import use_attention
-from stages.synth.priors.families import FAMILIES, geometry, read_index
+from stages.memory import in_micro_batches
+from stages.settings import PriorSettings
+from stages.synth.priors.files import FAMILIES, geometry, read_index
 from stages.synth.priors.parts import frozen
-from stages.synth.priors.prior import Prediction, State
-from stages.synth.priors.schedule import Schedule
-from stages.synth.settings import PriorSettings
+from stages.synth.priors.schedule import Prediction, Schedule, State
 
 log = logging.getLogger(__name__)
 
 
+# Which attention kernel the prior runs: xformers where it works, else PyTorch's own SDPA.
+
+
+def xformers_works(device: str) -> str | None:
+    """None if xformers runs a tiny attention on ``device``, else the reason. Importing it proves nothing:
+    wheels built for another torch import, but hold no kernel that loads."""
+    try:
+        import xformers.ops
+
+        q = torch.zeros(1, 16, 1, 16, device=device, dtype=torch.float16)
+        xformers.ops.memory_efficient_attention(q, q, q)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def use_attention(networks: Iterable[Any], choice: str, device: str) -> str:
+    """Switch ``networks`` to ``choice`` (``auto | sdpa | xformers``); returns the one in use, ``sdpa`` or ``xformers``.
+
+    ``auto`` takes xformers on a GPU where it works; asking for it where it does not costs one line, not the run.
+    """
+    if choice == "sdpa" or (choice == "auto" and not device.startswith("cuda")):
+        return "sdpa"  # diffusers' default processors call SDPA already
+    reason = xformers_works(device)
+    if reason is None:
+        for network in networks:
+            network.enable_xformers_memory_efficient_attention()
+        return "xformers"
+    if choice == "xformers":
+        log.warning("xformers does not work here (%s); using PyTorch's attention instead", reason)
+    return "sdpa"
+
+
 class DiffusionPrior(ABC):
-    """:class:`~stages.synth.priors.prior.Prior` over a diffusers folder, all but loading and conditioning.
+    """:class:`~stages.synth.priors.schedule.Prior` over a diffusers folder, all but loading and conditioning.
 
     On the device ``meta`` it has shapes and no weights: for counting. Raises :class:`DataError` where a component is
     missing, damaged or of a kind that cannot be guided.
@@ -66,7 +97,7 @@ class DiffusionPrior(ABC):
 
     @abstractmethod
     def encode(self, conditions: Sequence[str]) -> Any:
-        """See :class:`~stages.synth.priors.prior.Prior`; where CFG is on, the unconditional half comes first."""
+        """See :class:`~stages.synth.priors.schedule.Prior`; where CFG is on, the unconditional half comes first."""
 
     @abstractmethod
     def evaluate(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
@@ -100,7 +131,7 @@ class DiffusionPrior(ABC):
 
     def predict(self, state: State, condition: Any) -> Prediction:
         z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step)
-        if scale == 1 and self.settings.cfg != 1:
+        if scale == 1 and self.settings.cfg_scale != 1:
             condition = condition[len(z) :]  # outside the interval: the conditional half alone
         batch = z if scale == 1 else torch.cat([z, z])
         limit = self.batch_limit and self.batch_limit * (len(batch) // len(z))
@@ -128,7 +159,7 @@ class DiffusionPrior(ABC):
 
     def decode(self, z0: Tensor) -> Tensor:
         if self.vae is None:
-            return z0.expand(-1, 3, -1, -1)  # grey becomes RGB
+            return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
         latents = (z0 / self.vae.config.scaling_factor + self.shift).to(self.vae.dtype)
         images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
         return images

@@ -1,11 +1,16 @@
-"""Which files of a diffusers folder are read: of the formats and variants that a hub holds, one for each network."""
+"""Find a prior by path, hub id or ``embedded:`` name, and which of its files are read. Imports no torch."""
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from manifests.errors import DataError
+from manifests.errors import DataError, UsageError
+from stages.settings import PriorSettings
 
 CONFIGS = (".json", ".txt", ".model")
 UNREAD = ("safety_checker", "watermarker")  # parts of a pipeline that no prior here has
@@ -67,3 +72,207 @@ def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
 
 def _weights(names: Iterable[str]) -> list[re.Match[str]]:
     return [match for name in names if (match := _WEIGHTS.fullmatch(name))]
+
+
+# Find a prior by path, hub id or ``embedded:`` name; load the class that fits its pipeline. Finding needs no torch.
+
+
+class NotFetched(DataError):
+    """A prior on the hub that is not in the cache and cannot be downloaded now."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of diffusers pipeline: what it is conditioned on, and which of its folders hold the networks."""
+
+    conditioning: str
+    network: str
+    vae: str | None
+    tiny: str | None = None  # hub id of the AutoencoderTiny that was distilled from this VAE
+    image_encoder: str | None = None  # what makes it a :class:`~stages.synth.priors.schedule.VariationPrior`
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
+    "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
+    "IFPipeline": Family("text", "unet", None),
+    "StableUnCLIPImg2ImgPipeline": Family("text", "unet", "vae", "madebyollin/taesd", "image_encoder"),
+    "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
+    "LDMPipeline": Family("none", "unet", "vqvae"),
+    "DDPMPipeline": Family("none", "unet", None),
+    "DDIMPipeline": Family("none", "unet", None),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Latents (or pixels) ``[c, h, w]``, image side, and how many classes the prior knows (0: not conditional)."""
+
+    latent: tuple[int, int, int]
+    image_size: int
+    classes: int
+
+
+def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
+    """The local folder of a prior; of a hub id the files that are read are downloaded, or found in the cache.
+    ``what`` names the thing in errors.
+
+    Raises:
+        UsageError: unknown ``embedded:`` name.
+        NotFetched: a hub id that neither the cache nor the hub gives.
+        DataError: no such folder, or a folder that is no diffusers pipeline.
+    """
+    if path.startswith("embedded:"):
+        folder = Path(str(files("stages"))) / "assets" / path.removeprefix("embedded:")
+        if not folder.is_dir():
+            known = sorted(f.parent.name for f in (folder.parent).glob("*/model_index.json"))
+            raise UsageError(f"no embedded prior {path!r}; there is: " + ", ".join(f"embedded:{k}" for k in known))
+        return folder
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise DataError(
+            f"{what} {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
+        )
+    try:
+        return _download(path, variant)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFetched(
+            f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})"
+        ) from error
+
+
+def _download(name: str, variant: str | None) -> Path:
+    """What is read of hub repository ``name``, in the hub's cache; as cached where the hub gives no answer."""
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        files = [file.rfilename for file in model_info(name).siblings or ()]
+    except Exception as error:  # no such repository, no access, or any error of the HTTP library that the hub uses
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise OSError(str(error) or type(error).__name__) from error
+    return Path(snapshot_download(name, allow_patterns=files_read(files, variant)))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's ``model_index.json``; raises :class:`DataError` where it is absent, damaged or unsupported."""
+    index = folder / "model_index.json"
+    try:
+        content = json.loads(index.read_text())
+    except FileNotFoundError:
+        raise DataError(f"prior {folder}: no model_index.json, so this is no diffusers pipeline folder") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"prior {folder}: model_index.json cannot be read: {error}") from error
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if name not in FAMILIES:
+        raise DataError(f"prior {folder}: pipeline {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return content
+
+
+def geometry(folder: Path, family: Family) -> Geometry:
+    """Sizes from the configs alone; raises :class:`DataError` where the parts do not fit each other."""
+
+    def config(name: str) -> dict[str, Any]:
+        return json.loads((folder / name / "config.json").read_text())
+
+    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae, family.image_encoder) if name)
+    try:
+        network, vae = config(family.network), config(family.vae) if family.vae else {}
+        if family.image_encoder:
+            config(family.image_encoder)
+        channels, side = int(network["in_channels"]), int(network["sample_size"])
+        widths = "decoder_block_out_channels" if "decoder_block_out_channels" in vae else "block_out_channels"
+        pixels = side * 2 ** (len(vae[widths]) - 1) if vae else side
+        classes = int(network["num_embeds_ada_norm"]) if family.conditioning == "class" else 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"prior {folder}: damaged or missing {names} ({error})") from error
+    what = f"prior {folder}: {family.network} takes {channels} channels"
+    if vae and channels != vae.get("latent_channels"):  # an inpainting model, or parts of two models
+        raise DataError(f"{what}, but {family.vae} makes {vae.get('latent_channels')}: they do not belong together")
+    if not vae and channels not in (1, 3):
+        raise DataError(f"{what}, but images have 1 or 3")
+    out = network.get("out_channels")
+    if out is not None and out not in (channels, 2 * channels):
+        raise DataError(f"{what} and returns {out}: expected {channels}, or {2 * channels} with a learned sigma")
+    return Geometry((channels, side, side), pixels, classes)
+
+
+def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequence[str]) -> None:
+    """Every class of the teacher needs a label that the prior knows and a name of its own; raises :class:`UsageError`
+    listing the rest."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"prior {source} is class-conditional and labels go by name, but two of the teacher's classes are called "
+            f"{twice[0]}: give them different names in teacher.class_names"
+        )
+    if settings.labels_by_index:
+        if len(names) != classes:
+            raise UsageError(
+                f"prior {source} knows {classes} classes, the teacher knows {len(names)}: prior.labels_by_index cannot "
+                "pair them"
+            )
+        return
+    missing = [name for name in names if name not in settings.labels]
+    if missing:
+        raise UsageError(
+            f"prior {source} is class-conditional: prior.labels gives no label for {len(missing)} classes of the "
+            f"teacher: {', '.join(missing)}; map each to a label from 0 to {classes - 1}"
+        )
+    outside = [f"{name}: {label}" for name, label in settings.labels.items() if not 0 <= label < classes]
+    if outside:
+        raise UsageError(f"prior {source} has labels 0 to {classes - 1}; prior.labels maps {', '.join(outside)}")
+
+
+def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
+    """Folder, pipeline class and family of the prior that ``settings`` name.
+
+    Raises UsageError where CFG is asked of an unconditional prior; the default scale just does not apply to it.
+    """
+    folder = locate(settings.path, variant=settings.variant)
+    name = read_index(folder)["_class_name"]
+    if FAMILIES[name].conditioning == "none" and settings.cfg_scale not in (1, PriorSettings().cfg_scale):
+        raise UsageError(
+            f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
+        )
+    return folder, name, FAMILIES[name]
+
+
+def prior_identity(settings: PriorSettings) -> dict[str, Any]:
+    """What the manifest records of a prior: name, pipeline class, sha256 over its files, conditioning, image size (and
+    the number of its classes)."""
+    folder, name, family = find_prior(settings)
+    shape = geometry(folder, family)
+    return {
+        "name": settings.path,
+        "pipeline": name,
+        "conditioning": family.conditioning,
+        "image_size": shape.image_size,
+        "sha256": folder_sha256(folder, settings.variant),
+    } | ({"classes": shape.classes} if shape.classes else {})
+
+
+def folder_sha256(folder: Path, variant: str | None = None) -> str:
+    """sha256 over names and contents of the files in a model folder that decide what it computes."""
+    digest = hashlib.sha256()
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    for name in files_read(names, variant):
+        digest.update(name.encode() + b"\0")
+        with (folder / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tiny_decoder(settings: PriorSettings, name: str | None) -> Path:
+    """Folder of the AutoencoderTiny called ``name``, by default the one made for the prior's kind of VAE.
+
+    Raises UsageError where there is none to default to, DataError where it cannot be found.
+    """
+    _, kind, family = find_prior(settings)
+    name = name or family.tiny
+    if name is None:
+        raise UsageError(f"no AutoencoderTiny is known for {kind}: name one with guidance.tiny_decoder, or use full")
+    return locate(name, "tiny decoder")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -14,12 +14,12 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
+from stages.settings import PriorSettings
 from stages.synth.priors.files import loading, weight_files
 
-if TYPE_CHECKING:
-    from stages.synth.priors.diffusion import DiffusionPrior
-
 log = logging.getLogger(__name__)
+
+
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN = 3  # keys that a line names
@@ -32,7 +32,16 @@ def frozen(network: Any, device: str) -> Any:
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_part(prior: "DiffusionPrior", name: str, classes: dict[str, Any]) -> Any:
+class PriorFolder(Protocol):
+    """Where the parts of a prior are, what its index says of them, and how they are wanted."""
+
+    folder: Path
+    index: dict[str, Any]
+    settings: PriorSettings
+    device: str
+
+
+def load_part(prior: PriorFolder, name: str, classes: dict[str, Any]) -> Any:
     """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
     _, kind = prior.index.get(name) or (None, None)
     if kind not in classes:
@@ -54,7 +63,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **whe
     return load_whole(kind, folder, torch_dtype=dtype, low_cpu_mem_usage=True, **where)
 
 
-def load_encoder(prior: "DiffusionPrior", name: str, kind: Any) -> Any:
+def load_encoder(prior: PriorFolder, name: str, kind: Any) -> Any:
     """Transformers encoder ``name`` of a prior's folder, as :func:`load_network`.
 
     Another model type than that of ``kind`` is refused (DataError), another class of the same type is logged.
@@ -69,7 +78,7 @@ def load_encoder(prior: "DiffusionPrior", name: str, kind: Any) -> Any:
     return load_whole(kind, prior.folder, dtype=dtype, **where)
 
 
-def load_tokenizer(prior: "DiffusionPrior", name: str, kind: Any) -> Any:
+def load_tokenizer(prior: PriorFolder, name: str, kind: Any) -> Any:
     """Tokenizer ``name`` of a prior's folder."""
     return kind.from_pretrained(str(prior.folder), subfolder=name, local_files_only=True)
 
@@ -135,7 +144,7 @@ def _no_floats(files: Iterable[Path], network: Any) -> set[str]:
     return {key for key, floating in kinds.items() if not floating and key.rpartition(".")[2] not in counters}
 
 
-def _check_kind(prior: "DiffusionPrior", name: str, kind: Any) -> None:
+def _check_kind(prior: PriorFolder, name: str, kind: Any) -> None:
     """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
     place, type_ = prior.folder / name, kind.config_class
     config, _ = type_.get_config_dict(str(prior.folder), subfolder=name, local_files_only=True)

@@ -15,8 +15,8 @@ import pytest
 from manifests.storage import Storage
 from pipeline.events import EventLog, read_events
 from pipeline.executors.driver import Outcome, execute
+from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
 from tests.manifests.conftest import flaky_s3, s3_endpoint, s3_url  # noqa: F401
 
 ROOT = Path(__file__).parents[3]

@@ -7,8 +7,8 @@ from manifests.errors import FactoryError
 from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.driver import execute
+from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
 from pipeline.lease import Lease
 
 

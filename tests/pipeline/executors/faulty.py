@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError, NumericsError, StoreError
-from stages.synth.worker import OnGroup, Worker, build_worker
+from pipeline.executors.pool import OnGroup, Worker
+from stages.synth.noise import NoiseWorker
 
 SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
 FINGERPRINT = "f" * 64
@@ -81,4 +82,4 @@ def build_faulty(
         raise DataError("teacher.safetensors: no such file")
     if broken == "bug":
         raise RuntimeError("cannot even start")
-    return Faulty(build_worker(SETTINGS, storage, FINGERPRINT), faults, Path(marks), pause, meet)
+    return Faulty(NoiseWorker(SETTINGS, storage, FINGERPRINT), faults, Path(marks), pause, meet)

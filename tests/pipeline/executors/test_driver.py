@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from manifests.errors import DataError, FactoryError, Interrupted
 from manifests.storage import Storage
+from pipeline.events import failures
 from pipeline.executors.driver import Outcome, execute
+from pipeline.executors.pool import WorkerSpec, failure
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec, failure
-from pipeline.failures import failures
 
 ROOT = Path(__file__).parents[3]
 
@@ -166,7 +166,7 @@ def test_interrupted_outcome_asks_for_exit_code_130():
 def test_neither_driver_nor_noise_worker_imports_torch_or_ray():
     code = (
         "import sys; from tests.pipeline.executors.faulty import SETTINGS; import pipeline.executors.driver; "
-        "from stages.synth.worker import build_worker; build_worker(SETTINGS, 'memory://x', 'f'); "
+        "from stages.synth.noise import NoiseWorker; NoiseWorker(SETTINGS, 'memory://x', 'f'); "
         "print([name for name in ('torch', 'ray') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -8,12 +8,11 @@ import pytest
 
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.storage import Storage
-from pipeline.events import EventLog, read_events
+from pipeline.events import EventLog, failures, read_events
 from pipeline.executors.driver import execute
+from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.ray import actor_options
 from pipeline.executors.settings import ExecutorSettings
-from pipeline.executors.worker import WorkerSpec
-from pipeline.failures import failures
 from pipeline.lease import Lease
 from tests.manifests.flaky_proxy import every
 from tests.pipeline.executors.conftest import FACTORY

@@ -111,10 +111,10 @@ def test_an_image_altered_meanwhile_ends_the_run_with_its_name(cluster, recipe, 
 
 
 class Near:
-    """A desk in this process, called as an actor is."""
+    """A mailbox in this process, called as an actor is."""
 
-    def __init__(self, desk):
-        self._desk = desk
+    def __init__(self, mailbox):
+        self._desk = mailbox
 
     def __getattr__(self, name):
         method = getattr(self._desk, name)
@@ -141,30 +141,30 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
     monkeypatch.setattr(ray_train.ray, "get", lambda answer: answer)
     progress = []
 
-    def follow(fit, desk, place=TWO, stop=False):
+    def follow(fit, mailbox, place=TWO, stop=False):
         on_progress = lambda *reached: progress.append(reached)  # noqa: E731
-        return ray_train._follow(fit, Near(desk), place, lambda kind, **fields: None, on_progress, lambda: stop)
+        return ray_train._follow(fit, Near(mailbox), place, lambda kind, **fields: None, on_progress, lambda: stop)
 
     with pytest.raises(FactoryError, match=r"lost 3 times \(worker 1: killed\); the same command resumes"):
-        follow(Fit("worker 1: killed"), ray_train.Desk())
+        follow(Fit("worker 1: killed"), ray_train.Mailbox())
     with pytest.raises(FactoryError, match="the 2 workers were not ready after 0 s"):
-        follow(Fit(), ray_train.Desk(), TWO.model_copy(update={"start_limit": 0.0}))
+        follow(Fit(), ray_train.Mailbox(), TWO.model_copy(update={"start_limit": 0.0}))
     with pytest.raises(Interrupted, match="interrupted before the workers started"):
-        follow(Fit(), ray_train.Desk(), stop=True)
+        follow(Fit(), ray_train.Mailbox(), stop=True)
     for limit, stop, message in ((0.0, False, "the 2 workers were not ready"), (600.0, True, "before the workers")):
-        desk = ray_train.Desk()  # they had started, and one was lost with its node: nothing may come after that
-        desk.tell("worker_started", {})
-        desk.lost("worker 1: its node is gone")
+        mailbox = ray_train.Mailbox()  # they had started, and one was lost with its node: nothing may come after that
+        mailbox.post("worker_started", {})
+        mailbox.lost("worker 1: its node is gone")
         with pytest.raises(FactoryError, match=message):
-            follow(Fit(), desk, TWO.model_copy(update={"start_limit": limit}), stop)
-    desk = ray_train.Desk()
-    desk.reach((3, 4, "epoch 1/1"))
-    desk.end({"error": "no student is left: a: loss is nan", "exit_code": 1})
-    desk.end({"results": {}})  # too late
-    desk.lost("worker 0: no student is left")  # its own doing
-    assert desk.told == []
+            follow(Fit(), mailbox, TWO.model_copy(update={"start_limit": limit}), stop)
+    mailbox = ray_train.Mailbox()
+    mailbox.reach((3, 4, "epoch 1/1"))
+    mailbox.end({"error": "no student is left: a: loss is nan", "exit_code": 1})
+    mailbox.end({"results": {}})  # too late
+    mailbox.lost("worker 0: no student is left")  # its own doing
+    assert mailbox.messages == []
     with pytest.raises(FactoryError, match="no student is left: a: loss is nan"):
-        follow(Fit(), desk)
+        follow(Fit(), mailbox)
     assert progress == [(3, 4, "epoch 1/1")]
 
     def gone(answer):
@@ -172,7 +172,7 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
 
     monkeypatch.setattr(ray_train.ray, "get", gone)
     with pytest.raises(FactoryError, match="lost touch with the workers: .*; the same command resumes"):
-        follow(Fit(), ray_train.Desk())
+        follow(Fit(), ray_train.Mailbox())
 
 
 def test_the_failure_that_came_first_is_told():

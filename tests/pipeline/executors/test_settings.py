@@ -4,7 +4,7 @@ import pytest
 
 from manifests.errors import UsageError
 from pipeline.executors.settings import synth_place
-from stages.synth.settings import SynthSettings
+from stages.settings import SynthSettings
 
 
 def place(device="auto", **flags):

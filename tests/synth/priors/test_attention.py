@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from stages.synth.priors.attention import use_attention, xformers_works
+from stages.synth.priors.diffusion import use_attention, xformers_works
 
 
 class Network:

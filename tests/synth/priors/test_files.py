@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from manifests.errors import DataError
-from stages.synth.priors.families import load_prior, prior_identity
-from stages.synth.priors.files import files_read
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth.priors.files import files_read, prior_identity
+from stages.synth.priors.kinds import load_prior
 
 NETWORK = "diffusion_pytorch_model"
 HUB = [  # as Stable Diffusion 1.5 lies on its hub, in short

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.synth.groups import Group
-from stages.synth.priors.families import load_prior
+from stages.settings import PriorSettings
+from stages.synth.group import Group
+from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings
 
 FOLDER = Path(__file__).resolve().parents[3] / "priors" / "natural32"
 pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reason=f"no prior at {FOLDER}")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reas
 
 @pytest.fixture(scope="module")
 def prior():
-    return load_prior(PriorSettings(path=str(FOLDER), steps=10, cfg=2.0), "cpu")
+    return load_prior(PriorSettings(path=str(FOLDER), steps=10, cfg_scale=2.0), "cpu")
 
 
 def drawn(prior, prompt, n=12):
@@ -29,7 +29,7 @@ def test_it_draws_32_pixel_photographs_from_12_latent_channels(prior):
     images = drawn(prior, "a photo of a dog")
     assert images.shape == (12, 3, 32, 32) and 0.2 < images.std().item() < 0.8
     near = (images[..., 1:] * images[..., :-1]).mean() / images.square().mean()
-    assert near.item() > 0.8  # neighbours agree as in photographs; noise has 0
+    assert near.item() > 0.8  # neighbors agree as in photographs; noise has 0
 
 
 def test_words_change_the_picture(prior):

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from manifests.errors import DataError
-from stages.synth.guidance_decoder import TinyDecoder
-from stages.synth.priors.families import load_prior
-from stages.synth.settings import GuidanceSettings, PriorSettings
-from tests.synth.priors.test_families import LABELS, SAVE
+from stages.settings import GuidanceSettings, PriorSettings
+from stages.synth.decoders import TinyDecoder
+from stages.synth.priors.kinds import load_prior
+from tests.synth.priors.test_kinds import LABELS, SAVE
 from tests.synth.test_guidance_decoder import save_tiny
 
 PARTS = [  # of each family those that hold weights
@@ -53,7 +53,7 @@ def edit(file, **values):
 
 
 def load(folder):
-    return load_prior(PriorSettings(path=str(folder), steps=4, cfg=1.0, labels=LABELS), "cpu")
+    return load_prior(PriorSettings(path=str(folder), steps=4, cfg_scale=1.0, labels=LABELS), "cpu")
 
 
 def refused(folder, capfd, caplog):

@@ -5,11 +5,10 @@ import torch
 from pydantic import ValidationError
 
 from manifests.errors import DataError, UsageError
+from stages.seeds import torch_rng
+from stages.settings import PriorSettings
 from stages.synth.latent_mix import Mix, mixing
-from stages.synth.priors.prior import Prediction
-from stages.synth.priors.schedule import Schedule
-from stages.synth.seeds import torch_rng
-from stages.synth.settings import PriorSettings
+from stages.synth.priors.schedule import Prediction, Schedule
 
 STEPS = 6
 SHAPE = (3, 4, 8, 8)

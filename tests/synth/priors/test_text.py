@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.synth.priors.families import load_prior, locate, prior_identity
-from stages.synth.priors.prior import State
-from stages.synth.settings import PriorSettings
+from stages.settings import PriorSettings
+from stages.synth.priors.files import locate, prior_identity
+from stages.synth.priors.kinds import load_prior
+from stages.synth.priors.schedule import State
 
 
 def predicted(prior, step=1, n=3):

@@ -17,13 +17,13 @@ from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from stages.synth.groups import make_group
-from stages.synth.inversion_settings import DdaSettings
-from stages.synth.methods.dda import begin
-from stages.synth.priors.families import load_prior, prior_identity
-from stages.synth.priors.prior import State, VariationPrior
+from stages.settings import DdaSettings, PriorSettings, SynthSettings
+from stages.synth.dda import begin
+from stages.synth.group import make_group
+from stages.synth.priors.files import prior_identity
+from stages.synth.priors.kinds import load_prior
+from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import denoise
-from stages.synth.settings import PriorSettings, SynthSettings
 from tests.synth.tiny import save_unclip
 
 GROUP = make_group(SynthSettings(group_size=3), 0, ("a", "b"))
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **kw):
-    return load_prior(PriorSettings(path=str(folder), **({"steps": 4, "cfg": 2.0} | kw)), "cpu")
+    return load_prior(PriorSettings(path=str(folder), **({"steps": 4, "cfg_scale": 2.0} | kw)), "cpu")
 
 
 def pictures(seed=0, n=3, side=32):
@@ -90,7 +90,7 @@ def test_variants_are_those_of_the_pipeline_itself(folder, level):
 
 
 def test_an_open_image_is_a_zero_embedding(folder):
-    prior = load(folder, cfg=1.0)
+    prior = load(folder, cfg_scale=1.0)
     z, rows = GROUP.noise(0, prior.latent_shape), prior.encode(GROUP.prompts)
     tokens = torch.cat([prior.row(prompt) for prompt in GROUP.prompts])
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_variants_follow_their_source_their_seed_and_the_noise(folder):
 
 
 def test_two_variants_of_a_seed_differ_in_the_noise_on_their_features(folder):
-    prior, images = load(folder, cfg=1.0), tensors(pictures())
+    prior, images = load(folder, cfg_scale=1.0), tensors(pictures())
     at = begin(prior, images, GROUP, DdaSettings(noise_level=500))
     rows = [at(seed)["condition"] for seed in (5, 5, 6)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
@@ -132,7 +132,14 @@ def test_in_micro_batches_and_half_precision(folder):
 
 def recipe(folder, *more):
     fixed = [
-        *("method=dda", f"prior.path={folder}", "prior.steps=5", "prior.cfg=0.5", "device=cpu", "dda.cosine=-1"),
+        *(
+            "method=dda",
+            f"prior.path={folder}",
+            "prior.steps=5",
+            "prior.cfg_scale=0.5",
+            "device=cpu",
+            "dda.min_cosine=-1",
+        ),
         *("cmi.steps=3", "cmi.width=4", "cmi.latent=8", "dda.variants=2", "group_size=6", "groups_per_shard=1"),
     ]
     return resolve("demo", section="synth", sets=[*fixed, "shards=1", *more])

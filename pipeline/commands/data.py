@@ -1,0 +1,177 @@
+"""``factory status``, ``inspect``, ``verify``, ``gc``, ``rebuild`` and ``rescore``: look at a run and keep it."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.commands.options import JsonOption, RunArgument, answer
+
+SHEET = "sheet.png"
+ManifestArgument = Annotated[
+    str, typer.Argument(metavar="MANIFEST", help="m.parquet (path or URL).", show_default=False)
+]
+
+
+def status(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again until the run ends.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Where a run stands: done, running, failed, rate, time left. Works from any process."""
+    from manifests.storage import Storage
+    from pipeline.status import lines
+    from pipeline.status import status as look
+
+    storage = Storage(run)
+    while True:
+        result = look(storage)
+        answer(result, as_json, lines)
+        if not watch or result["state"] != "running":
+            return
+        if not as_json:
+            print(flush=True)
+        time.sleep(interval)
+
+
+def inspect(
+    manifest: ManifestArgument,
+    where: Annotated[
+        str | None, typer.Option(help='Rows to look at, e.g. "confidence > 0.9".', show_default=False)
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).", show_default=False),
+    ] = None,
+    columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Statistics gap, diversity, near-duplicates (runs the teacher).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
+    from manifests.errors import DataError, StoreError
+    from manifests.reader import Manifest
+    from pipeline import inspect as look
+    from pipeline.inspect import save
+    from pipeline.terminal import say
+
+    opened = Manifest.open(manifest)
+    summary = look.summarize(opened, where)
+    if metrics:
+        summary["metrics"] = look.metrics(opened, where) if summary["kept"] else None
+    if summary["kept"]:
+        picture = look.sheet(opened, where, columns)
+        target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
+        try:
+            if sheet is not None:
+                save(picture, sheet)
+            else:
+                opened.storage.write(SHEET, picture, beside=True)
+            summary["sheet"] = target
+        except (StoreError, DataError) as error:
+            if sheet is not None:
+                raise
+            say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
+    answer(summary, as_json, look.lines)
+
+
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.", show_default=False)],
+    quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check plan, done records, tars, tables, manifest and every image; exit 3 where something is wrong."""
+    from manifests.errors import DataError
+    from manifests.verify import verify as check
+    from pipeline.terminal import plain
+
+    problems = [{"where": problem.where, "what": problem.what} for problem in check(run, deep=not quick)]
+    result = {"run": run, "ok": not problems, "problems": problems}
+    answer(
+        result,
+        as_json,
+        lambda r: [f"{plain(p['where'])}: {plain(p['what'])}" for p in r["problems"]] or [f"{plain(run)}: intact"],
+    )
+    if problems:
+        raise typer.Exit(DataError.exit_code)
+
+
+# ``factory gc`` and ``factory rebuild``: tidy and repair a run folder.
+
+
+def gc(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).", show_default=False)
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what killed attempts left behind. Done shards, checkpoints and students are never touched."""
+    from manifests.storage import Storage
+    from pipeline.repair import collect
+    from pipeline.terminal import plain, size
+
+    def lines(result: dict[str, Any]) -> list[str]:
+        verb = "would remove" if result["dry_run"] else "removed"
+        return [
+            f"{verb} {len(result['orphans'])} unreferenced shard files and {len(result['temporary'])} temporary ones, "
+            f"{size(result['bytes'])}",
+            *(f"left alone, not made by this program: {plain(name)}" for name in result["foreign"]),
+        ]
+
+    answer(collect(Storage(run), dry_run), as_json, lines)
+
+
+def rebuild(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Make tables, done records and m.parquet again from the tars alone (a lost or damaged index)."""
+    from manifests.errors import DataError
+    from pipeline.repair import rebuild_run
+    from pipeline.terminal import plain
+
+    def lines(result: dict[str, Any]) -> list[str]:
+        whole = f"{result['rows']} rows of {result['shards']} shards: {plain(result['manifest'])}"
+        return [whole] + [
+            f"shard {int(shard):06d} has to be made again (factory run synth): {plain(reason)}"
+            for shard, reason in result["damaged"].items()
+        ]
+
+    result = rebuild_run(run)
+    answer(result, as_json, lines)
+    if result["damaged"]:
+        raise typer.Exit(DataError.exit_code)
+
+
+# ``factory rescore``: another teacher's judgement of the same images.
+
+
+def rescore(
+    manifest: ManifestArgument,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|NAME", help="Judge of the images (default: the dataset's).", show_default=False),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Keep images whose class gets at least this (default: as before).", show_default=False),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="In the dataset's folder (default: rescored.parquet).",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Teacher columns and kept flags again, for another teacher or threshold. Makes a new manifest, no new images."""
+    from pipeline.rescore import report_lines
+    from pipeline.rescore import rescore as judge
+
+    answer(judge(manifest, teacher, threshold, out, device), as_json, report_lines)

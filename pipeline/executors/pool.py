@@ -1,0 +1,196 @@
+"""What every pool of workers shares, and the pool of one worker in this process. Imports no Ray."""
+
+import errno
+import importlib
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from manifests.errors import DataError, FactoryError, Interrupted, StoreError, UsageError
+from pipeline.executors.settings import ExecutorSettings
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+"""No later shard would fare better: the run stops instead of filling the quarantine."""
+
+OnGroup = Callable[[int, int], None]
+
+
+class Worker(Protocol):
+    """Makes and commits one shard at a time. ``run`` returns a small JSON-able report."""
+
+    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """``factory`` is ``module:function``; called with ``kwargs`` (JSON-able) it returns a worker, in any process."""
+
+    factory: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Worker:
+        module, _, function = self.factory.partition(":")
+        return getattr(importlib.import_module(module), function)(**self.kwargs)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of one attempt. Exactly one of ``report`` and ``error`` is set."""
+
+    shard: int
+    worker: str
+    report: dict[str, Any] | None = None
+    error: str | None = None
+    trace: str = ""
+    stops_run: bool = False
+    store_failed: bool = False
+    worker_lost: bool = False
+
+
+class Pool(Protocol):
+    """Workers behind the driver loop, each with at most one shard in flight."""
+
+    def free(self) -> int:
+        """How many shards :meth:`submit` would take now."""
+
+    def submit(self, shard: int) -> str:
+        """Give ``shard`` to a free worker; returns the worker's name."""
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """Attempts that ended, after at most about ``timeout`` seconds where workers run elsewhere."""
+
+    def close(self) -> None:
+        """Stop every worker at once."""
+
+
+def enter(folder: str) -> None:
+    """Let relative paths mean here what they mean to the driver, where this machine has the driver's ``folder``."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
+def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+    """Run one shard; what it raises becomes a plain record, so that no exception has to cross a process."""
+    try:
+        return {"report": worker.run(shard, on_group)}
+    except Exception as error:
+        return failure(error)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """``error`` as a record: one line, the traceback's tail, and what it means for run and worker."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    line = " ".join(str(error).split())
+    return {
+        "error": line[:2000] if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}"[:2000],
+        "trace": "".join(traceback.format_exception(error))[-4000:],
+        "exit_code": error.exit_code if isinstance(error, FactoryError) else None,
+        "stops_run": getattr(error, "stops_run", False)
+        or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
+        "store_failed": any(isinstance(e, StoreError) for e in chain),
+        # after such an error every later CUDA call of the process fails too, unless cuBLAS only found no memory
+        "poisoned": type(error).__name__ == "AcceleratorError"
+        or ("CUDA error" in line and "CUBLAS_STATUS_ALLOC_FAILED" not in line),
+    }
+
+
+def start_error(record: dict[str, Any]) -> FactoryError:
+    """The exception to raise for a worker that could not be built."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, Interrupted)}
+    if record["exit_code"] is not None:
+        return kinds.get(record["exit_code"], FactoryError)(record["error"])
+    return FactoryError(f"workers cannot start: {record['error']}")
+
+
+# One worker in this process: ``factory run synth`` without ``--workers``. Imports no Ray.
+
+
+NAME = "inline"
+
+
+class _Overdue(BaseException):
+    """Raised inside a shard at its time limit; no ``except Exception`` of a worker swallows it."""
+
+
+class InlinePool:
+    """Runs the submitted shard inside :meth:`wait`.
+
+    The time limit is a timer signal: it ends Python code and interruptible sleeps in the main thread, not a call that
+    hangs inside a library. Ray workers are killed from outside and have no such gap.
+    """
+
+    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup | None = None):
+        self._spec, self._settings, self._on_group = spec, settings, on_group
+        self._shard: int | None = None
+        self._worker: Worker | None = self._build()
+
+    def _build(self) -> Worker:
+        try:
+            return self._spec.build()
+        except FactoryError:
+            raise
+        except Exception as error:
+            raise start_error(failure(error)) from error
+
+    def free(self) -> int:
+        return 1 if self._shard is None else 0
+
+    def submit(self, shard: int) -> str:
+        self._shard = shard
+        return NAME
+
+    def wait(self, timeout: float) -> list[Finished]:
+        shard = self._shard
+        if shard is None:
+            threading.Event().wait(timeout)
+            return []
+        if self._worker is None:
+            self._worker = self._build()
+        try:
+            with _Timer(self._settings.time_limit):
+                record = attempt(self._worker, shard, self._on_group)
+        except _Overdue:
+            self._worker = None  # stopped anywhere: its state is not to be trusted
+            record = {"error": f"no result after the time limit of {self._settings.time_limit:g} s"}
+        finally:
+            self._shard = None
+        poisoned = record.pop("poisoned", False)
+        record.pop("exit_code", None)
+        finished = Finished(shard, NAME, **record)
+        if poisoned:
+            raise FactoryError(
+                f"shard {shard:06d}: {finished.error}; the GPU needs a new process: the same command resumes"
+            )
+        return [finished]
+
+    def close(self) -> None:
+        self._worker = None
+
+
+class _Timer:
+    """Raises :class:`_Overdue` in the main thread after ``seconds``; does nothing elsewhere or without a limit."""
+
+    def __init__(self, seconds: float | None):
+        main = threading.current_thread() is threading.main_thread()
+        self._seconds = seconds if main and hasattr(signal, "setitimer") else None
+
+    def __enter__(self) -> None:
+        if self._seconds:
+            self._previous = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def __exit__(self, *_: object) -> None:
+        if self._seconds:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._previous)
+
+    @staticmethod
+    def _ring(number: int, frame: FrameType | None) -> None:
+        raise _Overdue

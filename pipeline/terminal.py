@@ -1,0 +1,155 @@
+"""Text and progress for people: control characters out, sizes and times short, a bar on a terminal, lines in a log."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+def plain(value: object) -> str:
+    """``value`` as text that cannot steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes.
+
+    Class names and prompts come from files that others made, so nothing of them is printed raw.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+
+
+def plain_block(text: str) -> str:
+    """Several lines, each made safe to print."""
+    return "\n".join(plain(line) for line in text.splitlines())
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 07 min``; ``?`` where unknown.
+
+    >>> duration(42.4), duration(185), duration(7620), duration(float("nan"))
+    ('42 s', '3 min 05 s', '2 h 07 min', '?')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: ``812 B``, ``1.5 MB``.
+
+    >>> size(812), size(1_500_000)
+    ('812 B', '1.5 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def flop(count: float) -> str:
+    """Floating point operations: ``812 FLOP``, ``98.2 TFLOP``.
+
+    >>> flop(812), flop(98.2e12), flop(3.1e21)
+    ('812 FLOP', '98.2 TFLOP', '3100.0 EFLOP')
+    """
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:.0f} FLOP" if not unit else f"{count:.1f} {unit}FLOP"
+        count /= 1000
+    return f"{count:.1f} EFLOP"
+
+
+# Progress of long commands on stderr: a bar where it is a terminal, a line now and then where it is a log file.
+
+
+LINE_SECONDS = 30.0
+
+OnProgress = Callable[[float, float, str], None]  # (done, total, short note)
+
+
+@contextmanager
+def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> Iterator[OnProgress]:
+    """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
+    stream = stream or sys.stderr
+    if quiet:
+        yield _nothing
+    elif stream.isatty():
+        yield from _bar(title, stream)
+    else:
+        lines = Lines(title, stream)
+        yield lines
+        lines.finish()
+
+
+def _nothing(done: float, total: float, note: str = "") -> None:
+    """Shows nothing."""
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr so that stdout holds results only."""
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+class Lines:
+    """One line at the start, at the end, and every ``LINE_SECONDS`` between them."""
+
+    def __init__(self, title: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.title, self.stream, self.clock = title, stream, clock
+        self.started = clock()
+        self.first: float | None = None  # what was done before this run must not count as speed
+        self.printed_at = float("-inf")
+        self.last = self.printed = ""
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Print a line if one is due."""
+        now = self.clock()
+        if self.first is None:
+            self.first = done
+        speed = (done - self.first) / (now - self.started) if now > self.started else 0.0
+        left = f"{duration((total - done) / speed)} left" if speed > 0 and done < total else ""
+        self.last = f"{self.title}: " + ", ".join(p for p in (f"{done:.4g}/{total:.4g}", note, left) if p)
+        if now - self.printed_at >= LINE_SECONDS:
+            self.printed_at = now
+            self._print()
+
+    def finish(self) -> None:
+        """Print where it ended, unless the last line said so."""
+        if self.last != self.printed:
+            self._print()
+
+    def _print(self) -> None:
+        print(plain(self.last), file=self.stream, flush=True)
+        self.printed = self.last
+
+
+def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(file=stream), transient=False) as shown:
+        task = shown.add_task(escape(title), total=None, note="")
+
+        def update(done: float, total: float, note: str = "") -> None:
+            shown.update(task, completed=done, total=total, note=escape(plain(note)))
+
+        yield update

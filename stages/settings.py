@@ -1,0 +1,546 @@
+"""All settings of both stages, and how a classifier is named. Imports no torch.
+
+Recipes (:mod:`pipeline.recipe`) hold them by the same names: ``synth.guidance.step_size`` is ``step_size`` of
+:class:`GuidanceSettings`.
+"""
+
+import re
+from collections.abc import Sequence
+from string import Formatter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ALGORITHM_VERSION = 2
+"""Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
+
+# Settings that name a classifier: the teacher, or a frozen student used as adversary. Imports no torch.
+
+
+Stem = Literal["native", "small"]
+SMALL = 64  # pixels; up to this size the stem of an ImageNet network would throw most of the image away
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, unknown keys and infinite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class InputSettings(Settings):
+    """What a classifier expects: ``channels × size × size``, values in [0, 1] normalized by ``mean`` and ``std``."""
+
+    size: int = Field(gt=0, le=4096)
+    channels: Literal[1, 3] = Field(3, description="1 means luminance")
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Literal["bilinear", "bicubic", "area"] = Field("bilinear", description="always antialiased")
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> "InputSettings":
+        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
+            raise ValueError(f"mean and std (> 0) must have {self.channels} values, one per channel")
+        return self
+
+
+class ModelSettings(Settings):
+    """A classifier, and what cannot be known from it.
+
+    ``name`` is one of
+
+    - a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes), or ``embedded:digits``;
+    - a built-in architecture (:mod:`stages.models.build`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
+      ``input`` and ``num_classes``;
+    - ``timm:FOLDER``, ``timm:NAME.TAG`` (the hub's weights), ``hf:FOLDER`` or ``hf:ORG/NAME``: these know their own;
+    - ``module.path:function`` of your own code, with ``input``, ``num_classes`` and, if it loads none, ``weights``;
+    - ``FILE.onnx`` with ``input`` and ``num_classes``: a black box, used for scores only;
+    - ``FILE.yaml`` holding these very settings.
+    """
+
+    name: str = "embedded:digits"
+    weights: str | None = Field(None, description="safetensors, or a checkpoint that holds tensors only")
+    input: InputSettings | None = None
+    num_classes: int | None = Field(None, gt=1)
+    class_names: tuple[str, ...] | None = None
+    stem: Stem | None = Field(
+        None, description="small: the first layers keep the resolution; default: small for built-ins up to 64 px"
+    )
+
+
+# Settings of the methods that invert the teacher: ``deepinversion``, ``cmi`` and ``dda``. Imports no torch.
+
+
+LONGEST = 32767  # iterations: the manifest's ``step`` holds 16 bits
+
+
+class DeepInversionSettings(Settings):
+    """Optimization of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
+
+    steps: int = Field(2000, gt=0, le=LONGEST)
+    lr: float = Field(0.05, gt=0, description="of Adam, in units of the pixel range [-1, 1]")
+    ce: float = Field(1.0, ge=0, description="class prior weight")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
+    first_bn: float = Field(10.0, ge=0, description="factor of the first BatchNorm layer")
+    tv: float = Field(2.5e-5, ge=0, description="total-variation weight")
+    l2: float = Field(1e-5, ge=0, description="weight of the image's norm")
+    jitter: float = Field(0.0625, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
+    flip: bool = Field(False, description="show half of the steps mirrored; wrong for digits and text")
+
+
+class CmiSettings(Settings):
+    """Contrastive model inversion (Fang et al. 2021): a generator for each batch, and one contrastive head a group.
+
+    CMI's weight of 1 for BN is of a sum of norms over layers; of our mean over layers it would be too weak beside the
+    contrastive term (benchmarks/RESULTS.md). The adversarial term's weight is ``guidance.adversarial`` (CMI: 0.5).
+    """
+
+    batches: int = Field(2, gt=0, description="batches a group is made in; the bank holds the earlier ones")
+    steps: int = Field(500, gt=0, le=LONGEST, description="for each batch")
+    lr: float = Field(1e-3, gt=0, description="of Adam, for generator, latents and head")
+    latent: int = Field(256, gt=0, description="numbers that an image is generated from")
+    width: int = Field(64, gt=0, description="channels of the generator's last layer; the others have twice as many")
+    ce: float = Field(0.5, ge=0, description="class prior weight")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
+    cr: float = Field(0.8, ge=0, description="contrastive weight")
+    temperature: float = Field(0.1, gt=0, description="of the contrastive term")
+    crop: tuple[float, float] = Field((0.25, 1.0), description="least and greatest area of the local view")
+    jitter: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
+    flip: bool = Field(False, description="mirror half of the views; wrong for digits and text")
+
+    @model_validator(mode="after")
+    def _crop(self) -> "CmiSettings":
+        low, high = self.crop
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop must satisfy 0 < least <= greatest <= 1, got {low}, {high}")
+        return self
+
+
+class DdaSettings(Settings):
+    """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
+
+    The paper's guidance of 0.5 is ``prior.cfg_scale``. A prior with an image encoder varies images as the paper does,
+    from pure noise; with any other prior image-to-image stands in, for which the paper names no strength.
+    """
+
+    variants: int = Field(3, gt=0, description="images made from each inverted one")
+    strength: float = Field(
+        0.5, gt=0, le=1, description="share of the steps, 1: only the prompt is left; not for image variation"
+    )
+    noise_level: int = Field(0, ge=0, lt=1000, description="image variation: noise on the image's features")
+    min_cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
+    space: Literal["teacher", "contrastive"] = Field("teacher", description="where cosines are taken")
+    guided: bool = Field(False, description="the teacher steers the variants too, as guidance says")
+
+    def first_step(self, steps: int, varies: bool) -> int:
+        """The denoising step that augmentation starts at, of ``steps``: 0 for strength 1, and where the prior
+        ``varies`` images by itself."""
+        return 0 if varies else steps - round(self.strength * steps)
+
+
+# Settings of stage 1 (``factory run synth``), beside their owner. Imports no torch.
+
+
+_SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
+UNGUIDABLE = {
+    "pndm": "its first steps average several evaluations of one latent",
+    "heun": _SEVERAL,
+    "kdpm2": _SEVERAL,
+    "dpmsolver-singlestep": _SEVERAL,
+    "unipc": "its corrector re-does the step before, and with it undoes the guidance",
+    "lms": "it remembers slopes, which a moved prediction falsifies",
+    "deis": "it remembers slopes, which a moved prediction falsifies",
+    "lcm": "it needs a distilled network",
+    "tcd": "it needs a distilled network",
+}
+
+
+UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
+MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
+
+
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    """Raises ValueError where ``interval`` is no part of the steps, from 0 = first to 1 = last."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"{name} must satisfy 0 <= start < end <= 1, got {low}, {high}")
+
+
+class PriorSettings(Settings):
+    """The diffusion prior and how it is sampled."""
+
+    path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
+    variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
+    steps: int = Field(20, gt=0, le=1000)
+    cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
+    cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
+    negative_prompt: str = ""
+    labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")
+    labels_by_index: bool = Field(False, description="in place of labels: prior and teacher number the same classes")
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    vae_slicing: bool = Field(False, description="decode image by image: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the denoising network: a slow start, faster steps")
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _guidable(cls, name: object) -> object:
+        if isinstance(name, str) and (why := UNGUIDABLE.get(name.lower())):
+            raise ValueError(f"{name} cannot be guided safely: {why}; use ddim, ddpm, dpmsolver++ or euler")
+        return name
+
+    @model_validator(mode="after")
+    def _cfg_interval(self) -> "PriorSettings":
+        check_interval("cfg_interval", self.cfg_interval)
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_label(self) -> "PriorSettings":
+        if self.labels and self.labels_by_index:
+            raise ValueError("labels and labels_by_index exclude each other")
+        return self
+
+    def labeled(self, names: Sequence[str]) -> "PriorSettings":
+        """With ``labels`` for the teacher's classes ``names``, written out where they go by index."""
+        if not self.labels_by_index:
+            return self
+        return self.model_copy(update={"labels": {name: i for i, name in enumerate(names)}, "labels_by_index": False})
+
+    def cfg_at(self, step: int) -> float:
+        """The guidance scale of denoising step ``step``: ``cfg`` inside its interval, else 1."""
+        low, high = self.cfg_interval
+        return self.cfg_scale if low <= step / self.steps < high else 1.0
+
+
+class PromptSettings(Settings):
+    """The prompt bank: ``template`` filled with a random subject and style (DiffDFKD, section IV-A)."""
+
+    template: str = "a realistic photo of {subject}, {style}"
+    subjects: tuple[str, ...] = ("an object",)
+    styles: tuple[str, ...] = ("natural light",)
+    class_names: bool = Field(False, description="named track: {subject} becomes the teacher's class name")
+
+    @model_validator(mode="after")
+    def _template_fields(self) -> "PromptSettings":
+        try:
+            parts = [*Formatter().parse(self.template)]
+        except ValueError as error:
+            raise ValueError(f"template may use only {{subject}} and {{style}}: {error}") from None
+        for _, name, width, conversion in parts:
+            if name is not None and (name not in ("subject", "style") or width or conversion):
+                raise ValueError(f"template may use only {{subject}} and {{style}}, as they are, not {{{name}}}")
+        if not self.subjects or not self.styles:
+            raise ValueError("subjects and styles must each hold at least one entry")
+        return self
+
+
+class GuidanceSettings(Settings):
+    """Teacher guidance (DiffDFKD, equations 6-10), with per-sample gradient normalization."""
+
+    gradient_at: Literal["x0", "xt"] = Field(
+        "x0", description="gradient at the predicted ẑ0, or through the denoiser at z_t"
+    )
+    step_size: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
+    normalize: Literal["rms", "none"] = "rms"
+    ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalized)")
+    adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
+    consistency: float | None = Field(
+        None, ge=0, description="equal answers to two views; default: 1 for a teacher without BatchNorm, else 0"
+    )
+    interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
+    every: int = Field(1, gt=0, description="guide every k-th step of the interval")
+    updates_per_step: int = Field(1, gt=0, description="updates per guided step (x0 only)")
+    jitter: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
+    decoder: Literal["full", "tiny", "fitted"] = Field(
+        "fitted", description="what guidance decodes with (stored images always use the prior's own)"
+    )
+    tiny_decoder: str | None = Field(None, description="AutoencoderTiny: folder or hub id; default: the prior's own")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GuidanceSettings":
+        check_interval("interval", self.interval)
+        if self.gradient_at == "xt" and self.updates_per_step > 1:
+            raise ValueError(
+                "updates_per_step > 1 needs gradient_at: x0 (each z_t update costs a pass through the denoiser)"
+            )
+        if self.tiny_decoder and self.decoder != "tiny":
+            raise ValueError("tiny_decoder does nothing unless decoder is tiny")
+        return self
+
+    def at(self, step: int, steps: int) -> bool:
+        """Whether step ``step`` (0 = first) of ``steps`` is guided: every k-th step of the interval."""
+        low, high = self.interval
+        inside = self.step_size > 0 and low <= step / steps < high
+        return inside and (step - self.first(steps)) % self.every == 0
+
+    def first(self, steps: int) -> int:
+        """The interval's first step of ``steps``."""
+        return next(step for step in range(steps + 1) if self.interval[0] <= step / steps)
+
+
+class LatentMixSettings(Settings):
+    """Augmentation of latents during denoising: LCA (DiffDFKD, equation 11) and what its table IV compares it with."""
+
+    kind: Literal["cutmix", "mixup", "traditional"] = Field(
+        "cutmix", description="a box or a blend of another latent of the class; or flip, shift, crop-and-resize"
+    )
+    every: int = Field(0, ge=0, description="at every k-th step; 0 switches it off")
+    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which it may happen")
+    probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
+    alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
+
+    @model_validator(mode="after")
+    def _interval(self) -> "LatentMixSettings":
+        check_interval("interval", self.interval)
+        return self
+
+    def at(self, step: int, steps: int) -> bool:
+        """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
+        low, high = self.interval
+        return self.every > 0 and step > 0 and step % self.every == 0 and low <= step / steps < high
+
+
+class ImageSettings(Settings):
+    """Which images of a trajectory are stored, and how."""
+
+    intermediates: int = Field(0, ge=0, description="decoded x0-predictions stored besides the final image")
+    format: Literal["png", "jpg", "webp"] = "png"
+    size: int | None = Field(
+        None,
+        gt=0,
+        le=4096,
+        description="stored side in pixels; default: what the prior decodes, inverted: what the teacher sees",
+    )
+
+
+class SynthSettings(Settings):
+    """Everything that decides what stage 1 makes. All but ``shards`` and ``device`` enter the fingerprint."""
+
+    method: Literal["diffdfkd", "dmkd", "dda", "cmi", "deepinversion", "noise"] = "diffdfkd"
+    prior: PriorSettings = PriorSettings()
+    teacher: ModelSettings = ModelSettings()
+    adversary: ModelSettings | None = Field(None, description="frozen student of an earlier round, for the ADV term")
+    prompts: PromptSettings = PromptSettings()
+    guidance: GuidanceSettings = GuidanceSettings()
+    lca: LatentMixSettings = LatentMixSettings()
+    images: ImageSettings = ImageSettings()
+    dda: DdaSettings = DdaSettings()
+    cmi: CmiSettings = CmiSettings()
+    deepinversion: DeepInversionSettings = DeepInversionSettings()
+    shards: int = Field(4, gt=0, le=1 << 24, description="shards in total; growing it later only adds")
+    groups_per_shard: int = Field(4, gt=0)
+    group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    threads: int = Field(1, gt=0, description="CPU threads per worker; part of the plan, since sums depend on it")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    min_confidence: float = Field(0.0, ge=0, le=1, description="keep images whose class gets at least this")
+    store_logits: bool = False
+
+    @model_validator(mode="after")
+    def _adversary_and_its_weight(self) -> "SynthSettings":
+        if self.guidance.adversarial > 0 and self.adversary is None:
+            raise ValueError("guidance.adversarial > 0 needs an adversary: the model folder of a student")
+        if self.adversary is not None and not self.guidance.adversarial:
+            raise ValueError("an adversary without weight does nothing: set guidance.adversarial, e.g. to 1")
+        if self.adversary is not None and self.method in UNSTEERED:
+            raise ValueError(f"{self.method} follows no adversary: leave adversary and guidance.adversarial out")
+        return self
+
+    @model_validator(mode="after")
+    def _denoising(self) -> "SynthSettings":
+        steps, (low, high) = self.prior.steps, self.guidance.interval
+        most = max(1, steps - 1)  # as :func:`stages.synth.sampler.intermediate_steps` spreads them
+        if self.method in ("diffdfkd", "dmkd") and self.images.intermediates > most:
+            raise ValueError(f"images.intermediates {self.images.intermediates}: {steps} steps have at most {most}")
+        if self.guides and not any(low <= step / steps < high for step in range(steps)):
+            raise ValueError(f"guidance.interval {low:g}, {high:g} contains no step of {steps}: widen it")
+        if self.lca.every and self.method not in ("diffdfkd", "noise"):
+            raise ValueError(f"{self.method} mixes no latents: leave lca.every at 0")
+        if self.lca.every and self.method == "diffdfkd" and not any(self.lca.at(step, steps) for step in range(steps)):
+            low, high = self.lca.interval
+            raise ValueError(
+                f"lca.every {self.lca.every} meets no step of {steps} in lca.interval {low:g}, {high:g}: lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inverted(self) -> "SynthSettings":
+        if (self.inverts or self.method == "noise") and self.images.intermediates:
+            raise ValueError(f"{self.method} has no intermediate images: leave images.intermediates at 0")
+        if self.method in ("cmi", "dda") and self.cmi.batches > self.group_size // 2:
+            raise ValueError(
+                f"cmi.batches {self.cmi.batches} leave less than two images of group_size {self.group_size} each"
+            )
+        if self.method == "dda" and self.dda.space == "contrastive" and not self.cmi.cr:
+            raise ValueError("dda.space contrastive needs the head that cmi.cr > 0 trains")
+        return self
+
+    @property
+    def inverts(self) -> bool:
+        """Whether the method inverts the teacher; what it makes then has the teacher's size by default."""
+        return self.method in ("dda", "cmi", "deepinversion")
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the method samples a diffusion prior."""
+        return self.method in ("diffdfkd", "dmkd", "dda")
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher steers the denoising."""
+        return self.method == "diffdfkd" or (self.method == "dda" and self.dda.guided)
+
+    @property
+    def images_per_trajectory(self) -> int:
+        """Stored images of one trajectory, kept or not."""
+        return 1 + (self.dda.variants if self.method == "dda" else self.images.intermediates)
+
+
+def student_name(architecture: str) -> str:
+    """How a student is called in results, and its folder.
+
+    >>> student_name("timm:resnet18")
+    'timm-resnet18'
+    """
+    return re.sub(r"[^\w.-]+", "-", architecture)
+
+
+class LossSettings(Settings):
+    """Weights of the loss terms; each is logged on its own. A weight of 0 switches a term off."""
+
+    kd: float = Field(1.0, ge=0, description="τ²·KL(teacher ‖ student), batchmean")
+    temperature: float = Field(4.0, gt=0, description="temperature of the KD term")
+    ce: float = Field(0.0, ge=0, description="cross-entropy with the manifest's label")
+    variants_ce: float = Field(0.0, ge=0, description="cross-entropy on image variants only (DDA equation 7)")
+    cam: float = Field(0.0, ge=0, description="class activation maps, every class (mSARC)")
+    gradcam: float = Field(0.0, ge=0, description="Grad-CAM at the end of each stage (mSARC)")
+    teacher_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
+    student_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the terms that are on, in the order in which they are computed."""
+        return tuple(name for name in ("kd", "ce", "variants_ce", "cam", "gradcam") if getattr(self, name))
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "LossSettings":
+        if not self.active:
+            raise ValueError("every loss weight is 0: nothing to learn from")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """How weights move. Lengths are shares of the run, so that changing ``epochs`` keeps the shape."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum; adamw: beta1")
+    weight_decay: float = Field(5e-4, ge=0, description="not applied to biases and normalization weights")
+    schedule: Literal["cosine", "step", "onecycle"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of steps; onecycle: the rising part")
+    milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: shares of the run")
+    gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor at each milestone")
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 switches it off")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that become the student; 0: none")
+
+
+class AugmentSettings(Settings):
+    """Augmentation: a pure function of (seed, epoch, sample). λ of cutmix and mixup is uniform."""
+
+    crop: float = Field(0.1875, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
+    flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
+    cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
+    mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
+    num_views: int = Field(
+        0, ge=0, description="number of views of an image, taken in turn; 0: a new one in every epoch"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> "AugmentSettings":
+        if self.cutmix + self.mixup > 1:
+            raise ValueError("cutmix + mixup must not exceed 1: an image receives one of them")
+        return self
+
+
+class TeacherCacheSettings(Settings):
+    """The teacher's logits for ``augment.num_views`` views of every image, computed once and then looked up."""
+
+    enabled: bool = Field(False, description="needs augment.num_views; excludes cam, gradcam, cutmix and mixup")
+    top_k: int | None = Field(None, ge=1, description="logits kept of each answer; default: all, above 256 classes 64")
+    folder: str | None = Field(None, description="default: teacher-cache in the run folder; runs may share one")
+
+
+class DistillSettings(Settings):
+    """Everything that decides what stage 2 trains. All but those in ``PLACE`` must be the same on resume."""
+
+    students: tuple[str, ...] = Field(
+        ("digits-cnn-small",), min_length=1, description="architectures, trained in one pass"
+    )
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    augment: AugmentSettings = AugmentSettings()
+    teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
+    input: InputSettings | None = Field(None, description="the students' input; default: the teacher's")
+    where: str | None = Field(None, description="rows to use, e.g. confidence >= 0.5 and timestep == 0")
+    include_rejected: bool = Field(False, description="also use images that synthesis rejected")
+    skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
+    balance: bool = Field(False, description="every class equally often, over all manifests together")
+    epochs: int = Field(80, gt=0)
+    batch_size: int = Field(64, gt=1, description="images per step, over all workers together")
+    seed: int = Field(0, ge=0)
+    val_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the images held out for validation, by trajectory and LCA partner"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="which weights become the student; best is by the validation split"
+    )
+    allow_other_teacher: bool = Field(False, description="allow a teacher that is not the one the data was made for")
+    min_agreement: float = Field(0.5, ge=0, le=1, description="warn if the teacher agrees with fewer labels")
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="where metrics go besides metrics.jsonl"
+    )
+    eval_every: int = Field(0, ge=0, description="epochs between looks at the test data; 0: once, at the end")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of students and teacher; CPUs: AMX")
+    channels_last: bool = Field(False, description="channels last in memory: faster on CPUs, and with bf16")
+    compile: bool = Field(False, description="torch.compile of the students; excludes cam and gradcam")
+    memory_gb: float = Field(4.0, ge=0, description="decoded images are kept in memory up to this; above, streamed")
+    checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints; 0: at every step")
+
+    @field_validator("students")
+    @classmethod
+    def _no_name_twice(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"student named twice: {', '.join(twice)}")
+        return value
+
+    @model_validator(mode="after")
+    def _best_needs_validation(self) -> "DistillSettings":
+        if self.select == "best" and not self.val_fraction:
+            raise ValueError("select: best needs val_fraction > 0 to choose by")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_nets_keep_their_maps(self) -> "DistillSettings":
+        if self.compile and (self.loss.cam or self.loss.gradcam):
+            raise ValueError("compile excludes loss.cam and loss.gradcam: they look inside the network")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_answers_fit(self) -> "DistillSettings":
+        wrong = [f"loss.{name}" for name in ("cam", "gradcam") if getattr(self.loss, name)]
+        wrong += [f"augment.{name}" for name in ("cutmix", "mixup") if getattr(self.augment, name)]
+        if self.teacher_cache.enabled and wrong:
+            raise ValueError(
+                f"teacher_cache.enabled needs {' and '.join(f'{name} 0' for name in wrong)}: their views never recur"
+            )
+        if self.teacher_cache.enabled and not self.augment.num_views:
+            raise ValueError("teacher_cache.enabled needs augment.num_views, the number of views of each image, say 8")
+        return self
+
+
+PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every", "loggers"})
+"""Settings that change where or how a run goes, not what it computes: free to differ on resume."""

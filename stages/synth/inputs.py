@@ -1,0 +1,141 @@
+"""What a plan needs to know of stage 1 before it runs, and whether a worker's models are those. Imports no torch."""
+
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manifests.errors import DataError, UsageError
+from stages.models.source import teacher_identity
+from stages.settings import ALGORITHM_VERSION, ModelSettings, PriorSettings, SynthSettings
+from stages.synth.priors.files import FAMILIES, check_labels, folder_sha256, prior_identity, tiny_decoder
+
+log = logging.getLogger(__name__)
+
+
+NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "none"}
+
+
+@dataclass(frozen=True)
+class SynthInputs:
+    """Checked identities of prior and teacher, and what they imply."""
+
+    prior: dict[str, Any]
+    teacher: dict[str, Any]
+    adversary: dict[str, Any] | None
+    class_names: tuple[str, ...]
+    image_size: int
+    tiny_decoder: str | None = None  # sha256
+
+
+def inspect_inputs(settings: SynthSettings) -> SynthInputs:
+    """Find prior and teacher and read their identities; raises DataError or UsageError where one is unusable."""
+    teacher = teacher_identity(settings.teacher)
+    adversary = teacher_identity(settings.adversary) if settings.adversary else None
+    names = tuple(teacher["config"]["class_names"])
+    if settings.method == "noise":
+        return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
+    prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
+    if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
+        log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
+    if prior["conditioning"] == "class":
+        check_labels(settings.prior, settings.prior.path, prior["classes"], names)
+    if settings.method == "dda":
+        check_start(settings, varies(prior))
+    tiny = None
+    if settings.guides and settings.guidance.decoder == "tiny":
+        tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
+    side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, tiny)
+
+
+def varies(prior: dict[str, Any]) -> bool:
+    """Whether the prior of this identity varies images by itself, as DDA's paper does."""
+    return FAMILIES[prior["pipeline"]].image_encoder is not None
+
+
+def check_start(settings: SynthSettings, varies: bool) -> None:
+    """Raises UsageError where image-to-image leaves no step, or none to guide, for a method that asks for some."""
+    steps, first = settings.prior.steps, settings.dda.first_step(settings.prior.steps, varies)
+    if first == steps:
+        raise UsageError(
+            f"dda.strength {settings.dda.strength:g} leaves none of {steps} steps: set {1 / steps:g} or more"
+        )
+    if settings.dda.guided and not any(settings.guidance.at(step, steps) for step in range(first, steps)):
+        raise UsageError(
+            f"dda.guided steers nothing: variants begin at step {first} of {steps}, and guidance.interval, every and "
+            "scale allow none from there on"
+        )
+
+
+def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
+    """What the fingerprint covers: method, checksums, classes and shard size; not the number of shards, the device,
+    or where the models lie.
+
+    Settings at their defaults are left out, so that a new setting does not orphan a half-made dataset.
+    """
+    elsewhere: Any = dict.fromkeys(("shards", "device", "teacher", "adversary"), True)
+    elsewhere |= {"prior": {"path"}, "guidance": {"tiny_decoder"}}
+    chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    covered = {
+        "algorithm": ALGORITHM_VERSION,
+        "settings": {name: value for name, value in chosen.items() if value != {}},
+        "prior": inputs.prior["sha256"],
+        "teacher": network(inputs.teacher),
+        "class_names": list(inputs.class_names),
+    }
+    if inputs.adversary:
+        covered["adversary"] = network(inputs.adversary)
+    if inputs.tiny_decoder:
+        covered["tiny_decoder"] = inputs.tiny_decoder
+    return covered
+
+
+def network(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of a classifier changes the images: its weights, the network around them, and how it sees."""
+    config = identity["config"]
+    return {
+        "sha256": identity["sha256"],
+        "architecture": identity["architecture"],
+        "stem": config.get("stem"),
+        "input": config.get("input"),
+    }
+
+
+# Whether a worker's models are those of its plan: its machine may hold other copies, or somebody overwrote them.
+#
+# Imports no torch.
+
+
+MODELS = ("prior", "teacher", "adversary", "tiny_decoder")
+
+Pinned = Mapping[str, Any]
+"""What the semantics of a plan hold of ``MODELS``; nothing is asked of a model that is not in it."""
+
+
+def pinned_models(semantics: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a plan's ``semantics`` that workers compare with what they load. JSON-able."""
+    return {name: semantics[name] for name in MODELS if name in semantics}
+
+
+def check_network(planned: Pinned, name: str, where: str, identity: dict[str, Any]) -> None:
+    """Raises DataError where the classifier that was loaded from ``where`` is not the plan's ``name``."""
+    if name in planned:
+        for key, value in network(identity).items():
+            _compare(f"{name} {where}", key, value, planned[name].get(key))
+
+
+def check_folder(planned: Pinned, name: str, folder: Path, variant: str | None = None) -> None:
+    """Raises DataError where the model in ``folder`` is not the plan's ``name``. Reads all that loading reads."""
+    if name in planned:
+        _compare(f"{name} {folder}", "sha256", folder_sha256(folder, variant), planned[name])
+
+
+def _compare(what: str, key: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise DataError(
+            f"{what} on {platform.node()} is not the one that the run was planned with: its {key} is {found}, expected "
+            f"{wanted}"
+        )

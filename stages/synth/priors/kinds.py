@@ -1,0 +1,299 @@
+"""Every kind of prior: Stable Diffusion, SDXL, DeepFloyd IF, unCLIP, DiT, LDM, DDPM; ``load_prior`` picks by folder."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from manifests.errors import DataError, UsageError
+from stages.memory import in_micro_batches
+from stages.settings import PriorSettings
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.files import FAMILIES, check_labels, find_prior
+from stages.synth.priors.parts import VAES, frozen, load_encoder, load_part, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+PROMPTS = 1024
+"""Distinct prompts whose embeddings are kept; one of Stable Diffusion's takes 0.2 MB."""
+
+
+class TextPrior(DiffusionPrior):
+    """A ``StableDiffusionPipeline`` (VAE, UNet, text encoder, tokenizer); conditions are prompts."""
+
+    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+        self.row = lru_cache(PROMPTS)(self.embed)  # a run has few distinct prompts: each is encoded once
+        super().__init__(folder, settings, device)
+
+    def load(self) -> tuple[Any, Any]:
+        self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
+        self.encoders = [frozen(load_encoder(self, "text_encoder", CLIPTextModel), self.device)]
+        return self.load_unet(), load_part(self, "vae", VAES)
+
+    def load_unet(self) -> Any:
+        return load_part(self, "unet", {"UNet2DConditionModel": UNet2DConditionModel})
+
+    def embed(self, prompt: str) -> Tensor:
+        """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
+        return self.encoders[0](token_ids(self.tokenizer, prompt).to(self.device))[0]
+
+    def negative(self) -> Tensor:
+        """The condition of the unconditional half, one row."""
+        return self.row(self.settings.negative_prompt)
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[str]) -> Tensor:
+        """``[n, …]``, or ``[2n, …]`` with the negative prompt's half first where CFG is on."""
+        embedded = torch.cat([self.row(prompt) for prompt in conditions])
+        return embedded if self.settings.cfg_scale == 1 else torch.cat([self.negative().expand_as(embedded), embedded])
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, time, condition).sample
+
+
+def token_ids(tokenizer: Any, prompt: str) -> Tensor:
+    """``[1, tokens]``, padded to what the text encoder takes; longer prompts are cut."""
+    length = tokenizer.model_max_length
+    padded = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return padded.input_ids
+
+
+# Text-conditional latent prior with SDXL's components: two text encoders, a pooled embedding and the image size.
+
+
+class TextPriorXL(TextPrior):
+    """A ``StableDiffusionXLPipeline``. A condition is one row: all token embeddings, then the pooled embedding."""
+
+    def load(self) -> tuple[Any, Any]:
+        encoders = (
+            load_encoder(self, "text_encoder", CLIPTextModel),
+            load_encoder(self, "text_encoder_2", CLIPTextModelWithProjection),
+        )
+        self.encoders = [frozen(encoder, self.device) for encoder in encoders]
+        self.tokenizers = [load_tokenizer(self, f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]
+        self.zeros_for_empty = bool(self.index.get("force_zeros_for_empty_prompt", True))
+        self.pooled = encoders[1].config.projection_dim
+        side = self.image_size
+        self.sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+        vae = load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+        if self.settings.dtype == "fp16" and vae.config.force_upcast:
+            vae.float()  # SDXL's own VAE overflows in half precision
+        return self.load_unet(), vae
+
+    def embed(self, prompt: str) -> Tensor:
+        """``[1, tokens·d + pooled]``: both encoders' last but one layer, and what the second makes of the whole."""
+        outputs = [
+            encoder(token_ids(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return torch.cat([tokens.flatten(1), outputs[1].text_embeds], dim=1)
+
+    def negative(self) -> Tensor:
+        embedded = super().negative()
+        return torch.zeros_like(embedded) if self.zeros_for_empty and not self.settings.negative_prompt else embedded
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        n = len(latents)
+        tokens, pooled = condition[:, : -self.pooled], condition[:, -self.pooled :]
+        added = {"text_embeds": pooled, "time_ids": self.sizes.to(latents.dtype).expand(n, -1)}
+        tokens = tokens.reshape(n, -1, self.network.config.cross_attention_dim)
+        return self.network(latents, time, tokens, added_cond_kwargs=added).sample
+
+
+# Text-conditional prior in pixels: the first stage of DeepFloyd IF (64 px), prompts through a T5 encoder.
+
+
+TOKENS = 77  # what the network was trained with; T5 itself has no limit
+
+
+class TextPriorIF(TextPrior):
+    """An ``IFPipeline`` (UNet, T5 encoder, tokenizer); no VAE. Its learned variance is dropped like any other.
+
+    The pipeline also thresholds every predicted image, which keeps large guidance scales from saturating. Guidance by a
+    teacher expects predictions to stay where it moves them, so nothing is thresholded: keep ``prior.cfg_scale`` small.
+    """
+
+    def load(self) -> tuple[Any, None]:
+        self.tokenizer = load_tokenizer(self, "tokenizer", T5Tokenizer)
+        self.encoders = [frozen(load_encoder(self, "text_encoder", T5EncoderModel), self.device)]
+        return self.load_unet(), None
+
+    def embed(self, prompt: str) -> Tensor:
+        """``[1, tokens, d]``; padding is masked, prompts are lower case, as in training."""
+        padded = self.tokenizer(
+            [prompt.lower().strip()], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        mask = None if self.device == "meta" else padded.attention_mask  # T5 looks at its values, which meta has not
+        embedded: Tensor = self.encoders[0](padded.input_ids, attention_mask=mask)[0]
+        return embedded
+
+
+# Prior conditioned on prompts and on a CLIP embedding of an image: Stable unCLIP, which makes variants of images.
+
+
+class TextPriorUnclip(TextPrior):
+    """A ``StableUnCLIPImg2ImgPipeline``. A condition is one row: all token embeddings, then the image's embedding and
+    that of its noise level.
+
+    :meth:`encode` leaves the image open: its part is zero, as in CFG's unconditional half. The network was trained with
+    that in a quarter of its samples, so it is a text prior too.
+    """
+
+    def load(self) -> tuple[Any, Any]:
+        unet, vae = super().load()
+        encoder = frozen(load_encoder(self, "image_encoder", CLIPVisionModelWithProjection), self.device)
+        self.encoders = [*self.encoders, encoder]
+        normalizer = load_part(self, "image_normalizer", {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer})
+        self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
+        self.noising = DDPMScheduler.from_pretrained(str(self.folder), subfolder="image_noising_scheduler")
+        self.processor = CLIPImageProcessor.from_pretrained(
+            str(self.folder), subfolder="feature_extractor", local_files_only=True
+        )
+        seen = (self.processor.crop_size["height"], 2 * encoder.config.projection_dim)
+        if seen != (encoder.config.image_size, unet.config.projection_class_embeddings_input_dim):
+            raise DataError(
+                f"prior {self.folder}: feature_extractor, image_encoder and unet do not belong together: "
+                f"{seen[0]} pixels for {encoder.config.image_size}, an embedding of {seen[1]} (half of it the noise "
+                f"level's) for {unet.config.projection_class_embeddings_input_dim}"
+            )
+        return unet, vae
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images ``[n, 3, side, side]`` in [−1, 1] as the feature extractor hands them to the encoder."""
+        side, crop = self.processor.size["shortest_edge"], self.processor.crop_size["height"]
+        unit = (images.clamp(-1, 1) + 1) / 2
+        unit = F.interpolate(unit, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        edge = (side - crop) // 2
+        unit = unit[..., edge : edge + crop, edge : edge + crop]
+        mean, std = (
+            torch.tensor(values, device=images.device).view(3, 1, 1)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (unit - mean) / std
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        encoder = self.encoders[1]
+
+        def embed(pixels: Tensor) -> Tensor:
+            embedded: Tensor = encoder(pixels).image_embeds
+            return embedded
+
+        embedded: Tensor = in_micro_batches(embed, self.batch_limit, self.pixels(images).to(encoder.dtype))
+        return embedded.float()
+
+    def encode(self, conditions: Sequence[str]) -> Tensor:
+        width = self.network.config.projection_class_embeddings_input_dim
+        return self.rows(conditions, torch.zeros(len(conditions), width, device=self.device))
+
+    def encode_with(self, conditions: Sequence[str], embedded: Tensor, noise: Tensor, level: int) -> Tensor:
+        """Noise is added to normalized embeddings, as to images, at the step ``level`` of a schedule of its own."""
+        levels = self.noising.config.num_train_timesteps
+        if level >= levels:
+            raise UsageError(f"prior {self.folder}: the noise level {level} is not below {levels}")
+        times = torch.full((len(embedded),), level, device=self.device)
+        noised = self.noising.add_noise((embedded - self.mean) / self.std, noise, times) * self.std + self.mean
+        told = get_timestep_embedding(times, noised.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.rows(conditions, torch.cat([noised, told], dim=1))
+
+    def rows(self, conditions: Sequence[str], images: Tensor) -> Tensor:
+        """Prompts with the image part ``[n, 2·d]``, zero in the unconditional half."""
+        tokens = super().encode(conditions).flatten(1)
+        if len(tokens) > len(images):
+            images = torch.cat([torch.zeros_like(images), images])
+        return torch.cat([tokens, images.to(tokens.dtype)], dim=1)
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        config = self.network.config
+        images = condition[:, -config.projection_class_embeddings_input_dim :]
+        tokens = condition[:, : -config.projection_class_embeddings_input_dim]
+        tokens = tokens.reshape(len(latents), -1, config.cross_attention_dim)
+        return self.network(latents, time, tokens, class_labels=images).sample
+
+
+# Class-conditional latent prior: a ``DiTPipeline`` folder (VAE, transformer). ``prior.labels`` maps the classes.
+
+
+class ClassPrior(DiffusionPrior):
+    """Conditions are class names of the teacher; the null class is the one after the last, as the config counts them.
+
+    (The pipeline itself writes 1000 for it, whatever the network was trained on.)
+    """
+
+    def load(self) -> tuple[Any, Any]:
+        transformer = load_part(self, "transformer", {"DiTTransformer2DModel": DiTTransformer2DModel})
+        return transformer, load_part(self, "vae", VAES)
+
+    def encode(self, conditions: Sequence[str]) -> Tensor:
+        """Labels ``[n]``, or ``[2n]`` with the null classes first where CFG is on."""
+        check_labels(self.settings, str(self.folder), self.classes, [*dict.fromkeys(conditions)])
+        labels = torch.tensor([self.settings.labels[name] for name in conditions], device=self.device)
+        return labels if self.settings.cfg_scale == 1 else torch.cat([torch.full_like(labels, self.classes), labels])
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
+
+
+# Unconditional priors: latent (``LDMPipeline``) or in pixels (``DDPMPipeline``, ``DDIMPipeline``).
+
+
+class FreePrior(DiffusionPrior):
+    """No conditions at all, hence no CFG: the teacher alone decides what becomes of the noise."""
+
+    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+        super().__init__(folder, settings.model_copy(update={"cfg": 1.0}), device)
+
+    def load(self) -> tuple[Any, Any]:
+        vae = FAMILIES[self.index["_class_name"]].vae
+        unet = load_part(self, "unet", {"UNet2DModel": UNet2DModel})
+        if unet.config.num_class_embeds or unet.config.class_embed_type:
+            raise DataError(
+                f"prior {self.folder}: its unet needs class labels, which {self.index['_class_name']} does not give it"
+            )
+        return unet, vae and load_part(self, vae, {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL})
+
+    def encode(self, conditions: Sequence[str]) -> None:
+        return None
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: None) -> Tensor:
+        return self.network(latents, time).sample
+
+
+# Load the prior of a folder: the class that fits its pipeline.
+
+
+def load_prior(settings: PriorSettings, device: str) -> DiffusionPrior:
+    """The prior on ``device``, frozen and in eval mode."""
+    folder, name, family = find_prior(settings)
+    if name == "StableDiffusionXLPipeline":
+        return TextPriorXL(folder, settings, device)
+    if name == "IFPipeline":
+        return TextPriorIF(folder, settings, device)
+    if family.image_encoder:
+        return TextPriorUnclip(folder, settings, device)
+    if family.conditioning == "text":
+        return TextPrior(folder, settings, device)
+    if family.conditioning == "class":
+        return ClassPrior(folder, settings, device)
+    if settings.cfg_scale != 1:
+        log.warning("prior %s is unconditional: prior.cfg_scale does not apply", settings.path)
+    return FreePrior(folder, settings, device)
