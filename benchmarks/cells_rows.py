@@ -191,6 +191,7 @@ QUESTIONS: dict[str, Question] = {
         "domain shift: a prior of photographs, a teacher of handwritten digits; 400 images, 1,000 steps of 64",
         {
             **{name: of(name, 1000, trajectories=400) for name in DIGITS_SETS},
+            **{f"guided, {count} images": of("guided", 1000, trajectories=count) for count in (800, 1600)},
             "real-kd": of(REAL, 1000, trajectories=400),
         },
         domain="digits",
