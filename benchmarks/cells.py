@@ -37,20 +37,20 @@ import pyarrow.parquet as pq
 import torch
 from cells_rows import CIFAR_SETS, DIGITS_SETS, QUESTIONS, REAL, Part, Question, Row
 from cifar_data import CLASS_NAMES, split_table
-from digits import interval, meaning, synthesise
+from digits import interval, meaning, synthesize
 from judge import judged
 from PIL import Image
 
-from manifests.info import DatasetInfo
+from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
 from manifests.storage import Storage
 from pipeline.distill import dry_run, run_distill
 from pipeline.recipe import Recipe, resolve
-from stages.models import digits_data
-from stages.models.identity import teacher_identity
-from stages.models.settings import ModelSettings
+from stages import digits
+from stages.models.source import teacher_identity
+from stages.settings import ModelSettings
 
 HERE = Path(__file__).resolve().parent
 DECISIVE = ("stages", "pipeline", "manifests", "priors", "benchmarks/cifar10.yaml", "benchmarks/cifar10-teacher")
@@ -66,8 +66,8 @@ DOMAINS = {
         (
             "distill.students=[digits-cnn-small]",
             "distill.batch_size=64",
-            "distill.views.flip=false",
-            "distill.views.crop=0.1875",
+            "distill.augment.flip=false",
+            "distill.augment.crop=0.1875",
         ),
     ),
 }
@@ -92,7 +92,7 @@ def real_images(domain: str) -> Iterator[tuple[bytes, int]]:
         table = split_table(bench() / "cifar10-train.parquet", "train")
         yield from zip((jpg.as_py() for jpg in table["jpg"]), table["label"].to_pylist(), strict=True)
         return
-    images, labels = digits_data.load_split("train")
+    images, labels = digits.load_split("train")
     for i in np.random.default_rng(0).permutation(len(images)):
         buffer = io.BytesIO()
         Image.fromarray(np.round(images[i] * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")
@@ -102,7 +102,7 @@ def real_images(domain: str) -> Iterator[tuple[bytes, int]]:
 def real_set(domain: str, count: int, folder: Path) -> str:
     """The first ``count`` real images as a dataset: its manifest. All seeds have the same ones."""
     storage, (teacher, _) = Storage(folder), DOMAINS[domain]
-    names, kind, side = (CLASS_NAMES, "jpg", 32) if domain == "cifar10" else (digits_data.CLASS_NAMES, "png", 8)
+    names, kind, side = (CLASS_NAMES, "jpg", 32) if domain == "cifar10" else (digits.CLASS_NAMES, "png", 8)
     if not storage.exists("m.parquet"):
         with ShardWriter(storage, 0, "real") as writer:
             for number, (data, label) in zip(range(count), real_images(domain), strict=False):
@@ -123,7 +123,7 @@ def stored(question: Question, part: Part, seed: int, row: Row, out: Path) -> tu
         return real_set(question.domain, part.trajectories, out / f"real-{question.domain}-{part.trajectories}"), 0.0
     recipe = recipe_of(question, part.name, seed, row)
     shards = ceil(part.trajectories / recipe.synth.group_size)
-    return synthesise(recipe, shards, out / f"{slug(question.domain, part.name)}-{seed}")
+    return synthesize(recipe, shards, out / f"{slug(question.domain, part.name)}-{seed}")
 
 
 def slug(*words: object) -> str:
@@ -164,7 +164,7 @@ def validation(domain: str, out: Path) -> str:
             pq.write_table(split_table(bench() / "cifar10-train.parquet", "validation"), aside)
             aside.rename(path)
         else:
-            digits_data.write_split("validation", path)
+            digits.write_split("validation", path)
     return str(path)
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 UNGUIDED = ("synth.method=dmkd",)
 LCA = ("synth.lca.every=4",)  # in the first half of 25 steps, as the base recipe says: at steps 4, 8 and 12
 WHOLE = ("synth.guidance.interval=[0.0,1.0]",)
-PLAIN = ("distill.views.cutmix=0", "distill.views.mixup=0")
+PLAIN = ("distill.augment.cutmix=0", "distill.augment.mixup=0")
 
 # DiffDFKD's own protocol: guided from the first step, four x̂0 of each trajectory besides the final image, a cut
 # between any two of them; 200 trajectories a group, so that 600 are whole groups
 PAPER = (*WHOLE, "synth.images.intermediates=4", "synth.group_size=200")
 PAPER_LCA = ("synth.lca.every=5", "synth.lca.interval=[0.0,1.0]")
 DDPM = ("synth.prior.scheduler=ddpm",)
-PAPER_TRAINING = (*PLAIN, "distill.loss.tau=30", "distill.batch_size=200")
+PAPER_TRAINING = (*PLAIN, "distill.loss.temperature=30", "distill.batch_size=200")
 
 CMI = ("synth.method=cmi", "synth.cmi.flip=true", "synth.cmi.steps=100", "synth.cmi.width=32", "synth.cmi.bn=200")
 FEW = ("synth.prior.scheduler=dpmsolver++", "synth.prior.steps=6")
@@ -22,7 +22,7 @@ CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/c
     "unguided": UNGUIDED,
     "guided": (),
     "LCA": LCA,
-    **{f"LCA, scale {v}": (*LCA, f"synth.guidance.scale={v}") for v in (0.1, 0.15, 0.2)},
+    **{f"LCA, scale {v}": (*LCA, f"synth.guidance.step_size={v}") for v in (0.1, 0.15, 0.2)},
     "LCA, bn 30": (*LCA, "synth.guidance.bn=30"),
     "ddim, none": PAPER,
     "ddim, LCA": (*PAPER, *PAPER_LCA),
@@ -32,21 +32,21 @@ CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/c
     "all steps": WHOLE,
     "all steps, bn 30": (*WHOLE, "synth.guidance.bn=30"),
     "ddpm": DDPM,
-    "CFG 3": ("synth.prior.cfg=3",),
-    "CFG 3, bn 30": ("synth.prior.cfg=3", "synth.guidance.bn=30"),
-    "scale 0.2": ("synth.guidance.scale=0.2",),
+    "CFG 3": ("synth.prior.cfg_scale=3",),
+    "CFG 3, bn 30": ("synth.prior.cfg_scale=3", "synth.guidance.bn=30"),
+    "scale 0.2": ("synth.guidance.step_size=0.2",),
     "groups of 500": ("synth.group_size=500",),
     "inverted": CMI,
     "unguided, 6 steps": (*UNGUIDED, *FEW),
     "6 steps": FEW,
-    "6 steps, three updates": (*FEW, "synth.guidance.inner=3"),
+    "6 steps, three updates": (*FEW, "synth.guidance.updates_per_step=3"),
 }
 DIGITS_SETS: dict[str, tuple[str, ...]] = {
     "unguided": (*DIGITS, *UNGUIDED),
     "guided": DIGITS,
-    "guided, scale 1": (*DIGITS, "synth.guidance.scale=1.0"),
+    "guided, scale 1": (*DIGITS, "synth.guidance.step_size=1.0"),
     "guided, all steps": (*DIGITS, *WHOLE),
-    "guided, all steps, scale 1": (*DIGITS, *WHOLE, "synth.guidance.scale=1.0"),
+    "guided, all steps, scale 1": (*DIGITS, *WHOLE, "synth.guidance.step_size=1.0"),
     "guided, bn 10": (*DIGITS, "synth.guidance.bn=10"),
 }
 
@@ -96,10 +96,10 @@ REAL = "real"
 SCHEDULES: dict[str, tuple[int, tuple[str, ...]]] = {  # one list for every row of the headline
     "800": (800, ()),
     "2400": (2400, ()),
-    "2400, EMA 0.999": (2400, ("distill.optimiser.ema=0.999",)),
-    "2400, lr 0.2": (2400, ("distill.optimiser.lr=0.2",)),
-    "2400, every view mixed": (2400, ("distill.views.cutmix=0.5", "distill.views.mixup=0.5")),
-    "2400, tau 10": (2400, ("distill.loss.tau=10",)),
+    "2400, EMA 0.999": (2400, ("distill.optimizer.ema=0.999",)),
+    "2400, lr 0.2": (2400, ("distill.optimizer.lr=0.2",)),
+    "2400, every view mixed": (2400, ("distill.augment.cutmix=0.5", "distill.augment.mixup=0.5")),
+    "2400, tau 10": (2400, ("distill.loss.temperature=10",)),
     "4800": (4800, ()),
 }
 SCREENED = (

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from manifests.reader import Manifest
 from stages.models.loading import load_teacher
-from stages.models.moments import Moments
-from stages.models.teacher import Teacher
+from stages.models.teacher import Moments, Teacher
 from stages.synth.metrics import mean_pairwise_cosine
-from stages.synth.stored import stored_images
+from stages.synth.scores import stored_images
 
 JUDGED = 1500
 
