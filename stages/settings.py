@@ -19,6 +19,7 @@ ALGORITHM_VERSION = 2
 
 Stem = Literal["native", "small"]
 SMALL = 64  # pixels; up to this size the stem of an ImageNet network would throw most of the image away
+MAX_CLASSES = 100_000
 
 
 class Settings(BaseModel):

@@ -10,7 +10,7 @@ from torch import nn
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.models import build
+from stages.models import nets
 from stages.models.teacher import Teacher
 from stages.settings import InputSettings, SynthSettings
 from stages.synth import cmi, inversion
@@ -179,7 +179,7 @@ def test_an_adversary_steers(method, models, tmp_path):
     parsed = settings(method, adversary={"name": "embedded:digits"}, guidance={"adversarial": 1.0})
     module = {"cmi": cmi, "deepinversion": inversion}[method]
     torch.manual_seed(0)
-    net = build.build("digits-cnn-small", 10, 1)
+    net = nets.build("digits-cnn-small", 10, 1)
     student = Teacher(net, models.teacher.input.settings, models.teacher.class_names, {})
     against = Models(None, models.teacher, student, "cpu")
     steered, plain = final(module, parsed, against)[0], final(module, settings(method), models)[0]
