@@ -52,6 +52,7 @@ def run_synth(
         stored = resume_plan(storage, plan, note)
         publish(storage, teacher)
         info = dataset_info(stored, inputs, teacher)
+        del teacher  # its weights
         storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
@@ -64,7 +65,7 @@ def run_synth(
                 "fingerprint": stored.fingerprint,
                 "planned": pinned_models(plan.semantics),
             },
-            {"sources": inputs.sources} if factory == WORKER else {},
+            {"sources": inputs.sources} if factory == WORKER and place.inline else {},
         )
         try:
             with progress(title, quiet=quiet) as shown:

@@ -35,7 +35,7 @@ from stages.synth.inputs import model_sources
 from stages.synth.inversion import deepinversion
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.kinds import load_prior
-from stages.synth.priors.schedule import Prediction, State, VariationPrior
+from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import Counters, Guide, Models, guide_step
 
 META = torch.device("meta")
@@ -49,9 +49,7 @@ class Flops(TorchDispatchMode):
 
     total = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -63,13 +61,7 @@ class FusedAttention(TorchFunctionMode):
     """Attention as fused kernels compute it. On meta tensors PyTorch itself would take the naive way, in float32 and
     with every attention map saved, which runs on no device."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
@@ -187,52 +179,46 @@ def _sampling_cost(
     assert isinstance(prior, DiffusionPrior)
     condition = prior.encode(make_group(settings, 0, class_names).conditions(prior.conditioning)[:1])
     decoder = load_decoder(prior, settings, teacher) if settings.guides and teacher else None
-    guide = (
-        Guide(guidance, teacher, torch.zeros(1, dtype=torch.long, device=META), adversary, decoder) if teacher else None
-    )
+    label = torch.zeros(1, dtype=torch.long, device=META)
+    guide = Guide(guidance, teacher, label, adversary, decoder) if teacher else None
     latents = torch.empty(1, *prior.latent_shape, device=META)
     images = torch.empty(1, 3, prior.image_size, prior.image_size, device=META)
     rng = torch.Generator()
     parts = [prior.network, prior.vae, getattr(decoder, "network", decoder), *prior.encoders]
     networks = [part for part in (*parts, teacher and teacher.net, adversary and adversary.net) if part is not None]
 
-    def predict(z: Tensor, step: int) -> Prediction:
-        return prior.predict(State(z, step), condition)
-
-    def predict_z0(step: int, z: Tensor) -> Tensor:
-        return predict(z, step).z0
+    def predict(step: int, z: Tensor) -> Tensor:
+        return prior.predict(State(z, step), condition).z0
 
     def guided_step(step: int) -> None:
         assert guide is not None
         through = guidance.gradient_at == "xt"
         with torch.set_grad_enabled(through):
-            prediction = predict(latents.detach().requires_grad_(through), step)
+            prediction = prior.predict(State(latents.detach().requires_grad_(through), step), condition)
         once = replace(guide, settings=guidance.model_copy(update={"updates_per_step": 1}))
         guide_step(prior, prediction, once, rng)
 
     times = settings.dda.variants if settings.method == "dda" else 1
     denoiser = decode = teach = saved = 0
     for step, count, guided in step_kinds(settings, isinstance(prior, VariationPrior)):
-        forward = flops(partial(predict, latents, step))
+        forward = flops(partial(predict, step, latents))
         denoiser += times * count * forward
         if guided and guide:
             updates = times * count * guidance.updates_per_step
             decode += updates * vjp_flops(decoder or prior.decode, latents)
             teach += updates * vjp_flops(lambda x: guide.losses(x, rng).total(guidance), images)
             if guidance.gradient_at == "xt":
-                through = vjp_flops(partial(predict_z0, step), latents)
-                denoiser += times * count * (through - forward)
+                denoiser += times * count * (vjp_flops(partial(predict, step), latents) - forward)
             saved = max(saved, saved_bytes(partial(guided_step, step), networks))
     stored = (settings.images_per_trajectory - settings.inverts) * flops(lambda: prior.decode(latents))
     if settings.method == "dda":  # the inverted image is encoded once for all its variants
         encode = prior.embed_images if isinstance(prior, VariationPrior) else prior.encode_images
         stored += flops(lambda: encode(images))
     fit = _fit_flops(prior, decoder, predict) if isinstance(decoder, FittedDecoder) else 0
-    weights = weight_bytes(*networks)
-    return SynthCost(denoiser, decode, teach, stored=stored, fit=fit, weights=weights, saved=saved)
+    return SynthCost(denoiser, decode, teach, stored=stored, fit=fit, weights=weight_bytes(*networks), saved=saved)
 
 
-def _fit_flops(prior: DiffusionPrior, decoder: FittedDecoder, predict: Callable[[Tensor, int], Prediction]) -> int:
+def _fit_flops(prior: DiffusionPrior, decoder: FittedDecoder, predict: Callable[[int, Tensor], Tensor]) -> int:
     """What :func:`~stages.synth.decoders.fit` does for ``decoder``."""
     latents = torch.empty(1, *prior.latent_shape, device=META)
     images = torch.empty(1, 3, decoder.size, decoder.size, device=META)
@@ -241,7 +227,7 @@ def _fit_flops(prior: DiffusionPrior, decoder: FittedDecoder, predict: Callable[
     decoder.requires_grad_()
     learn = flops(lambda: sobolev_loss(decoder, latents, images, images, latents).backward())
     return (
-        draws * sum(flops(partial(predict, latents, step)) for step in steps)
+        draws * sum(flops(partial(predict, step, latents)) for step in steps)
         + draws * decoders.VISITS * (1 + decoders.NOISY) * vjp_flops(prior.decode, latents)
         + decoders.STEPS * decoders.BATCH * learn
     )
@@ -306,11 +292,8 @@ class DistillCost:
 def distill_cost(settings: DistillSettings, teacher: Teacher, image_size: int) -> DistillCost:
     """The cost of ``settings`` with a ``teacher`` on the meta device, on images of ``image_size`` pixels."""
     loss, x = settings.loss, torch.empty(TWO, 3, image_size, image_size, device=META)
-    labels, ones, rows = (
-        torch.zeros(TWO, dtype=torch.long, device=META),
-        torch.ones(TWO, device=META),
-        np.zeros(TWO, np.int64),
-    )
+    labels, ones = torch.zeros(TWO, dtype=torch.long, device=META), torch.ones(TWO, device=META)
+    rows = np.zeros(TWO, np.int64)
     batch = Batch(x, labels, labels, ones, ones, rows, rows, TWO, TWO)
     costs, nets, targets_flops, saved = {}, [], 0, 0
     for name in settings.students:
@@ -321,11 +304,11 @@ def distill_cost(settings: DistillSettings, teacher: Teacher, image_size: int) -
         ask = partial(teacher_targets, teacher, x, loss, layers[0])
         targets, targets_flops = ask(), flops(ask)
         terms = partial(student_terms, net.train(), InputSpec(config.input)(x), batch, targets, loss, layers[1])
-        costs[name] = flops(partial(_train, terms, loss)) // TWO
+        costs[name] = flops(partial(_backward, terms, loss)) // TWO
         saved = max(saved, saved_bytes(terms, [net, teacher.net]) // TWO)
         nets.append(net)
     return DistillCost(targets_flops // TWO, costs, weight_bytes(teacher.net, *nets), saved)
 
 
-def _train(terms: Callable[[], dict[str, Tensor]], loss: LossSettings) -> None:
+def _backward(terms: Callable[[], dict[str, Tensor]], loss: LossSettings) -> None:
     weighted(terms(), loss).backward()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ALGORITHM_VERSION = 2
 """Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
@@ -46,11 +46,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def check_interval(name: str, interval: tuple[float, float]) -> None:
-    """Raises ValueError where ``interval`` is no part of the steps, from 0 = first to 1 = last."""
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if not 0 <= low < high <= 1:
-        raise ValueError(f"{name} must satisfy 0 <= start < end <= 1, got {low}, {high}")
+        raise ValueError(f"must satisfy 0 <= start < end <= 1, got {low}, {high}")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], AfterValidator(_check_interval)]
+"""Part of the steps, from 0 = first to 1 = last; the end is excluded."""
 
 
 class InputSettings(Settings):
@@ -75,7 +79,7 @@ class ModelSettings(Settings):
     ``name`` is one of
 
     - a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes), or ``embedded:digits``;
-    - a built-in architecture (:mod:`stages.models.build`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
+    - a built-in architecture (:mod:`stages.models.nets`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
       ``input`` and ``num_classes``;
     - ``timm:FOLDER``, ``timm:NAME.TAG`` (the hub's weights), ``hf:FOLDER`` or ``hf:ORG/NAME``: these know their own;
     - ``module.path:function`` of your own code, with ``input``, ``num_classes`` and, if it loads none, ``weights``;
@@ -101,7 +105,7 @@ class PriorSettings(Settings):
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
     steps: int = Field(20, gt=0, le=MAX_STEPS)
     cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
-    cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
+    cfg_interval: Interval = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
     labels: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         {}, description="class-conditional priors: the prior's label of each of the teacher's class names"
@@ -122,8 +126,7 @@ class PriorSettings(Settings):
         return name
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PriorSettings":
-        check_interval("cfg_interval", self.cfg_interval)
+    def _one_way_to_label(self) -> "PriorSettings":
         if self.labels and self.labels_by_index:
             raise ValueError("labels and labels_by_index exclude each other")
         return self
@@ -178,7 +181,7 @@ class GuidanceSettings(Settings):
         ge=0,
         description="weight of equal predictions for two views; default: 1 for a teacher without BatchNorm, else 0",
     )
-    interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
+    interval: Interval = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
     every: int = Field(1, gt=0, le=MAX_STEPS, description="guide every k-th step of the interval")
     updates_per_step: int = Field(1, gt=0, le=MAX_STEPS, description="updates per guided step (x0 only)")
     jitter: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
@@ -189,7 +192,6 @@ class GuidanceSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GuidanceSettings":
-        check_interval("interval", self.interval)
         if self.gradient_at == "xt" and self.updates_per_step > 1:
             raise ValueError(
                 "updates_per_step > 1 needs gradient_at: x0 (each z_t update costs a pass through the denoiser)"
@@ -216,14 +218,9 @@ class LatentMixSettings(Settings):
         "cutmix", description="a box or a blend of another latent of the class; or flip, shift, crop-and-resize"
     )
     every: int = Field(0, ge=0, le=MAX_STEPS, description="mix at every k-th step; 0 switches it off")
-    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which it may happen")
+    interval: Interval = Field((0.0, 0.6), description="part of the steps in which it may happen")
     probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
     alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
-
-    @model_validator(mode="after")
-    def _interval(self) -> "LatentMixSettings":
-        check_interval("interval", self.interval)
-        return self
 
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""

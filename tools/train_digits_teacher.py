@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from stages import digits
 from stages.distill.export import measure
 from stages.models import nets
+from stages.models.folders import WEIGHTS
 from stages.models.loading import save_model
-from stages.models.source import WEIGHTS, ModelConfig
+from stages.models.source import ModelConfig
 from stages.settings import InputSettings
 
 ARCHITECTURE = "digits-cnn"

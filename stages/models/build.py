@@ -19,14 +19,7 @@ from stages.models import nets
 from stages.models.folders import fetch
 from stages.models.hooks import mark
 from stages.models.inputs import logits_of
-from stages.models.source import (
-    IMAGENET_NETS,
-    ModelConfig,
-    NamedConfig,
-    buildable_from_file,
-    source_file,
-    split_name,
-)
+from stages.models.source import IMAGENET_NETS, ModelConfig, NamedConfig, buildable_from_file, source_file, split_name
 
 
 def build_net(config: ModelConfig) -> nn.Module:
@@ -169,13 +162,8 @@ def _code(config: ModelConfig) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    "builtin": _builtin,
-    "timm": _timm,
-    "torchvision": _torchvision,
-    "hf": _hf,
-    "onnx": _onnx,
-    "code": _code,
-}
+    "builtin": _builtin, "timm": _timm, "torchvision": _torchvision, "hf": _hf, "onnx": _onnx, "code": _code
+}  # fmt: skip
 
 
 def finish(net: nn.Module, config: ModelConfig) -> nn.Module:

@@ -177,7 +177,7 @@ def untrained_teacher(model: ModelSource | ModelConfig, device: str = "meta") ->
     """The network of ``model`` with random weights, by default as shapes alone, to count what it costs; None for a
     black box. Reads no weights. Raises UsageError where it cannot be built.
     """
-    config = model.config if isinstance(model, ModelSource) else model
+    config, folder = (model.config, model.folder) if isinstance(model, ModelSource) else (model, None)
     scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else None
     if scheme == "onnx":
         return None
@@ -188,7 +188,7 @@ def untrained_teacher(model: ModelSource | ModelConfig, device: str = "meta") ->
         net = finish(made, config).to(device)
     else:
         with torch.device(device):
-            net = build_net(config)
+            net = build_hf(config, folder) if folder else build_net(config)
     return Teacher(net, config.input, config.class_names, {"architecture": config.architecture})
 
 

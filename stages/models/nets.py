@@ -225,19 +225,11 @@ def mobilenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
     """Sandler et al. 2018, width 1."""
     from torchvision.models import MobileNetV2
 
-    first = 1 if small else 2
-    rows = [
-        (1, 16, 1, 1),
-        (6, 24, 2, first),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ]
-    net = MobileNetV2(num_classes, inverted_residual_setting=[list(row) for row in rows])
+    net = MobileNetV2(num_classes)
     if small or channels != 3:
-        net.features[0][0] = _convolution(channels, 32, 3, first)
+        net.features[0][0] = _convolution(channels, 32, 3, 1 if small else 2)
+    if small:
+        net.features[2].conv[1][0].stride = (1, 1)
     return _with_parts(net, "classifier.1", ("features.3", "features.6", "features.13", "features.18"))
 
 

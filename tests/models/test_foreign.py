@@ -111,6 +111,7 @@ class TestOwnCode:
             ("without_logits", r"returns dict, expected logits \[n, 5\]"),
             ("nothing_at_all", r"returns NoneType, expected logits \[n, 5\]"),
             ("of_one_image", "answers 2 images with 1 rows of logits"),
+            ("one_row", "answers 2 images with 1 rows of logits"),
             ("other_size", r"cannot take images of 3×8×8: Input image size \(8\) doesn't match"),
         ],
     )

@@ -86,11 +86,11 @@ def test_teacher_features_times_class_weights_are_logits():
 def test_one_look_shows_what_separate_ones_do_and_nothing_unasked():
     teacher = load_teacher(ModelSettings())
     x = torch.rand(3, 3, 32, 32) * 2 - 1
-    logits, features, inputs = teacher.look(x)
+    logits, features, inputs = teacher.forward(x)
     assert torch.equal(logits, teacher.logits(x))
     assert torch.equal(features, teacher.with_features(x)[1])
     assert all(torch.equal(a, b) for a, b in zip(inputs, teacher.with_batchnorm_inputs(x)[1], strict=True))
-    assert teacher.look(x, features=False, batchnorm=False)[1:] == (None, [])
+    assert teacher.forward(x, features=False, batchnorm=False)[1:] == (None, [])
     assert len(teacher.batchnorms) == len(inputs) == 5
 
 

@@ -229,7 +229,7 @@ def test_settings_that_make_no_sense_are_refused():
     for wrong, says in (
         ({"images": {"intermediates": 1}}, "no intermediate images"),
         ({"cmi": {"batches": 7}}, "less than two images"),
-        ({"cmi": {"crop": [0.5, 0.2]}}, "0 < least <= greatest"),
+        ({"cmi": {"crop": [0.5, 0.2]}}, "0 < smallest <= largest"),
         ({"method": "dda", "cmi": {"cr": 0}, "dda": {"space": "contrastive"}}, "head that cmi.cr"),
     ):
         with pytest.raises(ValueError, match=says):
