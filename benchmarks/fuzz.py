@@ -94,7 +94,7 @@ def make_victim(folder: Path) -> None:
     made = resolve("demo", section="synth", sets=SETS, environ={})
     run_synth(made, str(folder), ExecutorSettings(), quiet=True)
     storage, inputs = Storage(folder), inspect_inputs(made.synth)
-    copy = prepare(made.synth.teacher, inputs.teacher)
+    copy = prepare(inputs.sources["teacher"])
     publish(storage, copy)
     info = dataset_info(read_plan(storage), inputs, copy)
     storage.write(DATASET, info.to_json())

@@ -31,7 +31,7 @@ from manifests.storage import Storage
 from stages.digits import load_split
 from stages.distill import loop
 from stages.distill.run import run_distill
-from stages.models import build
+from stages.models import nets
 from stages.models.loading import load_teacher, save_model
 from stages.models.source import EMBEDDED, parse_config
 from stages.settings import DistillSettings, ModelSettings
@@ -62,7 +62,7 @@ def heavy_teacher(folder: Path) -> str:
     config, _ = parse_config((home / "config.json").read_bytes(), str(home))
     config = config.model_copy(update={"architecture": HEAVY})
     torch.manual_seed(0)
-    save_model(folder, build.build(HEAVY, config.num_classes, config.channels).eval(), config)
+    save_model(folder, nets.build(HEAVY, config.num_classes, config.channels).eval(), config)
     return str(folder)
 
 

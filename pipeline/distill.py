@@ -19,7 +19,7 @@ from pipeline.lease import Lease
 from pipeline.plan import PLAN, RESOLVED, refuse_file
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, plain, plain_block, progress, say, size
-from stages.models.source import split_name
+from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
 NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
@@ -236,13 +236,12 @@ def cost(
     """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
     bytes; None where the teacher is not at hand or a black box."""
     from stages.cost import distill_cost
-    from stages.models.build import blank, blank_teacher
-    from stages.models.loading import carried_config
+    from stages.models.loading import dataset_teacher_config, untrained_teacher
 
     if teacher:
-        shape = blank_teacher(ModelSettings(name=teacher))
+        shape = untrained_teacher(resolve(ModelSettings(name=teacher)))
     elif manifest.info.teacher.get("kind") == "builtin":
-        shape = blank(carried_config(manifest))
+        shape = untrained_teacher(dataset_teacher_config(manifest))
     else:
         return None
     if shape is None:

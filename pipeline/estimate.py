@@ -49,7 +49,7 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
         "classes": inputs and len(inputs.class_names),
         "denoiser_calls": denoiser_calls(synth, inputs) * trajectories * max(0, synth.shards - done),
         "disk_bytes_at_most": per_image and round(images * synth.shards * per_image),
-        "cost": cost(synth) if inputs else None,
+        "cost": cost(synth, inputs) if inputs else None,
         "prior": inputs and inputs.prior,
         "teacher": inputs and inputs.teacher,
         "versions": plan and plan.versions,
@@ -57,13 +57,13 @@ def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]
     }
 
 
-def cost(synth: SynthSettings) -> dict[str, Any] | None:
+def cost(synth: SynthSettings, inputs: SynthInputs) -> dict[str, Any] | None:
     """Counted FLOPs of a trajectory by purpose, and bytes of a worker; None for ``noise``, which runs no model."""
     if synth.method == "noise":
         return None
     from stages.cost import synth_cost
 
-    found = synth_cost(synth)
+    found = synth_cost(synth, inputs.sources)
     if found is None:
         return None
     return {

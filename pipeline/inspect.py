@@ -125,10 +125,10 @@ def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -
     """Statistics gap, diversity and near-duplicates of the kept images, as the teacher that the dataset carries sees
     them (:func:`stages.synth.metrics.measure`). Raises DataError where it carries none."""
     from pipeline.terminal import progress
-    from stages.models.loading import carried_teacher
+    from stages.models.loading import dataset_teacher
     from stages.synth.metrics import measure
 
-    teacher = carried_teacher(manifest, ask="give it one with factory rescore --teacher")
+    teacher = dataset_teacher(manifest, ask="give it one with factory rescore --teacher")
     with progress("metrics", quiet=quiet) as shown:
         return measure(manifest.select(where), teacher, on_images=lambda done, total: shown(done, total, ""))
 

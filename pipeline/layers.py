@@ -148,7 +148,7 @@ def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> La
     types_ = _types_at(model, path)
     if text in ("null", "none", "") and type(None) in types_:
         value = None
-    elif not any(t is str or typing.get_origin(t) is typing.Literal for t in types_):
+    elif str not in types_:
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
@@ -198,7 +198,8 @@ def suggest(word: str, known: Sequence[str]) -> str:
 
 
 def _types_at(model: type[BaseModel], path: Path) -> list[Any]:
-    """The types that the field at ``path`` accepts, unions taken apart; empty where there is no such field."""
+    """The types that the field at ``path`` accepts, unions taken apart, literals by the type of their values; empty
+    where there is no such field."""
     found: list[Any] = [model]
     for part in path:
         owner = next((t for t in found if isinstance(t, type) and issubclass(t, BaseModel)), None)
@@ -213,6 +214,8 @@ def _members(annotation: Any) -> list[Any]:
         return [inner for member in typing.get_args(annotation) for inner in _members(member)]
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is typing.Literal:
+        return [type(value) for value in typing.get_args(annotation)]
     return [annotation]
 
 

@@ -19,8 +19,8 @@ from manifests.storage import Storage
 from pipeline.events import quarantined, release
 from pipeline.lease import live
 from pipeline.recipe import Recipe, to_yaml
-from stages.models.source import CONFIG, WEIGHTS, config_json, resolve
-from stages.settings import ModelSettings
+from stages.models.folders import WEIGHTS
+from stages.models.source import ModelSource
 from stages.synth.inputs import SynthInputs, semantics
 
 # Folders that ``--out`` may name.
@@ -73,24 +73,20 @@ class TeacherCopy:
         return replace(self, identity=self.identity | {"path": f"{folder}/{WEIGHTS}"}, folder=folder)
 
 
-def prepare(settings: ModelSettings, identity: dict[str, Any]) -> TeacherCopy:
-    """Read, check and, where it is no safetensors file, convert the teacher that ``identity`` describes.
+def prepare(source: ModelSource) -> TeacherCopy:
+    """Check and, where its weights are no safetensors file, convert the teacher ``source``.
 
     The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
     the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.
 
     Raises DataError where the weights are damaged or do not fit.
     """
+    identity = source.identity
     if identity["kind"] != "builtin":
         return TeacherCopy({}, identity)
-    from stages.models.loading import build_from, model_files
+    from stages.models.loading import source_files
 
-    source = resolve(settings)
-    weights = source.read()
-    net = build_from(source.config, weights, str(source.weights))
-    files = model_files(net, source.config)
-    if source.weights.suffix == ".safetensors":
-        files = {WEIGHTS: weights, CONFIG: config_json(source.config, weights)}
+    files = source_files(source)
     stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
     if stored["sha256"] != identity["sha256"]:
         stored["source_sha256"] = identity["sha256"]

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from manifests.errors import UsageError
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
-from stages.models.source import tells_all
+from stages.models.source import is_self_contained
 from stages.settings import DistillSettings, Settings, SynthSettings
 
 DEFAULT = "demo"
@@ -113,7 +113,7 @@ def given(
     layer = EMPTY if source is None else read(source)
     for key, (_, value) in (flags or {}).items():
         path = tuple(key.split("."))
-        if key in MODELS and value is not None and tells_all(value) and layer.value(path) != value:
+        if key in MODELS and value is not None and is_self_contained(value) and layer.value(path) != value:
             layer = layer.without(path[:-1])
     sections = (section,) if section else SECTIONS
     layer = env_layer(os.environ if environ is None else environ, Recipe, sections).over(layer)

@@ -20,7 +20,7 @@ from manifests.storage import split
 from pipeline.lease import Lease
 from pipeline.plan import TeacherCopy, prepare, publish
 from pipeline.terminal import duration, plain, progress, say
-from stages.models.source import teacher_identity
+from stages.models.source import resolve
 from stages.settings import ModelSettings
 
 DEFAULT = "rescored.parquet"
@@ -47,15 +47,15 @@ def rescore(
     manifest = Manifest.open(url)
     storage, name = manifest.storage, target(manifest, out)
     started = time.monotonic()
-    settings = ModelSettings(name=teacher) if teacher else None
-    copy = prepare(settings, teacher_identity(settings)).content_addressed() if settings else None
+    source = resolve(ModelSettings(name=teacher)) if teacher else None
+    copy = prepare(source).content_addressed() if source else None
     least = own_threshold(manifest.info) if threshold is None else threshold
     from stages.memory import find_device
-    from stages.models.loading import carried_teacher, check_classes, load_teacher
+    from stages.models.loading import check_classes, dataset_teacher, load_teacher
     from stages.synth.scores import rescored
 
     device = str(find_device(device))
-    model = load_teacher(settings, device) if settings else carried_teacher(manifest, device)
+    model = load_teacher(source, device) if source else dataset_teacher(manifest, device)
     check_classes(model, manifest)  # before anything is written
     info = described(manifest, copy, least)
     with Lease(storage, on_line=say), progress("rescore", quiet=quiet) as shown:

@@ -21,7 +21,8 @@ from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, plain
-from stages.models.source import WEIGHTS, only_named, resolve
+from stages.models.folders import WEIGHTS
+from stages.models.source import buildable_from_file, resolve
 from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
 
 SEED_STRIDE = 1_000_003
@@ -86,7 +87,7 @@ def round_name(number: int) -> str:
 
 def adversary_settings(architecture: str, folder: str) -> ModelSettings:
     """The student in ``folder``; what no file may name is named here, as the recipe does."""
-    if not only_named(architecture):
+    if buildable_from_file(architecture):
         return ModelSettings(name=folder)
     config = resolve(ModelSettings(name=folder)).config
     known = {key: getattr(config, key) for key in ("input", "num_classes", "class_names", "stem")}

@@ -40,7 +40,7 @@ def run_synth(
     inputs = inspect_inputs(recipe.synth)
     plan = make_plan(recipe, inputs)
     storage = Storage(out)
-    teacher = teacher_of(recipe, inputs)
+    teacher = teacher_copy(recipe, inputs)
     open_or_create(storage, plan)
     storage.folder("shards")  # a link there is found now, not by the first shard
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
@@ -52,17 +52,20 @@ def run_synth(
         stored = resume_plan(storage, plan, note)
         publish(storage, teacher)
         info = dataset_info(stored, inputs, teacher)
+        del teacher  # its weights
         storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
+        factory = worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER)
         spec = WorkerSpec(
-            worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER),
+            factory,
             {
                 "settings": recipe.synth.model_dump(mode="json"),
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
                 "planned": pinned_models(plan.semantics),
             },
+            {"sources": inputs.sources} if factory == WORKER and place.inline else {},
         )
         try:
             with progress(title, quiet=quiet) as shown:
@@ -119,8 +122,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"manifest: {plain(result['manifest'])}"
 
 
-def teacher_of(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
+def teacher_copy(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
     """The copy of the teacher that the dataset carries. Raises DataError where its weights are damaged."""
     if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
         return TeacherCopy({}, inputs.teacher)
-    return prepare(recipe.synth.teacher, inputs.teacher)
+    return prepare(inputs.sources["teacher"])

@@ -7,24 +7,54 @@ Recipes (:mod:`pipeline.recipe`) hold them by the same names: ``synth.guidance.s
 import re
 from collections.abc import Sequence
 from string import Formatter
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ALGORITHM_VERSION = 2
 """Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
 
-# Settings that name a classifier: the teacher, or a frozen student used as adversary. Imports no torch.
-
-
 Stem = Literal["native", "small"]
 SMALL = 64  # pixels; up to this size the stem of an ImageNet network would throw most of the image away
+MAX_CLASSES = 100_000
+MAX_STEPS = 1000  # of denoising
+MAX_ITERATIONS = 32767  # of inversion: the manifest's ``step`` holds 16 bits
+MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
+MAX_TRAJECTORIES = 2**31  # the manifest's ``trajectory`` holds 32 bits
+MAX_THREADS = 1024
+MAX_BATCH = 2**20  # images at once
+UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
+
+_SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
+UNGUIDABLE = {
+    "pndm": "its first steps average several evaluations of one latent",
+    "heun": _SEVERAL,
+    "kdpm2": _SEVERAL,
+    "dpmsolver-singlestep": _SEVERAL,
+    "unipc": "its corrector re-does the step before, and with it undoes the guidance",
+    "lms": "it remembers slopes, which a moved prediction falsifies",
+    "deis": "it remembers slopes, which a moved prediction falsifies",
+    "lcm": "it needs a distilled network",
+    "tcd": "it needs a distilled network",
+}
+"""Schedulers that are refused, and why."""
 
 
 class Settings(BaseModel):
     """Base of every settings class: frozen, unknown keys and infinite numbers refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"must satisfy 0 <= start < end <= 1, got {low}, {high}")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], AfterValidator(_check_interval)]
+"""Part of the steps, from 0 = first to 1 = last; the end is excluded."""
 
 
 class InputSettings(Settings):
@@ -49,7 +79,7 @@ class ModelSettings(Settings):
     ``name`` is one of
 
     - a folder holding ``config.json`` + ``model.safetensors`` (what distillation writes), or ``embedded:digits``;
-    - a built-in architecture (:mod:`stages.models.build`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
+    - a built-in architecture (:mod:`stages.models.nets`), ``timm:NAME`` or ``torchvision:NAME``, with ``weights``,
       ``input`` and ``num_classes``;
     - ``timm:FOLDER``, ``timm:NAME.TAG`` (the hub's weights), ``hf:FOLDER`` or ``hf:ORG/NAME``: these know their own;
     - ``module.path:function`` of your own code, with ``input``, ``num_classes`` and, if it loads none, ``weights``;
@@ -60,109 +90,11 @@ class ModelSettings(Settings):
     name: str = "embedded:digits"
     weights: str | None = Field(None, description="safetensors, or a checkpoint that holds tensors only")
     input: InputSettings | None = None
-    num_classes: int | None = Field(None, gt=1)
+    num_classes: int | None = Field(None, gt=1, le=MAX_CLASSES)
     class_names: tuple[str, ...] | None = None
     stem: Stem | None = Field(
         None, description="small: the first layers keep the resolution; default: small for built-ins up to 64 px"
     )
-
-
-# Settings of the methods that invert the teacher: ``deepinversion``, ``cmi`` and ``dda``. Imports no torch.
-
-
-LONGEST = 32767  # iterations: the manifest's ``step`` holds 16 bits
-
-
-class DeepInversionSettings(Settings):
-    """Optimization of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
-
-    steps: int = Field(2000, gt=0, le=LONGEST)
-    lr: float = Field(0.05, gt=0, description="of Adam, in units of the pixel range [-1, 1]")
-    ce: float = Field(1.0, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
-    first_bn: float = Field(10.0, ge=0, description="factor of the first BatchNorm layer")
-    tv: float = Field(2.5e-5, ge=0, description="total-variation weight")
-    l2: float = Field(1e-5, ge=0, description="weight of the image's norm")
-    jitter: float = Field(0.0625, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
-    flip: bool = Field(False, description="show half of the steps mirrored; wrong for digits and text")
-
-
-class CmiSettings(Settings):
-    """Contrastive model inversion (Fang et al. 2021): a generator for each batch, and one contrastive head a group.
-
-    CMI's weight of 1 for BN is of a sum of norms over layers; of our mean over layers it would be too weak beside the
-    contrastive term (benchmarks/RESULTS.md). The adversarial term's weight is ``guidance.adversarial`` (CMI: 0.5).
-    """
-
-    batches: int = Field(2, gt=0, description="batches a group is made in; the bank holds the earlier ones")
-    steps: int = Field(500, gt=0, le=LONGEST, description="for each batch")
-    lr: float = Field(1e-3, gt=0, description="of Adam, for generator, latents and head")
-    latent: int = Field(256, gt=0, description="numbers that an image is generated from")
-    width: int = Field(64, gt=0, description="channels of the generator's last layer; the others have twice as many")
-    ce: float = Field(0.5, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
-    cr: float = Field(0.8, ge=0, description="contrastive weight")
-    temperature: float = Field(0.1, gt=0, description="of the contrastive term")
-    crop: tuple[float, float] = Field((0.25, 1.0), description="least and greatest area of the local view")
-    jitter: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
-    flip: bool = Field(False, description="mirror half of the views; wrong for digits and text")
-
-    @model_validator(mode="after")
-    def _crop(self) -> "CmiSettings":
-        low, high = self.crop
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop must satisfy 0 < least <= greatest <= 1, got {low}, {high}")
-        return self
-
-
-class DdaSettings(Settings):
-    """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
-
-    The paper's guidance of 0.5 is ``prior.cfg_scale``. A prior with an image encoder varies images as the paper does,
-    from pure noise; with any other prior image-to-image stands in, for which the paper names no strength.
-    """
-
-    variants: int = Field(3, gt=0, description="images made from each inverted one")
-    strength: float = Field(
-        0.5, gt=0, le=1, description="share of the steps, 1: only the prompt is left; not for image variation"
-    )
-    noise_level: int = Field(0, ge=0, lt=1000, description="image variation: noise on the image's features")
-    min_cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
-    space: Literal["teacher", "contrastive"] = Field("teacher", description="where cosines are taken")
-    guided: bool = Field(False, description="the teacher steers the variants too, as guidance says")
-
-    def first_step(self, steps: int, varies: bool) -> int:
-        """The denoising step that augmentation starts at, of ``steps``: 0 for strength 1, and where the prior
-        ``varies`` images by itself."""
-        return 0 if varies else steps - round(self.strength * steps)
-
-
-# Settings of stage 1 (``factory run synth``), beside their owner. Imports no torch.
-
-
-_SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
-UNGUIDABLE = {
-    "pndm": "its first steps average several evaluations of one latent",
-    "heun": _SEVERAL,
-    "kdpm2": _SEVERAL,
-    "dpmsolver-singlestep": _SEVERAL,
-    "unipc": "its corrector re-does the step before, and with it undoes the guidance",
-    "lms": "it remembers slopes, which a moved prediction falsifies",
-    "deis": "it remembers slopes, which a moved prediction falsifies",
-    "lcm": "it needs a distilled network",
-    "tcd": "it needs a distilled network",
-}
-
-
-UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
-MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
-
-
-def check_interval(name: str, interval: tuple[float, float]) -> None:
-    """Raises ValueError where ``interval`` is no part of the steps, from 0 = first to 1 = last."""
-    low, high = interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"{name} must satisfy 0 <= start < end <= 1, got {low}, {high}")
 
 
 class PriorSettings(Settings):
@@ -171,12 +103,16 @@ class PriorSettings(Settings):
     path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
-    steps: int = Field(20, gt=0, le=1000)
+    steps: int = Field(20, gt=0, le=MAX_STEPS)
     cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
-    cfg_interval: tuple[float, float] = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
+    cfg_interval: Interval = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
-    labels: dict[str, int] = Field({}, description="class-conditional priors: teacher's class name to prior's label")
-    labels_by_index: bool = Field(False, description="in place of labels: prior and teacher number the same classes")
+    labels: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        {}, description="class-conditional priors: the prior's label of each of the teacher's class names"
+    )
+    labels_by_index: bool = Field(
+        False, description="in place of labels: prior and teacher number the same classes alike"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     vae_slicing: bool = Field(False, description="decode image by image: less memory, more time")
@@ -188,11 +124,6 @@ class PriorSettings(Settings):
         if isinstance(name, str) and (why := UNGUIDABLE.get(name.lower())):
             raise ValueError(f"{name} cannot be guided safely: {why}; use ddim, ddpm, dpmsolver++ or euler")
         return name
-
-    @model_validator(mode="after")
-    def _cfg_interval(self) -> "PriorSettings":
-        check_interval("cfg_interval", self.cfg_interval)
-        return self
 
     @model_validator(mode="after")
     def _one_way_to_label(self) -> "PriorSettings":
@@ -207,7 +138,7 @@ class PriorSettings(Settings):
         return self.model_copy(update={"labels": {name: i for i, name in enumerate(names)}, "labels_by_index": False})
 
     def cfg_at(self, step: int) -> float:
-        """The guidance scale of denoising step ``step``: ``cfg`` inside its interval, else 1."""
+        """The classifier-free guidance scale of denoising step ``step``: 1 outside ``cfg_interval``."""
         low, high = self.cfg_interval
         return self.cfg_scale if low <= step / self.steps < high else 1.0
 
@@ -246,11 +177,13 @@ class GuidanceSettings(Settings):
     bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalized)")
     adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
     consistency: float | None = Field(
-        None, ge=0, description="equal answers to two views; default: 1 for a teacher without BatchNorm, else 0"
+        None,
+        ge=0,
+        description="weight of equal predictions for two views; default: 1 for a teacher without BatchNorm, else 0",
     )
-    interval: tuple[float, float] = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
-    every: int = Field(1, gt=0, description="guide every k-th step of the interval")
-    updates_per_step: int = Field(1, gt=0, description="updates per guided step (x0 only)")
+    interval: Interval = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
+    every: int = Field(1, gt=0, le=MAX_STEPS, description="guide every k-th step of the interval")
+    updates_per_step: int = Field(1, gt=0, le=MAX_STEPS, description="updates per guided step (x0 only)")
     jitter: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
     decoder: Literal["full", "tiny", "fitted"] = Field(
         "fitted", description="what guidance decodes with (stored images always use the prior's own)"
@@ -259,7 +192,6 @@ class GuidanceSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GuidanceSettings":
-        check_interval("interval", self.interval)
         if self.gradient_at == "xt" and self.updates_per_step > 1:
             raise ValueError(
                 "updates_per_step > 1 needs gradient_at: x0 (each z_t update costs a pass through the denoiser)"
@@ -285,15 +217,10 @@ class LatentMixSettings(Settings):
     kind: Literal["cutmix", "mixup", "traditional"] = Field(
         "cutmix", description="a box or a blend of another latent of the class; or flip, shift, crop-and-resize"
     )
-    every: int = Field(0, ge=0, description="at every k-th step; 0 switches it off")
-    interval: tuple[float, float] = Field((0.0, 0.6), description="part of the steps in which it may happen")
+    every: int = Field(0, ge=0, le=MAX_STEPS, description="mix at every k-th step; 0 switches it off")
+    interval: Interval = Field((0.0, 0.6), description="part of the steps in which it may happen")
     probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
     alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
-
-    @model_validator(mode="after")
-    def _interval(self) -> "LatentMixSettings":
-        check_interval("interval", self.interval)
-        return self
 
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
@@ -304,7 +231,9 @@ class LatentMixSettings(Settings):
 class ImageSettings(Settings):
     """Which images of a trajectory are stored, and how."""
 
-    intermediates: int = Field(0, ge=0, description="decoded x0-predictions stored besides the final image")
+    intermediates: int = Field(
+        0, ge=0, le=MAX_STEPS, description="decoded x0-predictions stored besides the final image"
+    )
     format: Literal["png", "jpg", "webp"] = "png"
     size: int | None = Field(
         None,
@@ -312,6 +241,77 @@ class ImageSettings(Settings):
         le=4096,
         description="stored side in pixels; default: what the prior decodes, inverted: what the teacher sees",
     )
+
+
+class DeepInversionSettings(Settings):
+    """Optimization of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
+
+    steps: int = Field(2000, gt=0, le=MAX_ITERATIONS)
+    lr: float = Field(0.05, gt=0, description="of Adam, in units of the pixel range [-1, 1]")
+    ce: float = Field(1.0, ge=0, description="class prior weight")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
+    first_bn: float = Field(10.0, ge=0, description="factor of the first BatchNorm layer")
+    tv: float = Field(2.5e-5, ge=0, description="total-variation weight")
+    l2: float = Field(1e-5, ge=0, description="weight of the image's norm")
+    jitter: float = Field(0.0625, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
+    flip: bool = Field(False, description="show half of the steps mirrored; wrong for digits and text")
+
+
+class CmiSettings(Settings):
+    """Contrastive model inversion (Fang et al. 2021): a generator for each batch, and one contrastive head a group.
+
+    CMI weighs a sum of BatchNorm norms over layers with 1; with the mean over layers used here that would be too weak
+    beside the contrastive term (benchmarks/RESULTS.md). The weight of the adversarial term, 0.5 in CMI, is
+    ``guidance.adversarial``.
+    """
+
+    batches: int = Field(
+        2, gt=0, le=MAX_BATCH, description="batches that a group is made in; the bank holds the earlier ones"
+    )
+    steps: int = Field(500, gt=0, le=MAX_ITERATIONS, description="for each batch")
+    lr: float = Field(1e-3, gt=0, description="of Adam, for generator, latents and head")
+    latent: int = Field(256, gt=0, le=2**16, description="length of the vector that an image is generated from")
+    width: int = Field(
+        64, gt=0, le=4096, description="channels of the generator's last layer; the others have twice as many"
+    )
+    ce: float = Field(0.5, ge=0, description="class prior weight")
+    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
+    cr: float = Field(0.8, ge=0, description="contrastive weight")
+    temperature: float = Field(0.1, gt=0, description="of the contrastive term")
+    crop: tuple[float, float] = Field(
+        (0.25, 1.0), description="smallest and largest area of the local view, shares of the image"
+    )
+    jitter: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
+    flip: bool = Field(False, description="mirror half of the views; wrong for digits and text")
+
+    @model_validator(mode="after")
+    def _crop(self) -> "CmiSettings":
+        low, high = self.crop
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop must satisfy 0 < smallest <= largest <= 1, got {low}, {high}")
+        return self
+
+
+class DdaSettings(Settings):
+    """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
+
+    The paper's guidance of 0.5 is ``prior.cfg_scale``. A prior with an image encoder varies images from pure noise, as
+    in the paper; others start from the noised image (image-to-image), for which the paper names no ``strength``.
+    """
+
+    variants: int = Field(3, gt=0, le=1000, description="images made from each inverted one")
+    strength: float = Field(
+        0.5, gt=0, le=1, description="share of the steps, 1: only the prompt is left; not for image variation"
+    )
+    noise_level: int = Field(0, ge=0, lt=1000, description="image variation: noise on the image's features")
+    min_cosine: float = Field(0.75, ge=-1, le=1, description="keep variants whose cosine with their source is above")
+    space: Literal["teacher", "contrastive"] = Field("teacher", description="where cosines are taken")
+    guided: bool = Field(False, description="the teacher steers the variants too, as guidance says")
+
+    def first_step(self, steps: int, varies: bool) -> int:
+        """The denoising step that augmentation starts at, of ``steps``: 0 for strength 1, and where the prior
+        ``varies`` images by itself."""
+        return 0 if varies else steps - round(self.strength * steps)
 
 
 class SynthSettings(Settings):
@@ -328,14 +328,29 @@ class SynthSettings(Settings):
     dda: DdaSettings = DdaSettings()
     cmi: CmiSettings = CmiSettings()
     deepinversion: DeepInversionSettings = DeepInversionSettings()
-    shards: int = Field(4, gt=0, le=1 << 24, description="shards in total; growing it later only adds")
-    groups_per_shard: int = Field(4, gt=0)
-    group_size: int = Field(50, gt=1, description="trajectories guided together; BN statistics see the whole group")
+    shards: int = Field(4, gt=0, le=2**24, description="shards in total; growing it later only adds")
+    groups_per_shard: int = Field(4, gt=0, le=MAX_BATCH)
+    group_size: int = Field(
+        50, gt=1, le=MAX_BATCH, description="trajectories guided together; BN statistics see the whole group"
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    threads: int = Field(1, gt=0, description="CPU threads per worker; part of the plan, since sums depend on it")
+    threads: int = Field(
+        1, gt=0, le=MAX_THREADS, description="CPU threads per worker; part of the plan, since sums depend on it"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    min_confidence: float = Field(0.0, ge=0, le=1, description="keep images whose class gets at least this")
+    min_confidence: float = Field(
+        0.0, ge=0, le=1, description="keep images to whose class the teacher gives at least this probability"
+    )
     store_logits: bool = False
+
+    @model_validator(mode="after")
+    def _numbered_with_32_bits(self) -> "SynthSettings":
+        if (count := self.shards * self.groups_per_shard * self.group_size) > MAX_TRAJECTORIES:
+            raise ValueError(
+                f"shards, groups_per_shard and group_size make {count} trajectories: a dataset holds at most "
+                f"{MAX_TRAJECTORIES}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adversary_and_its_weight(self) -> "SynthSettings":
@@ -350,9 +365,9 @@ class SynthSettings(Settings):
     @model_validator(mode="after")
     def _denoising(self) -> "SynthSettings":
         steps, (low, high) = self.prior.steps, self.guidance.interval
-        most = max(1, steps - 1)  # as :func:`stages.synth.sampler.intermediate_steps` spreads them
-        if self.method in ("diffdfkd", "dmkd") and self.images.intermediates > most:
-            raise ValueError(f"images.intermediates {self.images.intermediates}: {steps} steps have at most {most}")
+        limit = max(1, steps - 1)  # as :func:`stages.synth.sampler.intermediate_steps` spreads them
+        if self.method in ("diffdfkd", "dmkd") and self.images.intermediates > limit:
+            raise ValueError(f"images.intermediates {self.images.intermediates}: {steps} steps have at most {limit}")
         if self.guides and not any(low <= step / steps < high for step in range(steps)):
             raise ValueError(f"guidance.interval {low:g}, {high:g} contains no step of {steps}: widen it")
         if self.lca.every and self.method not in ("diffdfkd", "noise"):
@@ -453,7 +468,7 @@ class AugmentSettings(Settings):
     cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
     mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
     num_views: int = Field(
-        0, ge=0, description="number of views of an image, taken in turn; 0: a new one in every epoch"
+        0, ge=0, le=10**6, description="number of views of an image, taken in turn; 0: a new one in every epoch"
     )
 
     @model_validator(mode="after")
@@ -467,7 +482,9 @@ class TeacherCacheSettings(Settings):
     """The teacher's logits for ``augment.num_views`` views of every image, computed once and then looked up."""
 
     enabled: bool = Field(False, description="needs augment.num_views; excludes cam, gradcam, cutmix and mixup")
-    top_k: int | None = Field(None, ge=1, description="logits kept of each answer; default: all, above 256 classes 64")
+    top_k: int | None = Field(
+        None, ge=1, le=MAX_CLASSES, description="logits kept for each view; default: all, above 256 classes 64"
+    )
     folder: str | None = Field(None, description="default: teacher-cache in the run folder; runs may share one")
 
 
@@ -486,9 +503,9 @@ class DistillSettings(Settings):
     include_rejected: bool = Field(False, description="also use images that synthesis rejected")
     skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
     balance: bool = Field(False, description="every class equally often, over all manifests together")
-    epochs: int = Field(80, gt=0)
-    batch_size: int = Field(64, gt=1, description="images per step, over all workers together")
-    seed: int = Field(0, ge=0)
+    epochs: int = Field(80, gt=0, le=10**6)
+    batch_size: int = Field(64, gt=1, le=MAX_BATCH, description="images per step, over all workers together")
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     val_fraction: float = Field(
         0.05, ge=0, lt=1, description="share of the images held out for validation, by trajectory and LCA partner"
     )
@@ -500,37 +517,36 @@ class DistillSettings(Settings):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="where metrics go besides metrics.jsonl"
     )
-    eval_every: int = Field(0, ge=0, description="epochs between looks at the test data; 0: once, at the end")
+    eval_every: int = Field(
+        0, ge=0, le=10**6, description="epochs between evaluations on the test data; 0: once, at the end"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    threads: int = Field(1, gt=0, description="CPU threads; sums depend on it")
+    threads: int = Field(1, gt=0, le=MAX_THREADS, description="CPU threads; sums depend on it")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of students and teacher; CPUs: AMX")
     channels_last: bool = Field(False, description="channels last in memory: faster on CPUs, and with bf16")
     compile: bool = Field(False, description="torch.compile of the students; excludes cam and gradcam")
-    memory_gb: float = Field(4.0, ge=0, description="decoded images are kept in memory up to this; above, streamed")
-    checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints; 0: at every step")
+    memory_gb: float = Field(
+        4.0, ge=0, le=2**20, description="decoded images are kept in memory up to this size; more are streamed"
+    )
+    checkpoint_seconds: float = Field(30.0, ge=0, le=10**6, description="time between checkpoints; 0: at every step")
 
     @field_validator("students")
     @classmethod
     def _no_name_twice(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({name for name in value if value.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
             raise ValueError(f"student named twice: {', '.join(twice)}")
         return value
 
     @model_validator(mode="after")
-    def _best_needs_validation(self) -> "DistillSettings":
+    def _consistent(self) -> "DistillSettings":
         if self.select == "best" and not self.val_fraction:
             raise ValueError("select: best needs val_fraction > 0 to choose by")
-        return self
-
-    @model_validator(mode="after")
-    def _compiled_nets_keep_their_maps(self) -> "DistillSettings":
         if self.compile and (self.loss.cam or self.loss.gradcam):
             raise ValueError("compile excludes loss.cam and loss.gradcam: they look inside the network")
         return self
 
     @model_validator(mode="after")
-    def _cached_answers_fit(self) -> "DistillSettings":
+    def _cached_views_recur(self) -> "DistillSettings":
         wrong = [f"loss.{name}" for name in ("cam", "gradcam") if getattr(self.loss, name)]
         wrong += [f"augment.{name}" for name in ("cutmix", "mixup") if getattr(self.augment, name)]
         if self.teacher_cache.enabled and wrong:

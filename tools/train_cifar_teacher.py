@@ -64,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     source = resolve(third_party(args.architecture, args.weights))
-    net = build_from(source.config, source.read(), str(source.weights), named=True).to(args.device)
+    net = build_from(source.config, source.read(), source.where).to(args.device)
     spec = InputSpec(INPUT)
     images, labels = (t.to(args.device) for t in tensors(split_table(args.images, "train")))
     held, held_labels = (t.to(args.device) for t in tensors(split_table(args.images, "validation")))

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from stages import digits
 from stages.distill.export import measure
-from stages.models import build
+from stages.models import nets
+from stages.models.folders import WEIGHTS
 from stages.models.loading import save_model
-from stages.models.source import WEIGHTS, ModelConfig
+from stages.models.source import ModelConfig
 from stages.settings import InputSettings
 
 ARCHITECTURE = "digits-cnn"
@@ -72,7 +73,7 @@ def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
     """One-cycle SGD; returns the averaged network. ``x`` is normalized where black is ``x.min()``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net, black, batch = build.build(ARCHITECTURE, 10, 1), x.min(), 64
+    net, black, batch = nets.build(ARCHITECTURE, 10, 1), x.min(), 64
     average = copy.deepcopy(net).requires_grad_(False)
     steps = epochs * (len(x) // batch)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)

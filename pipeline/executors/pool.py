@@ -28,14 +28,18 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """``factory`` is ``module:function``; called with ``kwargs`` (JSON-able) it returns a worker, in any process."""
+    """``factory`` is ``module:function``; called with ``kwargs`` (JSON-able) it returns a worker, in any process.
+
+    ``local`` are arguments for a worker in this process, which others do without: what the driver has read already.
+    """
 
     factory: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Worker:
         module, _, function = self.factory.partition(":")
-        return getattr(importlib.import_module(module), function)(**self.kwargs)
+        return getattr(importlib.import_module(module), function)(**self.kwargs, **self.local)
 
 
 @dataclass(frozen=True)

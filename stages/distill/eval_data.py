@@ -18,7 +18,7 @@ from manifests.reader import Manifest
 from manifests.schema import MAX_IMAGE, parquet_errors
 from manifests.storage import Storage, split
 from stages.distill.class_order import GrowingClassOrder, Label, NamedNumber, class_order, read_label, read_text_label
-from stages.models.source import MAX_CLASSES
+from stages.settings import MAX_CLASSES
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 IMAGE_COLUMNS = (*IMAGES, "image", "img")

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from manifests.errors import FactoryError, UsageError
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
-from stages.models.source import ModelConfig, only_named
+from stages.models.source import ModelConfig, buildable_from_file
 
 # What a finished student is: its size and speed, and the model card that goes with it.
 
@@ -80,7 +80,7 @@ def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any])
     spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
     weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "temperature"}
     names = [markdown(name) for name in config.class_names[:10]]
-    architecture, by_name = markdown(config.architecture), only_named(config.architecture)
+    architecture, by_name = markdown(config.architecture), not buildable_from_file(config.architecture)
     held, test = facts.get("val"), facts.get("test")
     return CARD.format(
         architecture=architecture,

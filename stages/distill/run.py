@@ -31,7 +31,7 @@ from stages.distill.teacher_check import check_teacher, complaints, find_teacher
 from stages.memory import find_device
 from stages.models.build import adaptation_of
 from stages.models.loading import model_files
-from stages.models.source import ModelConfig, default_stem
+from stages.models.source import NamedConfig, default_stem
 from stages.models.teacher import Teacher
 from stages.settings import ALGORITHM_VERSION, PLACE, DistillSettings, ModelSettings
 
@@ -229,10 +229,10 @@ def _finish(
     return facts
 
 
-def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> ModelConfig:
+def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> NamedConfig:
     """The student ``name`` with the teacher's classes, and its input unless the settings give another."""
     wanted = settings.input or teacher.input.settings
-    return ModelConfig(
+    return NamedConfig(
         architecture=name,
         num_classes=teacher.num_classes,
         channels=wanted.channels,

@@ -55,7 +55,7 @@ class Student:
         self.name = student_name(config.architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
-            self.net = build.build_net(config, named=True).to(device)
+            self.net = build.build_net(config).to(device)
         if settings.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net

@@ -16,7 +16,7 @@ from manifests.order import spread
 from manifests.reader import Manifest
 from stages.distill.batches import Batches
 from stages.distill.rows import Ints, Rows
-from stages.models.loading import ASK, carried_teacher, check_classes, load_teacher
+from stages.models.loading import ASK, check_classes, dataset_teacher, load_teacher
 from stages.models.teacher import Moments, Teacher
 from stages.settings import ModelSettings
 
@@ -34,7 +34,7 @@ def find_teacher(
     for manifest in manifests[1:]:
         if manifest.info.class_names != manifests[0].info.class_names:
             raise DataError(f"{manifest.url} has other classes than {manifests[0].url}")
-    teacher = load_teacher(named, device) if named else carried_teacher(manifests[0], device)
+    teacher = load_teacher(named, device) if named else dataset_teacher(manifests[0], device)
     for manifest in manifests:
         check_classes(teacher, manifest)
         recorded = [manifest.info.teacher.get(key) for key in ("sha256", "source_sha256")]

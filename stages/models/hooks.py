@@ -1,4 +1,4 @@
-"""Look inside a network: inputs or outputs of modules named by path during one pass, and where head and stages are."""
+"""Forward hooks: inputs or outputs of modules during one pass; and where a network has its head and its stages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,8 @@ def submodule(net: nn.Module, path: str) -> nn.Module:
 
 @dataclass
 class Parts:
-    """Where a foreign network keeps what ours say themselves; ``stages`` are found when first asked for."""
+    """Paths of head and stages in a foreign network; built-in ones have them as attributes. ``stages`` is searched when
+    first needed, with an image of ``shape``."""
 
     head: str | None
     shape: tuple[int, ...]
@@ -28,7 +29,8 @@ class Parts:
 
 
 def mark(net: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Note that ``net``'s head and stages must be found. ``shape``: of one input image."""
+    """Let :func:`head_path` and :func:`stage_paths` search the foreign network ``net``, which takes images of
+    ``shape``. Its head is the last linear layer with one output a class."""
     linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
     net.__dict__["parts"] = Parts(linear[-1] if linear else None, shape)
 
@@ -49,11 +51,11 @@ def stage_paths(net: nn.Module) -> list[str]:
 
 
 def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
-    """The last module that gives a map of each side, from one pass of a blank image; none of 1×1.
+    """For each side above 1, the last module with an output map of that side, from one pass of a black image.
 
     What lies within a block that halves the side belongs to the next stage already.
     """
-    found: list[tuple[str, int]] = []  # (module, side of its output), in the order of the calls
+    outputs: list[tuple[str, int]] = []  # (module, side of its output), in the order of the calls
     halved: set[str] = set()
     modules = [(name, module) for name, module in net.named_modules() if name]
 
@@ -63,7 +65,7 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
 
     def note(name: str, args: tuple[object, ...], out: object) -> None:
         if side(out) > 1:
-            found.append((name, side(out)))
+            outputs.append((name, side(out)))
         if args and side(out) and (side(args[0]) + 1) // 2 == side(out) < side(args[0]):
             halved.add(name)
 
@@ -78,7 +80,7 @@ def find_stages(net: nn.Module, shape: tuple[int, ...]) -> list[str]:
             handle.remove()
         for module, training in modes:
             module.training = training
-    last = {side: name for name, side in found if not any(name.startswith(f"{block}.") for block in halved)}
+    last = {side: name for name, side in outputs if not any(name.startswith(f"{block}.") for block in halved)}
     if len(last) == 1 and all(isinstance(submodule(net, name), nn.Conv2d) for name in last.values()):
         return []  # a transformer's patch embedding
     return [last[side] for side in sorted(last, reverse=True)]

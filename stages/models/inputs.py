@@ -1,4 +1,4 @@
-"""What goes into a classifier (size, channels, normalization), and one table of logits out of whatever it returns."""
+"""A classifier's input rule (size, channels, normalization), and the logits in whatever it returns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,17 +52,14 @@ def resized(x: Tensor, size: int, rule: str) -> Tensor:
     return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)
 
 
-# One table of logits out of whatever a foreign classifier returns.
-
-
 def logits_of(out: Any, num_classes: int, what: str) -> Tensor:
     """The ``[n, num_classes]`` tensor in ``out``: itself, its ``logits``, or the only one of that width in a tuple.
 
     Raises DataError where there is none, or where more than one could be meant. ``what`` names the classifier.
     """
-    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-    if found is not None:
-        out = found
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if logits is not None:
+        out = logits
     elif isinstance(out, tuple | list):
         fitting = [part for part in out if isinstance(part, Tensor) and _fits(part, num_classes)]
         if len(fitting) != 1:

@@ -15,41 +15,27 @@ from torch import Tensor, nn
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from stages.models import build
+from stages.models.build import build_hf, build_net, call_code, finish, refuse_misfits, require_buildable
+from stages.models.folders import CONFIG, WEIGHTS, fetch
 from stages.models.hooks import head_path
 from stages.models.nets import torchvision_names
 from stages.models.source import (
-    CONFIG,
     IMAGENET_NETS,
-    WEIGHTS,
     ModelConfig,
-    check_stored,
+    ModelSource,
+    NamedConfig,
+    check_config,
     config_json,
     identity_of,
     resolve,
     split_name,
-    stored_config,
 )
-from stages.models.teacher import BlackBox, Teacher, onnx_answer
+from stages.models.teacher import Answer, BlackBox, Teacher, onnx_answer
 from stages.settings import ModelSettings
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 CIFAR_NAMES = ("resnet18", "resnet34")  # also circulate with names of CIFAR code bases
 NESTED = ("state_dict", "model", "net")  # keys under which checkpoints keep the weights
-
-
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without wrapper prefixes, however they are nested.
-
-    >>> list(unwrapped({"module._orig_mod.fc.weight": torch.zeros(1)}))
-    ['fc.weight']
-    """
-    clean = {}
-    for name, value in state.items():
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
-        clean[name] = value
-    return clean
 
 
 def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
@@ -69,45 +55,50 @@ def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
     except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
         reason = (str(error).splitlines() or [type(error).__name__])[0]  # EOFError says nothing
         raise DataError(f"{where} is damaged or holds more than weights: {reason}") from None
-    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named:
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise DataError(f"{where} holds no table of named tensors")
     return unwrapped(state)
 
 
-def fill(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``net``, all or nothing. Raises DataError naming keys and shapes that do not fit."""
-    own = net.state_dict()
-    optional = {name for name in own if name.endswith("num_batches_tracked")}  # old checkpoints lack it
-    missing = sorted(own.keys() - state.keys() - optional)
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{n} {tuple(v.shape)} for {tuple(own[n].shape)}"
-        for n, v in state.items()
-        if n in own and v.shape != own[n].shape
-    ]
-    for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if found:
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise DataError(f"{where} does not fit {type(net).__name__}: {what}: {', '.join(found[:4])}{more}")
-    net.load_state_dict(dict(state), strict=not (optional - state.keys()))
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names without wrapper prefixes, however they are nested.
 
-
-def build_from(config: ModelConfig, weights: bytes, where: str, named: bool = False) -> nn.Module:
-    """The network of ``config`` around ``weights``, on the CPU. Raises DataError where they do not fit.
-
-    ``named`` tells that the user wrote the architecture's name: only then may it be foreign code.
+    >>> list(unwrapped({"module._orig_mod.fc.weight": torch.zeros(1)}))
+    ['fc.weight']
     """
-    if not named:
-        check_stored(config.architecture, where)
-    state = parse_weights(weights, where)
-    if split_name(config.architecture)[0] == "hf":
-        return build.build_hf(config, state, where)
-    return filled(build.build_net(config, named), config, state, where)
+    clean = {}
+    for name, value in state.items():
+        while name.startswith(WRAPPERS):
+            name = name.split(".", 1)[1]
+        clean[name] = value
+    return clean
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load ``state`` into ``net``, all or nothing. Raises DataError naming keys and shapes that do not fit.
+
+    A ``net`` on the meta device is only compared with it.
+    """
+    expected = net.state_dict()
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}  # old checkpoints lack it
+    problems = {
+        "missing": sorted(expected.keys() - state.keys() - optional),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
+            for name, value in state.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+    }
+    refuse_misfits(problems, type(net).__name__, where)
+    if not any(value.is_meta for value in expected.values()):
+        net.load_state_dict(dict(state), strict=not (optional - state.keys()))
 
 
 def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """``net`` with the weights in ``state``."""
+    """``net``, built from ``config``, with the weights in ``state``. Raises DataError where they do not fit."""
     if config.architecture in CIFAR_NAMES:
         state = torchvision_names(state)
     head = state.get(f"{head_path(net)}.weight")
@@ -116,59 +107,89 @@ def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], whe
     try:
         fill(net, state, where)
     except DataError as error:
-        raise DataError(f"{error}{stem_hint(config)}") from None
+        scheme, rest = split_name(config.architecture)
+        if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
+            raise
+        other = "small" if config.stem == "native" else "native"
+        raise DataError(
+            f"{error} (built with stem: {config.stem}; if it was trained with the other one, set stem: {other})"
+        ) from None
     return net
 
 
-def stem_hint(config: ModelConfig) -> str:
-    """What to try where weights do not fit an ImageNet network at a small size; empty elsewhere."""
+def build_from(config: ModelConfig, weights: bytes, where: str) -> nn.Module:
+    """The network of ``config`` around ``weights``, the content of the file ``where``, on the CPU.
+
+    Raises DataError where they do not fit, UsageError where a file names what only the user may name.
+    """
+    require_buildable(config, where)
+    state = parse_weights(weights, where)
     scheme, rest = split_name(config.architecture)
-    if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
-        return ""
-    other = "small" if config.stem == "native" else "native"
-    return f" (built with stem: {config.stem}; if it was trained with the other one, set stem: {other})"
+    if scheme == "hf":
+        return build_hf(config, fetch(rest, "classifier"), state, where)
+    return filled(build_net(config), config, state, where)
+
+
+def load_network(source: ModelSource) -> nn.Module | Answer:
+    """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers."""
+    config, data, where = source.config, source.read(), source.where
+    if isinstance(config, NamedConfig):
+        scheme, _ = split_name(config.architecture)
+        if scheme == "onnx":
+            return onnx_answer(data, where)
+        if scheme == "code":
+            made = call_code(config)
+            if isinstance(made, nn.Module):
+                net = finish(made, config)
+                return filled(net, config, parse_weights(data, where), where) if source.weights else net
+            if not callable(made) or data:
+                what = "weights cannot be loaded into it" if data else "expected a network or a function"
+                raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
+            return made
+        if source.folder:
+            return build_hf(config, source.folder, parse_weights(data, where), where)
+    return build_from(config, data, where)
 
 
 def load_model(name: str | Path) -> tuple[nn.Module, ModelConfig]:
     """The network of a model folder, or of a YAML file that names one, on the CPU in eval mode; its configuration.
 
-    Raises UsageError where the folder names the user's own code or a hub id: those are loaded by name only.
+    Raises UsageError for a black box, and where the folder names code or a hub id: those are loaded by name only.
     """
     source = resolve(ModelSettings(name=str(name)))
-    config, data = source.config, source.read()
-    if source.named and (split_name(config.architecture)[0] == "onnx" or source.weights == source.code):
-        net = build.build_net(config, named=True)  # without weights, or with its own
-    else:
-        net = build_from(config, data, str(source.weights), source.named)
-    return net.eval(), config
+    net = load_network(source)
+    if not isinstance(net, nn.Module):
+        name = source.config.architecture
+        raise UsageError(f"'{name}' is a black box: it scores images as a teacher, and nothing else")
+    return net.eval(), source.config
 
 
-def load_teacher(settings: ModelSettings, device: str | torch.device = "cpu") -> Teacher:
-    """The classifier that ``settings`` name, frozen. Its identity is that of the very bytes that were loaded."""
-    source = resolve(settings)
-    data, where, config = source.read(), str(source.weights), source.config
-    identity, scheme = source.identity(data), split_name(config.architecture)[0]
-    if source.named and scheme == "onnx":
-        return BlackBox(onnx_answer(data, where), config.input, config.class_names, identity).check()
-    if source.named and scheme == "code":
-        made = build.call_code(config)
+def load_teacher(model: ModelSettings | ModelSource, device: str | torch.device = "cpu") -> Teacher:
+    """The classifier ``model``, frozen. Its identity is that of the very bytes that were loaded."""
+    source = model if isinstance(model, ModelSource) else resolve(model)
+    config, identity, net = source.config, source.identity, load_network(source)
+    if isinstance(net, nn.Module):
+        return Teacher(net.to(device), config.input, config.class_names, identity).check()
+    return BlackBox(net, config.input, config.class_names, identity).check()
+
+
+def untrained_teacher(model: ModelSource | ModelConfig, device: str = "meta") -> Teacher | None:
+    """The network of ``model`` with random weights, by default as shapes alone, to count what it costs; None for a
+    black box. Reads no weights. Raises UsageError where it cannot be built.
+    """
+    config, folder = (model.config, model.folder) if isinstance(model, ModelSource) else (model, None)
+    scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else None
+    if scheme == "onnx":
+        return None
+    if scheme == "code":  # may build its network from files, which a default device would break
+        made = call_code(config)
         if not isinstance(made, nn.Module):
-            if not callable(made) or data:
-                what = "weights cannot be loaded into it" if data else "expected a network or a function"
-                raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
-            return BlackBox(made, config.input, config.class_names, identity).check()
-        net = build.finish(made, config)
-        if source.weights != source.code:  # otherwise it brings its own
-            net = filled(net, config, parse_weights(data, where), where)
+            return None
+        net = finish(made, config).to(device)
     else:
-        net = build_from(config, data, where, source.named)
-    return Teacher(net.to(device), config.input, config.class_names, identity).check()
-
-
-def teacher_from(config: ModelConfig, weights: bytes, where: str, device: str | torch.device = "cpu") -> Teacher:
-    """A frozen classifier from bytes that were already read; ``where`` names them in errors. Runs no foreign code."""
-    net = build_from(config, weights, where)
-    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights)).check()
+        with torch.device(device):
+            net = build_hf(config, folder) if folder else build_net(config)
+    return Teacher(net, config.input, config.class_names, {"architecture": config.architecture})
 
 
 def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:
@@ -178,50 +199,59 @@ def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:
     return {WEIGHTS: weights, CONFIG: config_json(config, weights)}
 
 
+def source_files(source: ModelSource) -> dict[str, bytes]:
+    """:func:`model_files` of a built-in ``source``: its own bytes if they are safetensors, else converted.
+
+    Raises DataError where the weights are damaged or do not fit.
+    """
+    config, data = source.config, source.read()
+    if not source.where.endswith(".safetensors"):
+        return model_files(build_from(config, data, source.where), config)
+    with torch.device("meta"):
+        net = build_net(config)
+    filled(net, config, parse_weights(data, source.where), source.where)
+    return {WEIGHTS: data, CONFIG: config_json(config, data)}
+
+
 def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:
     """Write a model folder; each file is replaced atomically."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in model_files(net, config).items():
-        _replace(Path(folder) / name, data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-# The teacher that a dataset carries. Used by ``factory run distill``, ``rescore`` and ``inspect``.
+        path = Path(folder) / name
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 ASK = "name the teacher with --teacher"
 
 
-def carried_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask: str = ASK) -> Teacher:
+def dataset_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask: str = ASK) -> Teacher:
     """The frozen built-in teacher whose weights lie beside ``manifest``, loaded after a check of their sha256.
 
-    Raises DataError where the manifest carries none or its files were altered; ``ask`` says what would help.
+    Raises DataError where there is none or its files were altered; ``ask`` says what would help.
     """
     identity: dict[str, Any] = manifest.info.teacher
     sha256 = identity.get("sha256")
     if identity.get("kind") != "builtin" or not isinstance(identity.get("path"), str):
         known = f"its sha256 is {sha256}" if sha256 else "its checksum is not recorded"
         raise DataError(f"{manifest.url} does not carry its teacher, {known}: {ask}")
-    where, config = manifest.storage.path(identity["path"]), carried_config(manifest, ask)
+    where, config = manifest.storage.path(identity["path"]), dataset_teacher_config(manifest, ask)
     weights = manifest.storage.read(identity["path"])
-    found = hashlib.sha256(weights).hexdigest()
-    if found != sha256:  # before anything is built from them
-        raise DataError(f"{where} was altered: sha256 {found}, expected {sha256}; restore it, or {ask}")
-    return teacher_from(config, weights, where, device)
+    actual = hashlib.sha256(weights).hexdigest()
+    if actual != sha256:  # before anything is built from them
+        raise DataError(f"{where} was altered: sha256 {actual}, expected {sha256}; restore it, or {ask}")
+    net = build_from(config, weights, where)
+    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights)).check()
 
 
-def carried_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
+def dataset_teacher_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:
     """The config of the built-in teacher of ``manifest``. Raises DataError where that is damaged or another kind."""
     try:
-        config = stored_config(manifest.info.teacher.get("config"), f"{manifest.url}: its teacher's config")
+        config = check_config(manifest.info.teacher.get("config"), f"{manifest.url}: its teacher's config")
     except DataError as error:
         raise DataError(f"{error}; {ask}") from None
     if split_name(config.architecture)[0] != "builtin":

@@ -1,11 +1,19 @@
-"""The built-in networks: digits CNNs, CIFAR ResNets, wide ResNets, VGG-11, and torchvision's with small stems."""
+"""The built-in networks: digits CNNs, CIFAR ResNets, wide ResNets, VGG-11, and torchvision's with small stems.
 
+Each has ``stages``, the module paths of its stage outputs, and ``head``, the path of its last linear layer: feature
+taps and class activation maps use them (other networks: :mod:`stages.models.hooks`). :func:`build` makes one by name.
+"""
+
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from manifests.errors import UsageError
+from stages.settings import Stem
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -38,9 +46,6 @@ class DigitsCNN(nn.Module):
         return out
 
 
-# ResNets for 32×32 images (He et al. 2015, section 4.2): 6n + 2 layers, parameter-free option-A shortcuts.
-
-
 Norm = Callable[[int], nn.Module]
 
 
@@ -68,7 +73,8 @@ class Block(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """A 3×3 stem and three stages of 16, 32 and 64 channels with ``blocks`` blocks each."""
+    """ResNet for 32×32 images (He et al. 2015, section 4.2), 6·``blocks`` + 2 layers: a 3×3 stem and three stages of
+    16, 32 and 64 channels."""
 
     stages = ("layer1", "layer2", "layer3")
     head = "linear"
@@ -95,12 +101,6 @@ class ResNetCifar(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         out: Tensor = self.linear(x.mean((2, 3)))
         return out
-
-
-# Wide ResNets for 32×32 images (Zagoruyko and Komodakis 2016): depth 6n + 4, pre-activation blocks.
-#
-# Parameter names are those of the checkpoints in circulation: ``conv1``,
-# ``block{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2}``, ``convShortcut`` where the width changes, ``bn1``, ``fc``.
 
 
 class WideBlock(nn.Module):
@@ -134,7 +134,12 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A 3×3 stem of 16 channels and three stages of 16k, 32k and 64k channels; k = ``width``."""
+    """Wide ResNet for 32×32 images (Zagoruyko and Komodakis 2016): a 3×3 stem of 16 channels and three stages of 16k,
+    32k and 64k channels (k = ``width``) with (``depth`` − 4)/6 pre-activation blocks each.
+
+    Parameter names are those of the checkpoints in circulation: ``conv1``,
+    ``block{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2}``, ``convShortcut`` where the width changes, ``bn1``, ``fc``.
+    """
 
     stages = ("block1", "block2", "relu")
     head = "fc"
@@ -160,22 +165,21 @@ class WideResNet(nn.Module):
         return out
 
 
-# VGG-11 with BatchNorm (Simonyan and Zisserman 2015), global average and one linear layer, as used on small images.
-
-
-WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 class Vgg11(nn.Module):
-    """Five blocks of 3×3 convolutions. A ``small`` one pools after the first three only: total stride 8, not 32."""
+    """VGG-11 with BatchNorm (Simonyan and Zisserman 2015) as used on small images: five blocks of 3×3 convolutions,
+    global average, one linear layer. A ``small`` one pools after the first three blocks only: total stride 8, not 32.
+    """
 
     stages = ("block2", "block3", "block4")
     head = "classifier"
 
     def __init__(self, num_classes: int, channels: int, small: bool):
         super().__init__()
-        pools = 3 if small else len(WIDTHS)
-        for number, widths in enumerate(WIDTHS):
+        pools = 3 if small else len(VGG11_WIDTHS)
+        for number, widths in enumerate(VGG11_WIDTHS):
             layers: list[nn.Module] = []
             for width in widths:
                 layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -189,16 +193,10 @@ class Vgg11(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        for number in range(len(WIDTHS)):
+        for number in range(len(VGG11_WIDTHS)):
             x = self.get_submodule(f"block{number}")(x)
         out: Tensor = self.classifier(x.mean((2, 3)))
         return out
-
-
-# torchvision's ResNet-18/34, MobileNetV2 and ShuffleNetV2, with stems for small images.
-#
-# A ``small`` stem takes two halvings out of the first layers, so that 32 px end at 4×4 instead of 1×1: total stride 8
-# instead of 32. Parameter names are torchvision's. torchvision is imported when the first of them is built.
 
 
 SMALL_STEM = {
@@ -207,10 +205,12 @@ SMALL_STEM = {
     "mobilenet": "stride 1 in the first convolution and the first inverted residual stage",
     "shufflenet": "first convolution of stride 1, no max pooling",
 }
+"""What a small stem changes, by family: it takes two halvings out of the first layers, so that 32 px end at 4×4 instead
+of 1×1 (total stride 8 instead of 32)."""
 
 
 def resnet(num_classes: int, channels: int, small: bool, blocks: list[int]) -> nn.Module:
-    """He et al. 2016 with basic blocks."""
+    """torchvision's ResNet with basic blocks (He et al. 2016); all parameter names here are torchvision's."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
     net = ResNet(BasicBlock, blocks, num_classes=num_classes)
@@ -225,19 +225,11 @@ def mobilenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
     """Sandler et al. 2018, width 1."""
     from torchvision.models import MobileNetV2
 
-    first = 1 if small else 2
-    rows = [
-        (1, 16, 1, 1),
-        (6, 24, 2, first),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ]
-    net = MobileNetV2(num_classes, inverted_residual_setting=[list(row) for row in rows])
+    net = MobileNetV2(num_classes)
     if small or channels != 3:
-        net.features[0][0] = _convolution(channels, 32, 3, first)
+        net.features[0][0] = _convolution(channels, 32, 3, 1 if small else 2)
+    if small:
+        net.features[2].conv[1][0].stride = (1, 1)
     return _with_parts(net, "classifier.1", ("features.3", "features.6", "features.13", "features.18"))
 
 
@@ -259,10 +251,9 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv
     return layer
 
 
-def _with_parts(net: Any, head: str, stages: tuple[str, ...]) -> nn.Module:
-    net.head, net.stages = head, stages
-    out: nn.Module = net
-    return out
+def _with_parts(net: nn.Module, head: str, stages: tuple[str, ...]) -> nn.Module:
+    net.__dict__.update(head=head, stages=stages)
+    return net
 
 
 def torchvision_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,3 +267,37 @@ def torchvision_names(state: Mapping[str, Any]) -> dict[str, Any]:
         new = name.replace(".shortcut.", ".downsample.")
         renamed["fc." + new.removeprefix("linear.") if new.startswith("linear.") else new] = value
     return renamed
+
+
+ARCHITECTURES: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "digits-cnn": lambda classes, channels, _: DigitsCNN(classes, channels, 32, (3, 2)),
+    "digits-cnn-small": lambda classes, channels, _: DigitsCNN(classes, channels, 16, (2, 2)),
+    "resnet8": lambda classes, channels, _: ResNetCifar(classes, channels, 1),
+    "resnet8-gn": lambda classes, channels, _: ResNetCifar(classes, channels, 1, group_norm),
+    "resnet20": lambda classes, channels, _: ResNetCifar(classes, channels, 3),
+    "resnet32": lambda classes, channels, _: ResNetCifar(classes, channels, 5),
+    "resnet44": lambda classes, channels, _: ResNetCifar(classes, channels, 7),
+    "resnet56": lambda classes, channels, _: ResNetCifar(classes, channels, 9),
+    "resnet18": lambda classes, channels, small: resnet(classes, channels, small, [2, 2, 2, 2]),
+    "resnet34": lambda classes, channels, small: resnet(classes, channels, small, [3, 4, 6, 3]),
+    "vgg11": Vgg11,
+    "wrn-16-1": lambda classes, channels, _: WideResNet(classes, channels, 16, 1),
+    "wrn-16-2": lambda classes, channels, _: WideResNet(classes, channels, 16, 2),
+    "wrn-40-1": lambda classes, channels, _: WideResNet(classes, channels, 40, 1),
+    "wrn-40-2": lambda classes, channels, _: WideResNet(classes, channels, 40, 2),
+    "mobilenetv2": mobilenet_v2,
+    "shufflenetv2": shufflenet_v2,
+}
+"""(number of classes, input channels, small stem or not) to a network."""
+
+
+def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native") -> nn.Module:
+    """A freshly initialized built-in network (from torch's global random state).
+
+    ``stem``: ``small`` keeps the resolution in the first layers of ImageNet networks; others ignore it.
+    Raises UsageError naming near matches for an unknown name.
+    """
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
+        raise UsageError(f"unknown architecture '{name}': did you mean {', '.join(near)}?")
+    return ARCHITECTURES[name](num_classes, channels, stem == "small")

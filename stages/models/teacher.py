@@ -1,7 +1,7 @@
-"""A frozen classifier with its own input rule: the private teacher, a frozen student, or a black box."""
+"""Frozen classifiers with their own input rule: teachers, frozen students, black boxes; and BatchNorm moments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -10,26 +10,37 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from manifests.errors import DataError, FactoryError, UsageError
 from stages.memory import in_micro_batches, moment_sums, moments
-from stages.models.hooks import head_of, head_path, inputs_of, outputs_of, stage_paths
+from stages.models.hooks import head_of, head_path, inputs_of, outputs_of
 from stages.models.inputs import InputSpec, logits_of, require_finite, require_finite_weights
 from stages.settings import InputSettings
 
+Answer = Callable[[Tensor], Any]
+"""Prepared images ``[n, channels, size, size]`` on the CPU to logits ``[n, C]``."""
+
 
 class Teacher:
-    """Images in [−1, 1] in, float32 logits out. Always in eval mode; parameters never receive gradients."""
+    """Images ``[n, 3, h, w]`` in [−1, 1] of any size to float32 logits ``[n, C]``.
+
+    Always in eval mode; parameters never receive gradients. ``batch_limit``: most images in one pass, None for any
+    number. ``differentiable``: whether logits carry gradients to the images.
+    """
 
     differentiable = True
-    batch_limit: int | None = None  # most images at once, where all of a group do not fit the memory
+    batch_limit: int | None = None
 
     def __init__(self, net: nn.Module, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]):
         self.net = net.eval().requires_grad_(False)
+        self._norms: list[nn.Module] = [
+            module for module in net.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
+        self._head = head_of(net) if head_path(net) is not None else None
+        self._describe(spec, class_names, identity)
+
+    def _describe(self, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]) -> None:
         self.input = InputSpec(spec)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.identity = identity
-        norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        self._norms: list[nn.Module] = list(norms)
-        self._head = head_of(net) if head_path(net) is not None else None
 
     @property
     def what(self) -> str:
@@ -62,43 +73,43 @@ class Teacher:
         out: Tensor = self.net(self.input(x)).float()
         return out if out.requires_grad else require_finite(out, self.what)
 
-    def look(
+    def forward(
         self, x: Tensor, features: bool = True, batchnorm: bool = True
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Logits, penultimate features ``[n, D]`` (what the last linear layer sees) and the inputs of every BatchNorm
-        layer, in the order of :attr:`batchnorms`, all from one pass. What is not asked for is not kept in memory:
-        features are then None, as where there is no such layer, and inputs an empty list.
+        """Logits ``[n, C]``, penultimate features ``[n, D]`` (the input of the last linear layer) and the inputs
+        ``[n, c, …]`` of every BatchNorm layer, in the order of :attr:`batchnorms`, all from one pass.
 
-        A layer used twice shows its inputs as one, flattened to ``[n, c, …]``; one never used is left out of both.
-        Raises DataError for NaN logits, except under guidance.
+        What is not asked for is not kept in memory: features are then None, as where there is no such layer, and
+        inputs an empty list. The inputs of a layer used twice are joined, flattened to ``[n, c, …]``; a layer that is
+        never used is dropped here and from :attr:`batchnorms`. Raises DataError for NaN logits, except under guidance.
         """
         heads = [self._head] if features and self._head is not None else []
         norms = self._norms if batchnorm else []
-        with inputs_of(heads) as shown, inputs_of(norms) as seen:
+        with inputs_of(heads) as head_inputs, inputs_of(norms) as norm_inputs:
             logits = self._logits(x)
-        if not all(seen):
-            self._norms = [norm for norm, found in zip(norms, seen, strict=True) if found]
+        if not all(norm_inputs):
+            self._norms = [norm for norm, seen in zip(norms, norm_inputs, strict=True) if seen]
         return (
             logits,
-            shown[0][-1].flatten(1).float() if shown else None,
-            [_joined(found) for found in seen if found],
+            head_inputs[0][-1].flatten(1).float() if head_inputs else None,
+            [seen[0] if len(seen) == 1 else torch.cat([y.flatten(2) for y in seen], 2) for seen in norm_inputs if seen],
         )
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits and features as :meth:`look` has them, at most ``batch_limit`` images at once."""
+        """Logits and features as :meth:`forward` has them, at most ``batch_limit`` images at once."""
         if self._head is None:
             return self.logits(x), None
-        logits, features = in_micro_batches(lambda x: self.look(x, batchnorm=False)[:2], self.batch_limit, x)
+        logits, features = in_micro_batches(lambda x: self.forward(x, batchnorm=False)[:2], self.batch_limit, x)
         return logits, features
 
     def with_batchnorm_inputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the inputs of every BatchNorm layer as :meth:`look` has them."""
-        logits, _, inputs = self.look(x, features=False)
+        """Logits and the inputs of every BatchNorm layer as :meth:`forward` has them."""
+        logits, _, inputs = self.forward(x, features=False)
         return logits, inputs
 
     def with_moments(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits, and mean and biased variance ``[c]`` over the batch of the inputs of every BatchNorm layer, in the
-        order of :attr:`batchnorms`; exact and differentiable where the batch is seen in parts, too."""
+        order of :attr:`batchnorms`; exact and differentiable in micro-batches, too."""
         if self.batch_limit is None or len(x) <= self.batch_limit:
             logits, inputs = self.with_batchnorm_inputs(x)
             return logits, [mean_and_variance(y.to(m.dtype)) for y, (m, _) in zip(inputs, self.batchnorms, strict=True)]
@@ -110,48 +121,46 @@ class Teacher:
         logits, *sums = in_micro_batches(part, self.batch_limit, x)
         return logits, [moments(total, mean, len(x)) for total, (mean, _) in zip(sums, self.batchnorms, strict=True)]
 
-    @torch.no_grad()
-    def check(self) -> "Teacher":
-        """Let it answer two images; a network that cuts gradients off becomes not ``differentiable``.
-
-        Raises DataError where it fails, returns something else than logits of each image, or NaN.
-        """
-        require_finite_weights(self.net, self.what)
-        settings = self.input.settings
-        x = torch.linspace(-1, 1, 6 * settings.size**2).view(2, 3, settings.size, settings.size)
-        x = x.to(next(self.net.parameters(), x).device).requires_grad_()
-        try:
-            with torch.enable_grad(), inputs_of([self._head] if self._head is not None else []) as seen:
-                logits = self.logits(x)
-        except FactoryError:
-            raise
-        except Exception as error:  # whatever a foreign network does
-            shape = f"{settings.channels}×{settings.size}×{settings.size}"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.what} cannot take images of {shape}: {reason}") from error
-        if len(require_finite(logits, self.what)) != len(x):
-            raise DataError(f"{self.what} answers {len(x)} images with {len(logits)} rows of logits")
-        self.differentiable = logits.requires_grad
-        if any(len(found) != 1 or found[0].flatten(1).shape != (2, self._head_width) for found in seen):
-            self._head = None  # it looked like the last layer, but does not turn features into logits
-        return self
-
-    @property
-    def _head_width(self) -> int:
-        weight = self.class_weights
-        return -1 if weight is None else weight.shape[1]
-
-    def with_stages(self, x: Tensor, paths: Sequence[str] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the outputs of the modules at ``paths`` (default: the network's own stages).
+    def with_stages(self, x: Tensor, paths: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the outputs ``[n, c, h, w]`` of the modules at ``paths``.
 
         Outputs carry a graph where ``x`` requires gradients: class activation gradients need that.
         """
-        paths = stage_paths(self.net) if paths is None else list(paths)
-        with outputs_of(self.net, paths) as seen:
+        with outputs_of(self.net, paths) as outputs:
             logits = self._logits(x)
-        return logits, [seen[path] for path in paths]
+        return logits, [outputs[path] for path in paths]
 
-    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> "Teacher":
+    def check(self) -> Self:
+        """Run two probe images; sets ``differentiable = False`` if the logits carry no gradient.
+
+        Raises DataError where that fails, returns something else than logits of each image, or NaN.
+        """
+        require_finite_weights(self.net, self.what)
+        device = next(self.net.parameters(), torch.empty(0)).device
+        with torch.enable_grad(), inputs_of([self._head] if self._head is not None else []) as head_inputs:
+            logits = self._probe(device)
+        self.differentiable = logits.requires_grad
+        width = -1 if self.class_weights is None else self.class_weights.shape[1]
+        if any(len(seen) != 1 or seen[0].flatten(1).shape != (2, width) for seen in head_inputs):
+            self._head = None  # it looked like the last layer, but does not turn features into logits
+        return self
+
+    def _probe(self, device: torch.device | str = "cpu") -> Tensor:
+        """Finite logits ``[2, C]`` of two gradients from −1 to 1."""
+        channels, size = self.input.channels, self.input.size
+        x = torch.linspace(-1, 1, 6 * size**2).view(2, 3, size, size).to(device).requires_grad_()
+        try:
+            logits = self.logits(x)
+        except FactoryError:
+            raise
+        except Exception as error:  # whatever a foreign network or runtime does
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}") from error
+        if len(require_finite(logits, self.what)) != len(x):
+            raise DataError(f"{self.what} answers {len(x)} images with {len(logits)} rows of logits")
+        return logits
+
+    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> Self:
         """Move the network, or lay its weights out anew (its inputs follow them); returns self."""
         self.net.to(device)
         if memory_format is not None:
@@ -159,26 +168,51 @@ class Teacher:
         return self
 
 
-def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``[c]`` of ``[n, c, …]``."""
-    variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
-    return mean, variance
+class BlackBox(Teacher):
+    """A teacher that only answers: an ONNX file, or a user's function without gradients, computed on the CPU.
 
+    It has no features, layers or BatchNorm statistics, so it cannot guide; ``--method dmkd`` works with it.
+    """
 
-def _joined(inputs: list[Tensor]) -> Tensor:
-    return inputs[0] if len(inputs) == 1 else torch.cat([x.flatten(2) for x in inputs], 2)
+    differentiable = False
 
+    def __init__(self, answer: Answer, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]):
+        self._answer = answer
+        self._norms = []
+        self._head = None
+        self._describe(spec, class_names, identity)
 
-# What BatchNorm layers see of a whole dataset, against what they saw in training. Used by both stages.
+    @property
+    def net(self) -> nn.Module:  # type: ignore[override]
+        """There is none. Raises UsageError saying so."""
+        raise UsageError(
+            f"{self.what} is a black box without layers: cam and gradcam losses, feature statistics and guidance "
+            "need a network (synthesize with --method dmkd)"
+        )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]`` on the device of ``x``, without a graph."""
+        with torch.no_grad():
+            out = self._answer(self.input(x.detach()).cpu())
+            return require_finite(logits_of(out, self.num_classes, self.what).float(), self.what).to(x.device)
+
+    def check(self) -> Self:
+        """Run two probe images. Raises DataError where that fails or returns something else than logits of each."""
+        self._probe()
+        return self
+
+    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> Self:
+        """Nothing to move; logits go to the device of the images."""
+        return self
 
 
 class Moments:
-    """Mean and biased variance per channel of what each BatchNorm layer sees, over all images added."""
+    """Mean and biased variance per channel of every BatchNorm layer's inputs, over all batches added, in float64."""
 
     def __init__(self) -> None:
-        self.count: list[int] = []
-        self.sums: list[Tensor] = []
-        self.squares: list[Tensor] = []
+        self.count: list[int] = []  # of values per channel, for each layer
+        self.sums: list[Tensor] = []  # [c] each
+        self.squares: list[Tensor] = []  # [c] each
 
     def add(self, inputs: Sequence[Tensor]) -> None:
         """``inputs`` of a batch: ``[n, c, …]`` for each layer."""
@@ -193,70 +227,23 @@ class Moments:
             self.squares[layer] += flat.square().sum(1)
 
     def gap(self, running: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-        """Distance to the ``running`` (mean, variance): mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²),
-        what guidance calls ``bn`` (DiffDFKD, equation 6), here over the dataset. None without BatchNorm layers."""
+        """Distance to the ``running`` (mean m, variance s²), ``[c]`` each: mean over layers of
+        RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), the ``bn`` term of guidance (DiffDFKD, equation 6) over a dataset. None
+        without BatchNorm layers."""
         terms = []
         for count, total, square, (mean, variance) in zip(self.count, self.sums, self.squares, running, strict=True):
-            own_mean = total / count
-            own_variance = square / count - own_mean.square()
+            data_mean = total / count
+            data_variance = square / count - data_mean.square()
             scale = variance.double().clamp_min(1e-5)
-            shift, spread = (own_mean - mean) / scale.sqrt(), (own_variance - variance) / scale
+            shift, spread = (data_mean - mean) / scale.sqrt(), (data_variance - variance) / scale
             terms.append(shift.square().mean().sqrt() + spread.square().mean().sqrt())
         return float(torch.stack(terms).mean()) if terms else None
 
 
-# A classifier that only answers: an ONNX file, or a user's function without gradients. Good for scoring images.
-#
-# It shows no features, no layers and no BatchNorm statistics, so it cannot guide; ``--method dmkd`` works with it.
-
-
-Answer = Callable[[Tensor], Any]  # prepared images [n, channels, size, size] on the CPU to logits [n, C]
-
-
-class BlackBox(Teacher):
-    """A teacher without insides. Its answers are computed on the CPU, or where ``answer`` likes."""
-
-    differentiable = False
-
-    def __init__(self, answer: Answer, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]):
-        self.input = InputSpec(spec)
-        self.class_names = tuple(class_names)
-        self.num_classes = len(self.class_names)
-        self.identity = identity
-        self._answer = answer
-        self._norms = []
-        self._head = None
-
-    @property
-    def net(self) -> nn.Module:  # type: ignore[override]
-        """There is none. Raises UsageError saying so."""
-        raise UsageError(
-            f"{self.what} is a black box without layers: cam and gradcam losses, feature statistics and guidance "
-            "need a network (synthesize with --method dmkd)"
-        )
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """``[n, 3, h, w]`` in [−1, 1] to ``[n, C]``, without a graph."""
-        with torch.no_grad():
-            out = self._answer(self.input(x.detach()).cpu())
-            return require_finite(logits_of(out, self.num_classes, self.what).float(), self.what).to(x.device)
-
-    def check(self) -> "BlackBox":
-        """Let it answer two images. Raises DataError where it fails or returns something else than logits."""
-        settings = self.input.settings
-        try:
-            self.logits(torch.linspace(-1, 1, 6 * settings.size**2).view(2, 3, settings.size, settings.size))
-        except FactoryError:
-            raise
-        except Exception as error:  # whatever the function or the runtime does
-            shape = f"{settings.channels}×{settings.size}×{settings.size}"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.what} fails on images of {shape}: {reason}") from error
-        return self
-
-    def to(self, device: str | torch.device | None = None, memory_format: Any = None) -> "BlackBox":
-        """Nothing to move; answers go to the device of the images."""
-        return self
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[c]`` of ``[n, c, …]``."""
+    variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
+    return mean, variance
 
 
 def onnx_answer(data: bytes, where: str) -> Answer:

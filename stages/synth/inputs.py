@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError, UsageError
-from stages.models.source import teacher_identity
+from stages.models.source import ModelSource, resolve
 from stages.settings import ALGORITHM_VERSION, ModelSettings, PriorSettings, SynthSettings
 from stages.synth.priors.files import FAMILIES, check_labels, folder_sha256, prior_identity, tiny_decoder
 
@@ -20,23 +20,26 @@ NO_PRIOR: dict[str, Any] = {"name": "none", "sha256": None, "conditioning": "non
 
 @dataclass(frozen=True)
 class SynthInputs:
-    """Checked identities of prior and teacher, and what they imply."""
+    """Checked identities of prior and teacher, and what they imply. ``sources``: of ``teacher`` and ``adversary``."""
 
     prior: dict[str, Any]
     teacher: dict[str, Any]
     adversary: dict[str, Any] | None
     class_names: tuple[str, ...]
     image_size: int
+    sources: Mapping[str, ModelSource]
     tiny_decoder: str | None = None  # sha256
 
 
 def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     """Find prior and teacher and read their identities; raises DataError or UsageError where one is unusable."""
-    teacher = teacher_identity(settings.teacher)
-    adversary = teacher_identity(settings.adversary) if settings.adversary else None
+    sources = model_sources(settings)
+    teacher, adversary = (sources[name].identity if name in sources else None for name in ("teacher", "adversary"))
+    assert teacher is not None
     names = tuple(teacher["config"]["class_names"])
     if settings.method == "noise":
-        return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, settings.images.size or 32)
+        size = settings.images.size or 32
+        return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, size, sources)
     prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
     if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
         log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
@@ -48,7 +51,13 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.guides and settings.guidance.decoder == "tiny":
         tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
-    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, tiny)
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, sources, tiny)
+
+
+def model_sources(settings: SynthSettings) -> dict[str, ModelSource]:
+    """The classifiers of ``settings`` by role: ``teacher`` and, where there is one, ``adversary``."""
+    named = {"teacher": settings.teacher, "adversary": settings.adversary}
+    return {role: resolve(model) for role, model in named.items() if model}
 
 
 def varies(prior: dict[str, Any]) -> bool:

@@ -71,7 +71,7 @@ def measure(
         found = []
         for start in range(0, len(rows), BATCH):
             images = stored_images(selection, rows[start : start + BATCH].tolist())
-            logits, features, inputs = teacher.look(images)
+            logits, features, inputs = teacher.forward(images)
             right += int((logits.argmax(1) == label).sum())
             moments.add(inputs)
             found += [] if features is None else [features]

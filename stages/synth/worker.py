@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from manifests.storage import Storage
 from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
+from stages.models.source import ModelSource
 from stages.models.teacher import Teacher
 from stages.settings import SynthSettings
 from stages.synth.cmi import cmi
@@ -25,7 +26,7 @@ from stages.synth.decoders import fidelity, load_decoder
 from stages.synth.group import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
-from stages.synth.inputs import Pinned, check_folder, check_network
+from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
 from stages.synth.latent_mix import Mix
 from stages.synth.priors.files import tiny_decoder
@@ -43,14 +44,23 @@ MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
 
 
-def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pinned | None = None) -> Models:
+def load_models(
+    settings: SynthSettings,
+    run: Storage | None = None,
+    planned: Pinned | None = None,
+    sources: Mapping[str, ModelSource] | None = None,
+) -> Models:
     """Prior, teacher and adversary on the device asked for. Raises where they do not fit each other or the method, or
     are not the ``planned`` ones.
 
-    ``run`` is the run's folder, through which its workers share what they fit.
+    ``run`` is the run's folder, through which its workers share what they fit; ``sources`` are the classifiers, where
+    this process has resolved them already.
     """
     planned, device = planned or {}, str(find_device(settings.device))
-    teacher = load_teacher(settings.teacher, device)
+    models = {role: load_teacher(source, device) for role, source in (sources or model_sources(settings)).items()}
+    for source in (sources or {}).values():
+        source.release()
+    teacher, adversary = models["teacher"], models.get("adversary")
     check_network(planned, "teacher", settings.teacher.name, teacher.identity)
     if settings.method != "dmkd":
         if not teacher.differentiable:
@@ -61,7 +71,6 @@ def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pi
             log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
-    adversary = load_teacher(settings.adversary, device) if settings.adversary else None
     if settings.adversary and adversary:
         check_network(planned, "adversary", settings.adversary.name, adversary.identity)
         check_adversary(adversary, teacher)
@@ -127,12 +136,19 @@ class ShardWorker:
     one (:mod:`stages.synth.inputs`).
     """
 
-    def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: Pinned | None = None) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        storage: str,
+        fingerprint: str,
+        planned: Pinned | None = None,
+        sources: Mapping[str, ModelSource] | None = None,
+    ) -> None:
         self.settings = parsed = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
         torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(parsed, self.storage, planned)
+        self.models = load_models(parsed, self.storage, planned, sources)
         self.teacher, self.device = self.models.teacher, self.models.device
         self.decoder_report = decoder_report(self.models, parsed)
         self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels

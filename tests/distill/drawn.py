@@ -10,7 +10,7 @@ from manifests.dataset import DatasetInfo
 from manifests.merge import merge
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.models import build
+from stages.models import nets
 from stages.models.loading import model_files
 from stages.models.source import ModelConfig, identity_of
 from stages.settings import InputSettings
@@ -52,4 +52,4 @@ def teacher_files() -> dict[str, bytes]:
     """The files of an untrained teacher's folder; its random answers are as good as any to learn from."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return model_files(build.build("digits-cnn-small", 3, 1).eval(), TEACHER)
+        return model_files(nets.build("digits-cnn-small", 3, 1).eval(), TEACHER)

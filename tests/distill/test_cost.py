@@ -3,12 +3,14 @@
 import torch
 
 from stages.cost import Flops, distill_cost
-from stages.models.build import blank_teacher, build
+from stages.models.loading import untrained_teacher
+from stages.models.nets import build
+from stages.models.source import resolve
 from stages.settings import DistillSettings, ModelSettings
 
 
 def test_a_step_costs_what_a_real_one_does():
-    teacher = blank_teacher(ModelSettings(name="embedded:digits"))
+    teacher = untrained_teacher(resolve(ModelSettings()))
     settings = DistillSettings(students=("resnet8", "digits-cnn-small"))
     cost = distill_cost(settings, teacher, 32)
     channels, side = teacher.input.channels, teacher.input.size
@@ -23,7 +25,7 @@ def test_a_step_costs_what_a_real_one_does():
 
 
 def test_region_losses_cost_more():
-    teacher = blank_teacher(ModelSettings(name="embedded:digits"))
+    teacher = untrained_teacher(resolve(ModelSettings()))
     plain = distill_cost(DistillSettings(students=("resnet8",)), teacher, 16)
     regions = DistillSettings.model_validate({"students": ("resnet8",), "loss": {"cam": 1.0, "gradcam": 1.0}})
     cost = distill_cost(regions, teacher, 16)

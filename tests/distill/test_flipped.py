@@ -12,8 +12,8 @@ from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.results import RESULTS, measured_before
 from stages.distill.run import run_distill
+from stages.models.folders import CONFIG, WEIGHTS
 from stages.models.loading import load_model
-from stages.models.source import CONFIG, WEIGHTS
 from tests.distill import short
 
 STUDENT = "digits-cnn-small"

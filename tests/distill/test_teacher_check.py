@@ -9,7 +9,7 @@ from stages.distill.batches import Batches, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.teacher_check import check_teacher, complaints
 from stages.models.inputs import InputSpec
-from stages.models.loading import carried_teacher
+from stages.models.loading import dataset_teacher
 from stages.settings import DistillSettings
 from stages.synth.scores import stored_images
 from tests.distill.drawn import NAMES, TEACHER, write_dataset
@@ -74,7 +74,7 @@ def test_likely_causes(tmp_path, answers, columns, words):
 
 def test_statistics_unlike_the_teachers_are_told(tmp_path):
     path = write_dataset(tmp_path / "m", count=12, shards=1)
-    teacher = carried_teacher(Manifest.open(path))
+    teacher = dataset_teacher(Manifest.open(path))
     assert check(tmp_path / "none", [0, 1, 2] * 4)["bn_gap"] is None
     images = stored_images(Manifest.open(path).select(), range(12))
     norms = [module for module in teacher.net.modules() if isinstance(module, torch.nn.BatchNorm2d)]

@@ -7,7 +7,7 @@ import torch
 from manifests.errors import UsageError
 from stages.distill.batches import Batch
 from stages.distill.losses import paired_layers, student_terms, teacher_targets, weighted
-from stages.models import build
+from stages.models import nets
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_teacher
 from stages.settings import DistillSettings, LossSettings, ModelSettings
@@ -30,13 +30,13 @@ def batch():
 
 
 def test_stages_are_paired_from_the_last_one_back(teacher):
-    student = build.build("resnet8", 10, 1)
+    student = nets.build("resnet8", 10, 1)
     assert paired_layers(EVERY, teacher.net, student) == (["stage1", "stage2"], ["layer2", "layer3"])
     assert paired_layers(EVERY, student, teacher.net) == (["layer2", "layer3"], ["stage1", "stage2"])
 
 
 def test_named_layers(teacher):
-    student = build.build("resnet8", 10, 1)
+    student = nets.build("resnet8", 10, 1)
     named = EVERY.model_copy(update={"teacher_layers": ("stage1.0", "stage2"), "student_layers": ("conv1", "layer3.0")})
     assert paired_layers(named, teacher.net, student) == (["stage1.0", "stage2"], ["conv1", "layer3.0"])
     with pytest.raises(UsageError, match="teacher has stage1, stage2, student conv1"):
@@ -69,7 +69,7 @@ def test_labels_alone_do_not_ask_the_teacher(teacher, batch, monkeypatch):
     monkeypatch.setattr(teacher, "logits", lambda x: pytest.fail("asked"))
     only = LossSettings(kd=0, ce=1, variants_ce=1)
     targets = teacher_targets(teacher, batch.x, only, [])
-    student = build.build("resnet8", 10, 1)
+    student = nets.build("resnet8", 10, 1)
     terms = student_terms(student, teacher.input(batch.x), batch, targets, only, [])
     weighted(terms, only).backward()
     assert student.conv1.weight.grad.abs().sum() > 0
@@ -78,7 +78,7 @@ def test_labels_alone_do_not_ask_the_teacher(teacher, batch, monkeypatch):
 
 
 def test_region_terms_reach_the_student_across_sizes(teacher, batch):
-    student = build.build("resnet8", 10, 1)
+    student = nets.build("resnet8", 10, 1)
     teacher_layers, layers = paired_layers(EVERY, teacher.net, student)
     only = LossSettings(kd=0, cam=1, gradcam=2)
     targets = teacher_targets(teacher, batch.x, only, teacher_layers)

@@ -103,6 +103,11 @@ def scores():
     return lambda x: x.mean((2, 3)).numpy().repeat(2, 1)[:, :5]
 
 
+def one_row():
+    """A black box that forgets all images but one."""
+    return lambda x: x[:1].mean((2, 3)).numpy().repeat(2, 1)[:, :5]
+
+
 def opinions():
     """A black box that never is in two minds."""
     weight = torch.randn(3 * 8 * 8, 5, generator=torch.Generator().manual_seed(0)).numpy()

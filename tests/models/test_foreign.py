@@ -10,10 +10,18 @@ import torch
 import yaml
 
 from manifests.errors import DataError, UsageError
-from stages.models import build
+from stages.models import build, nets
 from stages.models.hooks import head_of, outputs_of, stage_paths
-from stages.models.loading import load_model, load_teacher, save_model, teacher_from
-from stages.models.source import ModelConfig, default_stem, resolve, source_file, split_name, teacher_identity
+from stages.models.loading import build_from, load_model, load_teacher, save_model
+from stages.models.source import (
+    ModelConfig,
+    NamedConfig,
+    default_stem,
+    resolve,
+    source_file,
+    split_name,
+    teacher_identity,
+)
 from stages.settings import InputSettings, ModelSettings
 
 RGB = InputSettings(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -24,6 +32,11 @@ def config(name, classes=5, stem="native", size=8):
     spec = RGB.model_copy(update={"size": size})
     names = tuple("abcdefgh"[:classes])
     return ModelConfig(architecture=name, num_classes=classes, channels=3, input=spec, class_names=names, stem=stem)
+
+
+def named_config(name, **more):
+    """A configuration whose architecture the user wrote."""
+    return NamedConfig(**config(name, **more).model_dump())
 
 
 def own(function, **more):
@@ -98,6 +111,7 @@ class TestOwnCode:
             ("without_logits", r"returns dict, expected logits \[n, 5\]"),
             ("nothing_at_all", r"returns NoneType, expected logits \[n, 5\]"),
             ("of_one_image", "answers 2 images with 1 rows of logits"),
+            ("one_row", "answers 2 images with 1 rows of logits"),
             ("other_size", r"cannot take images of 3×8×8: Input image size \(8\) doesn't match"),
         ],
     )
@@ -127,12 +141,12 @@ class TestOwnCode:
         assert not load_teacher(own("cut_off")).differentiable
 
     def test_code_is_never_run_because_a_file_says_so(self, tmp_path):
-        save_model(tmp_path, build.build_net(config("tests.models.nets:tiny"), named=True), config("os:getcwd"))
+        save_model(tmp_path, build.build_net(named_config("tests.models.nets:tiny")), config("os:getcwd"))
         for load in (load_model, lambda folder: load_teacher(ModelSettings(name=str(folder)))):
             with pytest.raises(UsageError, match="never loaded because a file says so"):
                 load(tmp_path)
         with pytest.raises(UsageError, match="never loaded"):
-            teacher_from(config("os:getcwd"), (tmp_path / "model.safetensors").read_bytes(), "x")
+            build_from(config("os:getcwd"), (tmp_path / "model.safetensors").read_bytes(), "x")
 
 
 class TestBlackBoxes:
@@ -255,7 +269,7 @@ class TestTimm:
 
 class TestSettingsFile:
     def test_a_teacher_in_a_file(self, tmp_path):
-        save_model(tmp_path, build.build("resnet8", 5), config("resnet8"))
+        save_model(tmp_path, nets.build("resnet8", 5), config("resnet8"))
         content = {"name": "resnet8", "weights": str(tmp_path / "model.safetensors"), "num_classes": 5}
         (tmp_path / "t.yaml").write_text(yaml.safe_dump(content | {"input": RGB.model_dump(mode="json")}))
         given = ModelSettings(name=str(tmp_path / "t.yaml"))

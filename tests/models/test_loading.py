@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.models import build
+from stages.models import nets
 from stages.models.loading import load_model, load_teacher, save_model
-from stages.models.source import EMBEDDED, ModelConfig, config_json, teacher_identity
+from stages.models.source import EMBEDDED, ModelConfig, config_json, resolve, teacher_identity
 from stages.settings import InputSettings, ModelSettings
 
 INPUT = InputSettings(size=8, channels=1, mean=(0.3,), std=(0.4,))
@@ -22,7 +23,7 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    save_model(tmp_path / "m", build.build("digits-cnn-small", 3, 1), CONFIG)
+    save_model(tmp_path / "m", nets.build("digits-cnn-small", 3, 1), CONFIG)
     return tmp_path / "m"
 
 
@@ -53,6 +54,22 @@ def test_truncated_weights(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match="truncated"):
         load_teacher(ModelSettings(name=str(folder)))
+
+
+def test_a_source_reads_its_weights_once_and_notices_that_they_changed(folder, monkeypatch):
+    source, reads = resolve(ModelSettings(name=str(folder), weights=str(folder / "model.safetensors"))), []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    before = source.identity["sha256"]
+    assert load_teacher(source).identity["sha256"] == before
+    assert reads == ["model.safetensors"]
+    source.release()
+    load_teacher(source)
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save({"w": torch.zeros(1)}))
+    load_teacher(source)
+    source.release()
+    with pytest.raises(DataError, match=f"model.safetensors is truncated or was altered: .* expected {before}"):
+        load_teacher(source)
 
 
 def test_missing_weights_and_missing_folder(folder):
@@ -87,7 +104,7 @@ def test_a_checkpoint_without_weights_is_no_random_network(tmp_path, content):
 
 def test_one_class_leaves_nothing_to_choose(tmp_path):
     one = CONFIG.model_copy(update={"num_classes": 1, "class_names": ("a",)})
-    save_model(tmp_path, build.build("digits-cnn-small", 1, 1), one)
+    save_model(tmp_path, nets.build("digits-cnn-small", 1, 1), one)
     with pytest.raises(DataError, match=r"config\.json: number of classes is 1; expected 2 to 100000"):
         load_model(tmp_path)
 
@@ -135,7 +152,7 @@ def test_class_counts_must_agree(folder):
 
 def test_unknown_names():
     with pytest.raises(UsageError, match=r"did you mean .*resnet20"):
-        build.build("resnet-20", 10)
+        nets.build("resnet-20", 10)
     with pytest.raises(UsageError, match="embedded are embedded:digits"):
         load_teacher(ModelSettings(name="embedded:letters"))
     with pytest.raises(UsageError, match="needs weights, input, num_classes"):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from manifests.errors import UsageError
-from stages.models import build
+from stages.models import nets
 from stages.models.hooks import outputs_of, submodule
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_teacher
@@ -19,10 +19,10 @@ PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "re
 PARAMETERS |= {"wrn-16-1": 175_066, "wrn-16-2": 691_674, "wrn-40-1": 563_930, "wrn-40-2": 2_243_546}
 
 
-@pytest.mark.parametrize("name", build.names())
+@pytest.mark.parametrize("name", nets.ARCHITECTURES)
 def test_every_architecture_runs_and_names_its_parts(name):
     side, channels = (8, 1) if name.startswith("digits") else (16, 3)
-    net = build.build(name, 7, channels, "small").eval()
+    net = nets.build(name, 7, channels, "small").eval()
     with outputs_of(net, net.stages) as seen:
         logits = net(torch.zeros(2, channels, side, side))
     assert logits.shape == (2, 7)
@@ -30,7 +30,7 @@ def test_every_architecture_runs_and_names_its_parts(name):
     assert [seen[s].ndim for s in net.stages] == [4] * len(net.stages)
     assert seen[net.stages[-1]].shape[1] == submodule(net, net.head).in_features
     if name in PARAMETERS:
-        assert sum(p.numel() for p in build.build(name, 10).parameters()) == PARAMETERS[name]
+        assert sum(p.numel() for p in nets.build(name, 10).parameters()) == PARAMETERS[name]
 
 
 def test_pixels_to_unit_range():
@@ -86,11 +86,11 @@ def test_teacher_features_times_class_weights_are_logits():
 def test_one_look_shows_what_separate_ones_do_and_nothing_unasked():
     teacher = load_teacher(ModelSettings())
     x = torch.rand(3, 3, 32, 32) * 2 - 1
-    logits, features, inputs = teacher.look(x)
+    logits, features, inputs = teacher.forward(x)
     assert torch.equal(logits, teacher.logits(x))
     assert torch.equal(features, teacher.with_features(x)[1])
     assert all(torch.equal(a, b) for a, b in zip(inputs, teacher.with_batchnorm_inputs(x)[1], strict=True))
-    assert teacher.look(x, features=False, batchnorm=False)[1:] == (None, [])
+    assert teacher.forward(x, features=False, batchnorm=False)[1:] == (None, [])
     assert len(teacher.batchnorms) == len(inputs) == 5
 
 
@@ -106,7 +106,7 @@ def test_teacher_stays_frozen():
 
 def test_taps_name_the_modules_that_exist():
     with pytest.raises(UsageError, match="no module 'layer9' in ResNetCifar: it has conv1, bn1, layer1"):
-        submodule(build.build("resnet8", 10), "layer9")
+        submodule(nets.build("resnet8", 10), "layer9")
 
 
 def test_settings_and_identity_import_no_torch():

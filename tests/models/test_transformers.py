@@ -10,8 +10,9 @@ import torch
 
 from manifests.errors import DataError, UsageError
 from stages.models import build
+from stages.models.folders import processor_input, read_json
 from stages.models.loading import load_model, load_teacher, save_model
-from stages.models.source import processor_input, read_json, resolve, teacher_identity
+from stages.models.source import resolve, teacher_identity
 from stages.settings import ModelSettings
 from tests.models.test_foreign import IMAGES, RGB, config
 
@@ -93,7 +94,7 @@ def test_one_label_leaves_nothing_to_choose(folder, tmp_path):
 
 def test_students_come_back(folder, tmp_path):
     named = config(f"hf:{folder}", classes=3)
-    net = build.build_net(named, named=True).eval()
+    net = build.build_net(named).eval()
     save_model(tmp_path, net, named)
     again, _ = load_model(tmp_path)
     assert torch.equal(again(IMAGES), net(IMAGES)) and again(IMAGES).shape == (3, 3)

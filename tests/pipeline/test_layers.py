@@ -1,5 +1,7 @@
 """Settings in layers: precedence, and errors that name key, place and near matches in one line."""
 
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,11 @@ class Outer(Settings):
 class Root(Settings):
     one: Outer = Outer()
     two: Outer = Outer()
+
+
+class Choices(Settings):
+    channels: Literal[1, 3] | None = 3
+    kind: Literal["1", "x"] = "x"
 
 
 class Needy(Settings):
@@ -56,6 +63,13 @@ def test_later_layers_win_and_leave_the_rest():
     found = validate(Root, flags.over(sets.over(env.over(file))))
     assert (found.one.seed, found.one.inner.scale, found.one.inner.kind) == (4, 0.6, "b")
     assert found.two == Outer()
+
+
+def test_choices_among_numbers_are_numbers_among_texts_texts():
+    found = validate(Choices, set_layer(["channels=1", "kind=1"], Choices, None))
+    assert (found.channels, found.kind) == (1, "1")
+    text = message(lambda: validate(Choices, set_layer(["channels=2"], Choices, None)))
+    assert text == "--set channels=2: channels: input should be 1 or 3, got 2"
 
 
 def test_unknown_key_names_line_and_near_match():

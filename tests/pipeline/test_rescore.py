@@ -17,7 +17,7 @@ from pipeline.inspect import summarize
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
 from pipeline.rescore import report_lines, rescore
-from stages.models import build
+from stages.models import nets
 from stages.models.loading import save_model
 from tests.distill.drawn import TEACHER, write_dataset
 
@@ -31,7 +31,7 @@ def manifest(tmp_path):
 def other(tmp_path):
     """Another teacher of the same classes."""
     torch.manual_seed(3)
-    save_model(tmp_path / "other", build.build("digits-cnn-small", 3, 1), TEACHER)
+    save_model(tmp_path / "other", nets.build("digits-cnn-small", 3, 1), TEACHER)
     return str(tmp_path / "other")
 
 
@@ -39,7 +39,7 @@ def files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "lease" not in p.parts}
 
 
-def test_columns_come_from_the_carried_teacher_and_nothing_else_changes(tmp_path, manifest):
+def test_columns_come_from_the_dataset_teacher_and_nothing_else_changes(tmp_path, manifest):
     before = files(tmp_path / "d")
     result = rescore(manifest, threshold=0.3, quiet=True)
     after = files(tmp_path / "d")
@@ -98,9 +98,9 @@ def test_a_published_rescored_manifest_needs_only_the_tars_and_its_rows_are_chec
 def test_refusals_write_nothing(tmp_path, manifest, other):
     torch.manual_seed(0)
     config = TEACHER.model_copy(update={"num_classes": 4, "class_names": ("a", "b", "c", "d")})
-    save_model(tmp_path / "four", build.build("digits-cnn-small", 4, 1), config)
+    save_model(tmp_path / "four", nets.build("digits-cnn-small", 4, 1), config)
     turned = TEACHER.model_copy(update={"class_names": TEACHER.class_names[::-1]})
-    save_model(tmp_path / "turned", build.build("digits-cnn-small", 3, 1), turned)
+    save_model(tmp_path / "turned", nets.build("digits-cnn-small", 3, 1), turned)
     before = files(tmp_path / "d")
     for error, says, arguments in (
         (UsageError, "--teacher, --threshold or both", {}),

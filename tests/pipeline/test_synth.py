@@ -1,6 +1,7 @@
 """Stage 1 end to end with a worker that needs no model: complete, resumed, grown, failed, refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,15 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
 from pipeline.events import quarantined, read_events
+from pipeline.executors.pool import WorkerSpec
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
 from pipeline.synth import WORKER, run_synth
+from stages.models import nets
 from stages.models.loading import load_model, save_model
+from stages.models.source import resolve as resolve_model
+from stages.settings import ModelSettings
+from stages.synth.worker import ShardWorker
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
 
@@ -38,6 +44,22 @@ def test_a_run_gives_a_manifest_that_says_what_it_is(run_folder):
     assert {"torch", "numpy"} <= set(plan["versions"])
     kinds = [event["kind"] for event in read_events(Storage(run_folder))]
     assert kinds[0] == "run_started" and kinds[-1] == "run_finished" and kinds.count("shard_done") == 2
+
+
+def test_an_inline_run_reads_and_builds_its_teacher_once(tmp_path, monkeypatch):
+    reads, builds = [], []
+    read_bytes, build = Path.read_bytes, nets.ARCHITECTURES["digits-cnn"]
+
+    def built(*arguments):
+        builds.append(build(*arguments))
+        return builds[-1]
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    monkeypatch.setitem(nets.ARCHITECTURES, "digits-cnn", built)
+    small = ("shards=1", "groups_per_shard=1", "group_size=4", "cmi.steps=1", "cmi.width=8", "cmi.latent=8")
+    run(tmp_path / "run", "method=cmi", "images.size=null", *small, worker=None)
+    assert reads.count("model.safetensors") == 1
+    assert [next(net.parameters()).is_meta for net in builds] == [True, False]  # compared with its weights, then loaded
 
 
 def test_the_report_counts(tmp_path):
@@ -124,8 +146,11 @@ def test_after_workers_could_not_start_other_settings_may_try(tmp_path):
     assert Manifest.open(tmp_path / "run").info.recipe["synth"]["seed"] == 5
 
 
-def test_a_teacher_that_changes_after_the_plan_stops_the_run(tmp_path, monkeypatch):
-    """As on a machine with another copy of the folder."""
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_teacher_that_changes_after_the_plan_is_not_used(tmp_path, monkeypatch, elsewhere):
+    """A worker in another process, as on a machine with another copy of the folder, stops the run; one in the driver's
+    own process works with what was read for the plan."""
+    planned = resolve_model(ModelSettings()).identity["sha256"]
     net, config = load_model("embedded:digits")
     save_model(tmp_path / "teacher", net, config)
 
@@ -134,9 +159,17 @@ def test_a_teacher_that_changes_after_the_plan_stops_the_run(tmp_path, monkeypat
         save_model(tmp_path / "teacher", net, config)
 
     monkeypatch.setattr("pipeline.synth.publish", overwrite)
-    with pytest.raises(DataError, match=r"/teacher on .* is not the one that the run was planned with: its sha256 is"):
-        run(tmp_path / "run", "method=dmkd", f"teacher.name={tmp_path / 'teacher'}", worker=WORKER)
-    assert not (tmp_path / "run/done").exists()
+    sets = ("method=dmkd", f"teacher.name={tmp_path / 'teacher'}", "shards=1", "groups_per_shard=1", "prior.steps=2")
+    if elsewhere:
+        monkeypatch.setattr(WorkerSpec, "build", lambda spec: ShardWorker(**spec.kwargs))
+        line = r"/teacher on .* is not the one that the run was planned with: its sha256 is"
+        with pytest.raises(DataError, match=line):
+            run(tmp_path / "run", *sets, worker=WORKER)
+        assert not (tmp_path / "run/done").exists()
+    else:
+        run(tmp_path / "run", *sets, worker=WORKER)
+        assert Manifest.open(tmp_path / "run").info.teacher["sha256"] == planned
+        assert resolve_model(ModelSettings(name=str(tmp_path / "teacher"))).identity["sha256"] != planned
 
 
 def test_a_second_driver_is_refused(run_folder):

@@ -17,7 +17,7 @@ DIGITS = ModelSettings()
 
 def test_a_safetensors_teacher_is_copied_byte_for_byte(tmp_path):
     identity = teacher_identity(DIGITS)
-    copy = prepare(DIGITS, identity)
+    copy = prepare(resolve(DIGITS))
     publish(Storage(tmp_path), copy)
     assert (tmp_path / "teacher/model.safetensors").read_bytes() == resolve(DIGITS).read()
     assert copy.identity == identity | {"path": "teacher/model.safetensors"}
@@ -36,7 +36,7 @@ def test_a_torch_checkpoint_is_converted_and_both_checksums_kept(tmp_path):
         num_classes=config.num_classes,
         class_names=config.class_names,
     )
-    copy = prepare(settings, teacher_identity(settings))
+    copy = prepare(resolve(settings))
     assert copy.identity["source_sha256"] == teacher_identity(settings)["sha256"] != copy.identity["sha256"]
     publish(Storage(tmp_path / "run"), copy)
     copied, _ = load_model(str(tmp_path / "run/teacher"))
@@ -48,10 +48,12 @@ def test_truncated_weights_are_found_before_anything_is_written(tmp_path):
     (tmp_path / "short.safetensors").write_bytes(resolve(DIGITS).read()[:-100])
     settings = ModelSettings(weights=str(tmp_path / "short.safetensors"))
     with pytest.raises(DataError, match=r"short.safetensors is truncated"):
-        prepare(settings, teacher_identity(settings))
+        prepare(resolve(settings))
 
 
 def test_an_external_teacher_is_only_named():
-    identity = {"kind": "external", "name": "timm:x", "sha256": None}
-    copy = prepare(DIGITS, identity)
-    assert (copy.files, copy.identity) == ({}, identity)
+    gray = InputSettings(size=8, channels=1, mean=(0.0,), std=(1.0,))
+    source = resolve(ModelSettings(name="tests.models.nets:tiny", num_classes=3, input=gray))
+    copy = prepare(source)
+    assert source.identity["kind"] == "external"
+    assert (copy.files, copy.identity) == ({}, source.identity)

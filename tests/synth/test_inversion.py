@@ -10,7 +10,7 @@ from torch import nn
 from manifests.errors import DataError, UsageError
 from manifests.shard import done_records
 from manifests.storage import Storage
-from stages.models import build
+from stages.models import nets
 from stages.models.teacher import Teacher
 from stages.settings import InputSettings, SynthSettings
 from stages.synth import cmi, inversion
@@ -179,7 +179,7 @@ def test_an_adversary_steers(method, models, tmp_path):
     parsed = settings(method, adversary={"name": "embedded:digits"}, guidance={"adversarial": 1.0})
     module = {"cmi": cmi, "deepinversion": inversion}[method]
     torch.manual_seed(0)
-    net = build.build("digits-cnn-small", 10, 1)
+    net = nets.build("digits-cnn-small", 10, 1)
     student = Teacher(net, models.teacher.input.settings, models.teacher.class_names, {})
     against = Models(None, models.teacher, student, "cpu")
     steered, plain = final(module, parsed, against)[0], final(module, settings(method), models)[0]
@@ -229,7 +229,7 @@ def test_settings_that_make_no_sense_are_refused():
     for wrong, says in (
         ({"images": {"intermediates": 1}}, "no intermediate images"),
         ({"cmi": {"batches": 7}}, "less than two images"),
-        ({"cmi": {"crop": [0.5, 0.2]}}, "0 < least <= greatest"),
+        ({"cmi": {"crop": [0.5, 0.2]}}, "0 < smallest <= largest"),
         ({"method": "dda", "cmi": {"cr": 0}, "dda": {"space": "contrastive"}}, "head that cmi.cr"),
     ):
         with pytest.raises(ValueError, match=says):

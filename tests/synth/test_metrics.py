@@ -12,7 +12,7 @@ from manifests.errors import DataError
 from manifests.merge import merge
 from manifests.reader import Manifest
 from pipeline.inspect import summarize
-from stages.models.loading import carried_teacher
+from stages.models.loading import dataset_teacher
 from stages.synth.metrics import mean_pairwise_cosine, measure, near_duplicates, vendi_score
 from tests.distill.drawn import write_dataset
 
@@ -50,7 +50,7 @@ def test_near_duplicates_count_all_but_the_first_of_a_kind():
 
 def test_measures_the_kept_images_of_each_class(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 24, kept=lambda i: i != 0))
-    teacher = carried_teacher(manifest)
+    teacher = dataset_teacher(manifest)
     seen = []
     found = measure(manifest.select(), teacher, on_images=lambda *done: seen.append(done))
     assert found["images"] == 23 and seen[-1] == (23, 23)
@@ -68,7 +68,7 @@ def test_classes_of_one_name_are_told_apart(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 24))
     merge(manifest.storage, replace(manifest.info, class_names=("crane", "crane", "top")))
     manifest = Manifest.open(tmp_path)
-    found = measure(manifest.select(), carried_teacher(manifest), same=0.0)
+    found = measure(manifest.select(), dataset_teacher(manifest), same=0.0)
     assert {name: f["images"] for name, f in found["classes"].items()} == {"crane (0)": 8, "crane (1)": 8, "top": 8}
     assert found["near_duplicates"] == 24 - 3
     assert {name: f["rows"] for name, f in summarize(manifest)["classes"].items()} == dict.fromkeys(found["classes"], 8)
@@ -77,7 +77,7 @@ def test_classes_of_one_name_are_told_apart(tmp_path):
 def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):
     monkeypatch.setattr("stages.synth.metrics.BATCH", 3)
     manifest = Manifest.open(write_dataset(tmp_path, 24))
-    teacher, sizes = carried_teacher(manifest), []
+    teacher, sizes = dataset_teacher(manifest), []
     teacher.net.register_forward_hook(lambda net, args, out: sizes.append(len(out)))
     found = measure(manifest.select(), teacher)
     assert sizes == [3, 3, 2] * 3
@@ -86,7 +86,7 @@ def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):
 
 def test_classes_must_fit(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 6))
-    teacher = carried_teacher(manifest)
+    teacher = dataset_teacher(manifest)
     teacher.num_classes = 4
     with pytest.raises(DataError, match="has 3 classes, the teacher 4"):
         measure(manifest.select(), teacher)

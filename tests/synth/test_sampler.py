@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from stages.models.build import blank_teacher
+from stages.models.loading import untrained_teacher
+from stages.models.source import resolve
 from stages.settings import GuidanceSettings, LatentMixSettings, ModelSettings, PriorSettings
 from stages.synth.group import Group
 from stages.synth.priors.kinds import TextPrior
@@ -138,7 +139,7 @@ def test_the_loop_never_waits_for_the_device(prior_folder, scheduler):
     settings = PriorSettings(
         path=str(prior_folder), steps=6, cfg_scale=2.0, cfg_interval=(0.0, 0.5), scheduler=scheduler
     )
-    meta, teacher = TextPrior(prior_folder, settings, "meta"), blank_teacher(ModelSettings())
+    meta, teacher = TextPrior(prior_folder, settings, "meta"), untrained_teacher(resolve(ModelSettings()))
     guide, work = Guide(GuidanceSettings(updates_per_step=2), teacher, LABELS.to("meta")), Counters()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         list(denoise(meta, GROUP, 0, "meta", guide, LatentMixSettings(every=2, interval=(0, 1)), work=work))
