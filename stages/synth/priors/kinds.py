@@ -260,7 +260,7 @@ class FreePrior(DiffusionPrior):
     """No conditions at all, hence no CFG: the teacher alone decides what becomes of the noise."""
 
     def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
-        super().__init__(folder, settings.model_copy(update={"cfg": 1.0}), device)
+        super().__init__(folder, settings.model_copy(update={"cfg_scale": 1.0}), device)
 
     def load(self) -> tuple[Any, Any]:
         vae = FAMILIES[self.index["_class_name"]].vae

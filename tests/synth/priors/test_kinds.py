@@ -198,6 +198,7 @@ def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
     with torch.no_grad():
         outputs = [p.predict(p.start(z), p.encode(GROUP.prompts)).output for p in (by_default, load(folders["ddpm"]))]
     assert torch.equal(*outputs)
+    assert by_default.settings.cfg_at(0) == 1  # so that no second half is evaluated
 
 
 def test_grey_pixels_become_rgb(tmp_path):
