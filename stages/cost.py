@@ -28,11 +28,12 @@ from stages.synth import decoders
 from stages.synth.cmi import cmi
 from stages.synth.decoders import FittedDecoder, decode_with_vjp, load_decoder, sobolev_loss, trajectories, visited
 from stages.synth.group import make_group
+from stages.synth.guidance import Guidance
 from stages.synth.inversion import deepinversion
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import Prediction, State, VariationPrior
-from stages.synth.sampler import Counters, Guide, Models, guide_step
+from stages.synth.sampler import Counters, Models
 
 # Count work without doing it: FLOPs and saved activations of any call on meta tensors, which have shapes and no data.
 #
@@ -164,7 +165,6 @@ class Meter:
         group = make_group(settings, 0, names)
         self.condition = prior.encode(group.conditions(prior.conditioning)[:1])
         self.labels = torch.zeros(1, dtype=torch.long, device=META)
-        self.rng = torch.Generator()
 
     @property
     def networks(self) -> list[torch.nn.Module]:
@@ -181,20 +181,20 @@ class Meter:
     def guide(self, step: int, through: Through) -> None:
         """A guided step with one update, its prediction included."""
         settings = self.settings.guidance.model_copy(update={"gradient_at": through, "updates_per_step": 1})
-        guide_step(self.prior, self.predict(step, through), self.guidance(settings), self.rng)
+        self.guidance(settings)(self.predict(step, through))
 
     def teach(self) -> None:
         """The teacher's part of a guided step, forward and back to its input."""
         images = self.images(self.prior.image_size).requires_grad_()
-        losses = self.guidance(self.settings.guidance).losses(images, self.rng)
+        losses = self.guidance(self.settings.guidance).terms(images, torch.Generator())
         torch.autograd.grad(losses.total(self.settings.guidance), images)
 
-    def guidance(self, settings: GuidanceSettings) -> Guide:
+    def guidance(self, settings: GuidanceSettings) -> Guidance:
         if self.teacher is None:
             raise UsageError(
                 f"teacher '{self.settings.teacher.name}' is a black box and cannot guide: use --method dmkd"
             )
-        return Guide(settings, self.teacher, self.labels, self.adversary, self.decoder)
+        return Guidance(self.prior, self.teacher, self.labels, settings, adversary=self.adversary, decode=self.decoder)
 
     @torch.no_grad()
     def decode(self) -> None:

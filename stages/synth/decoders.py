@@ -27,11 +27,11 @@ from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
 from stages.settings import ALGORITHM_VERSION, GuidanceSettings, SynthSettings
 from stages.synth.group import prompt_for
+from stages.synth.guidance import Decode, Guidance
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.files import prior_identity, tiny_decoder
 from stages.synth.priors.parts import DTYPES, frozen, load_network
 from stages.synth.priors.schedule import Prior, State
-from stages.synth.sampler import Decode, Guide
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Tea
     wanted = conditions(prior, settings, teacher.class_names, 8)
     latents = draw_latents(prior, wanted, 4, seed=1)
     labels = torch.arange(len(latents), device=prior.device) % teacher.num_classes
-    guide = Guide(settings.guidance, teacher, labels)
+    guide = Guidance(prior, teacher, labels, settings.guidance)
     size, rule = min(teacher.input.size, prior.image_size), teacher.input.settings.resize
     (made, slope), (wished, slope_wished) = (guidance_gradient(d, latents, guide) for d in (decode, prior.decode))
     error = (resized(made, size, rule) - (full := resized(wished, size, rule))).square().mean() / full.var()
@@ -324,12 +324,12 @@ def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Tea
     return {"pixel_error": round(error.item(), 4), "gradient_cosine": round(cosine.item(), 4)}
 
 
-def guidance_gradient(decode: Decode, latents: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
+def guidance_gradient(decode: Decode, latents: Tensor, guide: Guidance) -> tuple[Tensor, Tensor]:
     """Images of ``latents`` and the gradient of the guidance loss in them, decoded a few at a time."""
     with torch.no_grad():
         images = torch.cat([decode(latent) for latent in latents.split(1)])
     with torch.enable_grad():
-        losses = guide.losses(images.requires_grad_(), torch.Generator())
+        losses = guide.terms(images.requires_grad_(), torch.Generator())
         (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
     return decode_with_vjp(decode, latents, cotangents)
 

@@ -141,7 +141,7 @@ class ShardWorker:
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
-        started, settings, work = time.monotonic(), self.settings, Counters()
+        started, settings, counters = time.monotonic(), self.settings, Counters()
         splits: dict[int, int] = {}
         self.models.limit_batches(None)
         record = done_record(self.storage, shard)
@@ -154,8 +154,8 @@ class ShardWorker:
                     index = shard * settings.groups_per_shard + position
                     group = make_group(settings, index, self.teacher.class_names)
                     first = position * settings.group_size * settings.images_per_trajectory
-                    images.write(self.make_group_samples(group, work, partial(make_key, shard), first))
-                    check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
+                    images.write(self.make_group_samples(group, counters, partial(make_key, shard), first))
+                    check_skipped(counters, settings, (position + 1) / settings.groups_per_shard)
                     if limit := self.teacher.batch_limit:
                         splits[index] = limit
                     if on_group:
@@ -169,37 +169,37 @@ class ShardWorker:
             "kept": record.kept,
             "bytes": record.tar_bytes,
             "seconds": round(time.monotonic() - started, 3),
-            **asdict(work),
-            **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
+            **asdict(counters),
+            **({"warnings": [skipped_line(counters, settings)]} if counters.skipped_updates else {}),
             **({"splits": splits} if splits else {}),
             **news,
         }
 
-    def make_group_samples(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
+    def make_group_samples(self, group: Group, counters: Counters, key: Key, first: int) -> list[Sample]:
         """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
-        before = asdict(work)
+        before = asdict(counters)
 
         def limit(size: int) -> None:
-            vars(work).update(before)
+            vars(counters).update(before)
             self.models.limit_batches(size)
 
         return retry_with_smaller_batches(
-            lambda: self.group_rows(group, work, key, first),
+            lambda: self.group_rows(group, counters, key, first),
             self.teacher.batch_limit or len(group.trajectories),
             limit,
             f"group {group.index} does not fit the memory, not even one trajectory at a time",
             "free memory, or try prior.dtype=fp16",
         )
 
-    def group_rows(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
+    def group_rows(self, group: Group, counters: Counters, key: Key, first: int) -> list[Sample]:
         """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
 
         ``key`` names samples by number; the group's begin at ``first``.
         """
-        frames = list(self.method(self.models, group, self.settings, work))
+        frames = list(self.method(self.models, group, self.settings, counters))
         stored = [self.stored_frame(frame, group) for frame in frames]
         made: list[list[Sample]] = [[] for _ in group.trajectories]
         for frame, own in zip(frames, stored, strict=True):
@@ -272,20 +272,21 @@ class ShardWorker:
         }
 
 
-def skipped_line(work: Counters, settings: SynthSettings) -> str:
+def skipped_line(counters: Counters, settings: SynthSettings) -> str:
     """What the guidance left out, for people."""
+    total = counters.updates * settings.group_size
     return (
-        f"{work.skipped_updates} of {work.updates * settings.group_size} guided updates were left out: their gradient "
-        f"is not finite (prior.dtype={settings.prior.dtype})"
+        f"{counters.skipped_updates} of {total} guided updates were left out: their gradient is not finite "
+        f"(prior.dtype={settings.prior.dtype})"
     )
 
 
-def check_skipped(work: Counters, settings: SynthSettings, share: float) -> None:
+def check_skipped(counters: Counters, settings: SynthSettings, share: float) -> None:
     """Raises NumericsError once more updates are left out than a whole shard may; ``share`` of it is done."""
-    if work.skipped_updates > MAX_SKIPPED * work.updates * settings.group_size / share:
+    if counters.skipped_updates > MAX_SKIPPED * counters.updates * settings.group_size / share:
         half = settings.prior.dtype == "fp16"
         remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
-        raise NumericsError(f"{skipped_line(work, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
+        raise NumericsError(f"{skipped_line(counters, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
 
 
 def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from manifests.storage import Storage
 from stages.models.source import teacher_identity
 from stages.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.group import Group
+from stages.synth.guidance import Guidance
 from stages.synth.inputs import inspect_inputs
+from stages.synth.latent_mix import LatentMix
 from stages.synth.priors.files import check_labels, prior_identity
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State
-from stages.synth.sampler import Guide, denoise
+from stages.synth.sampler import denoise
 from stages.synth.worker import ShardWorker
 from tests.synth.tiny import (
     TinyTeacher,
@@ -60,16 +62,17 @@ def load(folder, **kw):
 @pytest.mark.parametrize("name", SAVE)
 def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, scheduler):
     prior, teacher = load(folders[name], scheduler=scheduler), TinyTeacher()
-    cut = LatentMixSettings(every=2, interval=(0, 1))
+    every_second = LatentMixSettings(every=2, interval=(0, 1))
 
     def final(guide):
-        *_, frame = denoise(prior, GROUP, 0, "cpu", guide, cut)
+        cut = LatentMix(every_second, GROUP, 0, prior.timesteps, prior.latent_shape)
+        *_, frame = denoise(prior, GROUP, 0, guide=guide, mix=cut)
         assert frame.images.shape == (4, 3, 16, 16) and prior.image_size == 16 and any(frame.mixes)
         with torch.no_grad():
             return frame.images, torch.nn.functional.cross_entropy(teacher.logits(frame.images), labels).item()
 
     labels = torch.tensor(GROUP.labels)
-    guide = Guide(GuidanceSettings(step_size=0.3, bn=0.0), teacher, labels)
+    guide = Guidance(prior, teacher, labels, GuidanceSettings(step_size=0.3, bn=0.0))
     images, loss = final(guide)
     torch.manual_seed(9)  # a global generator plays no part
     assert torch.equal(images, final(guide)[0])
@@ -88,7 +91,7 @@ def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
     prior = load(folders["sdxl"], cfg_scale=2.0, negative_prompt=negative)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folders["sdxl"], add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    *_, frame = denoise(prior, GROUP, 0, "cpu")
+    *_, frame = denoise(prior, GROUP, 0)
     theirs = pipeline(
         list(GROUP.prompts),
         negative_prompt=[negative] * 4 if negative else None,

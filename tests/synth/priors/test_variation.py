@@ -18,7 +18,7 @@ from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
 from stages.settings import DdaSettings, PriorSettings, SynthSettings
-from stages.synth.dda import begin
+from stages.synth.dda import variation
 from stages.synth.group import make_group
 from stages.synth.priors.files import prior_identity
 from stages.synth.priors.kinds import load_prior
@@ -51,7 +51,7 @@ def tensors(pixels):
 
 
 def variants(prior, images, seed, **own):
-    (frame,) = denoise(prior, GROUP, seed, "cpu", **begin(prior, images, GROUP, DdaSettings(**own))(seed))
+    (frame,) = denoise(prior, GROUP, seed, **variation(prior, images, GROUP, DdaSettings(**own))(seed))
     return frame.images
 
 
@@ -74,7 +74,7 @@ def test_variants_are_those_of_the_pipeline_itself(folder, level):
     embedded = prior.embed_images(images)
     noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(3))
     condition = prior.encode_with(GROUP.prompts, embedded, noise, level)
-    (frame,) = denoise(prior, GROUP, 0, "cpu", condition=condition)
+    (frame,) = denoise(prior, GROUP, 0, condition=condition)
     theirs = pipeline(
         prior.pixels(images),
         list(GROUP.prompts),
@@ -115,7 +115,7 @@ def test_variants_follow_their_source_their_seed_and_the_noise(folder):
 
 def test_two_variants_of_a_seed_differ_in_the_noise_on_their_features(folder):
     prior, images = load(folder, cfg_scale=1.0), tensors(pictures())
-    at = begin(prior, images, GROUP, DdaSettings(noise_level=500))
+    at = variation(prior, images, GROUP, DdaSettings(noise_level=500))
     rows = [at(seed)["condition"] for seed in (5, 5, 6)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
     assert torch.equal(rows[0][:, :-16], rows[2][:, :-16]) and torch.equal(rows[0][:, -8:], rows[2][:, -8:])
