@@ -1,7 +1,7 @@
 """The denoising loop, and the methods that are nothing but it: ``diffdfkd`` and ``dmkd``."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def sample(
 
 @dataclass
 class Counters:
-    """What a group cost so far, in calls on the whole group."""
+    """What synthesis cost, in calls on a whole group."""
 
     evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
     decodes: int = 0  # of latents whose images are stored
@@ -56,6 +56,9 @@ class Counters:
     updates: int = 0  # of ẑ0: each decodes once, by guidance's decoder, and calls the teacher once
     skipped_updates: int = 0  # of single trajectories: their gradient was not finite
     teacher_calls: int = 0  # by methods that invert it, on a batch of the group each
+
+    def __add__(self, other: "Counters") -> "Counters":
+        return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
