@@ -20,14 +20,13 @@ from stages.models.teacher import Teacher
 from stages.settings import SynthSettings
 from stages.synth.cmi import cmi
 from stages.synth.dda import dda
-from stages.synth.decoders import fidelity, load_decoder
+from stages.synth.decoders import TinyDecoder, fidelity, load_decoder
 from stages.synth.group import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network
 from stages.synth.inversion import deepinversion, inverted_side
 from stages.synth.latent_mix import Mix
-from stages.synth.priors.files import tiny_decoder
 from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
 from stages.synth.scores import FINAL, SOURCE, judge, score
@@ -65,11 +64,11 @@ def load_models(settings: SynthSettings, run: Storage | None = None, planned: Pi
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
-        check_folder(planned, "prior", prior.folder, settings.prior.variant)
+        check_folder(planned, "prior", prior.source)
         check_intermediates(settings.images.intermediates, prior.timesteps)
-    if "tiny_decoder" in planned:
-        check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
+    if isinstance(decode, TinyDecoder):
+        check_folder(planned, "tiny_decoder", decode.source)
     return Models(prior, teacher, adversary, device, decode)
 
 

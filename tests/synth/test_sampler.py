@@ -8,7 +8,7 @@ from stages.settings import GuidanceSettings, LatentMixSettings, ModelSettings, 
 from stages.synth.group import Group
 from stages.synth.guidance import Guidance
 from stages.synth.latent_mix import LatentMix
-from stages.synth.priors.kinds import TextPrior
+from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import Prediction, State
 from stages.synth.sampler import Counters, denoise, intermediate_steps, sample
 from tests.synth.tiny import TinyTeacher
@@ -143,7 +143,7 @@ def test_the_loop_never_waits_for_the_device(prior_folder, scheduler):
     settings = PriorSettings(
         path=str(prior_folder), steps=6, cfg_scale=2.0, cfg_interval=(0.0, 0.5), scheduler=scheduler
     )
-    meta, teacher = TextPrior(prior_folder, settings, "meta"), blank_teacher(ModelSettings())
+    meta, teacher = load_prior(settings, "meta"), blank_teacher(ModelSettings())
     guide = Guidance(meta, teacher, LABELS.to("meta"), GuidanceSettings(updates_per_step=2))
     cut = mix(meta, LatentMixSettings(every=2, interval=(0, 1)))
     start = meta.start(torch.empty(4, *meta.latent_shape, device="meta"))

@@ -17,7 +17,7 @@ from stages.synth.group import Group
 from stages.synth.guidance import Guidance
 from stages.synth.inputs import inspect_inputs
 from stages.synth.latent_mix import LatentMix
-from stages.synth.priors.files import check_labels, prior_identity
+from stages.synth.priors.files import check_labels, locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State
 from stages.synth.sampler import denoise
@@ -80,7 +80,9 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 
 def test_identities(folders):
-    of = {name: prior_identity(PriorSettings(path=str(folder), cfg_scale=1.0)) for name, folder in folders.items()}
+    of = {
+        name: locate_prior(PriorSettings(path=str(folder), cfg_scale=1.0)).identity for name, folder in folders.items()
+    }
     assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 5 + ["class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
@@ -191,7 +193,7 @@ def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):
 
 def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
     with pytest.raises(UsageError, match=r"unconditional, so prior\.cfg_scale=2 .* leave it out"):
-        prior_identity(PriorSettings(path=str(folders["ddpm"]), cfg_scale=2.0))
+        locate_prior(PriorSettings(path=str(folders["ddpm"]), cfg_scale=2.0))
     assert PriorSettings().cfg_scale != 1
     by_default = load_prior(PriorSettings(path=str(folders["ddpm"]), steps=4), "cpu")
     assert [r.message for r in caplog.records] == [
@@ -262,7 +264,7 @@ def changed(folders, name, tmp_path, part, **values):
 )
 def test_parts_that_do_not_fit_are_refused_in_one_line(folders, tmp_path, name, part, values, message):
     settings = changed(folders, name, tmp_path, part, **values)
-    for refuse in (prior_identity, lambda s: load_prior(s, "cpu")):
+    for refuse in (locate_prior, lambda s: load_prior(s, "cpu")):
         with pytest.raises(DataError, match=message) as error:
             refuse(settings)
         assert "\n" not in str(error.value)

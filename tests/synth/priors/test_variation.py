@@ -20,7 +20,7 @@ from pipeline.synth import run_synth
 from stages.settings import DdaSettings, PriorSettings, SynthSettings
 from stages.synth.dda import variation
 from stages.synth.group import make_group
-from stages.synth.priors.files import prior_identity
+from stages.synth.priors.files import locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import denoise
@@ -168,10 +168,10 @@ def test_dda_from_end_to_end(folder, tmp_path):
 )
 def test_the_identity_covers_encoder_and_normaliser(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = prior_identity(PriorSettings(path=str(copy)))
+    before = locate_prior(PriorSettings(path=str(copy))).identity
     weights = load_file(copy / part)
     save_file({name: values + 1 for name, values in weights.items()}, copy / part)
-    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] != before["sha256"]
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 != before["sha256"]
 
 
 def refused(settings, *loaders):
@@ -185,7 +185,7 @@ def refused(settings, *loaders):
 def test_a_folder_without_its_image_encoder_is_refused_in_one_line(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "image_encoder")
-    for line in refused(PriorSettings(path=str(copy)), prior_identity, lambda s: load_prior(s, "cpu")):
+    for line in refused(PriorSettings(path=str(copy)), locate_prior, lambda s: load_prior(s, "cpu")):
         assert "missing unet/config.json or vae/config.json or image_encoder/config.json" in line
 
 
