@@ -33,7 +33,7 @@ from pipeline.synth import run_synth
 from stages.digits import write_split
 from stages.distill.checkpoint import differences
 from stages.models.source import teacher_identity
-from stages.synth.priors.files import prior_identity
+from stages.synth.priors.files import locate_prior
 from stages.synth.worker import load_models
 
 CPU = ["synth.device=cpu", "distill.device=cpu"]  # whose seconds are counted
@@ -132,7 +132,7 @@ def meaning(recipe: Recipe, synthetic: bool = True) -> dict:
     meant["teacher"] = teacher_identity(recipe.synth.teacher)["sha256"]
     if synthetic:
         meant["synth"] = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
-        meant["synth"]["prior"]["path"] = prior_identity(recipe.synth.prior)["sha256"]
+        meant["synth"]["prior"]["path"] = locate_prior(recipe.synth.prior).sha256
     return meant
 
 

@@ -32,8 +32,9 @@ from pipeline.recipe import resolve
 from stages.settings import SynthSettings
 from stages.synth import images as image_writer
 from stages.synth.group import Group, make_group
+from stages.synth.guidance import Guidance
 from stages.synth.priors.schedule import State
-from stages.synth.sampler import Counters, Guide, Models, diffdfkd, dmkd
+from stages.synth.sampler import Counters, Models, diffdfkd, dmkd
 from stages.synth.worker import ShardWorker, load_models
 
 EVERY = "guidance.interval=[0.0,1.0]"
@@ -64,12 +65,12 @@ def published(models: Models, group: Group, chosen: SynthSettings, images: int) 
     prior, noise = models.prior, group.noise(chosen.seed, models.prior.latent_shape).to(models.device)
     labels = torch.tensor(group.labels, device=models.device)
     for i in range(images):
-        guide = Guide(chosen.guidance, models.teacher, labels[i : i + 1])
+        guide = Guidance(prior, models.teacher, labels[i : i + 1], chosen.guidance)
         condition = prior.encode(group.conditions(prior.conditioning)[i : i + 1])
         state = prior.start(noise[i : i + 1])
         for step in range(len(prior.timesteps)):
             state.z.requires_grad_()
-            losses = guide.losses(prior.decode(prior.predict(state, condition).z0), torch.Generator())
+            losses = guide.terms(prior.decode(prior.predict(state, condition).z0), torch.Generator())
             (gradient,) = torch.autograd.grad(losses.total(chosen.guidance), state.z)
             moved = State((state.z - chosen.guidance.step_size * gradient).detach().requires_grad_(), step)
             state = prior.step(prior.predict(moved, condition).detached())

@@ -46,7 +46,7 @@ def sampled(prior, prompts: list[str], seed: int) -> Tensor:
     for start in range(0, len(prompts), BATCH):
         some = tuple(prompts[start : start + BATCH])
         numbers = tuple(range(start, start + len(some)))
-        *_, frame = denoise(prior, Group(start // BATCH, numbers, (0,) * len(some), some), seed, "cpu")
+        *_, frame = denoise(prior, Group(start // BATCH, numbers, (0,) * len(some), some), seed)
         parts.append(frame.images.clamp(-1, 1))
     return torch.cat(parts)
 

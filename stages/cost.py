@@ -26,17 +26,18 @@ from stages.models.inputs import InputSpec
 from stages.models.loading import untrained_teacher
 from stages.models.source import ModelSource
 from stages.models.teacher import Teacher
-from stages.settings import DistillSettings, LossSettings, SynthSettings
+from stages.settings import DistillSettings, GuidanceSettings, LossSettings, SynthSettings
 from stages.synth import decoders
 from stages.synth.cmi import cmi
 from stages.synth.decoders import FittedDecoder, load_decoder, sobolev_loss, trajectories, visited
 from stages.synth.group import make_group
+from stages.synth.guidance import Guidance
 from stages.synth.inputs import model_sources
 from stages.synth.inversion import deepinversion
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State, VariationPrior
-from stages.synth.sampler import Counters, Guide, Models, guide_step
+from stages.synth.sampler import Counters, Models
 
 META = torch.device("meta")
 
@@ -180,7 +181,11 @@ def _sampling_cost(
     condition = prior.encode(make_group(settings, 0, class_names).conditions(prior.conditioning)[:1])
     decoder = load_decoder(prior, settings, teacher) if settings.guides and teacher else None
     label = torch.zeros(1, dtype=torch.long, device=META)
-    guide = Guide(guidance, teacher, label, adversary, decoder) if teacher else None
+
+    def guide_by(settings: GuidanceSettings) -> Guidance:
+        assert teacher is not None
+        return Guidance(prior, teacher, label, settings, adversary=adversary, decode=decoder)
+
     latents = torch.empty(1, *prior.latent_shape, device=META)
     images = torch.empty(1, 3, prior.image_size, prior.image_size, device=META)
     rng = torch.Generator()
@@ -191,22 +196,20 @@ def _sampling_cost(
         return prior.predict(State(z, step), condition).z0
 
     def guided_step(step: int) -> None:
-        assert guide is not None
         through = guidance.gradient_at == "xt"
         with torch.set_grad_enabled(through):
             prediction = prior.predict(State(latents.detach().requires_grad_(through), step), condition)
-        once = replace(guide, settings=guidance.model_copy(update={"updates_per_step": 1}))
-        guide_step(prior, prediction, once, rng)
+        guide_by(guidance.model_copy(update={"updates_per_step": 1}))(prediction)
 
     times = settings.dda.variants if settings.method == "dda" else 1
     denoiser = decode = teach = saved = 0
     for step, count, guided in step_kinds(settings, isinstance(prior, VariationPrior)):
         forward = flops(partial(predict, step, latents))
         denoiser += times * count * forward
-        if guided and guide:
+        if guided and teacher:
             updates = times * count * guidance.updates_per_step
             decode += updates * vjp_flops(decoder or prior.decode, latents)
-            teach += updates * vjp_flops(lambda x: guide.losses(x, rng).total(guidance), images)
+            teach += updates * vjp_flops(lambda x: guide_by(guidance).terms(x, rng).total(guidance), images)
             if guidance.gradient_at == "xt":
                 denoiser += times * count * (vjp_flops(partial(predict, step), latents) - forward)
             saved = max(saved, saved_bytes(partial(guided_step, step), networks))

@@ -170,8 +170,9 @@ def seeded(build: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
 class Inversion:
     """Makes the images of one group: head and bank live as long as it."""
 
-    def __init__(self, models: Models, group: Group, settings: SynthSettings, work: Counters) -> None:
-        self.models, self.group, self.settings, self.own, self.work = models, group, settings, settings.cmi, work
+    def __init__(self, models: Models, group: Group, settings: SynthSettings, counters: Counters) -> None:
+        self.models, self.group, self.settings, self.own = models, group, settings, settings.cmi
+        self.counters = counters
         self.side = inverted_side(models.teacher, settings.images.size)
         self.bank: list[Tensor] = []  # embeddings of the batches so far
         if self.own.cr:
@@ -226,7 +227,7 @@ class Inversion:
             adam.step()
             if own.cr:
                 self.head_adam.step()
-            self.work.teacher_calls += 2 if own.cr else 1
+            self.counters.teacher_calls += 2 if own.cr else 1
         images = best.checked(self.group)
         if own.cr:
             with torch.no_grad():
@@ -248,6 +249,6 @@ class Inversion:
         return info_nce(q, k, bank[0], self.own.temperature)
 
 
-def cmi(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+def cmi(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
     """The images of a group, each from its own latent."""
-    yield Inversion(models, group, settings, work).frame()
+    yield Inversion(models, group, settings, counters).frame()

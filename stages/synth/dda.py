@@ -8,7 +8,6 @@ Image-to-image is the substitute that any other prior allows. Its self-supervise
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stages.seeds import derive
@@ -16,37 +15,40 @@ from stages.settings import DdaSettings, SynthSettings
 from stages.synth.cmi import Inversion
 from stages.synth.group import Group
 from stages.synth.priors.schedule import Prior, VariationPrior
-from stages.synth.sampler import Counters, DecodedGroup, Guide, Models, denoise
+from stages.synth.sampler import Counters, DecodedGroup, Models, denoise
 
 
-def dda(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+def dda(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
     """F_syn by inversion (equation 5), G_k = Diff(F_syn, n_k) (6); the worker keeps cos(G_k, F_syn) > ω (8)."""
-    own, prior = settings.dda, models.prior
+    prior = models.prior
     assert prior is not None
-    inversion = Inversion(models, group, settings, work)
+    inversion = Inversion(models, group, settings, counters)
     source = inversion.frame()
     yield source
-    beginning = begin(prior, source.images, group, own)
-    labels = torch.tensor(group.labels, device=models.device)
-    guide = Guide(settings.guidance, models.teacher, labels, models.adversary, models.decode) if own.guided else None
-    for variant in range(own.variants):
+    origin = variation(prior, source.images, group, settings.dda)
+    for variant in range(settings.dda.variants):
         seed = derive(settings.seed, "variant", variant)
-        (made,) = denoise(prior, group, seed, models.device, guide, None, 0, work, **beginning(seed))
+        guide = models.guidance(group, settings, seed) if settings.dda.guided else None
+        (made,) = denoise(prior, group, seed, guide=guide, counters=counters, **origin(seed))
         made.source = 0
-        made.embed = inversion.embed if own.space == "contrastive" else None
+        made.embed = inversion.embed if settings.dda.space == "contrastive" else None
         yield made
 
 
-def begin(prior: Prior, images: Tensor, group: Group, own: DdaSettings) -> Callable[[int], dict[str, Any]]:
-    """What denoising with a seed takes of the source ``images``: a condition on their features, with noise of that
-    seed; or their latents and the step to start from."""
-    if not isinstance(prior, VariationPrior):
-        origin, first = prior.encode_images(images), own.first_step(len(prior.timesteps), False)
-        return lambda seed: {"origin": origin, "first": first}
-    conditions, embedded = group.conditions(prior.conditioning), prior.embed_images(images)
+def variation(prior: Prior, images: Tensor, group: Group, settings: DdaSettings) -> Callable[[int], dict[str, Any]]:
+    """What :func:`denoise` is given, by seed, to vary ``images``: a condition on their features with noise of that
+    seed, or their latents with noise added as the start."""
+    if isinstance(prior, VariationPrior):
+        conditions, embedded = group.conditions(prior.conditioning), prior.embed_images(images)
 
-    def varied(seed: int) -> dict[str, Any]:
-        noise = group.noise(derive(seed, "embedding"), embedded.shape[1:]).to(embedded)
-        return {"condition": prior.encode_with(conditions, embedded, noise, own.noise_level)}
+        def condition(seed: int) -> dict[str, Any]:
+            noise = group.noise(derive(seed, "embedding"), embedded.shape[1:]).to(embedded)
+            return {"condition": prior.encode_with(conditions, embedded, noise, settings.noise_level)}
 
-    return varied
+        return condition
+    latents, first = prior.encode_images(images), settings.first_step(len(prior.timesteps), False)
+
+    def start(seed: int) -> dict[str, Any]:
+        return {"start": prior.noised(latents, group.noise(seed, prior.latent_shape).to(latents), first)}
+
+    return start

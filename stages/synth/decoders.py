@@ -1,7 +1,8 @@
-"""What guidance sees ẑ0 through: the prior's own decoder, a tiny autoencoder, or a small map fitted to the decoder.
+"""What guidance decodes ẑ0 with: the prior's own decoder, a tiny autoencoder, or a small network fitted to the decoder.
 
-The prior draws the latents itself; the map learns what they decode to and, since guidance needs nothing else, how a
-change of the image is pulled back to the latent (Sobolev training: Czarnecki et al. 2017, equation 1).
+Images that are stored never pass here. For the fitted decoder the prior draws the latents itself; the network learns
+what they decode to and, since guidance needs nothing else, how a change of the image is pulled back to the latent
+(Sobolev training: Czarnecki et al. 2017, equation 1).
 """
 
 import hashlib
@@ -27,14 +28,13 @@ from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
 from stages.settings import ALGORITHM_VERSION, GuidanceSettings, SynthSettings
 from stages.synth.group import prompt_for
+from stages.synth.guidance import Decode, Guidance
 from stages.synth.priors.diffusion import DiffusionPrior
-from stages.synth.priors.files import prior_identity, tiny_decoder
+from stages.synth.priors.files import locate_tiny_decoder
 from stages.synth.priors.parts import DTYPES, frozen, load_network
 from stages.synth.priors.schedule import Prior, State
-from stages.synth.sampler import Decode, Guide
 
 log = logging.getLogger(__name__)
-
 
 WIDTH, DEPTH = 32, 3
 ROWS = 512  # of latent cells: 64 trajectories of 8 × 8 latents, never fewer than 16
@@ -42,6 +42,93 @@ VISITS = 4  # noise levels of each trajectory at which latents are drawn
 NOISY = 2  # noisy copies of each latent: guidance moves latents off the prior's own paths
 STEPS, BATCH, RATE = 700, 16, 5e-3  # at 1.2e-2 the fit to natural32 diverges
 AT_ONCE = 4096  # latent cells decoded with gradients at once: one latent of Stable Diffusion
+POOR = 0.5
+"""Below this cosine a decoder's gradient is hardly the full decoder's: worth a warning."""
+
+
+def load_decoder(
+    prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None = None
+) -> Decode | None:
+    """The decoder that ``settings`` ask for, None for the prior's own. A fitted one is shared by way of ``run``.
+
+    Raises UsageError where a tiny one is asked for and the prior works on pixels.
+    """
+    kind = settings.guidance.decoder
+    if kind == "tiny":
+        if prior.vae is None:
+            raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace")
+        return TinyDecoder(prior, settings.guidance)
+    if kind == "full" or prior.vae is None:  # a prior of pixels is guided on its pixels
+        return None
+    size = min(teacher.input.size, prior.image_size)
+    return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
+
+
+def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
+    """How well ``decode`` stands in for the prior's own decoder, on latents that neither was fitted to.
+
+    ``pixel_error``: share of the pixels' variance at the teacher's size that is lost; ``gradient_cosine``: of the
+    guidance gradients of both, through this teacher, mean over latents.
+    """
+    latents = draw_latents(prior, conditions(prior, settings, teacher.class_names, 8), 4, seed=1)
+    labels = torch.arange(len(latents), device=prior.device) % teacher.num_classes
+    guide = Guidance(prior, teacher, labels, settings.guidance)
+    size, rule = min(teacher.input.size, prior.image_size), teacher.input.settings.resize
+    (images, gradients), (full, full_gradients) = (guidance_gradient(d, latents, guide) for d in (decode, prior.decode))
+    target = resized(full, size, rule)
+    error = (resized(images, size, rule) - target).square().mean() / target.var()
+    cosine = F.cosine_similarity(gradients.flatten(1), full_gradients.flatten(1)).mean()
+    if not cosine >= POOR:  # NaN neither
+        kind = settings.guidance.decoder
+        log.warning("guidance.decoder=%s: its gradients have a cosine of %.2f with the full decoder's", kind, cosine)
+    return {"pixel_error": round(error.item(), 4), "gradient_cosine": round(cosine.item(), 4)}
+
+
+def guidance_gradient(decode: Decode, latents: Tensor, guide: Guidance) -> tuple[Tensor, Tensor]:
+    """Images of ``latents`` and the gradient of the guidance loss in them, decoded a few at a time."""
+    with torch.no_grad():
+        images = torch.cat([decode(latent) for latent in latents.split(1)])
+    with torch.enable_grad():
+        losses = guide.terms(images.requires_grad_(), torch.Generator())
+        (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
+    return decode_with_vjp(decode, latents, cotangents)
+
+
+class TinyDecoder:
+    """An ``AutoencoderTiny`` (TAESD) in the prior's dtype: a few convolutions that imitate the prior's VAE.
+
+    It takes latents as the denoiser knows them (scaled). Raises DataError where it is damaged or of another prior.
+    """
+
+    def __init__(self, prior: DiffusionPrior, settings: GuidanceSettings) -> None:
+        self.source = locate_tiny_decoder(settings.tiny_decoder, prior.source)
+        folder = self.source.folder
+        self.prior, self.dtype = prior, DTYPES[prior.settings.dtype]
+        try:
+            loaded: Any = load_network(AutoencoderTiny, folder, self.dtype, prior.device)
+        except DataError:
+            raise
+        except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
+            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"tiny decoder {folder} cannot be loaded: {detail}") from error
+        self.network = frozen(loaded, prior.device)
+        channels, expected = self.network.config.latent_channels, prior.latent_shape[0]
+        if channels != expected:
+            raise DataError(f"tiny decoder {folder} takes {channels} channels, the prior's latents have {expected}")
+        with torch.no_grad():
+            side = self(torch.zeros(1, *prior.latent_shape, device=prior.device)).shape[-1]
+        if side != prior.image_size:
+            raise DataError(
+                f"tiny decoder {folder} makes {side} pixels, the prior {prior.image_size}: not of this prior"
+            )
+
+    def __call__(self, z0: Tensor) -> Tensor:
+        images: Tensor = in_micro_batches(self._decode, self.prior.batch_limit, z0.to(self.dtype)).float()
+        return images
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.network.decode(latents).sample
+        return images
 
 
 class FittedDecoder(nn.Module):
@@ -82,35 +169,35 @@ def visited(prior: Prior, visit: int, visits: int) -> int:
 
 
 @torch.no_grad()
-def draw_latents(prior: Prior, wanted: Sequence[str], visits: int, seed: int) -> Tensor:
+def draw_latents(prior: Prior, prompts: Sequence[str], visits: int, seed: int) -> Tensor:
     """Clean latents ``[visits · n, c, h, w]`` that the prior predicts for ``n`` conditions, without guidance.
 
     From pure noise to almost none in ``visits`` steps with fresh noise between them (DDIM with η = 1), whatever the
     prior's scheduler: each visited noise level yields latents as guidance meets them there.
     """
-    condition = prior.encode(wanted)
-    found: list[Tensor] = []
+    condition = prior.encode(prompts)
+    latents: list[Tensor] = []
     for visit in range(visits):
         step = visited(prior, visit, visits)
-        noise = torch.randn(len(wanted), *prior.latent_shape, generator=torch_rng(seed, "decoder", visit))
+        noise = torch.randn(len(prompts), *prior.latent_shape, generator=torch_rng(seed, "decoder", visit))
         noise = noise.to(prior.device)
         alpha, sigma = prior.levels(step)
-        state = State(alpha * found[-1] + sigma * noise, step) if found else prior.start(noise)
-        found.append(prior.predict(state, condition).z0)
-    return torch.cat(found)
+        state = State(alpha * latents[-1] + sigma * noise, step) if latents else prior.start(noise)
+        latents.append(prior.predict(state, condition).z0)
+    return torch.cat(latents)
 
 
 def decode_with_vjp(decode: Decode, latents: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Images of ``latents [n, c, h, w]``, and ``cotangents`` (shaped as the images) times the decoder's Jacobian."""
+    """Images x = D(z) of ``latents [n, c, h, w]`` and vᵀ ∂D/∂z for ``cotangents`` v, shaped as the images."""
     images, gradients = [], []
     count = max(1, AT_ONCE // latents[0, 0].numel())
-    for part, cotangent in zip(latents.split(count), cotangents.split(count), strict=True):
+    for part, v in zip(latents.split(count), cotangents.split(count), strict=True):
         with torch.enable_grad():
-            source = part.detach().requires_grad_()
-            image = decode(source)
-            (gradient,) = torch.autograd.grad(image, source, cotangent)
-        images.append(image.detach())
-        gradients.append(gradient)
+            z = part.detach().requires_grad_()
+            x = decode(z)
+            (vjp,) = torch.autograd.grad(x, z, v)
+        images.append(x.detach())
+        gradients.append(vjp)
     return torch.cat(images), torch.cat(gradients)
 
 
@@ -124,23 +211,23 @@ def sobolev_loss(
     scale: float | Tensor = 1.0,
     slope: float | Tensor = 1.0,
 ) -> Tensor:
-    """Mean squared error of ``net``'s images over ``scale``, plus that of what it pulls back over ``slope``: a scalar.
+    """‖f(z) − x‖² / scale + ‖vᵀ ∂f/∂z − g‖² / slope, means over all elements: a scalar.
 
-    Tensors are what :func:`decode_with_vjp` takes and gives.
+    f: ``net``; z: ``latents``; v: ``cotangents``; x and g: what :func:`decode_with_vjp` makes of z and v.
     """
-    source = latents.detach().requires_grad_()
-    made = net(source)
-    (gradient,) = torch.autograd.grad(made, source, cotangents, create_graph=True)
-    return F.mse_loss(made, images) / scale + F.mse_loss(gradient, gradients) / slope
+    z = latents.detach().requires_grad_()
+    x = net(z)
+    (vjp,) = torch.autograd.grad(x, z, cotangents, create_graph=True)
+    return F.mse_loss(x, images) / scale + F.mse_loss(vjp, gradients) / slope
 
 
-def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
-    """A map to ``size`` pixels (shrunk by ``rule``), a pure function of the arguments up to hardware and threads.
+def fit(prior: DiffusionPrior, prompts: Sequence[str], size: int, rule: str) -> FittedDecoder:
+    """A decoder of ``size`` pixels (shrunk by ``rule``), a pure function of the arguments up to hardware and threads.
 
     Raises DataError where the prior's own decoder gives NaN, NumericsError where the fit diverges.
     """
     channels, side, _ = prior.latent_shape
-    latents = draw_latents(prior, wanted, VISITS, seed=0)
+    latents = draw_latents(prior, prompts, VISITS, seed=0)
     rng = torch_rng(0, "decoder", "fit")
     copies = latents.repeat(NOISY, 1, 1, 1)
     noise = torch.rand(len(copies), 1, 1, 1, generator=rng) * torch.randn(copies.shape, generator=rng)
@@ -168,7 +255,7 @@ def fit(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> F
     return net
 
 
-def fitting(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) -> FittedDecoder:
+def fit_in_memory(prior: DiffusionPrior, prompts: Sequence[str], size: int, rule: str) -> FittedDecoder:
     """:func:`fit`; the prior sees fewer latents at once where they do not fit the memory.
 
     Raises FactoryError where one is too many.
@@ -178,8 +265,8 @@ def fitting(prior: DiffusionPrior, wanted: Sequence[str], size: int, rule: str) 
         prior.batch_limit = count
 
     return retry_with_smaller_batches(
-        lambda: fit(prior, wanted, size, rule),
-        len(wanted),
+        lambda: fit(prior, prompts, size, rule),
+        len(prompts),
         limit,
         f"prior {prior.folder}: the gradients of its decoder, to which guidance fits one, do not fit the memory",
         "set guidance.decoder=tiny, or free memory",
@@ -199,75 +286,79 @@ def fitted_decoder(
     rule: str,
     run: Storage | None = None,
 ) -> FittedDecoder:
-    """The map for this prior and size: from the folder of the ``run``, else from this machine's cache, else fitted now.
+    """The decoder for this prior and size: from the folder of the ``run``, else from this machine's cache, else fitted.
 
-    The first worker to finish leaves its weights in the run's folder; every worker, on any machine, takes those.
-    On the device ``meta`` it has shapes and no weights. Raises DataError for damaged weights.
+    The first worker to finish leaves its weights in the run's folder; every worker, on any machine and device, takes
+    those. The cache also tells devices and threads apart, on which the weights depend: a run that begins on this
+    machine is a function of its settings. On the device ``meta`` it has shapes and no weights. Raises DataError for
+    damaged weights.
     """
     channels, side, _ = prior.latent_shape
     with torch.device(prior.device):
         net = FittedDecoder(channels, side, size, rule).requires_grad_(False)
     if prior.device == "meta":
         return net
-    wanted = conditions(prior, settings, class_names, trajectories(side))
-    meant = {
+    prompts = conditions(prior, settings, class_names, trajectories(side))
+    identity = {
         "version": ALGORITHM_VERSION,
-        "prior": [prior_identity(settings.prior)["sha256"], settings.prior.model_dump(mode="json", exclude={"path"})],
-        "conditions": wanted,
+        "prior": [prior.source.sha256, settings.prior.model_dump(mode="json", exclude={"path"})],
+        "conditions": prompts,
         "images": [size, rule],
-        "machine": [torch.get_num_threads(), prior.device.split(":")[0]],
     }
-    name = f"decoder/{hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
-    places = [run, Storage(cache_folder())] if run else [Storage(cache_folder())]
+    machine = {"machine": [torch.get_num_threads(), prior.device.split(":")[0]]}
+    shared, local = file_name(identity), file_name(identity | machine)
 
     def make() -> bytes:
         log.warning("guidance fits a decoder of %d pixels to this prior, once: later runs find it", size)
-        return safetensors.torch.save({k: v.cpu() for k, v in fitting(prior, wanted, size, rule).state_dict().items()})
+        state = fit_in_memory(prior, prompts, size, rule).state_dict()
+        return safetensors.torch.save({name: weight.cpu() for name, weight in state.items()})
 
     def load(data: bytes, where: str) -> None:
         fill(net, parse_weights(data, where), where)
         if not finite(net):
             raise DataError(f"{where} holds weights that are not finite")
 
-    data = shared(places, name, make, load)
-    load(data, places[0].path(name))
+    cache = Storage(cache_folder())
+    if run is None:
+        data, where = cached(cache, local, make, load), cache.path(local)
+    else:
+        data, where = published(run, shared, lambda: cached(cache, local, make, load)), run.path(shared)
+    load(data, where)
     net.sha256 = hashlib.sha256(data).hexdigest()
     return net
 
 
-def shared(
-    places: Sequence[Storage], name: str, make: Callable[[], bytes], check: Callable[[bytes, str], None]
-) -> bytes:
-    """The file ``name`` of the first of ``places`` that has it, else what ``make`` returns; left in all of them.
+def file_name(identity: dict[str, Any]) -> str:
+    return f"decoder/{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
 
-    Who comes first decides: its bytes are what everybody gets, also those who made their own meanwhile. The last place
-    is the cache: what ``check(data, where)`` refuses there, with a DataError, is dropped.
+
+def published(run: Storage, name: str, make: Callable[[], bytes]) -> bytes:
+    """The file ``name`` of the run's folder, else what ``make`` returns, left there.
+
+    Who comes first decides: its bytes are what everybody gets, also those who made their own meanwhile.
     """
-    *others, cache = places
-    found = next((place.read(name) for place in others if place.exists(name)), None)
-    data = found or cached(cache, name, check) or make()
-    for place in places:
+    if not run.exists(name):
+        run.create(name, make())
+    return run.read(name)
+
+
+def cached(cache: Storage, name: str, make: Callable[[], bytes], check: Callable[[bytes, str], None]) -> bytes:
+    """The file ``name`` of the cache, else what ``make`` returns, left there where that is possible. A file that
+    ``check(data, where)`` refuses with a DataError is made again, with a line."""
+    if cache.exists(name):
         try:
-            place.create(name, data)
-        except FactoryError as error:
-            if place is not cache:
-                raise
-            log.warning("the fitted decoder is not kept for the next run: %s", error)
-    return places[0].read(name) if places[0].exists(name) else data
-
-
-def cached(cache: Storage, name: str, check: Callable[[bytes, str], None]) -> bytes | None:
-    """The file ``name`` if it is there and sound; a damaged one is deleted, with a line."""
-    if not cache.exists(name):
-        return None
+            data = cache.read(name)
+            check(data, cache.path(name))
+            return data
+        except DataError as error:
+            log.warning("%s: dropped, a decoder is fitted again", error)
+            with suppress(FactoryError):
+                cache.delete(name)
+    data = make()
     try:
-        data = cache.read(name)
-        check(data, cache.path(name))
-    except DataError as error:
-        log.warning("%s: dropped, a decoder is fitted again", error)
-        with suppress(FactoryError):
-            cache.delete(name)
-        return None
+        cache.create(name, data)
+    except FactoryError as error:
+        log.warning("the fitted decoder is not kept for the next run: %s", error)
     return data
 
 
@@ -275,96 +366,3 @@ def cache_folder() -> str:
     """``FACTORY_CACHE``, else ``dfkd-factory`` in the user's cache folder (``XDG_CACHE_HOME``, ``~/.cache``)."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("FACTORY_CACHE") or os.path.join(home, "dfkd-factory")
-
-
-# Through what guidance sees ẑ0: the prior's own decoder, a tiny autoencoder, or a map that the factory fits itself.
-#
-# Images that are stored never pass here.
-
-
-POOR = 0.5
-"""Below this cosine a decoder's gradient is hardly the full decoder's: worth a warning."""
-
-
-def load_decoder(
-    prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None = None
-) -> Decode | None:
-    """The decoder that ``settings`` ask for, None for the prior's own. A fitted one is shared by way of ``run``.
-
-    Raises UsageError where a tiny one is asked for and the prior works on pixels.
-    """
-    kind = settings.guidance.decoder
-    if kind == "tiny":
-        if prior.vae is None:
-            raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace")
-        return TinyDecoder(prior, settings.guidance)
-    if kind == "full" or prior.vae is None:  # a prior of pixels is guided on its pixels
-        return None
-    size = min(teacher.input.size, prior.image_size)
-    return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
-
-
-def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
-    """How well ``decode`` stands in for the prior's own decoder, on latents that neither was fitted to.
-
-    ``pixel_error``: share of the pixels' variance at the teacher's size that is lost; ``gradient_cosine``: of the
-    guidance gradients of both, through this teacher, mean over latents.
-    """
-    wanted = conditions(prior, settings, teacher.class_names, 8)
-    latents = draw_latents(prior, wanted, 4, seed=1)
-    labels = torch.arange(len(latents), device=prior.device) % teacher.num_classes
-    guide = Guide(settings.guidance, teacher, labels)
-    size, rule = min(teacher.input.size, prior.image_size), teacher.input.settings.resize
-    (made, slope), (wished, slope_wished) = (guidance_gradient(d, latents, guide) for d in (decode, prior.decode))
-    error = (resized(made, size, rule) - (full := resized(wished, size, rule))).square().mean() / full.var()
-    cosine = F.cosine_similarity(slope.flatten(1), slope_wished.flatten(1)).mean()
-    if not cosine >= POOR:  # NaN neither
-        kind = settings.guidance.decoder
-        log.warning("guidance.decoder=%s: its gradients have a cosine of %.2f with the full decoder's", kind, cosine)
-    return {"pixel_error": round(error.item(), 4), "gradient_cosine": round(cosine.item(), 4)}
-
-
-def guidance_gradient(decode: Decode, latents: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
-    """Images of ``latents`` and the gradient of the guidance loss in them, decoded a few at a time."""
-    with torch.no_grad():
-        images = torch.cat([decode(latent) for latent in latents.split(1)])
-    with torch.enable_grad():
-        losses = guide.losses(images.requires_grad_(), torch.Generator())
-        (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
-    return decode_with_vjp(decode, latents, cotangents)
-
-
-class TinyDecoder:
-    """An ``AutoencoderTiny`` (TAESD) in the prior's dtype: a few convolutions that imitate the prior's VAE.
-
-    It takes latents as the denoiser knows them (scaled). Raises DataError where it is damaged or of another prior.
-    """
-
-    def __init__(self, prior: DiffusionPrior, settings: GuidanceSettings) -> None:
-        folder = tiny_decoder(prior.settings, settings.tiny_decoder)
-        self.prior, self.dtype = prior, DTYPES[prior.settings.dtype]
-        try:
-            loaded: Any = load_network(AutoencoderTiny, folder, self.dtype, prior.device)
-        except DataError:
-            raise
-        except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
-            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"tiny decoder {folder} cannot be loaded: {detail}") from error
-        self.network = frozen(loaded, prior.device)
-        channels, wanted = self.network.config.latent_channels, prior.latent_shape[0]
-        if channels != wanted:
-            raise DataError(f"tiny decoder {folder} takes {channels} channels, the prior's latents have {wanted}")
-        with torch.no_grad():
-            side = self(torch.zeros(1, *prior.latent_shape, device=prior.device)).shape[-1]
-        if side != prior.image_size:
-            raise DataError(
-                f"tiny decoder {folder} makes {side} pixels, the prior {prior.image_size}: not of this prior"
-            )
-
-    def __call__(self, z0: Tensor) -> Tensor:
-        images: Tensor = in_micro_batches(self._decode, self.prior.batch_limit, z0.to(self.dtype)).float()
-        return images
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.network.decode(latents).sample
-        return images

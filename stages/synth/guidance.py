@@ -1,7 +1,7 @@
 """Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalized update of ẑ0 (equation 10)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,81 @@ from torch import Tensor
 
 from stages.models.teacher import Teacher, mean_and_variance
 from stages.settings import GuidanceSettings
+from stages.synth.priors.schedule import Prediction, Prior
 
 EPS = 1e-12
 DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on
-CROP = 0.75  # least side of a second view
+CROP = 0.75  # smallest side of a second view
+
+Decode = Callable[[Tensor], Tensor]
+"""Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
+
+
+class Guidance:
+    """Moves ẑ0 of ``n`` trajectories against the gradient of the guidance loss (equation 10): called with a prediction
+    of ``prior`` at a step where it is :meth:`active`, it returns the moved prediction.
+
+    ``labels [n]`` are the target classes, ``adversary`` is a frozen student or None, ``decode`` stands in for the
+    prior's own decoder, ``rng`` gives the generator of a step's random views.
+
+    Its record: ``losses`` of the last guided step (before its last update), the number of guided ``steps``, and for
+    each trajectory how many updates were ``skipped [n]``, because their gradient was not finite (half precision
+    overflows).
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        teacher: Teacher,
+        labels: Tensor,
+        settings: GuidanceSettings,
+        *,
+        adversary: Teacher | None = None,
+        decode: Decode | None = None,
+        rng: Callable[[int], torch.Generator] = lambda step: torch.Generator(),
+    ) -> None:
+        self.prior, self.teacher, self.adversary, self.labels = prior, teacher, adversary, labels
+        self.settings, self.decode, self.rng = settings, decode or prior.decode, rng
+        self.losses: Losses | None = None
+        self.steps = 0
+        self.skipped = torch.zeros(len(labels), dtype=torch.int16, device=labels.device)
+
+    def active(self, step: int) -> bool:
+        """Whether step ``step`` of the prior's schedule is guided."""
+        return self.settings.at(step, len(self.prior.timesteps))
+
+    def differentiates_denoiser(self, step: int) -> bool:
+        """Whether the prediction of ``step`` must carry the graph from z_t to ẑ0."""
+        return self.settings.gradient_at == "xt" and self.active(step)
+
+    def __call__(self, x: Prediction) -> Prediction:
+        rng = self.rng(x.step)
+        for _ in range(self.settings.updates_per_step):
+            x = self.update(x, rng)
+        self.steps += 1
+        return x
+
+    def update(self, x: Prediction, rng: torch.Generator) -> Prediction:
+        """One update of ẑ0, and of z_t with it: eps is kept. ``gradient_at: x0`` differentiates decoder and teacher
+        alone, ``xt`` the denoiser too."""
+        settings, (alpha, sigma) = self.settings, self.prior.levels(x.step)
+        with torch.enable_grad():
+            source = x.z if settings.gradient_at == "xt" else x.z0.detach().requires_grad_()
+            losses = self.terms(self.decode(x.z0 if settings.gradient_at == "xt" else source), rng)
+            (gradient,) = torch.autograd.grad(losses.total(settings), source)
+        finite = gradient.isfinite().flatten(1).all(1)
+        delta = update(gradient, alpha, sigma, settings).where(finite.view(-1, 1, 1, 1), 0)
+        if settings.gradient_at == "xt" and settings.normalize == "none":
+            delta = delta / alpha  # equation 10 moves z_t itself, while ``move`` counts in ẑ0
+        self.losses, self.skipped = losses.detached(), self.skipped + ~finite
+        return self.prior.move(x.detached(), delta)
+
+    def terms(self, images: Tensor, rng: torch.Generator) -> "Losses":
+        """The terms of the loss for images ``[n, 3, h, w]`` in [−1, 1], seen through random views."""
+        bn = self.settings.bn > 0 and self.teacher.has_batchnorm
+        moved = shifted(images, self.settings.jitter, rng)
+        other = cropped(moved, rng) if two_views(self.settings, self.teacher) else None
+        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other)
 
 
 def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
@@ -72,8 +143,8 @@ class Losses:
     inconsistency: Tensor | None = None
 
     def detached(self) -> "Losses":
-        apart = None if self.inconsistency is None else self.inconsistency.detach()
-        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach(), apart)
+        inconsistency = None if self.inconsistency is None else self.inconsistency.detach()
+        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach(), inconsistency)
 
     def total(self, settings: GuidanceSettings) -> Tensor:
         """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i + Σ_i w_con·JS_i: sums, so that a sample's gradient does not
@@ -87,7 +158,7 @@ class Losses:
 
 
 def two_views(settings: GuidanceSettings, teacher: Teacher) -> bool:
-    """Whether the teacher is asked about a second view: as set, else where it has no BatchNorm statistics to match."""
+    """Whether the teacher sees a second view: as set, else where it has no BatchNorm statistics to match."""
     return not teacher.has_batchnorm if settings.consistency is None else settings.consistency > 0
 
 
@@ -109,12 +180,12 @@ def teacher_losses(
     else:
         logits = teacher.logits(images)
         statistics = logits.new_zeros(())
-    against = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
+    adversarial = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
     ce = class_prior(logits, labels)
     if other is None:
-        return Losses(ce, against, statistics)
-    again = teacher.logits(other)
-    return Losses((ce + class_prior(again, labels)) / 2, against, statistics, inconsistency(logits, again))
+        return Losses(ce, adversarial, statistics)
+    others = teacher.logits(other)
+    return Losses((ce + class_prior(others, labels)) / 2, adversarial, statistics, inconsistency(logits, others))
 
 
 def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSettings) -> Tensor:

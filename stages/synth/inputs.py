@@ -4,13 +4,12 @@ import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError, UsageError
 from stages.models.source import ModelSource, resolve
 from stages.settings import ALGORITHM_VERSION, ModelSettings, PriorSettings, SynthSettings
-from stages.synth.priors.files import FAMILIES, check_labels, folder_sha256, prior_identity, tiny_decoder
+from stages.synth.priors.files import FAMILIES, ModelFolder, check_labels, locate_prior, locate_tiny_decoder
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "noise":
         size = settings.images.size or 32
         return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, size, sources)
-    prior = prior_identity(settings.prior) if settings.needs_prior else NO_PRIOR
+    source = locate_prior(settings.prior) if settings.needs_prior else None
+    prior = source.identity if source else NO_PRIOR
     if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
         log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
     if prior["conditioning"] == "class":
@@ -48,8 +48,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "dda":
         check_start(settings, varies(prior))
     tiny = None
-    if settings.guides and settings.guidance.decoder == "tiny":
-        tiny = folder_sha256(tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
+    if source and settings.guides and settings.guidance.decoder == "tiny":
+        tiny = locate_tiny_decoder(settings.guidance.tiny_decoder, source).sha256
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
     return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, sources, tiny)
 
@@ -136,10 +136,10 @@ def check_network(planned: Pinned, name: str, where: str, identity: dict[str, An
             _compare(f"{name} {where}", key, value, planned[name].get(key))
 
 
-def check_folder(planned: Pinned, name: str, folder: Path, variant: str | None = None) -> None:
-    """Raises DataError where the model in ``folder`` is not the plan's ``name``. Reads all that loading reads."""
+def check_folder(planned: Pinned, name: str, source: ModelFolder) -> None:
+    """Raises DataError where the model in ``source`` is not the plan's ``name``. Reads all that loading reads."""
     if name in planned:
-        _compare(f"{name} {folder}", "sha256", folder_sha256(folder, variant), planned[name])
+        _compare(f"{name} {source.folder}", "sha256", source.sha256, planned[name])
 
 
 def _compare(what: str, key: str, found: Any, wanted: Any) -> None:

@@ -91,7 +91,7 @@ def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tenso
     return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
 
 
-def deepinversion(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
+def deepinversion(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
     """min over x of w_ce·CE + w_bn·BN + w_tv·TV + w_l2·‖x‖₂ (+ w_adv·(1 − JS)); the iterate of the lowest loss."""
     own, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
     labels = torch.tensor(group.labels, device=models.device)
@@ -112,7 +112,7 @@ def deepinversion(models: Models, group: Group, settings: SynthSettings, work: C
         adam.step()
         with torch.no_grad():
             x.clamp_(-1, 1)
-        work.teacher_calls += 1
+        counters.teacher_calls += 1
     yield DecodedGroup(own.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
 
 

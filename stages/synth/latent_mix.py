@@ -17,63 +17,7 @@ from torch import Tensor
 from stages.seeds import python_rng
 from stages.settings import LatentMixSettings
 from stages.synth.group import Group
-
-# The box of latent CutMix (LCA): DiffDFKD equation 11, between two trajectories of one class and group.
-#
-# A box of area 1 − λ is cut from the partner's latent; the prior heals the seams in the steps that remain.
-
-
-def draw_box(lam: float, cy: float, cx: float, height: int, width: int) -> tuple[int, int, int, int]:
-    """CutMix's box (Yun et al. 2019): sides √(1−λ) of the latent's, center (cy, cx) in [0, 1), clipped to the latent.
-
-    >>> draw_box(0.75, 0.5, 0.5, 8, 8), draw_box(0.75, 0.0, 0.0, 8, 8)
-    ((2, 2, 4, 4), (0, 0, 2, 2))
-    """
-    share = math.sqrt(1 - lam)
-    h, w = round(height * share), round(width * share)
-    top, left = math.floor(cy * height) - h // 2, math.floor(cx * width) - w // 2
-    y, x = max(top, 0), max(left, 0)
-    return y, x, min(top + h, height) - y, min(left + w, width) - x
-
-
-# Traditional augmentation of a latent (DiffDFKD, table IV): flip, small shift, or crop and resize, as one window.
-#
-# A window (y, x, h, w) of the latent, its edges repeated where it reaches beyond, is stretched to the whole by nearest
-# cells, and mirrored where w is negative. Cells are copied, never averaged: noise keeps its variance.
-
-
-SHIFT = 1 / 8  # of the side, at most: the 4 pixels of 32 that are customary
-CROP = 3 / 4  # of the side, at least
-
-
-def draw_window(rng: Random, height: int, width: int) -> tuple[int, int, int, int]:
-    """One of the three, equally likely: ``(y, x, h, w)`` in cells."""
-    kind = rng.choice(("flip", "shift", "crop"))
-    if kind == "flip":
-        return 0, 0, height, -width
-    if kind == "shift":
-        down, right = (max(1, round(SHIFT * side)) for side in (height, width))
-        return rng.randint(-down, down), rng.randint(-right, right), height, width
-    h, w = (rng.randint(min(round(CROP * side), side - 1), side - 1) for side in (height, width))
-    return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-
-
-def cells(windows: Sequence[tuple[int, int, int, int]], height: int, width: int) -> Tensor:
-    """Where each cell of the result comes from: indices ``[n, 1, height·width]`` into the flattened latents.
-
-    >>> cells([(0, 0, 1, -3)], 1, 3).tolist(), cells([(0, 1, 1, 3)], 1, 3).tolist()
-    ([[[2, 1, 0]]], [[[1, 2, 2]]])
-    """
-    rows = torch.stack([_along(y, h, height) for y, _, h, _ in windows])
-    columns = torch.stack([_along(x, w, width) for _, x, _, w in windows])
-    return (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]
-
-
-def _along(start: int, length: int, side: int) -> Tensor:
-    """``side`` indices spread over ``|length|`` cells from ``start``; backwards where ``length`` is negative."""
-    offset = (torch.arange(side) * 2 + 1) * abs(length) // (2 * side)  # the cell under each center
-    index = (start + offset).clamp(0, side - 1)
-    return index.flip(0) if length < 0 else index
+from stages.synth.priors.schedule import Prediction
 
 
 @dataclass(frozen=True)
@@ -84,8 +28,7 @@ class Mix:
 
     - cutmix: the box that comes from the partner, and the share of cells kept;
     - mixup: the whole latent, and λ of λ·own + (1 − λ)·partner (a float32);
-    - traditional: the window of the own latent (``partner`` is itself, ``lam`` 1) that is stretched to the whole, see
-      :mod:`stages.synth.latent_mix`.
+    - traditional: the window of the own latent (``partner`` is itself, ``lam`` 1) that is stretched to the whole.
     """
 
     step: int
@@ -96,6 +39,31 @@ class Mix:
     h: int
     w: int
     lam: float
+
+
+class LatentMix:
+    """Mixes latents of a group's trajectories (equation 11): called with a prediction at a step where it is
+    :meth:`active`. Keeps who was mixed with whom."""
+
+    def __init__(
+        self, settings: LatentMixSettings, group: Group, seed: int, timesteps: Sequence[int], shape: Sequence[int]
+    ) -> None:
+        self.settings, self.group, self.seed, self.timesteps, self.shape = settings, group, seed, timesteps, shape
+        self._mixes: list[list[Mix]] = [[] for _ in group.trajectories]
+
+    def record(self) -> list[list[Mix]]:
+        """For each trajectory the mixes that it went through so far."""
+        return [list(mixes) for mixes in self._mixes]
+
+    def active(self, step: int) -> bool:
+        """Whether step ``step`` of the schedule mixes."""
+        return self.settings.at(step, len(self.timesteps))
+
+    def __call__(self, x: Prediction) -> Prediction:
+        drawn = draw_mixes(self.settings, self.group, self.seed, x.step, self.timesteps[x.step], self.shape)
+        for position, mix in drawn.items():
+            self._mixes[position].append(mix)
+        return x.mapped(mixing(drawn, len(x.z), self.shape, self.settings.kind, x.z.device))
 
 
 def draw_mixes(
@@ -131,6 +99,58 @@ def _draw(
         return partner, 0, 0, height, width, float(np.float32(lam))  # as the manifest stores it
     y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
     return partner, y, x, h, w, 1 - h * w / (height * width)
+
+
+def draw_box(lam: float, cy: float, cx: float, height: int, width: int) -> tuple[int, int, int, int]:
+    """CutMix's box (Yun et al. 2019): sides √(1−λ) of the latent's, center (cy, cx) in [0, 1), clipped to the latent.
+
+    >>> draw_box(0.75, 0.5, 0.5, 8, 8), draw_box(0.75, 0.0, 0.0, 8, 8)
+    ((2, 2, 4, 4), (0, 0, 2, 2))
+    """
+    share = math.sqrt(1 - lam)
+    h, w = round(height * share), round(width * share)
+    top, left = math.floor(cy * height) - h // 2, math.floor(cx * width) - w // 2
+    y, x = max(top, 0), max(left, 0)
+    return y, x, min(top + h, height) - y, min(left + w, width) - x
+
+
+SHIFT = 1 / 8  # of the side, at most: the 4 pixels of 32 that are customary
+CROP = 3 / 4  # of the side, at least
+
+
+def draw_window(rng: Random, height: int, width: int) -> tuple[int, int, int, int]:
+    """Traditional augmentation (table IV): flip, small shift, or crop and resize, equally likely, as one window
+    ``(y, x, h, w)`` in cells.
+
+    The window, its edges repeated where it reaches beyond, is stretched to the whole by nearest cells, and mirrored
+    where w is negative. Cells are copied, never averaged: noise keeps its variance.
+    """
+    kind = rng.choice(("flip", "shift", "crop"))
+    if kind == "flip":
+        return 0, 0, height, -width
+    if kind == "shift":
+        down, right = (max(1, round(SHIFT * side)) for side in (height, width))
+        return rng.randint(-down, down), rng.randint(-right, right), height, width
+    h, w = (rng.randint(min(round(CROP * side), side - 1), side - 1) for side in (height, width))
+    return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+
+
+def cells(windows: Sequence[tuple[int, int, int, int]], height: int, width: int) -> Tensor:
+    """Where each cell of the result comes from: indices ``[n, 1, height·width]`` into the flattened latents.
+
+    >>> cells([(0, 0, 1, -3)], 1, 3).tolist(), cells([(0, 1, 1, 3)], 1, 3).tolist()
+    ([[[2, 1, 0]]], [[[1, 2, 2]]])
+    """
+    rows = torch.stack([_along(y, h, height) for y, _, h, _ in windows])
+    columns = torch.stack([_along(x, w, width) for _, x, _, w in windows])
+    return (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]
+
+
+def _along(start: int, length: int, side: int) -> Tensor:
+    """``side`` indices spread over ``|length|`` cells from ``start``; backwards where ``length`` is negative."""
+    offset = (torch.arange(side) * 2 + 1) * abs(length) // (2 * side)  # the cell under each center
+    index = (start + offset).clamp(0, side - 1)
+    return index.flip(0) if length < 0 else index
 
 
 def mixing(

@@ -1,7 +1,7 @@
-"""The denoising loop of one group, and the methods that are nothing but it: ``diffdfkd`` and ``dmkd``."""
+"""The denoising loop, and the methods that are nothing but it: ``diffdfkd`` and ``dmkd``."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -10,21 +10,143 @@ from torch import Tensor
 from manifests.errors import UsageError
 from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
-from stages.settings import GuidanceSettings, LatentMixSettings, SynthSettings
+from stages.settings import SynthSettings
 from stages.synth.group import Group
-from stages.synth.guidance import Losses, cropped, shifted, teacher_losses, two_views, update
-from stages.synth.latent_mix import Mix, draw_mixes, mixing
-from stages.synth.priors.schedule import Prediction, Prior
+from stages.synth.guidance import Decode, Guidance, Losses
+from stages.synth.latent_mix import LatentMix, Mix
+from stages.synth.priors.schedule import Prior, State
 
-Decode = Callable[[Tensor], Tensor]
-"""Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
+
+@torch.no_grad()
+def sample(
+    prior: Prior,
+    state: State,
+    condition: Any,
+    *,
+    guide: Guidance | None = None,
+    mix: LatentMix | None = None,
+    store: Collection[int] = (),
+    rngs: Callable[[int], Sequence[torch.Generator]] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Denoise ``n`` trajectories from ``state`` on: yields (step, ẑ0 ``[n, c, h, w]``) for each step in ``store``,
+    before its update and mix, then (number of steps, z).
+
+    One evaluation of the prior per step. ``rngs`` gives a step's generators, one per trajectory, where it is random.
+    """
+    for step in range(state.step, len(prior.timesteps)):
+        with torch.set_grad_enabled(guide is not None and guide.differentiates_denoiser(step)):
+            x = prior.predict(state.tracked(), condition)
+        if step in store:
+            yield step, x.z0
+        if guide is not None and guide.active(step):
+            x = guide(x)
+        if mix is not None and mix.active(step):
+            x = mix(x)
+        state = prior.step(x.detached(), rngs(step) if rngs else None)
+    yield len(prior.timesteps), state.z
+
+
+@dataclass
+class Counters:
+    """What synthesis cost, in calls on a whole group."""
+
+    evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
+    decodes: int = 0  # of latents whose images are stored
+    guided_steps: int = 0
+    updates: int = 0  # of ẑ0: each decodes once, by guidance's decoder, and calls the teacher once
+    skipped_updates: int = 0  # of single trajectories: their gradient was not finite
+    teacher_calls: int = 0  # by methods that invert it, on a batch of the group each
+
+    def __add__(self, other: "Counters") -> "Counters":
+        return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass
+class DecodedGroup:
+    """All images of a group at one step: ``[n, 3, h, w]`` in [−1, 1], with what led there."""
+
+    step: int
+    timestep: int
+    images: Tensor
+    mixes: list[list[Mix]]  # per trajectory, every one it went through so far
+    losses: Losses | None = None  # at the last guided step
+    skipped: list[int] | None = None  # per trajectory, the guided updates left out so far
+    source: int | None = None  # number of the group's frame that these were made from, image by image
+    embed: Callable[[Tensor], Tensor] | None = None  # of stored images, where cosines are not of teacher features
+
+
+@torch.no_grad()
+def denoise(
+    prior: Prior,
+    group: Group,
+    seed: int,
+    *,
+    start: State | None = None,
+    condition: Any = None,
+    guide: Guidance | None = None,
+    mix: LatentMix | None = None,
+    intermediates: int = 0,
+    counters: Counters | None = None,
+) -> Iterator[DecodedGroup]:
+    """:func:`sample` a group and decode it: ``intermediates`` frames of ẑ0, then the final one (timestep 0).
+
+    ``start`` and ``condition`` take the place of the group's own noise and conditions.
+    """
+    counters, n = counters or Counters(), len(group.trajectories)
+    if condition is None:
+        condition = prior.encode(group.conditions(prior.conditioning))
+    if start is None:
+        start = prior.start(group.noise(seed, prior.latent_shape).to(prior.device))
+    store = intermediate_steps(intermediates, len(prior.timesteps))
+
+    def rngs(step: int) -> list[torch.Generator]:
+        return [torch_rng(seed, "step", trajectory, step) for trajectory in group.trajectories]
+
+    timesteps = [*prior.timesteps, 0]
+    for step, z in sample(
+        prior, start, condition, guide=guide, mix=mix, store=store, rngs=rngs if prior.stochastic else None
+    ):
+        decoded = DecodedGroup(step, timesteps[step], prior.decode(z), mix.record() if mix else [[] for _ in range(n)])
+        if guide is not None:
+            decoded.losses, decoded.skipped = guide.losses, guide.skipped.tolist()
+        counters.decodes += 1
+        yield decoded
+    counters.evaluations += len(prior.timesteps) - start.step
+    if guide is not None:
+        counters.guided_steps += guide.steps
+        counters.updates += guide.steps * guide.settings.updates_per_step
+        counters.skipped_updates += int(guide.skipped.sum())
+
+
+def intermediate_steps(count: int, steps: int) -> set[int]:
+    """The steps at which ``count`` x0-predictions are stored, evenly spaced: j·steps/(count + 1) for j = 1…count.
+
+    >>> sorted(intermediate_steps(4, 50))
+    [10, 20, 30, 40]
+    """
+    return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
+
+
+def check_intermediates(count: int, timesteps: Sequence[int]) -> None:
+    """Raises UsageError where one of ``count`` x0-predictions would be stored at timestep 0 of a prior's ``timesteps``,
+    which marks final images."""
+
+    def clash(count: int) -> bool:
+        return any(timesteps[step] == 0 for step in intermediate_steps(count, len(timesteps)))
+
+    if clash(count):
+        most = next(fewer for fewer in range(count, -1, -1) if not clash(fewer))
+        raise UsageError(
+            f"images.intermediates {count}: the last of them is at timestep 0 of this prior's schedule, as only final "
+            f"images are; set at most {most}"
+        )
 
 
 @dataclass(frozen=True)
 class Models:
     """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None.
 
-    ``decode`` is what guidance looks through (None: the prior's own decoder).
+    ``decode`` is the decoder of guidance (None: the prior's own).
     """
 
     prior: Prior | None  # None for methods that invert the teacher
@@ -39,181 +161,38 @@ class Models:
             if model is not None:
                 model.batch_limit = limit
 
-
-@dataclass(frozen=True)
-class Guide:
-    """A teacher that steers; ``settings`` weigh its terms, ``adversary`` is a frozen student or None.
-
-    ``decode`` stands in for the prior's own decoder, for guidance alone.
-    """
-
-    settings: GuidanceSettings
-    teacher: Teacher
-    labels: Tensor  # [n] target classes
-    adversary: Teacher | None = None
-    decode: Decode | None = None
-
-    def losses(self, images: Tensor, rng: torch.Generator) -> Losses:
-        bn = self.settings.bn > 0 and self.teacher.has_batchnorm
-        moved = shifted(images, self.settings.jitter, rng)
-        other = cropped(moved, rng) if two_views(self.settings, self.teacher) else None
-        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other)
-
-
-@dataclass
-class DecodedGroup:
-    """All images of a group decoded at one step: ``[n, 3, h, w]`` in [−1, 1], with what led there."""
-
-    step: int
-    timestep: int
-    images: Tensor
-    mixes: list[list[Mix]]  # per trajectory, every one it went through so far
-    losses: Losses | None = None  # at the last guided step
-    skipped: list[int] | None = None  # per trajectory, the guided updates left out so far
-    source: int | None = None  # number of the group's frame that these were made from, image by image
-    embed: Callable[[Tensor], Tensor] | None = None  # of stored images, where cosines are not of teacher features
-
-
-@dataclass
-class Counters:
-    """What a group cost so far, in calls on the whole group."""
-
-    evaluations: int = 0  # of the prior's network (with CFG one call holds both halves)
-    decodes: int = 0  # of frames that are stored
-    guided_steps: int = 0
-    updates: int = 0  # of ẑ0: each decodes once, in guidance's own way, and asks the teacher once
-    skipped_updates: int = 0  # single trajectories left out of these: their gradient was not finite
-    teacher_calls: int = 0  # by methods that invert it, on a batch of the group each
-
-
-def intermediate_steps(count: int, steps: int) -> set[int]:
-    """The steps at which ``count`` x0-predictions are stored, evenly spaced: j·steps/(count + 1) for j = 1…count.
-
-    >>> sorted(intermediate_steps(4, 50))
-    [10, 20, 30, 40]
-    """
-    return {round(j * steps / (count + 1)) for j in range(1, count + 1)}
-
-
-def check_intermediates(count: int, timesteps: Sequence[int]) -> None:
-    """Raises UsageError where one of ``count`` x0-predictions would be stored at timestep 0 of a prior's ``timesteps``,
-    which tells final images."""
-
-    def clash(count: int) -> bool:
-        return any(timesteps[step] == 0 for step in intermediate_steps(count, len(timesteps)))
-
-    if clash(count):
-        most = next(fewer for fewer in range(count, -1, -1) if not clash(fewer))
-        raise UsageError(
-            f"images.intermediates {count}: the last of them is at timestep 0 of this prior's schedule, as only final "
-            f"images are; set at most {most}"
+    def guidance(self, group: Group, settings: SynthSettings, seed: int) -> Guidance:
+        """The guidance of ``group``; ``seed`` decides its random views."""
+        assert self.prior is not None
+        return Guidance(
+            self.prior,
+            self.teacher,
+            torch.tensor(group.labels, device=self.device),
+            settings.guidance,
+            adversary=self.adversary,
+            decode=self.decode,
+            rng=lambda step: torch_rng(seed, "shift", group.index, step),
         )
 
 
-def guide_step(
-    prior: Prior, state: Prediction, guide: Guide, rng: torch.Generator
-) -> tuple[Prediction, Losses, Tensor]:
-    """Move ẑ0 (and z_t with it, eps kept) against the gradient of the guidance loss (equation 10).
-
-    ``through: z0`` differentiates decoder and teacher only; ``through: zt`` the denoiser too, so ``state`` must then
-    carry the graph from ``state.z`` to ``state.z0``. Losses are those before the last update, detached. Where a
-    sample's gradient is not finite (half precision overflows) it is not moved; ``[n]`` counts these updates.
-    """
-    settings, levels, decode = guide.settings, prior.levels(state.step), guide.decode or prior.decode
-    skipped = torch.zeros(len(state.z), dtype=torch.int16, device=state.z.device)
-    for _ in range(settings.updates_per_step):
-        with torch.enable_grad():
-            source = state.z if settings.gradient_at == "xt" else state.z0.detach().requires_grad_()
-            losses = guide.losses(decode(state.z0 if settings.gradient_at == "xt" else source), rng)
-            (gradient,) = torch.autograd.grad(losses.total(settings), source)
-        finite = gradient.isfinite().flatten(1).all(1)
-        delta = update(gradient, *levels, settings).where(finite.view(-1, 1, 1, 1), 0)
-        skipped += ~finite
-        if settings.gradient_at == "xt" and settings.normalize == "none":
-            delta = delta / levels[0]  # equation 10 moves z_t itself, while ``move`` counts in ẑ0
-        state = prior.move(state.detached(), delta)
-    return state, losses.detached(), skipped
+def diffdfkd(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
+    """DiffDFKD (Qi et al.): L = w_ce·CE + w_bn·BN + w_adv·ADV (equation 9), ẑ0 ← ẑ0 − s·∇L (10), latent CutMix (11),
+    then the scheduler's step (5)."""
+    prior, seed = models.prior, settings.seed
+    assert prior is not None
+    return denoise(
+        prior,
+        group,
+        seed,
+        guide=models.guidance(group, settings, seed),
+        mix=LatentMix(settings.lca, group, seed, prior.timesteps, prior.latent_shape),
+        intermediates=settings.images.intermediates,
+        counters=counters,
+    )
 
 
-@torch.no_grad()
-def denoise(
-    prior: Prior,
-    group: Group,
-    seed: int,
-    device: str,
-    guide: Guide | None = None,
-    lca: LatentMixSettings | None = None,
-    intermediates: int = 0,
-    work: Counters | None = None,
-    origin: Tensor | None = None,
-    first: int = 0,
-    condition: Any = None,
-) -> Iterator[DecodedGroup]:
-    """Denoise a group: yields ``intermediates`` frames of x̂0, then the final one (timestep 0).
-
-    Image-to-image: from step ``first`` on, where the group starts as the clean latents ``origin`` with noise added.
-
-    ``condition`` takes the place of the group's own, as ``prior.encode`` gives it.
-
-    One evaluation of the prior per step. An intermediate is decoded before its step's update and mix.
-    """
-    n, steps = len(group.trajectories), len(prior.timesteps)
-    work = work or Counters()
-    mixes: list[list[Mix]] = [[] for _ in range(n)]
-    losses: Losses | None = None
-    skipped = torch.zeros(n, dtype=torch.int16, device=device)
-    store = intermediate_steps(intermediates, steps)
-
-    def frame(step: int, timestep: int, z0: Tensor) -> DecodedGroup:
-        work.decodes += 1
-        return DecodedGroup(step, timestep, prior.decode(z0), [list(m) for m in mixes], losses, skipped.tolist())
-
-    if condition is None:
-        condition = prior.encode(group.conditions(prior.conditioning))
-    noise = group.noise(seed, prior.latent_shape).to(device)
-    start = prior.start(noise) if origin is None else prior.noised(origin, noise, first)
-    for step, timestep in list(enumerate(prior.timesteps))[first:]:
-        active = guide if guide and guide.settings.at(step, steps) else None
-        with torch.set_grad_enabled(active is not None and active.settings.gradient_at == "xt"):
-            start.z.requires_grad_(torch.is_grad_enabled())
-            state = prior.predict(start, condition)
-        work.evaluations += 1
-        if step in store:
-            yield frame(step, timestep, state.z0)
-        if active:
-            state, losses, left_out = guide_step(prior, state, active, torch_rng(seed, "shift", group.index, step))
-            skipped += left_out
-            work.guided_steps += 1
-            work.updates += active.settings.updates_per_step
-        if lca and lca.at(step, steps):
-            drawn = draw_mixes(lca, group, seed, step, timestep, prior.latent_shape)
-            state = state.mapped(mixing(drawn, n, prior.latent_shape, lca.kind, device))
-            for position, mix in drawn.items():
-                mixes[position].append(mix)
-        rngs = [torch_rng(seed, "step", t, step) for t in group.trajectories] if prior.stochastic else None
-        start = prior.step(state.detached(), rngs)
-    work.skipped_updates += int(skipped.sum())
-    yield frame(steps, 0, start.z)
-
-
-# DiffDFKD (Qi et al.): the teacher guides every denoising step; latents of one class are cut and mixed (LCA).
-
-
-def diffdfkd(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
-    """L = w_ce·CE + w_bn·BN + w_adv·ADV (equation 9), ẑ0 ← ẑ0 − s·∇L (10), LCA (11), then the scheduler's step (5)."""
-    labels = torch.tensor(group.labels, device=models.device)
-    guide = Guide(settings.guidance, models.teacher, labels, models.adversary, models.decode)
+def dmkd(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
+    """DM-KD (Li et al. 2023): plain samples of the prior. The baseline, and the source of generate-then-select
+    (``min_confidence`` marks as kept what the teacher agrees with)."""
     assert models.prior is not None
-    kept = settings.images.intermediates
-    yield from denoise(models.prior, group, settings.seed, models.device, guide, settings.lca, kept, work)
-
-
-# DM-KD (Li et al. 2023): plain samples of the prior, no guidance. The baseline, and the source of generate-then-select
-# (``min_confidence`` marks as kept what the teacher agrees with).
-
-
-def dmkd(models: Models, group: Group, settings: SynthSettings, work: Counters) -> Iterator[DecodedGroup]:
-    """Denoise without looking at the teacher; it only scores what was made."""
-    assert models.prior is not None
-    kept = settings.images.intermediates
-    yield from denoise(models.prior, group, settings.seed, models.device, None, None, kept, work)
+    return denoise(models.prior, group, settings.seed, intermediates=settings.images.intermediates, counters=counters)

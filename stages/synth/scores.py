@@ -1,4 +1,7 @@
-"""The teacher's columns of the manifest, from the stored images: at synthesis, and again by ``rescore``."""
+"""What the teacher says of stored images, at synthesis and again by ``factory rescore``: columns, cosines, kept or not.
+
+Stored images are also read here for ``factory inspect --metrics``.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,21 +21,59 @@ from stages.models.loading import check_classes
 from stages.models.teacher import Teacher
 from stages.settings import DdaSettings
 
+Row = Mapping[str, Any]
+
 REJECTED = "teacher gives its class"
 """How the reason of a rejection by the threshold begins."""
-
-SOURCE = "source"
-"""The ``cosine_ref`` of a derived sample: the cosine with the sample that its ``source_key`` names."""
 TOO_FAR = "cosine with its source"
 """How the reason of a rejection by the cosine filter begins, after that of the threshold where both reject."""
+SOURCE = "source"
+"""The ``cosine_ref`` of a derived sample: the cosine with the sample that its ``source_key`` names."""
+FINAL = "final"
+"""The ``cosine_ref`` of an intermediate sample: the cosine with the final image of its trajectory."""
+COSINES = ("cosine", "cosine_ref", "cosine_space")
 
 
-def filtered(row: Mapping[str, Any], least: float) -> dict[str, Any]:
-    """``kept`` and ``reject_reason`` of a derived sample after DDA's filter, cos > ω (equation 8)."""
-    if row["cosine"] > least:
-        return {}
-    reason = f"{TOO_FAR} {row['cosine']:.3f} <= {least:g}"
-    return {"kept": False, "reject_reason": f"{row['reject_reason']}; {reason}" if row["reject_reason"] else reason}
+@torch.no_grad()
+def judge(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits ``[n, C]`` and features ``[n, D]`` (None without) of ``images``, on the CPU."""
+    logits, features = teacher.with_features(images)
+    return logits.cpu(), None if features is None else features.cpu()
+
+
+def score(
+    rows: Sequence[Row],
+    logits: Tensor,
+    features: Tensor | None,
+    weights: Tensor | None,
+    min_confidence: float,
+    min_cosine: float,
+    *,
+    embeddings: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """The columns that the teacher decides, one dict for each of ``rows``, which hold whole trajectories.
+
+    ``logits [n, C]`` and ``features [n, D]`` are of the stored images, ``weights [C, D]`` of the teacher's last layer
+    (None where it shows none), ``embeddings [n, d]`` of the same images in the contrastive space; without them cosines
+    of that space stay as they are. Derived rows need a cosine above ``min_cosine`` (DDA, equation 8). Rows that were
+    rejected for another reason than the two stay rejected.
+    """
+    columns = teacher_columns(logits, [row["label"] for row in rows], min_confidence)
+    by_space: dict[str, Sequence[float | None]] = {"teacher": [None] * len(rows)}
+    if features is not None and weights is not None:
+        by_space["teacher"] = cosines(rows, features, weights)
+    if embeddings is not None:
+        by_space["contrastive"] = cosines(rows, embeddings)
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        column |= {name: row.get(name) for name in COSINES}
+        if row["cosine_space"] in by_space:
+            cosine = by_space[row["cosine_space"]][i]
+            column |= dict.fromkeys(COSINES) if cosine is None else {"cosine": cosine}
+        if column["cosine_ref"] == SOURCE:
+            column |= filtered(column, min_cosine)
+        if not row.get("kept", True) and stands(str(row["reject_reason"]), column["cosine_ref"] == SOURCE):
+            column |= {"kept": False, "reject_reason": row["reject_reason"]}
+    return columns
 
 
 @torch.no_grad()
@@ -63,10 +104,47 @@ def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float
     return rows
 
 
-# Stored images read back as the teacher sees them. Used by ``factory rescore`` and ``factory inspect --metrics``.
+def cosines(rows: Sequence[Row], features: Tensor, weights: Tensor | None = None) -> list[float | None]:
+    """Cosine of each row of ``features [n, D]`` with that which its ``cosine_ref`` names: its class's row of
+    ``weights [C, D]``, the final image of its trajectory, or its source; None where that is not among them."""
+    finals = {(row.get("shard"), row["trajectory"]): i for i, row in enumerate(rows) if row["timestep"] == 0}
+    keys = {row["key"]: i for i, row in enumerate(rows)}
+    reference, known = features.clone(), []
+    for i, row in enumerate(rows):
+        ref = str(row["cosine_ref"])
+        if ref.startswith("class:"):
+            known.append(weights is not None)
+            if weights is not None:
+                reference[i] = weights[row["label"]]
+            continue
+        other = finals.get((row.get("shard"), row["trajectory"])) if ref == FINAL else keys.get(row["source_key"])
+        known.append(other is not None)
+        if other is not None:
+            reference[i] = features[other]
+    values = F.cosine_similarity(features, reference, dim=1).tolist()
+    return [value if there else None for value, there in zip(values, known, strict=True)]
 
+
+def filtered(row: Row, min_cosine: float) -> dict[str, Any]:
+    """``kept`` and ``reject_reason`` of a derived sample after DDA's filter, cos > ω (equation 8)."""
+    if row["cosine"] > min_cosine:
+        return {}
+    reason = f"{TOO_FAR} {row['cosine']:.3f} <= {min_cosine:g}"
+    return {"kept": False, "reject_reason": f"{row['reject_reason']}; {reason}" if row["reject_reason"] else reason}
+
+
+def stands(reason: str, filters: bool) -> bool:
+    """Whether an earlier rejection was for something that is not decided again: neither the threshold nor, where the
+    cosine is known again (``filters``), the cosine filter."""
+    decided = reason.startswith((REJECTED, TOO_FAR))
+    return not decided or (TOO_FAR in reason and not filters)
+
+
+# From here on: stored images, read back.
 
 BATCH = 64
+PIECE = 4096
+NEEDED = ("key", "shard", "trajectory", "timestep", "label", "source_key", "kept", "reject_reason")
 
 
 def stored_images(selection: Selection, indices: Sequence[int]) -> Tensor:
@@ -84,16 +162,6 @@ def stored_images(selection: Selection, indices: Sequence[int]) -> Tensor:
     return to_unit(torch.from_numpy(np.stack(images)))
 
 
-# Teacher columns again from the stored images, for another teacher or threshold. Used by ``factory rescore``.
-#
-# Rows stream in pieces that hold whole trajectories, so memory does not grow with the dataset.
-
-
-PIECE = 4096
-COSINES = ("cosine", "cosine_ref", "cosine_space")
-NEEDED = ("key", "shard", "trajectory", "timestep", "label", "source_key", "kept", "reject_reason")
-
-
 def rescored(
     manifest: Manifest,
     teacher: Teacher,
@@ -105,7 +173,8 @@ def rescored(
 
     Derived rows (DDA) must also pass the cosine filter of their recipe, at their new cosine; rows rejected for another
     reason than these two stay rejected. Logits are renewed where a row has them, cosines where they were taken in the
-    teacher's feature space. ``on_rows`` hears how many rows are done.
+    teacher's feature space. ``on_rows`` is given the number of rows that are done. Rows stream in pieces that hold
+    whole trajectories, so memory does not grow with the dataset.
     Raises DataError where classes or images do not fit.
     """
     check_classes(teacher, manifest)
@@ -115,13 +184,13 @@ def rescored(
         logits, features = [], []
         for start in range(0, table.num_rows, BATCH):
             some = range(start, min(start + BATCH, table.num_rows))
-            answer, feature = answers(teacher, stored_images(selection, some).to(device))
+            answer, feature = judge(teacher, stored_images(selection, some).to(device))
             logits.append(answer)
-            features.append(feature)
+            if feature is not None:
+                features.append(feature)
             on_rows(first + some.stop)
-        shown = [feature for feature in features if feature is not None]
-        found = torch.cat(shown) if shown else None
-        yield renewed(table, torch.cat(logits), found, teacher.class_weights, threshold, min_cosine_of(manifest))
+        every = torch.cat(features) if features else None
+        yield renewed(table, torch.cat(logits), every, teacher.class_weights, threshold, min_cosine_of(manifest))
 
 
 def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
@@ -145,79 +214,31 @@ def trajectory_starts(table: pa.Table) -> np.ndarray:
     return np.flatnonzero((np.diff(shard) != 0) | (np.diff(trajectory) != 0) | (trajectory[1:] < 0)) + 1
 
 
-@torch.no_grad()
-def answers(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits ``[n, C]`` and features ``[n, D]`` (None without) of ``images``, on the CPU."""
-    logits, features = teacher.with_features(images)
-    return logits.cpu(), None if features is None else features.cpu()
-
-
 def renewed(
     table: pa.Table,
     logits: Tensor,
     features: Tensor | None,
     weights: Tensor | None,
     threshold: float,
-    least: float = DdaSettings().min_cosine,
+    min_cosine: float = DdaSettings().min_cosine,
 ) -> pa.Table:
-    """``table`` with new teacher columns from ``logits`` ``[n, C]``, ``features`` ``[n, D]`` and the last layer's
-    ``weights`` ``[C, D]``; derived rows need a cosine above ``least``."""
-    old = table.select([*NEEDED, *COSINES]).to_pylist()
-    new = teacher_columns(logits, [row["label"] for row in old], threshold)
-    cosines = renewed_cosines(old, features, weights)
+    """``table`` with the columns of :func:`score`, and new logits where a row has them."""
+    weights = None if weights is None else weights.cpu()
+    rows = table.select([*NEEDED, *COSINES]).to_pylist()
+    columns = score(rows, logits, features, weights, threshold, min_cosine)
     has_logits = table["logits"].is_valid().to_pylist()
-    for i, (before, after) in enumerate(zip(old, new, strict=True)):
-        after["logits"] = logits[i].half().numpy() if has_logits[i] else None
-        after |= {name: before[name] for name in COSINES}
-        if before["cosine_space"] == "teacher":
-            after |= {"cosine": cosines[i]} if cosines[i] is not None else dict.fromkeys(COSINES)
-        if after["cosine_ref"] == SOURCE:
-            after |= filtered(after, least)
-        if not before["kept"] and stands(str(before["reject_reason"]), after["cosine_ref"] == SOURCE):
-            after |= {"kept": False, "reject_reason": before["reject_reason"]}
-    for name in new[0]:
-        table = replaced(table, name, [row[name] for row in new])
+    for i, column in enumerate(columns):
+        column["logits"] = logits[i].half().numpy() if has_logits[i] else None
+    for name in columns[0]:
+        index = SCHEMA.get_field_index(name)
+        values = pa.array([column[name] for column in columns], SCHEMA.field(index).type)
+        table = table.set_column(index, SCHEMA.field(index), values)
     return table
-
-
-def stands(reason: str, filters: bool) -> bool:
-    """Whether an old rejection was for something that is not judged again: neither the threshold nor, where the cosine
-    is known again (``filters``), the cosine filter."""
-    ours = reason.startswith((REJECTED, TOO_FAR))
-    return not ours or (TOO_FAR in reason and not filters)
-
-
-def renewed_cosines(rows: list[dict], features: Tensor | None, weights: Tensor | None) -> list[float | None]:
-    """Cosine of each sample's features with what its ``cosine_ref`` names: the class's weight row, the final image of
-    its trajectory, or the sample it was derived from; None where that is not at hand."""
-    if features is None or weights is None:
-        return [None] * len(rows)
-    finals = {(row["shard"], row["trajectory"]): i for i, row in enumerate(rows) if row["timestep"] == 0}
-    keys = {row["key"]: i for i, row in enumerate(rows)}
-    reference, known = features.clone(), []
-    for i, row in enumerate(rows):
-        ref = str(row["cosine_ref"])
-        if ref.startswith("class:"):
-            reference[i] = weights[row["label"]]
-            known.append(True)
-            continue
-        other = finals.get((row["shard"], row["trajectory"])) if ref == "final" else keys.get(row["source_key"])
-        known.append(other is not None)
-        if other is not None:
-            reference[i] = features[other]
-    cosines = F.cosine_similarity(features, reference, dim=1).tolist()
-    return [cosine if there else None for cosine, there in zip(cosines, known, strict=True)]
 
 
 def min_cosine_of(manifest: Manifest) -> float:
     """The cosine above which a manifest's derived rows are kept; the default where it does not tell."""
     synth = manifest.info.recipe.get("synth")
-    found = synth.get("dda") if isinstance(synth, dict) else None
-    value = found.get("min_cosine") if isinstance(found, dict) else None
+    dda = synth.get("dda") if isinstance(synth, dict) else None
+    value = dda.get("min_cosine") if isinstance(dda, dict) else None
     return float(value) if isinstance(value, int | float) else DdaSettings().min_cosine
-
-
-def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
-    """``table`` with other values in one column."""
-    index = SCHEMA.get_field_index(name)
-    return table.set_column(index, SCHEMA.field(index), pa.array(values, SCHEMA.field(index).type))

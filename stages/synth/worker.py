@@ -3,12 +3,11 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from manifests.errors import DataError, NumericsError, UsageError
 from manifests.schema import make_key
@@ -22,22 +21,20 @@ from stages.models.teacher import Teacher
 from stages.settings import SynthSettings
 from stages.synth.cmi import cmi
 from stages.synth.dda import dda
-from stages.synth.decoders import fidelity, load_decoder
+from stages.synth.decoders import TinyDecoder, fidelity, load_decoder
 from stages.synth.group import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
 from stages.synth.latent_mix import Mix
-from stages.synth.priors.files import tiny_decoder
 from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
-from stages.synth.scores import SOURCE, filtered, teacher_columns
+from stages.synth.scores import FINAL, SOURCE, judge, score
 
 log = logging.getLogger(__name__)
 
 
-Key = Callable[[int], str]
 OnGroup = Callable[[int, int], None]  # (groups done, groups in the shard)
 METHODS = {"diffdfkd": diffdfkd, "dmkd": dmkd, "cmi": cmi, "deepinversion": deepinversion, "dda": dda}
 MAX_SKIPPED = 0.05
@@ -76,11 +73,11 @@ def load_models(
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
-        check_folder(planned, "prior", prior.folder, settings.prior.variant)
+        check_folder(planned, "prior", prior.source)
         check_intermediates(settings.images.intermediates, prior.timesteps)
-    if "tiny_decoder" in planned:
-        check_folder(planned, "tiny_decoder", tiny_decoder(settings.prior, settings.guidance.tiny_decoder))
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
+    if isinstance(decode, TinyDecoder):
+        check_folder(planned, "tiny_decoder", decode.source)
     return Models(prior, teacher, adversary, device, decode)
 
 
@@ -118,17 +115,6 @@ def bn_weight(settings: SynthSettings) -> float:
     return settings.deepinversion.bn if settings.method == "deepinversion" else settings.cmi.bn
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A frame as it is stored: what the writer takes of each image, and as they are read back ``images [n, 3, side,
-    side]`` in [−1, 1], with the teacher's columns and features ``[n, D]`` of them."""
-
-    files: Sequence[torch.Tensor | bytes]
-    images: torch.Tensor
-    columns: list[dict[str, Any]]
-    features: torch.Tensor | None
-
-
 class ShardWorker:
     """Makes shards of one plan and commits them into the folder or bucket ``storage``: every method but ``noise``.
 
@@ -149,16 +135,15 @@ class ShardWorker:
         torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
         self.models = load_models(parsed, self.storage, planned, sources)
-        self.teacher, self.device = self.models.teacher, self.models.device
+        self.teacher = self.models.teacher
         self.decoder_report = decoder_report(self.models, parsed)
         self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels
         self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
-        self.method = METHODS[parsed.method]
 
     def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
         """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
-        started, settings, work = time.monotonic(), self.settings, Counters()
-        splits: dict[int, int] = {}
+        started, settings, counters = time.monotonic(), self.settings, Counters()
+        count, splits = settings.groups_per_shard, {}
         self.models.limit_batches(None)
         record = done_record(self.storage, shard)
         if record is None:
@@ -166,142 +151,134 @@ class ShardWorker:
                 ShardWriter(self.storage, shard, self.fingerprint) as writer,
                 ImageWriter(writer, settings.images.format) as images,
             ):
-                for position in range(settings.groups_per_shard):
-                    index = shard * settings.groups_per_shard + position
-                    group = make_group(settings, index, self.teacher.class_names)
-                    first = position * settings.group_size * settings.images_per_trajectory
-                    images.write(self.make_group_samples(group, work, partial(make_key, shard), first))
-                    check_skipped(work, settings, (position + 1) / settings.groups_per_shard)
+                for position in range(count):
+                    group = make_group(settings, shard * count + position, self.teacher.class_names)
+                    samples, cost = self.make_group_samples(group, shard, position)
+                    images.write(samples)
+                    counters += cost
+                    check_skipped(counters, settings, (position + 1) / count)
                     if limit := self.teacher.batch_limit:
-                        splits[index] = limit
+                        splits[group.index] = limit
                     if on_group:
-                        on_group(position + 1, settings.groups_per_shard)
+                        on_group(position + 1, count)
                 images.flush()
                 record = writer.commit()
-        news, self.decoder_report = self.decoder_report, {}
+        first_report, self.decoder_report = self.decoder_report, {}
         return {
             "shard": shard,
             "rows": record.rows,
             "kept": record.kept,
             "bytes": record.tar_bytes,
             "seconds": round(time.monotonic() - started, 3),
-            **asdict(work),
-            **({"warnings": [skipped_line(work, settings)]} if work.skipped_updates else {}),
+            **asdict(counters),
+            **({"warnings": [skipped_line(counters, settings)]} if counters.skipped_updates else {}),
             **({"splits": splits} if splits else {}),
-            **news,
+            **first_report,
         }
 
-    def make_group_samples(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
-        """:meth:`group_rows`; a group that does not fit the memory is done again in micro-batches of half the size.
+    def make_group_samples(self, group: Group, shard: int, position: int) -> tuple[list[Sample], Counters]:
+        """:meth:`samples`; a group that does not fit the memory is made again in micro-batches of half the size.
 
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
-        before = asdict(work)
-
-        def limit(size: int) -> None:
-            vars(work).update(before)
-            self.models.limit_batches(size)
-
         return retry_with_smaller_batches(
-            lambda: self.group_rows(group, work, key, first),
+            lambda: self.samples(group, shard, position),
             self.teacher.batch_limit or len(group.trajectories),
-            limit,
+            self.models.limit_batches,
             f"group {group.index} does not fit the memory, not even one trajectory at a time",
             "free memory, or try prior.dtype=fp16",
         )
 
-    def group_rows(self, group: Group, work: Counters, key: Key, first: int) -> list[Sample]:
-        """Synthesise a group: manifest row and image of each stored sample, trajectory by trajectory.
-
-        ``key`` names samples by number; the group's begin at ``first``.
-        """
-        frames = list(self.method(self.models, group, self.settings, work))
-        stored = [self.stored_frame(frame, group) for frame in frames]
-        made: list[list[Sample]] = [[] for _ in group.trajectories]
-        for frame, own in zip(frames, stored, strict=True):
-            cosines = self.cosines(frame, own, stored, group)
-            for i in range(len(group.trajectories)):
-                row = self.row(group, i, frame) | own.columns[i] | (cosines[i] if cosines else {})
-                if frame.source is not None:
-                    row["source_key"] = key(first + i * len(frames) + frame.source)
-                    row |= filtered(row, self.settings.dda.min_cosine)
-                made[i].append((row, own.files[i]))
-        return [sample for trajectory in made for sample in trajectory]
-
-    def cosines(
-        self, frame: DecodedGroup, own: "Stored", stored: Sequence["Stored"], group: Group
-    ) -> list[dict[str, Any]]:
-        """Each sample's cosine with its source, with its final image, or of a final one with its class's weight row;
-        none where the teacher shows no features."""
-        space, a, weights = "teacher", own.features, self.teacher.class_weights
-        names = [SOURCE if frame.source is not None else "final"] * len(group.labels)
-        other = stored[-1 if frame.source is None else frame.source]
-        b = other.features
-        if frame.embed is not None:
-            space, a, b = "contrastive", frame.embed(own.images), frame.embed(other.images)
-        elif frame.source is None and frame.timestep == 0 and weights is not None:
-            names, b = [f"class:{label}" for label in group.labels], weights[torch.tensor(group.labels)]
-        if a is None or b is None or (weights is None and space == "teacher"):
-            return []
-        values = F.cosine_similarity(a, b.to(a), dim=1).tolist()
-        return [{"cosine": v, "cosine_ref": n, "cosine_space": space} for v, n in zip(values, names, strict=True)]
-
-    def stored_frame(self, frame: DecodedGroup, group: Group) -> "Stored":
-        """The frame as it will be read back, and what the teacher says of it."""
-        if not torch.isfinite(frame.images).all():
-            raise DataError(
-                f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
-                "try prior.dtype=fp32 or a smaller guidance.step_size"
-            )
-        pixels, files = as_stored(to_pixels(frame.images, self.side), self.settings.images.format)
-        images = to_unit(pixels).to(self.device)
-        with torch.no_grad():
-            logits, features = self.teacher.with_features(images)
-        columns = teacher_columns(logits, group.labels, self.settings.min_confidence)
-        if self.settings.store_logits:
-            for column, values in zip(columns, logits.cpu().half().tolist(), strict=True):
+    def samples(self, group: Group, shard: int, position: int) -> tuple[list[Sample], Counters]:
+        """Synthesize a group, number ``position`` of its ``shard``: manifest row and image of each stored sample,
+        trajectory by trajectory, and what it cost."""
+        settings, teacher, counters = self.settings, self.teacher, Counters()
+        frames = list(METHODS[settings.method](self.models, group, settings, counters))
+        stored = [as_stored(decoded_pixels(frame, group, self.side), settings.images.format) for frame in frames]
+        views = [to_unit(pixels).to(self.models.device) for pixels, _ in stored]
+        rows = self.rows(group, frames, shard, position)
+        logits, features = (by_trajectory(parts) for parts in zip(*(judge(teacher, x) for x in views), strict=True))
+        embed = frames[-1].embed
+        embeddings = by_trajectory([embed(x).cpu() for x in views]) if embed else None
+        weights = None if teacher.class_weights is None else teacher.class_weights.cpu()
+        assert logits is not None
+        columns = score(
+            rows, logits, features, weights, settings.min_confidence, settings.dda.min_cosine, embeddings=embeddings
+        )
+        if settings.store_logits:
+            for column, values in zip(columns, logits.half().tolist(), strict=True):
                 column["logits"] = values
-        return Stored(files, images, columns, features)
+        files = [frame_files[i] for i in range(len(group.trajectories)) for _, frame_files in stored]
+        return [(row | column, file) for row, column, file in zip(rows, columns, files, strict=True)], counters
 
-    def row(self, group: Group, position: int, frame: DecodedGroup) -> dict[str, Any]:
-        """The columns that tell how a sample was made."""
-        settings, label, losses = self.settings, group.labels[position], frame.losses
-        prior = None if settings.inverts and frame.source is None else self.models.prior
-        conditioning = prior.conditioning if prior else "none"
-        return {
-            "label": label,
-            "class_name": self.teacher.class_names[label],
-            "prompt": group.prompts[position] if conditioning == "text" else None,
-            "negative_prompt": settings.prior.negative_prompt if conditioning == "text" else None,
-            "prior_label": self.prior_labels[self.teacher.class_names[label]] if conditioning == "class" else None,
-            "method": settings.method,
-            "seed": settings.seed,
-            "group": group.index,
-            "trajectory": group.trajectories[position],
-            "step": frame.step,
-            "timestep": frame.timestep,
-            "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[position]],
-            "loss_ce": losses.ce[position].item() if losses else None,
-            "loss_adv": losses.adversarial[position].item() if losses else None,
-            "loss_bn": losses.bn.item() if losses else None,
-            "skipped_updates": (frame.skipped[position] or None) if frame.skipped else None,
-        }
+    def rows(self, group: Group, frames: Sequence[DecodedGroup], shard: int, position: int) -> list[dict[str, Any]]:
+        """The columns of each sample that say how it was made, and what its cosine is with."""
+        settings, made = self.settings, []
+        first = position * len(group.trajectories) * len(frames)
+        for i, (trajectory, label) in enumerate(zip(group.trajectories, group.labels, strict=True)):
+            keys = [make_key(shard, first + i * len(frames) + f) for f in range(len(frames))]
+            for key, frame in zip(keys, frames, strict=True):
+                name, losses, derived = self.teacher.class_names[label], frame.losses, frame.source is not None
+                prior = None if settings.inverts and not derived else self.models.prior
+                conditioning = prior.conditioning if prior else "none"
+                made.append(
+                    {
+                        "key": key,
+                        "label": label,
+                        "class_name": name,
+                        "prompt": group.prompts[i] if conditioning == "text" else None,
+                        "negative_prompt": settings.prior.negative_prompt if conditioning == "text" else None,
+                        "prior_label": self.prior_labels[name] if conditioning == "class" else None,
+                        "method": settings.method,
+                        "seed": settings.seed,
+                        "group": group.index,
+                        "trajectory": trajectory,
+                        "source_key": None if frame.source is None else keys[frame.source],
+                        "step": frame.step,
+                        "timestep": frame.timestep,
+                        "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[i]],
+                        "loss_ce": losses.ce[i].item() if losses else None,
+                        "loss_adv": losses.adversarial[i].item() if losses else None,
+                        "loss_bn": losses.bn.item() if losses else None,
+                        "skipped_updates": (frame.skipped[i] or None) if frame.skipped else None,
+                        "cosine_ref": SOURCE if derived else f"class:{label}" if frame.timestep == 0 else FINAL,
+                        "cosine_space": "contrastive" if frame.embed else "teacher",
+                    }
+                )
+        return made
 
 
-def skipped_line(work: Counters, settings: SynthSettings) -> str:
+def decoded_pixels(frame: DecodedGroup, group: Group, side: int | None) -> Tensor:
+    """Its images as :func:`~stages.synth.images.to_pixels`. Raises DataError where they are not finite."""
+    if not torch.isfinite(frame.images).all():
+        raise DataError(
+            f"group {group.index}: the prior decoded NaN or infinite pixels at step {frame.step}; "
+            "try prior.dtype=fp32 or a smaller guidance.step_size"
+        )
+    return to_pixels(frame.images, side)
+
+
+def by_trajectory(frames: Sequence[Tensor | None]) -> Tensor | None:
+    """``[n, …]`` for each frame as ``[n · frames, …]``, trajectory by trajectory; None where there is none."""
+    present = [frame for frame in frames if frame is not None]
+    return torch.stack(present, dim=1).flatten(0, 1) if present else None
+
+
+def skipped_line(counters: Counters, settings: SynthSettings) -> str:
     """What the guidance left out, for people."""
+    total = counters.updates * settings.group_size
     return (
-        f"{work.skipped_updates} of {work.updates * settings.group_size} guided updates were left out: their gradient "
-        f"is not finite (prior.dtype={settings.prior.dtype})"
+        f"{counters.skipped_updates} of {total} guided updates were left out: their gradient is not finite "
+        f"(prior.dtype={settings.prior.dtype})"
     )
 
 
-def check_skipped(work: Counters, settings: SynthSettings, share: float) -> None:
+def check_skipped(counters: Counters, settings: SynthSettings, share: float) -> None:
     """Raises NumericsError once more updates are left out than a whole shard may; ``share`` of it is done."""
-    if work.skipped_updates > MAX_SKIPPED * work.updates * settings.group_size / share:
+    if counters.skipped_updates > MAX_SKIPPED * counters.updates * settings.group_size / share:
         half = settings.prior.dtype == "fp16"
         remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
-        raise NumericsError(f"{skipped_line(work, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
+        raise NumericsError(f"{skipped_line(counters, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
 
 
 def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:

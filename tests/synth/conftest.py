@@ -3,7 +3,7 @@ import torch
 
 from stages.settings import PriorSettings
 from stages.synth import decoders
-from stages.synth.priors.kinds import TextPrior
+from stages.synth.priors.kinds import load_prior
 from tests.synth.tiny import save_stable_diffusion
 
 
@@ -27,7 +27,7 @@ def quick_fit(monkeypatch, tmp_path):
 def any_prior(request, tmp_path_factory):
     """A tiny prior of each prediction type, five steps, CFG 2."""
     folder = save_stable_diffusion(tmp_path_factory.mktemp(request.param) / "prior", request.param)
-    return TextPrior(folder, PriorSettings(path=str(folder), steps=5, cfg_scale=2.0), "cpu")
+    return load_prior(PriorSettings(path=str(folder), steps=5, cfg_scale=2.0), "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +37,4 @@ def prior_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prior(prior_folder):
-    return TextPrior(prior_folder, PriorSettings(path=str(prior_folder), steps=6, cfg_scale=1.0), "cpu")
+    return load_prior(PriorSettings(path=str(prior_folder), steps=6, cfg_scale=1.0), "cpu")

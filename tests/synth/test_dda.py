@@ -80,11 +80,12 @@ def test_strength_one_is_pure_generation_and_none_the_source(prior_folder, sched
     origin = prior.encode_images(pictures())
 
     def made(first, **kw):
-        work = Counters()
-        (frame,) = denoise(prior, group, 5, "cpu", None, None, 0, work, origin, first, **kw)
-        return frame.images, work.evaluations
+        counters = Counters()
+        start = prior.noised(origin, group.noise(5, prior.latent_shape), first)
+        (frame,) = denoise(prior, group, 5, start=start, counters=counters, **kw)
+        return frame.images, counters.evaluations
 
-    (pure,) = denoise(prior, group, 5, "cpu")
+    (pure,) = denoise(prior, group, 5)
     whole, evaluations = made(0)
     assert torch.equal(whole, pure.images) and evaluations == 4
     still, evaluations = made(4)
@@ -100,11 +101,11 @@ def test_the_embedded_prior_gives_back_what_it_is_given():
     prior = load_prior(PriorSettings(steps=10, cfg_scale=1.0), "cpu")
     drawn = SynthSettings(group_size=8, prompts={"template": "two thick connected strokes, a loop and a line"})
     group = make_group(drawn, 0, ("a", "b"))
-    *_, source = denoise(prior, group, 0, "cpu")
+    *_, source = denoise(prior, group, 0)
     origin = prior.encode_images(source.images)
     errors = []
     for first in (10, 9, 5, 0):
-        (frame,) = denoise(prior, group, 1, "cpu", origin=origin, first=first)
+        (frame,) = denoise(prior, group, 1, start=prior.noised(origin, group.noise(1, prior.latent_shape), first))
         errors.append(F.mse_loss(frame.images, source.images).item())
     spread = source.images.var().item()
     assert errors == sorted(errors) and errors[0] < 0.02 * spread and errors[1] < 0.1 * spread < errors[3]

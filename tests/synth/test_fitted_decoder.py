@@ -118,20 +118,20 @@ def test_the_first_writer_decides_for_everybody(tmp_path):
         run.create("d", b"theirs")
         return b"mine"
 
-    assert fd.shared([run, cache], "d", late, accept) == b"theirs"
     (tmp_path / "cache").mkdir(exist_ok=True)
-    assert (
-        fd.shared([Storage(str(tmp_path / "next")), cache], "d", lambda: b"again", accept) == b"mine"
-    )  # from the cache
-    assert Storage(str(tmp_path / "next")).read("d") == b"mine"
+    assert fd.published(run, "d", lambda: fd.cached(cache, "local", late, accept)) == b"theirs"
+    assert fd.published(run, "d", lambda: pytest.fail("there is one")) == b"theirs"
+    assert cache.read("local") == b"mine"  # what this machine makes, for its next run
+    assert fd.cached(cache, "local", lambda: b"again", accept) == b"mine"
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line_a_run_folder_the_run(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    run = Storage(str(tmp_path / "run"))
-    assert fd.shared([run, Storage(str(blocked))], "d", lambda: b"made", accept) == b"made"
-    assert "not kept for the next run" in caplog.text and run.read("d") == b"made"
+    assert fd.cached(Storage(str(blocked)), "d", lambda: b"made", accept) == b"made"
+    assert "not kept for the next run" in caplog.text
+    with pytest.raises(FactoryError):
+        fd.published(Storage(str(blocked)), "d", lambda: b"made")
 
 
 def test_workers_of_a_run_share_weights_even_if_their_machines_would_fit_others(prior_folder, tmp_path, monkeypatch):
@@ -140,6 +140,7 @@ def test_workers_of_a_run_share_weights_even_if_their_machines_would_fit_others(
     assert report["decoder"]["kind"] == "fitted" and report["decoder"]["pixel_error"] > 0
     assert (report["updates"], report["decodes"]) == (3, 1)
     monkeypatch.setenv("FACTORY_CACHE", str(tmp_path / "another machine"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # in the cache's key alone
     monkeypatch.setattr(fd, "fit", lambda *a: pytest.fail("the run's folder has one"))
     worker = ShardWorker(asked, url, "f" * 64)
     second = worker.run(1)
@@ -168,7 +169,8 @@ def test_a_damaged_cache_is_dropped_and_never_reaches_a_run(prior_folder, tmp_pa
     cache.write(name, sound[:-8] if damage == "cut off" else safetensors.torch.save(nan))
     run = Storage(str(tmp_path / "run"))
     assert torch.equal(weights(load_decoder(prior, asked, teacher, run)), before)
-    assert run.read(name) == cache.read(name) == sound
+    (shared,) = run.list("decoder")
+    assert run.read(shared) == cache.read(name) == sound and shared != name
     assert f"{cache.path(name)} " in caplog.text and "fitted again" in caplog.text
 
 
@@ -197,10 +199,10 @@ def test_a_fit_that_exceeds_the_memory_takes_fewer_latents_at_once(prior_folder,
     prior, wanted = load_prior(settings(prior_folder).prior, "cpu"), ["a", "b"] * 2
     whole = weights(fd.fit(prior, wanted, 8, "bilinear"))
     small_memory(monkeypatch, 2)
-    torch.testing.assert_close(weights(fd.fitting(prior, wanted, 8, "bilinear")), whole, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(weights(fd.fit_in_memory(prior, wanted, 8, "bilinear")), whole, rtol=1e-2, atol=1e-3)
     small_memory(monkeypatch, 0)
     with pytest.raises(FactoryError, match=r"\(CUDA out of memory.*GiB\): set guidance.decoder=tiny"):
-        fd.fitting(prior, wanted, 8, "bilinear")
+        fd.fit_in_memory(prior, wanted, 8, "bilinear")
 
 
 def test_without_memory_for_the_full_decoders_gradients_a_worker_tells_no_fidelity(

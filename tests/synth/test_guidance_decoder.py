@@ -12,8 +12,9 @@ from manifests.storage import Storage
 from stages.settings import GuidanceSettings, SynthSettings
 from stages.synth.decoders import TinyDecoder
 from stages.synth.group import Group
+from stages.synth.guidance import Guidance
 from stages.synth.inputs import inspect_inputs, semantics
-from stages.synth.sampler import Counters, Guide, denoise
+from stages.synth.sampler import Counters, denoise
 from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
@@ -48,12 +49,11 @@ def test_guidance_alone_sees_through_the_tiny_decoder(prior, tiny_folder, monkey
     tiny, full = decoder.network.decode, prior.vae.decode
     monkeypatch.setattr(decoder.network, "decode", lambda z: seen.append(z.detach()) or tiny(z))
     monkeypatch.setattr(prior.vae, "decode", lambda z: stored.append(z) or full(z))
-    guide = Guide(
-        GuidanceSettings(every=2, updates_per_step=2), TinyTeacher(), torch.tensor(GROUP.labels), None, decoder
-    )
-    work = Counters()
-    list(denoise(prior, GROUP, 0, "cpu", guide, intermediates=2, work=work))
-    assert (len(seen), len(stored)) == (work.updates, work.decodes) == (3 * 2, 2 + 1)
+    settings = GuidanceSettings(every=2, updates_per_step=2)
+    guide = Guidance(prior, TinyTeacher(), torch.tensor(GROUP.labels), settings, decode=decoder)
+    counters = Counters()
+    list(denoise(prior, GROUP, 0, guide=guide, intermediates=2, counters=counters))
+    assert (len(seen), len(stored)) == (counters.updates, counters.decodes) == (3 * 2, 2 + 1)
     with torch.no_grad():
         state = prior.predict(prior.start(GROUP.noise(0, prior.latent_shape)), prior.encode(GROUP.prompts))
     torch.testing.assert_close(seen[0], state.z0)

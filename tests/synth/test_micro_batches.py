@@ -16,9 +16,8 @@ from stages.memory import in_micro_batches, out_of_memory, retry_with_smaller_ba
 from stages.models.loading import load_teacher
 from stages.settings import GuidanceSettings, SynthSettings
 from stages.synth.group import Group
-from stages.synth.guidance import teacher_losses
+from stages.synth.guidance import Guidance, teacher_losses
 from stages.synth.priors.schedule import State
-from stages.synth.sampler import Guide, guide_step
 from stages.synth.worker import ShardWorker
 from tests.synth.tiny import TinyTeacher
 
@@ -62,7 +61,7 @@ def test_the_gradient_in_parts_of_a_deep_teacher():
 @pytest.mark.parametrize("through", ["x0", "xt"])
 def test_a_guided_step_in_parts(prior, through):
     """Decoder, teacher and (zt) denoiser on three trajectories at a time move ẑ0 as all seven at once do."""
-    guide = Guide(GuidanceSettings(gradient_at=through, bn=1.0), TinyTeacher(), LABELS)
+    guide = Guidance(prior, TinyTeacher(), LABELS, GuidanceSettings(gradient_at=through, bn=1.0))
     condition, noise = prior.encode(GROUP.prompts), GROUP.noise(0, prior.latent_shape)
 
     def moved(limit):
@@ -70,7 +69,7 @@ def test_a_guided_step_in_parts(prior, through):
         try:
             with torch.set_grad_enabled(through == "xt"):
                 state = prior.predict(State(noise.clone().requires_grad_(through == "xt"), 2), condition)
-            return guide_step(prior, state, guide, torch.Generator())[0].z0
+            return guide(state).z0
         finally:
             prior.batch_limit = None
 

@@ -9,8 +9,9 @@ from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.settings import GuidanceSettings, SynthSettings
 from stages.synth.group import Group
+from stages.synth.guidance import Guidance
 from stages.synth.priors.schedule import State
-from stages.synth.sampler import Counters, Guide, denoise, guide_step
+from stages.synth.sampler import Counters, denoise
 from stages.synth.worker import ShardWorker, check_skipped
 from tests.synth.tiny import TinyTeacher
 
@@ -39,24 +40,24 @@ def overflowing(prior, samples, value=torch.inf, images=False):
 @pytest.mark.parametrize("through", ["x0", "xt"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_sample_that_overflows_stays_where_it_was_and_the_others_move_as_ever(prior, monkeypatch, through, value):
-    guide = Guide(
-        GuidanceSettings(gradient_at=through, updates_per_step=2 if through == "x0" else 1), TinyTeacher(), LABELS
-    )
+    updates = 2 if through == "x0" else 1
     condition = prior.encode(GROUP.prompts)
 
     def moved():
         start = GROUP.noise(0, prior.latent_shape).requires_grad_(through == "xt")
         with torch.set_grad_enabled(through == "xt"):
             state = prior.predict(State(start, 2), condition)
-        return state.z0.detach(), *guide_step(prior, state, guide, torch.Generator())
+        settings = GuidanceSettings(gradient_at=through, updates_per_step=updates)
+        guide = Guidance(prior, TinyTeacher(), LABELS, settings)
+        return state.z0.detach(), guide(state), guide.skipped
 
-    before, fine, _, none = moved()
+    before, fine, none = moved()
     with monkeypatch.context() as patch:
         patch.setattr(prior, "decode", overflowing(prior, [1], value))
-        _, after, _, skipped = moved()
-    assert none.tolist() == [0] * 4 and skipped.tolist() == [0, guide.settings.updates_per_step, 0, 0]
+        _, after, skipped = moved()
+    assert none.tolist() == [0] * 4 and skipped.tolist() == [0, updates, 0, 0]
     assert torch.equal(after.z0[1], before[1]) and not torch.equal(fine.z0[1], before[1])
-    if guide.settings.updates_per_step == 1:  # a second update sees the others' statistics with sample 1 unmoved
+    if updates == 1:  # a second update sees the others' statistics with sample 1 unmoved
         assert torch.equal(after.z0[[0, 2, 3]], fine.z0[[0, 2, 3]])
     assert after.z.isfinite().all()
 
@@ -65,17 +66,17 @@ def test_where_the_statistics_overflow_the_whole_group_is_left_out(prior, monkey
     monkeypatch.setattr(prior, "decode", overflowing(prior, [1], images=True))
     condition = prior.encode(GROUP.prompts)
     for bn, expected in ((0.0, [0, 1, 0, 0]), (0.1, [1] * 4)):
-        guide = Guide(GuidanceSettings(bn=bn), TinyTeacher(), LABELS)
-        state = prior.predict(State(GROUP.noise(0, prior.latent_shape), 2), condition)
-        assert guide_step(prior, state, guide, torch.Generator())[2].tolist() == expected
+        guide = Guidance(prior, TinyTeacher(), LABELS, GuidanceSettings(bn=bn))
+        guide(prior.predict(State(GROUP.noise(0, prior.latent_shape), 2), condition))
+        assert guide.skipped.tolist() == expected
 
 
 def test_frames_count_what_was_left_out_so_far(prior, monkeypatch):
-    work, guide = Counters(), Guide(GuidanceSettings(interval=(0.0, 0.5)), TinyTeacher(), LABELS)
     monkeypatch.setattr(prior, "decode", overflowing(prior, [3]))
-    frames = list(denoise(prior, GROUP, 0, "cpu", guide, intermediates=2, work=work))
+    counters, guide = Counters(), Guidance(prior, TinyTeacher(), LABELS, GuidanceSettings(interval=(0.0, 0.5)))
+    frames = list(denoise(prior, GROUP, 0, guide=guide, intermediates=2, counters=counters))
     assert [frame.skipped for frame in frames] == [[0, 0, 0, 2], [0, 0, 0, 3], [0, 0, 0, 3]]  # before steps 2, 4, 6
-    assert (work.updates, work.skipped_updates) == (3, 3)
+    assert (counters.updates, counters.skipped_updates) == (3, 3)
 
 
 def test_more_than_five_percent_of_a_shard_is_refused_as_soon_as_it_is_certain():

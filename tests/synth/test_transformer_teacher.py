@@ -10,8 +10,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from manifests.shard import done_records
 from manifests.storage import Storage
 from stages.settings import GuidanceSettings, SynthSettings
+from stages.synth.guidance import Guidance
 from stages.synth.inputs import inspect_inputs, semantics
-from stages.synth.sampler import Guide
 from stages.synth.worker import ShardWorker
 
 
@@ -77,11 +77,12 @@ def test_the_setting_is_part_of_the_plan_only_where_it_is_set(vit):
 def test_the_guides_losses_carry_the_term(vit, tmp_path):
     given = {"teacher": {"name": vit}, "prior": {"cfg_scale": 1.0}, "guidance": {"decoder": "full"}, "device": "cpu"}
     settings = SynthSettings.model_validate(given)
-    teacher = ShardWorker(settings, str(tmp_path), "f" * 64).teacher
+    models = ShardWorker(settings, str(tmp_path), "f" * 64).models
     images, labels = torch.rand(6, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 0])
 
     def losses(weight):
-        return Guide(GuidanceSettings(consistency=weight), teacher, labels).losses(images, torch.Generator())
+        guide = Guidance(models.prior, models.teacher, labels, GuidanceSettings(consistency=weight))
+        return guide.terms(images, torch.Generator())
 
     assert losses(None).inconsistency.shape == (6,) and losses(None).inconsistency.min() > 0
     assert losses(0.0).inconsistency is None

@@ -4,7 +4,6 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from manifests.errors import DataError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
-from stages.synth.priors.files import FAMILIES, geometry, read_index
+from stages.synth.priors.files import PriorSource
 from stages.synth.priors.parts import frozen
 from stages.synth.priors.schedule import Prediction, Schedule, State
 
@@ -64,13 +63,11 @@ class DiffusionPrior(ABC):
     encoders: Sequence[Any] = ()  # of prompts, and of images
     batch_limit: int | None = None
 
-    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+    def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
         logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
-        self.folder, self.settings, self.device = Path(folder), settings, device
-        self.index = read_index(self.folder)
-        family = FAMILIES[self.index["_class_name"]]
-        self.conditioning = family.conditioning
-        shape = geometry(self.folder, family)
+        self.source, self.settings, self.device = source, settings, device
+        self.folder, self.index, self.conditioning = source.folder, source.index, source.family.conditioning
+        shape, folder = source.geometry, source.folder
         self.latent_shape, self.image_size, self.classes = shape.latent, shape.image_size, shape.classes
         try:
             config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())

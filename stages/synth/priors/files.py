@@ -1,80 +1,17 @@
-"""Find a prior by path, hub id or ``embedded:`` name, and which of its files are read. Imports no torch."""
+"""Where a prior is (path, hub id, ``embedded:`` name), what kind, and which of its files are read. No torch."""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.errors import DataError, UsageError
 from stages.settings import PriorSettings
-
-CONFIGS = (".json", ".txt", ".model")
-UNREAD = ("safety_checker", "watermarker")  # parts of a pipeline that no prior here has
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)"
-    r"(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
-)
-
-
-def files_read(names: Iterable[str], variant: str | None) -> list[str]:
-    """Of the files ``names`` of a pipeline (relative, with ``/``) those that decide what it computes, sorted.
-
-    Configurations, and for each sub-folder one format and variant of its weights; in the folder itself only where it
-    holds a network and no pipeline.
-
-    >>> files_read(["model_index.json", "v1-5.safetensors", "unet/config.json", "unet/model.fp16.safetensors",
-    ...             "unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/model.bin"], None)
-    ['model_index.json', 'unet/config.json', 'unet/model.safetensors']
-    """
-    found = {PurePosixPath(name) for name in names}
-    pipeline = PurePosixPath("model_index.json") in found
-    read = [file for file in found if file.suffix in CONFIGS]
-    for folder in {file.parent for file in found}:
-        if not (pipeline and folder == PurePosixPath(".")):
-            weights = _chosen([file.name for file in found if file.parent == folder], variant)
-            read += [folder / match.string for match in weights]
-    return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files in ``folder`` that hold its network, as :func:`files_read` chooses them."""
-    names = sorted(file.name for file in folder.glob("*") if file.is_file())
-    return [folder / match.string for match in _chosen(names, variant)]
-
-
-def loading(folder: Path, variant: str | None) -> dict[str, Any]:
-    """``variant`` and ``use_safetensors`` of ``from_pretrained`` for the network in ``folder``.
-
-    Raises DataError where there are weights, but only of variants that ``prior.variant`` does not name.
-    """
-    names = [file.name for file in folder.glob("*") if file.is_file()]
-    if weights := _chosen(names, variant):
-        return {"variant": weights[0]["variant"], "use_safetensors": weights[0]["format"] == "safetensors"}
-    if others := sorted({match["variant"] for match in _weights(names)}):
-        raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
-    return {"variant": variant, "use_safetensors": True}  # the error of a folder without weights
-
-
-def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
-    """Of one folder's files those that hold the network: ``variant`` where there is such a file, else the plain one,
-    in safetensors where there are such, else as ``.bin`` (which torch reads with ``weights_only``)."""
-    weights = _weights(names)
-    for wanted in dict.fromkeys((variant, None)):
-        for kind in ("safetensors", "bin"):
-            if matches := [match for match in weights if (match["variant"], match["format"]) == (wanted, kind)]:
-                return matches
-    return []
-
-
-def _weights(names: Iterable[str]) -> list[re.Match[str]]:
-    return [match for name in names if (match := _WEIGHTS.fullmatch(name))]
-
-
-# Find a prior by path, hub id or ``embedded:`` name; load the class that fits its pipeline. Finding needs no torch.
 
 
 class NotFetched(DataError):
@@ -111,6 +48,88 @@ class Geometry:
     latent: tuple[int, int, int]
     image_size: int
     classes: int
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder of weights; ``variant`` names those that are read of it."""
+
+    folder: Path
+    variant: str | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and contents of the files that decide what the model computes."""
+        digest = hashlib.sha256()
+        names = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
+        for name in files_read(names, self.variant):
+            file = self.folder / name
+            stat = file.stat()
+            digest.update(name.encode() + b"\0" + _sha256(file, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        return digest.hexdigest()
+
+
+@lru_cache(4096)
+def _sha256(file: Path, size: int, mtime: int, inode: int) -> bytes:
+    """Of a file's contents; as long as size, time and inode stay, it is read once in a process."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+@dataclass(frozen=True)
+class PriorSource(ModelFolder):
+    """A prior, found once: what ``model_index.json`` and the configurations in its folder say."""
+
+    name: str  # in the settings
+    index: dict[str, Any]
+    geometry: Geometry
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers pipeline."""
+        return str(self.index["_class_name"])
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.pipeline]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest records: name, pipeline class, conditioning, image size, sha256 over its files (and the
+        number of its classes)."""
+        return {
+            "name": self.name,
+            "pipeline": self.pipeline,
+            "conditioning": self.family.conditioning,
+            "image_size": self.geometry.image_size,
+            "sha256": self.sha256,
+        } | ({"classes": self.geometry.classes} if self.geometry.classes else {})
+
+
+def locate_prior(settings: PriorSettings) -> PriorSource:
+    """The prior that ``settings`` name. Errors as :func:`locate`; DataError where the folder holds no supported
+    pipeline, UsageError where CFG is asked of an unconditional one (the default scale just does not apply to it)."""
+    folder = locate(settings.path, variant=settings.variant)
+    index = read_index(folder)
+    family = FAMILIES[index["_class_name"]]
+    if family.conditioning == "none" and settings.cfg_scale not in (1, PriorSettings().cfg_scale):
+        raise UsageError(
+            f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
+        )
+    return PriorSource(folder, settings.variant, settings.path, index, geometry(folder, family))
+
+
+def locate_tiny_decoder(name: str | None, prior: PriorSource) -> ModelFolder:
+    """The AutoencoderTiny called ``name``, by default the one made for the kind of VAE of ``prior``.
+
+    Raises UsageError where there is none to default to, DataError where it cannot be found.
+    """
+    name = name or prior.family.tiny
+    if name is None:
+        raise UsageError(
+            f"no AutoencoderTiny is known for {prior.pipeline}: name one with guidance.tiny_decoder, or use full"
+        )
+    return ModelFolder(locate(name, "tiny decoder"), None)
 
 
 def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
@@ -227,52 +246,65 @@ def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequ
         raise UsageError(f"prior {source} has labels 0 to {classes - 1}; prior.labels maps {', '.join(outside)}")
 
 
-def find_prior(settings: PriorSettings) -> tuple[Path, str, Family]:
-    """Folder, pipeline class and family of the prior that ``settings`` name.
+# Which files of a folder are read.
 
-    Raises UsageError where CFG is asked of an unconditional prior; the default scale just does not apply to it.
+CONFIGS = (".json", ".txt", ".model")
+UNREAD = ("safety_checker", "watermarker")  # parts of a pipeline that no prior here has
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)"
+    r"(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
+)
+
+
+def files_read(names: Iterable[str], variant: str | None) -> list[str]:
+    """Of the files ``names`` of a pipeline (relative, with ``/``) those that decide what it computes, sorted.
+
+    Configurations, and for each sub-folder one format and variant of its weights; in the folder itself only where it
+    holds a network and no pipeline.
+
+    >>> files_read(["model_index.json", "v1-5.safetensors", "unet/config.json", "unet/model.fp16.safetensors",
+    ...             "unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/model.bin"], None)
+    ['model_index.json', 'unet/config.json', 'unet/model.safetensors']
     """
-    folder = locate(settings.path, variant=settings.variant)
-    name = read_index(folder)["_class_name"]
-    if FAMILIES[name].conditioning == "none" and settings.cfg_scale not in (1, PriorSettings().cfg_scale):
-        raise UsageError(
-            f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
-        )
-    return folder, name, FAMILIES[name]
+    found = {PurePosixPath(name) for name in names}
+    pipeline = PurePosixPath("model_index.json") in found
+    read = [file for file in found if file.suffix in CONFIGS]
+    for folder in {file.parent for file in found}:
+        if not (pipeline and folder == PurePosixPath(".")):
+            weights = _chosen([file.name for file in found if file.parent == folder], variant)
+            read += [folder / match.string for match in weights]
+    return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
 
 
-def prior_identity(settings: PriorSettings) -> dict[str, Any]:
-    """What the manifest records of a prior: name, pipeline class, sha256 over its files, conditioning, image size (and
-    the number of its classes)."""
-    folder, name, family = find_prior(settings)
-    shape = geometry(folder, family)
-    return {
-        "name": settings.path,
-        "pipeline": name,
-        "conditioning": family.conditioning,
-        "image_size": shape.image_size,
-        "sha256": folder_sha256(folder, settings.variant),
-    } | ({"classes": shape.classes} if shape.classes else {})
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files in ``folder`` that hold its network, as :func:`files_read` chooses them."""
+    names = sorted(file.name for file in folder.glob("*") if file.is_file())
+    return [folder / match.string for match in _chosen(names, variant)]
 
 
-def folder_sha256(folder: Path, variant: str | None = None) -> str:
-    """sha256 over names and contents of the files in a model folder that decide what it computes."""
-    digest = hashlib.sha256()
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    for name in files_read(names, variant):
-        digest.update(name.encode() + b"\0")
-        with (folder / name).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def loading(folder: Path, variant: str | None) -> dict[str, Any]:
+    """``variant`` and ``use_safetensors`` of ``from_pretrained`` for the network in ``folder``.
 
-
-def tiny_decoder(settings: PriorSettings, name: str | None) -> Path:
-    """Folder of the AutoencoderTiny called ``name``, by default the one made for the prior's kind of VAE.
-
-    Raises UsageError where there is none to default to, DataError where it cannot be found.
+    Raises DataError where there are weights, but only of variants that ``prior.variant`` does not name.
     """
-    _, kind, family = find_prior(settings)
-    name = name or family.tiny
-    if name is None:
-        raise UsageError(f"no AutoencoderTiny is known for {kind}: name one with guidance.tiny_decoder, or use full")
-    return locate(name, "tiny decoder")
+    names = [file.name for file in folder.glob("*") if file.is_file()]
+    if weights := _chosen(names, variant):
+        return {"variant": weights[0]["variant"], "use_safetensors": weights[0]["format"] == "safetensors"}
+    if others := sorted({match["variant"] for match in _weights(names)}):
+        raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
+    return {"variant": variant, "use_safetensors": True}  # the error of a folder without weights
+
+
+def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
+    """Of one folder's files those that hold the network: ``variant`` where there is such a file, else the plain one,
+    in safetensors where there are such, else as ``.bin`` (which torch reads with ``weights_only``)."""
+    weights = _weights(names)
+    for wanted in dict.fromkeys((variant, None)):
+        for kind in ("safetensors", "bin"):
+            if matches := [match for match in weights if (match["variant"], match["format"]) == (wanted, kind)]:
+                return matches
+    return []
+
+
+def _weights(names: Iterable[str]) -> list[re.Match[str]]:
+    return [match for name in names if (match := _WEIGHTS.fullmatch(name))]

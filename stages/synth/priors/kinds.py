@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from manifests.errors import DataError, UsageError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
 from stages.synth.priors.diffusion import DiffusionPrior
-from stages.synth.priors.files import FAMILIES, check_labels, find_prior
+from stages.synth.priors.files import PriorSource, check_labels, locate_prior
 from stages.synth.priors.parts import VAES, frozen, load_encoder, load_part, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -39,9 +38,9 @@ PROMPTS = 1024
 class TextPrior(DiffusionPrior):
     """A ``StableDiffusionPipeline`` (VAE, UNet, text encoder, tokenizer); conditions are prompts."""
 
-    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
+    def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
         self.row = lru_cache(PROMPTS)(self.embed)  # a run has few distinct prompts: each is encoded once
-        super().__init__(folder, settings, device)
+        super().__init__(source, settings, device)
 
     def load(self) -> tuple[Any, Any]:
         self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
@@ -259,15 +258,15 @@ class ClassPrior(DiffusionPrior):
 class FreePrior(DiffusionPrior):
     """No conditions at all, hence no CFG: the teacher alone decides what becomes of the noise."""
 
-    def __init__(self, folder: str | Path, settings: PriorSettings, device: str) -> None:
-        super().__init__(folder, settings.model_copy(update={"cfg_scale": 1.0}), device)
+    def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
+        super().__init__(source, settings.model_copy(update={"cfg_scale": 1.0}), device)
 
     def load(self) -> tuple[Any, Any]:
-        vae = FAMILIES[self.index["_class_name"]].vae
+        vae = self.source.family.vae
         unet = load_part(self, "unet", {"UNet2DModel": UNet2DModel})
         if unet.config.num_class_embeds or unet.config.class_embed_type:
             raise DataError(
-                f"prior {self.folder}: its unet needs class labels, which {self.index['_class_name']} does not give it"
+                f"prior {self.folder}: its unet needs class labels, which {self.source.pipeline} does not give it"
             )
         return unet, vae and load_part(self, vae, {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL})
 
@@ -278,22 +277,21 @@ class FreePrior(DiffusionPrior):
         return self.network(latents, time).sample
 
 
-# Load the prior of a folder: the class that fits its pipeline.
+KINDS: dict[str, type[DiffusionPrior]] = {
+    "StableDiffusionPipeline": TextPrior,
+    "StableDiffusionXLPipeline": TextPriorXL,
+    "IFPipeline": TextPriorIF,
+    "StableUnCLIPImg2ImgPipeline": TextPriorUnclip,
+    "DiTPipeline": ClassPrior,
+    "LDMPipeline": FreePrior,
+    "DDPMPipeline": FreePrior,
+    "DDIMPipeline": FreePrior,
+}
 
 
-def load_prior(settings: PriorSettings, device: str) -> DiffusionPrior:
-    """The prior on ``device``, frozen and in eval mode."""
-    folder, name, family = find_prior(settings)
-    if name == "StableDiffusionXLPipeline":
-        return TextPriorXL(folder, settings, device)
-    if name == "IFPipeline":
-        return TextPriorIF(folder, settings, device)
-    if family.image_encoder:
-        return TextPriorUnclip(folder, settings, device)
-    if family.conditioning == "text":
-        return TextPrior(folder, settings, device)
-    if family.conditioning == "class":
-        return ClassPrior(folder, settings, device)
-    if settings.cfg_scale != 1:
+def load_prior(settings: PriorSettings, device: str, source: PriorSource | None = None) -> DiffusionPrior:
+    """The prior on ``device``, frozen and in eval mode; ``source`` is where it is, if that is known already."""
+    source = source or locate_prior(settings)
+    if source.family.conditioning == "none" and settings.cfg_scale != 1:
         log.warning("prior %s is unconditional: prior.cfg_scale does not apply", settings.path)
-    return FreePrior(folder, settings, device)
+    return KINDS[source.pipeline](source, settings, device)

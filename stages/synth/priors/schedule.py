@@ -6,7 +6,7 @@ explodes (euler), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,6 +33,10 @@ class State:
     z: Tensor
     step: int
     before: Tensor | None = field(default=None, kw_only=True)  # a multistep solver's memory: ẑ0 of the step before
+
+    def tracked(self) -> "State":
+        """The same with ``z`` as a leaf of the graph, where gradients are enabled."""
+        return replace(self, z=self.z.detach().requires_grad_()) if torch.is_grad_enabled() else self
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "State":
         """Every tensor of the state, the solver's memory too, through the same linear ``change`` of latents."""

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from manifests.errors import DataError
 from stages.settings import PriorSettings
-from stages.synth.priors.files import files_read, prior_identity
+from stages.synth.priors import files
+from stages.synth.priors.files import files_read, locate_prior
 from stages.synth.priors.kinds import load_prior
 
 NETWORK = "diffusion_pytorch_model"
@@ -62,17 +63,17 @@ def test_a_hub_is_asked_for_no_more(monkeypatch, prior_folder):
     siblings = [SimpleNamespace(rfilename=name) for name in HUB]
     monkeypatch.setattr("huggingface_hub.model_info", lambda _: SimpleNamespace(siblings=siblings))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    prior_identity(PriorSettings(path="org/name", variant="fp16"))
+    locate_prior(PriorSettings(path="org/name", variant="fp16"))
     assert asked == {"org/name": files_read(HUB, "fp16")}
 
 
 def test_what_is_not_read_is_not_the_priors_identity(prior_folder, tmp_path):
     copy = shutil.copytree(prior_folder, tmp_path / "more")
-    sha256 = prior_identity(PriorSettings(path=str(copy)))["sha256"]
+    sha256 = locate_prior(PriorSettings(path=str(copy))).sha256
     (copy / "checkpoint.safetensors").write_bytes(b"another format of the same")
     (copy / "unet" / f"{NETWORK}.fp16.safetensors").write_bytes(b"another variant")
-    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] == sha256
-    assert prior_identity(PriorSettings(path=str(copy), variant="fp16"))["sha256"] != sha256
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 == sha256
+    assert locate_prior(PriorSettings(path=str(copy), variant="fp16")).sha256 != sha256
 
 
 def test_weights_as_bin_load_the_same(prior_folder, tmp_path):
@@ -112,3 +113,14 @@ def test_weights_of_other_variants_alone_are_named(prior_folder, tmp_path):
     with pytest.raises(DataError, match="only weights of the variant fp16: name it"):
         load_prior(PriorSettings(path=str(copy)), "cpu")
     assert load_prior(PriorSettings(path=str(copy), variant="fp16"), "cpu").latent_shape
+
+
+def test_a_process_reads_a_file_once_for_its_checksum_until_it_changes(prior_folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(prior_folder, tmp_path / "prior")
+    before = locate_prior(PriorSettings(path=str(copy))).sha256
+    digest, read = files.hashlib.file_digest, []
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda f, name: read.append(f.name) or digest(f, name))
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 == before and not read
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 != before and read == [str(config)]

@@ -14,11 +14,13 @@ from manifests.storage import Storage
 from stages.models.source import teacher_identity
 from stages.settings import GuidanceSettings, LatentMixSettings, PriorSettings, SynthSettings
 from stages.synth.group import Group
+from stages.synth.guidance import Guidance
 from stages.synth.inputs import inspect_inputs
-from stages.synth.priors.files import check_labels, prior_identity
+from stages.synth.latent_mix import LatentMix
+from stages.synth.priors.files import check_labels, locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State
-from stages.synth.sampler import Guide, denoise
+from stages.synth.sampler import denoise
 from stages.synth.worker import ShardWorker
 from tests.synth.tiny import (
     TinyTeacher,
@@ -60,16 +62,17 @@ def load(folder, **kw):
 @pytest.mark.parametrize("name", SAVE)
 def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, scheduler):
     prior, teacher = load(folders[name], scheduler=scheduler), TinyTeacher()
-    cut = LatentMixSettings(every=2, interval=(0, 1))
+    every_second = LatentMixSettings(every=2, interval=(0, 1))
 
     def final(guide):
-        *_, frame = denoise(prior, GROUP, 0, "cpu", guide, cut)
+        cut = LatentMix(every_second, GROUP, 0, prior.timesteps, prior.latent_shape)
+        *_, frame = denoise(prior, GROUP, 0, guide=guide, mix=cut)
         assert frame.images.shape == (4, 3, 16, 16) and prior.image_size == 16 and any(frame.mixes)
         with torch.no_grad():
             return frame.images, torch.nn.functional.cross_entropy(teacher.logits(frame.images), labels).item()
 
     labels = torch.tensor(GROUP.labels)
-    guide = Guide(GuidanceSettings(step_size=0.3, bn=0.0), teacher, labels)
+    guide = Guidance(prior, teacher, labels, GuidanceSettings(step_size=0.3, bn=0.0))
     images, loss = final(guide)
     torch.manual_seed(9)  # a global generator plays no part
     assert torch.equal(images, final(guide)[0])
@@ -77,7 +80,9 @@ def test_every_family_is_guided_and_cut_with_every_scheduler(folders, name, sche
 
 
 def test_identities(folders):
-    of = {name: prior_identity(PriorSettings(path=str(folder), cfg_scale=1.0)) for name, folder in folders.items()}
+    of = {
+        name: locate_prior(PriorSettings(path=str(folder), cfg_scale=1.0)).identity for name, folder in folders.items()
+    }
     assert [of[name]["conditioning"] for name in SAVE] == ["text"] * 5 + ["class", "none", "none"]
     assert {identity["image_size"] for identity in of.values()} == {16} and of["dit"]["classes"] == 5
 
@@ -88,7 +93,7 @@ def test_sdxl_gives_what_its_own_pipeline_gives(folders, negative):
     prior = load(folders["sdxl"], cfg_scale=2.0, negative_prompt=negative)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folders["sdxl"], add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    *_, frame = denoise(prior, GROUP, 0, "cpu")
+    *_, frame = denoise(prior, GROUP, 0)
     theirs = pipeline(
         list(GROUP.prompts),
         negative_prompt=[negative] * 4 if negative else None,
@@ -188,7 +193,7 @@ def test_rows_of_a_class_prior_hold_its_labels(folders, tmp_path):
 
 def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
     with pytest.raises(UsageError, match=r"unconditional, so prior\.cfg_scale=2 .* leave it out"):
-        prior_identity(PriorSettings(path=str(folders["ddpm"]), cfg_scale=2.0))
+        locate_prior(PriorSettings(path=str(folders["ddpm"]), cfg_scale=2.0))
     assert PriorSettings().cfg_scale != 1
     by_default = load_prior(PriorSettings(path=str(folders["ddpm"]), steps=4), "cpu")
     assert [r.message for r in caplog.records] == [
@@ -198,6 +203,7 @@ def test_cfg_does_not_apply_to_an_unconditional_prior(folders, caplog):
     with torch.no_grad():
         outputs = [p.predict(p.start(z), p.encode(GROUP.prompts)).output for p in (by_default, load(folders["ddpm"]))]
     assert torch.equal(*outputs)
+    assert by_default.settings.cfg_at(0) == 1  # so that no second half is evaluated
 
 
 def test_grey_pixels_become_rgb(tmp_path):
@@ -258,7 +264,7 @@ def changed(folders, name, tmp_path, part, **values):
 )
 def test_parts_that_do_not_fit_are_refused_in_one_line(folders, tmp_path, name, part, values, message):
     settings = changed(folders, name, tmp_path, part, **values)
-    for refuse in (prior_identity, lambda s: load_prior(s, "cpu")):
+    for refuse in (locate_prior, lambda s: load_prior(s, "cpu")):
         with pytest.raises(DataError, match=message) as error:
             refuse(settings)
         assert "\n" not in str(error.value)

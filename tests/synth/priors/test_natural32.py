@@ -20,7 +20,7 @@ def prior():
 
 def drawn(prior, prompt, n=12):
     group = Group(0, tuple(range(n)), (0,) * n, (prompt,) * n)
-    *_, frame = denoise(prior, group, 0, "cpu")
+    *_, frame = denoise(prior, group, 0)
     return frame.images.clamp(-1, 1)
 
 

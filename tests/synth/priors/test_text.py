@@ -7,7 +7,7 @@ import torch
 
 from manifests.errors import DataError, UsageError
 from stages.settings import PriorSettings
-from stages.synth.priors.files import locate, prior_identity
+from stages.synth.priors.files import locate, locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State
 
@@ -71,16 +71,16 @@ def test_decode_is_the_vaes(prior):
 
 def test_identity_is_of_the_files_not_of_the_place(prior_folder, tmp_path):
     copy = shutil.copytree(prior_folder, tmp_path / "elsewhere")
-    identity = prior_identity(PriorSettings(path=str(copy)))
-    assert identity["sha256"] == prior_identity(PriorSettings(path=str(prior_folder)))["sha256"]
+    identity = locate_prior(PriorSettings(path=str(copy))).identity
+    assert identity["sha256"] == locate_prior(PriorSettings(path=str(prior_folder))).sha256
     assert identity["image_size"] == 16
     (copy / "scheduler" / "scheduler_config.json").write_text("{}")
-    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] != identity["sha256"]
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 != identity["sha256"]
 
 
 def test_folders_that_are_no_prior_are_named(prior_folder, tmp_path):
     with pytest.raises(DataError, match="no model_index.json"):
-        prior_identity(PriorSettings(path=str(tmp_path)))
+        locate_prior(PriorSettings(path=str(tmp_path)))
     with pytest.raises(DataError, match="no such folder"):
         locate("./nowhere")
     with pytest.raises(UsageError, match="embedded:strokes32"):
@@ -88,7 +88,7 @@ def test_folders_that_are_no_prior_are_named(prior_folder, tmp_path):
     copy = shutil.copytree(prior_folder, tmp_path / "broken")
     (copy / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(DataError, match="'FluxPipeline' is not supported"):
-        prior_identity(PriorSettings(path=str(copy)))
+        locate_prior(PriorSettings(path=str(copy)))
 
 
 def test_truncated_weights_are_a_data_error(prior_folder, tmp_path):

@@ -18,9 +18,9 @@ from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
 from stages.settings import DdaSettings, PriorSettings, SynthSettings
-from stages.synth.dda import begin
+from stages.synth.dda import variation
 from stages.synth.group import make_group
-from stages.synth.priors.files import prior_identity
+from stages.synth.priors.files import locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import denoise
@@ -51,7 +51,7 @@ def tensors(pixels):
 
 
 def variants(prior, images, seed, **own):
-    (frame,) = denoise(prior, GROUP, seed, "cpu", **begin(prior, images, GROUP, DdaSettings(**own))(seed))
+    (frame,) = denoise(prior, GROUP, seed, **variation(prior, images, GROUP, DdaSettings(**own))(seed))
     return frame.images
 
 
@@ -74,7 +74,7 @@ def test_variants_are_those_of_the_pipeline_itself(folder, level):
     embedded = prior.embed_images(images)
     noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(3))
     condition = prior.encode_with(GROUP.prompts, embedded, noise, level)
-    (frame,) = denoise(prior, GROUP, 0, "cpu", condition=condition)
+    (frame,) = denoise(prior, GROUP, 0, condition=condition)
     theirs = pipeline(
         prior.pixels(images),
         list(GROUP.prompts),
@@ -115,7 +115,7 @@ def test_variants_follow_their_source_their_seed_and_the_noise(folder):
 
 def test_two_variants_of_a_seed_differ_in_the_noise_on_their_features(folder):
     prior, images = load(folder, cfg_scale=1.0), tensors(pictures())
-    at = begin(prior, images, GROUP, DdaSettings(noise_level=500))
+    at = variation(prior, images, GROUP, DdaSettings(noise_level=500))
     rows = [at(seed)["condition"] for seed in (5, 5, 6)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
     assert torch.equal(rows[0][:, :-16], rows[2][:, :-16]) and torch.equal(rows[0][:, -8:], rows[2][:, -8:])
@@ -168,10 +168,10 @@ def test_dda_from_end_to_end(folder, tmp_path):
 )
 def test_the_identity_covers_encoder_and_normaliser(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = prior_identity(PriorSettings(path=str(copy)))
+    before = locate_prior(PriorSettings(path=str(copy))).identity
     weights = load_file(copy / part)
     save_file({name: values + 1 for name, values in weights.items()}, copy / part)
-    assert prior_identity(PriorSettings(path=str(copy)))["sha256"] != before["sha256"]
+    assert locate_prior(PriorSettings(path=str(copy))).sha256 != before["sha256"]
 
 
 def refused(settings, *loaders):
@@ -185,7 +185,7 @@ def refused(settings, *loaders):
 def test_a_folder_without_its_image_encoder_is_refused_in_one_line(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "image_encoder")
-    for line in refused(PriorSettings(path=str(copy)), prior_identity, lambda s: load_prior(s, "cpu")):
+    for line in refused(PriorSettings(path=str(copy)), locate_prior, lambda s: load_prior(s, "cpu")):
         assert "missing unet/config.json or vae/config.json or image_encoder/config.json" in line
 
 
