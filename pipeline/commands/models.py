@@ -67,7 +67,7 @@ def evaluate(
 
     def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{'images':<24}{result['images']:>8}"
-        for name in ("accuracy", "teacher_accuracy", "agreement", "ece"):
+        for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece"):
             if name in result:
                 yield f"{name.replace('_', ' '):<24}{result[name]:>8.1%}"
         for name, share in result["per_class"].items():
@@ -76,7 +76,7 @@ def evaluate(
         if "picture" in result:
             yield f"confusion matrix: {plain(result['picture'])}"
 
-    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device).to_dict()
     say(f"class order: {result['class_order']}")
     if confusion is not None:
         from pipeline.inspect import save

@@ -1,7 +1,7 @@
 """From an epoch's order to batches of augmented views, over images decoded once or as needed."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -165,7 +165,7 @@ class Batches:
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
         self._epoch: _Epoch | None = None
 
-    def stream(self, first: int, stop: int) -> Iterator[Batch]:
+    def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
             waiting: deque[Future[Batch]] = deque()

@@ -6,12 +6,13 @@ Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from pydantic import Field
 from torch import Tensor, nn
 
 from manifests.errors import DataError
@@ -26,56 +27,49 @@ from stages.models.source import ModelConfig
 from stages.models.teacher import Teacher
 from stages.settings import ModelSettings
 
-# The confusion matrix as a picture: rows are true classes, columns what the model says. Used by ``factory eval``.
-
-
-CELL, SMALL_CELL, NUMBERS_UP_TO = 34, 4, 30
-INK, PAPER, FULL = (20, 20, 20), (255, 255, 255), (8, 48, 107)
-
-
-def confusion_picture(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> bytes:
-    """PNG bytes of ``counts[true][predicted]``. Shade: share of the row; counts are written into up to 30 classes."""
-    table = np.asarray(counts, dtype=np.int64)
-    classes = len(table)
-    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    labeled = classes <= NUMBERS_UP_TO
-    cell, name_width, head = (CELL, 110, 34) if labeled else (SMALL_CELL, 2, 18)
-    image = Image.new("RGB", (name_width + classes * cell + 2, head + classes * cell + 2), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((2, 2), "true (rows), predicted (columns)", fill=INK)
-    for row in range(classes):
-        y = head + row * cell
-        if labeled:
-            draw.text((4, y + cell // 2 - 6), _printable(class_names[row])[:16], fill=INK)
-            draw.text((name_width + row * cell + 3, 18), _printable(class_names[row])[:5], fill=INK)
-        for column in range(classes):
-            x, share = name_width + column * cell, shares[row, column]
-            shade = tuple(round(p + (f - p) * share) for p, f in zip(PAPER, FULL, strict=True))
-            draw.rectangle(
-                (x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225) if labeled else shade
-            )
-            if labeled and table[row, column]:
-                ink = PAPER if share > 0.5 else INK
-                draw.text((x + cell / 2, y + cell / 2), str(table[row, column]), fill=ink, anchor="mm")
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _printable(text: str) -> str:
-    return text.encode("latin-1", "replace").decode("latin-1")  # what PIL's built-in font can draw
-
-
 BATCH = 256
 BINS = 15
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Where labeled images were, and the sha256 of their labels and encoded images in order."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a classifier (a student, say) on labeled images; shares lie in [0, 1].
+
+    ``class_order``: what the labels mean, for people; ``ece``: :func:`calibration_error`; ``per_class``: accuracy by
+    class name (None without images); ``confusion[true][predicted]``: counts. With a teacher:
+    ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
+    """
+
+    class_order: str
+    data: DataIdentity
+    images: Annotated[int, Field(ge=0)]
+    accuracy: Share
+    ece: float
+    per_class: dict[str, float | None]
+    confusion: list[list[int]]
+    model_teacher_agreement: Share | None = None
+    teacher_accuracy: Share | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; without the comparison with a teacher where there was none."""
+        values = asdict(self)
+        return values if self.teacher_accuracy is not None else {name: values[name] for name in list(values)[:-2]}
 
 
 def evaluate(
     model: str, data: str, teacher: ModelSettings | None = None, device: str = "cpu", threads: int = 1
-) -> dict[str, Any]:
-    """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
+) -> Scores:
+    """Score the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
 
-    ``data`` in the result is where the images were, with the sha256 of labels and encoded images in their order.
     Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
     UsageError where ``device`` cannot be used.
     """
@@ -89,7 +83,7 @@ def evaluate(
         return evaluate_net(net.to(place), config, data, judge)
 
 
-def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> dict[str, Any]:
+def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> Scores:
     """Like :func:`evaluate`, of a network in memory (left in eval mode)."""
     spec = InputSpec(config.input)
     net.eval()
@@ -108,9 +102,10 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
         )
     seen, classes = len(labels.unique()), config.num_classes
     fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
-    scores = metrics(logits, labels, config.class_names, answers[0] if teacher else None)
-    identity = {"path": data, "sha256": digest.hexdigest()}
-    return {"class_order": images.class_order + fewer, "data": identity, **scores}
+    identity = DataIdentity(data, digest.hexdigest())
+    return scores(
+        logits, labels, config.class_names, answers[0] if teacher else None, images.class_order + fewer, identity
+    )
 
 
 def _digested(samples: Iterator[Sample], digest: Any) -> Iterator[Sample]:
@@ -173,31 +168,35 @@ def _decoded(sample: Sample, data: str) -> Tensor:
         raise DataError(f"{data}: sample {key!r} is no image: {error}") from None
 
 
-def metrics(
-    logits: Tensor, labels: Tensor, class_names: tuple[str, ...], teacher: Tensor | None = None
-) -> dict[str, Any]:
-    """JSON-able scores from logits ``[n, C]``; shares lie in [0, 1].
-
-    ``per_class``: accuracy by class name (None without images); ``confusion[true][predicted]``: counts;
-    ``ece``: see :func:`calibration_error`; ``agreement``: share of images where the teacher names the same class.
-    """
-    classes = len(class_names)
-    predicted = logits.argmax(1)
+def scores(
+    logits: Tensor,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    teacher: Tensor | None,
+    class_order: str,
+    data: DataIdentity,
+) -> Scores:
+    """:class:`Scores` from logits ``[n, C]``, labels ``[n]`` and perhaps the teacher's logits ``[n, C]``."""
+    classes, predicted = len(class_names), logits.argmax(1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     totals, right = confusion.sum(1).tolist(), confusion.diag().tolist()
-    result = {
-        "images": len(labels),
-        "accuracy": (predicted == labels).double().mean().item(),
-        "ece": calibration_error(logits, labels),
-        "per_class": {
-            name: r / t if t else None for name, r, t in zip(distinct(class_names), right, totals, strict=True)
-        },
-        "confusion": confusion.tolist(),
-    }
-    if teacher is not None:
-        result["agreement"] = (predicted == teacher.argmax(1)).double().mean().item()
-        result["teacher_accuracy"] = (teacher.argmax(1) == labels).double().mean().item()
-    return result
+    shares = [r / t if t else None for r, t in zip(right, totals, strict=True)]
+    by_teacher = None if teacher is None else teacher.argmax(1)
+    return Scores(
+        class_order=class_order,
+        data=data,
+        images=len(labels),
+        accuracy=_equal_share(predicted, labels),
+        ece=calibration_error(logits, labels),
+        per_class=dict(zip(distinct(class_names), shares, strict=True)),
+        confusion=confusion.tolist(),
+        model_teacher_agreement=None if by_teacher is None else _equal_share(predicted, by_teacher),
+        teacher_accuracy=None if by_teacher is None else _equal_share(by_teacher, labels),
+    )
+
+
+def _equal_share(a: Tensor, b: Tensor) -> float:
+    return (a == b).double().mean().item()
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -217,3 +216,40 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
     return (gap.abs().sum() / len(labels)).item()
+
+
+CELL, SMALL_CELL, NUMBERS_UP_TO = 34, 4, 30
+INK, PAPER, FULL = (20, 20, 20), (255, 255, 255), (8, 48, 107)
+
+
+def confusion_picture(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> bytes:
+    """PNG bytes of ``counts[true][predicted]``. Shade: share of the row; counts are written into up to 30 classes."""
+    table = np.asarray(counts, dtype=np.int64)
+    classes = len(table)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    labeled = classes <= NUMBERS_UP_TO
+    cell, name_width, head = (CELL, 110, 34) if labeled else (SMALL_CELL, 2, 18)
+    image = Image.new("RGB", (name_width + classes * cell + 2, head + classes * cell + 2), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((2, 2), "true (rows), predicted (columns)", fill=INK)
+    for row in range(classes):
+        y = head + row * cell
+        if labeled:
+            draw.text((4, y + cell // 2 - 6), _printable(class_names[row])[:16], fill=INK)
+            draw.text((name_width + row * cell + 3, 18), _printable(class_names[row])[:5], fill=INK)
+        for column in range(classes):
+            x, share = name_width + column * cell, shares[row, column]
+            shade = tuple(round(p + (f - p) * share) for p, f in zip(PAPER, FULL, strict=True))
+            draw.rectangle(
+                (x, y, x + cell - 1, y + cell - 1), fill=shade, outline=(225, 225, 225) if labeled else shade
+            )
+            if labeled and table[row, column]:
+                ink = PAPER if share > 0.5 else INK
+                draw.text((x + cell / 2, y + cell / 2), str(table[row, column]), fill=ink, anchor="mm")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _printable(text: str) -> str:
+    return text.encode("latin-1", "replace").decode("latin-1")  # what PIL's built-in font can draw

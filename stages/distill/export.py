@@ -9,7 +9,8 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.errors import FactoryError, UsageError
+from stages.distill.results import StudentResult
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
 from stages.models.source import ModelConfig, only_named
+from stages.settings import DistillSettings
 
 # What a finished student is: its size and speed, and the model card that goes with it.
 
@@ -52,9 +55,18 @@ No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLD
 """
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Parameters, MFLOP per image (two per multiply-add), and latency of one image in ms (median)."""
+
+    parameters: int
+    mflop: float
+    latency_ms: float
+
+
 @torch.no_grad()
-def measure(net: nn.Module, config: ModelConfig) -> dict[str, Any]:
-    """Parameters, MFLOP per image (two per multiply-add) and median latency in ms of one image, on the net's device."""
+def measure(net: nn.Module, config: ModelConfig) -> Footprint:
+    """Count and time ``net`` (left in eval mode) on its device."""
     device = next(net.parameters()).device
     x = torch.zeros(1, config.channels, config.input.size, config.input.size, device=device)
     net.eval()
@@ -67,51 +79,50 @@ def measure(net: nn.Module, config: ModelConfig) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "mflop": counter.get_total_flops() / 1e6,
-        "latency_ms": 1000 * statistics.median(times),
-    }
+    return Footprint(
+        parameters=sum(p.numel() for p in net.parameters()),
+        mflop=counter.get_total_flops() / 1e6,
+        latency_ms=1000 * statistics.median(times),
+    )
 
 
-def model_card(config: ModelConfig, spec: dict[str, Any], facts: dict[str, Any]) -> str:
-    """The README.md of a student folder. ``spec`` is the run's, ``facts`` this student's results."""
-    settings, wanted = spec["settings"], config.input
-    spec = {**spec, "teacher": {key: markdown(value) for key, value in spec["teacher"].items()}}
-    weights = {k: v for k, v in settings["loss"].items() if isinstance(v, float) and v and k != "temperature"}
+def model_card(config: ModelConfig, settings: DistillSettings, spec: Mapping[str, Any], result: StudentResult) -> str:
+    """The README.md of a student folder. ``spec``: what run.json records of the teacher and the manifests."""
+    taken, teacher, test = config.input, spec["teacher"], result.test
     names = [markdown(name) for name in config.class_names[:10]]
     architecture, by_name = markdown(config.architecture), only_named(config.architecture)
-    held, test = facts.get("val"), facts.get("test")
     return CARD.format(
         architecture=architecture,
-        parameters=facts["parameters"],
-        mflop=facts["mflop"],
-        kilobytes=facts["bytes"] / 1e3,
-        latency=facts["latency_ms"],
-        device=facts["device"],
-        threads=settings["threads"],
-        input=f"{wanted.channels}×{wanted.size}×{wanted.size}, mean {_plain(wanted.mean)}, std {_plain(wanted.std)}"
+        parameters=result.parameters,
+        mflop=result.mflop,
+        kilobytes=result.bytes / 1e3,
+        latency=result.latency_ms,
+        device=result.device,
+        threads=settings.threads,
+        input=f"{taken.channels}×{taken.size}×{taken.size}, mean {_plain(taken.mean)}, std {_plain(taken.std)}"
         + ("; first layers changed to keep the resolution of small images" if config.stem == "small" else ""),
         classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
-        teacher=f"{spec['teacher']['architecture']}, sha256 {spec['teacher']['sha256']}",
-        images=facts["images"],
-        val_images=facts["val_images"],
+        teacher=f"{markdown(teacher['architecture'])}, sha256 {markdown(teacher['sha256'])}",
+        images=result.images,
+        val_images=result.val_images,
         datasets=", ".join(
             f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"]
         ),
-        where=markdown(settings["where"] or "")
-        or ("every image" if settings["include_rejected"] else "every kept image"),
-        epochs=settings["epochs"],
-        batch_size=settings["batch_size"],
-        optimizer=settings["optimizer"]["name"],
-        schedule=settings["optimizer"]["schedule"],
-        lr=settings["optimizer"]["lr"],
-        seed=settings["seed"],
-        loss=", ".join(f"{k} {v:g}" for k, v in weights.items()) + f" (τ = {settings['loss']['temperature']:g})",
-        keep=settings["select"],
-        held_out_score=f"agreement with the teacher {held['agreement']:.1%}" if held else "none",
-        test=f"accuracy {test['accuracy']:.1%}, agreement with the teacher {test['agreement']:.1%}; "
-        f"{test['images']:,} images, sha256 {test['data']['sha256']}"
+        where=markdown(settings.where or "") or ("every image" if settings.include_rejected else "every kept image"),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=settings.optimizer.name,
+        schedule=settings.optimizer.schedule,
+        lr=settings.optimizer.lr,
+        seed=settings.seed,
+        loss=", ".join(f"{term} {getattr(settings.loss, term):g}" for term in settings.loss.active)
+        + f" (τ = {settings.loss.temperature:g})",
+        keep=settings.select,
+        held_out_score="none"
+        if result.val_agreement is None
+        else f"agreement with the teacher {result.val_agreement:.1%}",
+        test=f"accuracy {test.accuracy:.1%}, agreement with the teacher {test.model_teacher_agreement:.1%}; "
+        f"{test.images:,} images, sha256 {test.data.sha256}"
         if test
         else "not given",
         model="MODEL.yaml" if by_name else "FOLDER",
