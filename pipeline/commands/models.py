@@ -1,6 +1,7 @@
 """``factory eval``, ``export`` and ``recipes``."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def export(
 
     files = [export_onnx(student, onnx)] if onnx else []
     files += [export_torch(student, torch_export)] if torch_export else []
-    answer({"files": files}, as_json, lines)
+    answer({"files": [asdict(each) for each in files]}, as_json, lines)
 
 
 # ``factory eval``: score a saved model on labeled images.

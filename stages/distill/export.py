@@ -1,6 +1,6 @@
-"""A finished student: its card, one call that loads it, and exports to ONNX and ``torch.export``.
+"""A finished student: one call that loads it, exports to ONNX and ``torch.export``, and its model card.
 
-Used by ``factory export``.
+Used by ``factory export``, and by ``factory run distill`` for the card.
 """
 
 import html
@@ -9,12 +9,14 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +27,171 @@ from stages.models.loading import load_model
 from stages.models.source import ModelConfig, only_named
 from stages.settings import DistillSettings
 
-# What a finished student is: its size and speed, and the model card that goes with it.
+SIZES = (1, 5)
+"""Batch sizes that answers are compared at; the exported batch is free."""
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest logit (or 1)."""
+Images = Image.Image | Tensor | Sequence[Image.Image]
+
+
+def load_student(folder: str | Path) -> "Classifier":
+    """The student in ``folder``, on the CPU, in eval mode. Raises DataError where it is none.
+
+    >>> student = load_student("runs/demo/distill/digits-cnn-small")  # doctest: +SKIP
+    >>> student(Image.open("seven.png")).argmax(1)  # doctest: +SKIP
+    """
+    net, config = load_model(folder)
+    return Classifier(net, config).eval()
+
+
+class Classifier(nn.Module):
+    """Images of any size to logits ``[n, C]``; resizing and normalization included.
+
+    Takes a PIL image or a list of them, or a tensor ``[n, 3, h, w]`` or ``[3, h, w]`` (also with 1 channel): uint8, or
+    floating point in [0, 1]. A single image is a batch of one. Raises UsageError for anything else.
+    """
+
+    def __init__(self, net: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.net, self.config, self.spec = net, config, InputSpec(config.input)
+
+    def forward(self, images: Images) -> Tensor:
+        device = next(self.net.parameters()).device
+        if isinstance(images, Tensor):
+            x = self.spec(_centered(images).to(device))
+        else:  # PIL images differ in size
+            several: Sequence[Any] = images if isinstance(images, list | tuple) and len(images) else [images]
+            x = torch.cat([self.spec(_centered(_pixels(image)).to(device)) for image in several])
+        logits: Tensor = self.net(x)
+        return logits
+
+
+def _pixels(image: Any) -> Tensor:
+    """uint8 ``[3, h, w]``, as ``factory eval`` reads a file."""
+    if not isinstance(image, Image.Image) or image.mode[0] in "IF":
+        what = f"a PIL image of mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
+        raise UsageError(f"expected PIL images of 8 bits a channel, or a tensor [n, 3, h, w], got {what}")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _centered(images: Tensor) -> Tensor:
+    """``[n, 3, h, w]`` in [−1, 1] of a tensor as :class:`Classifier` takes it."""
+    x = images[None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or not x.numel():
+        raise UsageError(f"expected images [n, 3, h, w] or [3, h, w], channels first, got {list(images.shape)}")
+    x = x.expand(-1, 3, -1, -1)
+    if images.dtype == torch.uint8:
+        return x.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise UsageError(f"expected images as uint8, or floating point in [0, 1], got {images.dtype}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise UsageError(f"floating-point images must lie in [0, 1], got values from {low:g} to {high:g}")
+    return x * 2 - 1
+
+
+class Deployable(nn.Module):
+    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, config: ModelConfig):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file: its format, size, input shape, classes, and the largest difference of a logit from PyTorch's,
+    relative to the largest logit (or 1)."""
+
+    student: str
+    file: str
+    format: str
+    bytes: int
+    input: tuple[str | int, ...]
+    classes: int
+    largest_difference: float
+
+
+def export_onnx(student: str, file: str) -> Exported:
+    """Write ``file`` (.onnx): input ``images [batch, channels, size, size]`` in [0, 1], output ``logits``.
+
+    Raises UsageError where the extra is not installed, FactoryError where ONNX Runtime answers otherwise.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"--onnx needs {error.name}: pip install 'dfkd-factory[onnx]'") from None
+
+    def write(net: Deployable, x: Tensor, path: Path) -> None:
+        torch.onnx.export(
+            net, (x,), path, input_names=["images"], output_names=["logits"], dynamo=True, external_data=False,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
+        )  # fmt: skip
+
+    def read(path: Path) -> Callable[[Tensor], Tensor]:
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+    return _export(student, file, "onnx", write, read)
+
+
+def export_torch(student: str, file: str) -> Exported:
+    """Write ``file`` (.pt2) for ``torch.export.load(file).module()``; input and output as in :func:`export_onnx`."""
+
+    def write(net: Deployable, x: Tensor, path: Path) -> None:
+        program = torch.export.export(net, (x,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        torch.export.save(program, path)
+
+    return _export(student, file, "torch.export", write, lambda path: torch.export.load(path).module())
+
+
+@torch.no_grad()
+def _export(
+    student: str,
+    file: str,
+    kind: str,
+    write: Callable[[Deployable, Tensor, Path], None],
+    read: Callable[[Path], Callable[[Tensor], Tensor]],
+) -> Exported:
+    """Write ``file`` once what was written answers as PyTorch does."""
+    net, config = load_model(student)
+    deployable, target = Deployable(net, config).eval(), Path(file)
+    shape = (config.channels, config.input.size, config.input.size)
+    if not os.path.isdir(target.parent):  # Path.is_dir raises where a name is too long
+        raise UsageError(f"{file}: folder {target.parent} does not exist")
+    if os.path.isdir(target):
+        raise UsageError(f"{file} is a folder: name the file to write in it")
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+            part = Path(folder) / ("student.pt2" if kind == "torch.export" else "student.onnx")
+            write(deployable, torch.rand(2, *shape, generator=generator), part)
+            other = read(part)
+            for size in SIZES:
+                images = torch.rand(size, *shape, generator=generator)
+                logits = deployable(images)
+                difference = (other(images) - logits).abs().max() / logits.abs().max().clamp_min(1)
+                worst = max(worst, difference.item())
+            if not worst <= TOLERANCE:
+                raise FactoryError(
+                    f"{kind} answers differ from PyTorch's by {worst:.2g} (at most {TOLERANCE:g}): not written"
+                )
+            part.replace(target)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+    size = target.stat().st_size
+    return Exported(str(student), str(target), kind, size, ("batch", *shape), config.num_classes, worst)
 
 
 CARD = """---
@@ -46,8 +212,9 @@ safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s),
 - **Held-out synthetic images**: {held_out_score}
 - **Test data** (read once, at the end): {test}
 
-Load it with `stages.distill.export.load_student({model})` (images `[n, 3, h, w]` in [0, 1] in, logits out); score it
-with `factory eval {model} DATA`; write it for other runtimes with `factory export {model} --onnx FILE`.{named}
+Load it with `stages.distill.export.load_student({model})` (PIL images, or tensors `[n, 3, h, w]` of uint8 or in [0, 1],
+in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
+`factory export {model} --onnx FILE`.{named}
 """
 NAMED = """
 No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
@@ -141,143 +308,3 @@ def markdown(text: object) -> str:
 
 def _plain(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-# A finished student in use: one call loads it, images go in as they are. Also what ``factory export`` writes.
-
-
-class Classifier(nn.Module):
-    """Images ``[n, 3, h, w]`` in [0, 1], of any size, to logits ``[n, C]``; resizing and normalization included."""
-
-    def __init__(self, net: nn.Module, config: ModelConfig):
-        super().__init__()
-        self.net, self.config, self.spec = net, config, InputSpec(config.input)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(self.spec(images * 2 - 1))
-        return logits
-
-
-class Deployable(nn.Module):
-    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module, config: ModelConfig):
-        super().__init__()
-        self.net = net
-        self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net((images - self.mean) / self.std)
-        return logits
-
-
-def load_student(folder: str | Path) -> Classifier:
-    """The student in ``folder``, on the CPU, in eval mode. Raises DataError where it is none.
-
-    >>> load_student("runs/demo/distill/digits-cnn-small")(images).argmax(1)  # doctest: +SKIP
-    """
-    net, config = load_model(folder)
-    return Classifier(net, config).eval()
-
-
-SIZES = (1, 5)
-"""Batch sizes that answers are compared at; the exported batch is free."""
-TOLERANCE = 1e-4
-"""Largest difference of a logit, relative to the largest logit (or 1)."""
-
-
-def export_onnx(student: str, file: str) -> dict[str, Any]:
-    """Write ``file`` (.onnx): input ``images [batch, channels, size, size]`` in [0, 1], output ``logits``.
-
-    Raises UsageError where the extra is not installed, FactoryError where ONNX Runtime answers otherwise.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"--onnx needs {error.name}: pip install 'dfkd-factory[onnx]'") from None
-
-    def write(net: Deployable, x: Tensor, path: Path) -> None:
-        torch.onnx.export(
-            net, (x,), path, input_names=["images"], output_names=["logits"], dynamo=True, external_data=False,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
-        )  # fmt: skip
-
-    def read(path: Path) -> Callable[[Tensor], Tensor]:
-        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-        return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-    return _exported(student, file, "onnx", write, read)
-
-
-def export_torch(student: str, file: str) -> dict[str, Any]:
-    """Write ``file`` (.pt2) for ``torch.export.load(file).module()``; input and output as in :func:`export_onnx`."""
-
-    def write(net: Deployable, x: Tensor, path: Path) -> None:
-        program = torch.export.export(net, (x,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-        torch.export.save(program, path)
-
-    return _exported(student, file, "torch.export", write, lambda path: torch.export.load(path).module())
-
-
-@torch.no_grad()
-def _exported(
-    student: str,
-    file: str,
-    kind: str,
-    write: Callable[[Deployable, Tensor, Path], None],
-    read: Callable[[Path], Callable[[Tensor], Tensor]],
-) -> dict[str, Any]:
-    net, config = load_model(student)
-    deployable = Deployable(net, config).eval()
-    shape = (config.channels, config.input.size, config.input.size)
-    target = Path(file)
-    if not os.path.isdir(target.parent):  # Path.is_dir raises where a name is too long
-        raise UsageError(f"{file}: folder {target.parent} does not exist")
-    if os.path.isdir(target):
-        raise UsageError(f"{file} is a folder: name the file to write in it")
-    try:
-        worst = _written(deployable, shape, target, kind, write, read)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
-    return {
-        "student": str(student),
-        "file": str(target),
-        "format": kind,
-        "bytes": target.stat().st_size,
-        "input": ["batch", *shape],
-        "classes": config.num_classes,
-        "largest_difference": worst,
-    }
-
-
-def _written(
-    deployable: Deployable,
-    shape: tuple[int, int, int],
-    target: Path,
-    kind: str,
-    write: Callable[[Deployable, Tensor, Path], None],
-    read: Callable[[Path], Callable[[Tensor], Tensor]],
-) -> float:
-    """Write ``target`` once its answers are PyTorch's, for images ``[n, *shape]``; the largest difference."""
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-        part = Path(folder) / ("student.pt2" if kind == "torch.export" else "student.onnx")
-        write(deployable, torch.rand(2, *shape, generator=generator), part)
-        other, worst = read(part), 0.0
-        for size in SIZES:
-            images = torch.rand(size, *shape, generator=generator)
-            mine = deployable(images)
-            difference = (other(images) - mine).abs().max() / mine.abs().max().clamp_min(1)
-            worst = max(worst, difference.item())
-        if not worst <= TOLERANCE:
-            raise FactoryError(
-                f"{kind} answers differ from PyTorch's by {worst:.2g} (at most {TOLERANCE:g}): not written"
-            )
-        part.replace(target)
-    return worst

@@ -54,7 +54,7 @@ def test_a_student_of_own_code_comes_back_where_it_is_named(dataset, tmp_path):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
     assert evaluate(str(named), dataset).images == 48
-    assert export_torch(str(named), str(tmp_path / "s.pt2"))["classes"] == 3
+    assert export_torch(str(named), str(tmp_path / "s.pt2")).classes == 3
 
 
 class _Manifest:
