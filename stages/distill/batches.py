@@ -18,16 +18,15 @@ from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
 from stages.settings import DistillSettings
 
-# Stored images as uint8 tensors: decoded once and kept, or decoded as they are needed.
-
-
 CHUNK = 1024
 AT_ONCE = 256 << 20
 """Bytes of decoded images that a network is shown at once, where nothing else bounds them."""
+AHEAD = 2
+"""Batches prepared before they are needed."""
 
 
 class Pixels(Protocol):
-    """Images by row number."""
+    """Stored images by row number: decoded once and kept, or decoded as they are needed."""
 
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
@@ -84,9 +83,6 @@ def _checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
         return decode(data, side)
     except ValueError as error:
         raise DataError(f"{rows.name(row)}: {error}") from None
-
-
-AHEAD = 2
 
 
 @dataclass(frozen=True)

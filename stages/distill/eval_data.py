@@ -1,10 +1,11 @@
 """Labelled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
 
+import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,24 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean."""
+    """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
+
+    ``digest``: sha256 of all labels and encoded images that were gone through, in their order.
+    """
 
     where: str
     class_order: str
     samples: Iterator[Sample]
+    digest: Any = field(default_factory=hashlib.sha256, compare=False)
 
     def __iter__(self) -> Iterator[Sample]:
-        return self.samples
+        for key, image, label in self.samples:
+            self.digest.update(f"{label} {len(image)}\n".encode())
+            self.digest.update(image)
+            yield key, image, label
 
 
-def labeled_images(path: str, class_names: Sequence[str]) -> LabeledImages:
+def labeled_images(path: str, class_names: tuple[str, ...]) -> LabeledImages:
     """Everything at ``path`` that a model of ``class_names`` can be scored on; labels are read as
     :mod:`stages.distill.class_order` says.
 
@@ -60,7 +68,7 @@ def labeled_images(path: str, class_names: Sequence[str]) -> LabeledImages:
     raise DataError(f"{path} is no .tar, .parquet or folder of images")
 
 
-def _manifest(url: str, class_names: Sequence[str]) -> LabeledImages:
+def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
     manifest = Manifest.open(url)
     rows = manifest.select()
     keys, labels = rows.column("key"), rows.column("label")
@@ -70,7 +78,7 @@ def _manifest(url: str, class_names: Sequence[str]) -> LabeledImages:
     return LabeledImages(url, order.line, samples)
 
 
-def _folder(path: str, class_names: Sequence[str]) -> LabeledImages:
+def _folder(path: str, class_names: tuple[str, ...]) -> LabeledImages:
     """One sub-folder a class. Folders whose names begin with a dot are left out, and every file can be opened."""
 
     def samples() -> Iterator[Sample]:
@@ -109,7 +117,7 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
     return places
 
 
-def _tar_file(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
+def _tar_file(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
     """A tar is read once: its first sample settles what labels mean, and the others must agree."""
     where = storage.path(name)
     order = GrowingClassOrder(class_names, where)
@@ -166,7 +174,7 @@ def _tar_label(parts: dict[str, bytes]) -> Label | NamedNumber:
     return NamedNumber(label, name) if isinstance(label, int) and isinstance(name, str) else label
 
 
-def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
+def _parquet(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
     where = storage.path(name)
     with storage.open(name) as stream, parquet_errors(where):
         file = pq.ParquetFile(stream)
@@ -178,9 +186,9 @@ def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> Labeled
         if image is None or label is None:
             wanted = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
             raise DataError(f"{where} needs {wanted}; it has {', '.join(columns)}")
-        places = _first_places(
-            (_row_label(value, where, row), f"row {row}") for row, value in enumerate(_values(file, label))
-        )
+        groups = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[label])
+        values = enumerate(value for group in groups for value in group.column(0).to_pylist())
+        places = _first_places((_row_label(value, where, row), f"row {row}") for row, value in values)
         order = class_order(places, class_names, where, _class_label_names(file, label))
 
     def samples() -> Iterator[Sample]:
@@ -194,11 +202,6 @@ def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> Labeled
                     number += 1
 
     return LabeledImages(where, order.line, samples())
-
-
-def _values(file: pq.ParquetFile, column: str) -> Iterator[Any]:
-    for group in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-        yield from group.column(0).to_pylist()
 
 
 def _class_label_names(file: pq.ParquetFile, column: str) -> tuple[str, ...]:

@@ -3,10 +3,9 @@
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -88,12 +87,9 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     spec = InputSpec(config.input)
     net.eval()
     device = next(net.parameters()).device
-    images, digest = labeled_images(data, config.class_names), hashlib.sha256()
-    labels, logits, *answers = run_models(
-        replace(images, samples=_digested(images.samples, digest)),
-        [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])],
-        device,
-    )
+    images = labeled_images(data, config.class_names)
+    models = [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])]
+    labels, logits, *answers = run_models(images, models, device)
     bad = int((~logits.isfinite()).any(1).sum())
     if bad:
         raise DataError(
@@ -102,18 +98,10 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
         )
     seen, classes = len(labels.unique()), config.num_classes
     fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
-    identity = DataIdentity(data, digest.hexdigest())
+    identity = DataIdentity(data, images.digest.hexdigest())
     return scores(
         logits, labels, config.class_names, answers[0] if teacher else None, images.class_order + fewer, identity
     )
-
-
-def _digested(samples: Iterator[Sample], digest: Any) -> Iterator[Sample]:
-    """``samples``, with ``digest`` (of hashlib) updated by all labels and encoded images."""
-    for sample in samples:
-        digest.update(f"{sample[2]} {len(sample[1])}\n".encode())
-        digest.update(sample[1])
-        yield sample
 
 
 def check_data(data: str, class_names: tuple[str, ...]) -> str:
@@ -130,7 +118,7 @@ def check_data(data: str, class_names: tuple[str, ...]) -> str:
 
 
 @torch.no_grad()
-def run_models(data: LabeledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
+def run_models(data: LabeledImages, models: Sequence[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
     """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]

@@ -70,9 +70,6 @@ def _pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.adaptive_avg_pool2d(maps, size)
 
 
-# What one batch asks of every student: the teacher's answers, computed once and shared; and the terms they give.
-
-
 @dataclass(frozen=True)
 class Targets:
     """Teacher logits ``[n, C]``, class activation maps ``[n, C, h, w]`` and one Grad-CAM ``[n, h, w]`` per layer."""

@@ -153,7 +153,7 @@ def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, mod
     assert evaluate(model, str(folder)).images == 7
     write_split("validation", blobs / "7")
     (tmp_path / "v.parquet").symlink_to("blobs/7")
-    assert len([*labeled_images(str(tmp_path / "v.parquet"), [*map(str, range(10))])]) > 7
+    assert len([*labeled_images(str(tmp_path / "v.parquet"), tuple(map(str, range(10))))]) > 7
 
 
 def test_our_own_manifest_is_labelled_data_too(dataset, model):
