@@ -38,8 +38,8 @@ class CachedPixels:
     def __init__(self, rows: Rows, side: int, device: torch.device):
         self.pixels = torch.empty(len(rows), side, side, 3, dtype=torch.uint8)
         for start in range(0, len(rows), CHUNK):
-            some = np.arange(start, min(start + CHUNK, len(rows)))
-            for row, data in zip(some.tolist(), rows.read(some), strict=True):
+            chunk = np.arange(start, min(start + CHUNK, len(rows)))
+            for row, data in zip(chunk.tolist(), rows.read(chunk), strict=True):
                 self.pixels[row] = torch.from_numpy(_checked(rows, row, data, side).copy())
         self.pixels = self.pixels.to(device)
 
@@ -187,11 +187,11 @@ class Batches:
         if epoch.mixes:
             here, following, views = here[:-1], following[:-1], views.at(slice(-1))
             x = mix(x[:-1], x[1:], views)
-        own = epoch.order[here]
-        index, other = (torch.from_numpy(rows).to(self.device) for rows in (own, following))
+        rows = epoch.order[here]
+        index, other = (torch.from_numpy(each).to(self.device) for each in (rows, following))
         labels, partners = self._labels[index], self._labels[other]
         derived = int(self.rows.derived[epoch.order[whole]].sum())
-        return Batch(x, labels, partners, views.lam, self._derived[index], own, epoch.turns[here], len(whole), derived)
+        return Batch(x, labels, partners, views.lam, self._derived[index], rows, epoch.turns[here], len(whole), derived)
 
     def _drawn(self, number: int) -> _Epoch:
         settings, order = self.settings, self.order(number)
@@ -213,5 +213,5 @@ class Batches:
         """``rows`` unaugmented, as (row numbers, images ``[n, 3, h, w]`` in [−1, 1])."""
         size = self.chunk()
         for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield some, to_unit(self.pixels.take(some))
+            chunk = rows[start : start + size]
+            yield chunk, to_unit(self.pixels.take(chunk))

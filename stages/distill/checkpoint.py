@@ -57,15 +57,15 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     ['b.c: 2 -> 3', 'd: absent -> null']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
+        changes = []
         for key in sorted({*old, *new}):
             name = f"{where}.{key}" if where else str(key)
             if key in old and key in new:
-                found += differences(old[key], new[key], name)
+                changes += differences(old[key], new[key], name)
             else:
                 before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
-                found.append(f"{name}: {before} -> {after}")
-        return found
+                changes.append(f"{name}: {before} -> {after}")
+        return changes
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 

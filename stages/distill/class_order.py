@@ -182,13 +182,13 @@ def _of_listed(
 
 
 def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str, folders: bool) -> ClassOrder:
-    found = {name: _classes_called(name, class_names) for name in names}
-    several = [name for name, classes in found.items() if len(classes) > 1]
-    unknown = [name for name, classes in found.items() if not classes]
+    matches = {name: _classes_called(name, class_names) for name in names}
+    several = [name for name, classes in matches.items() if len(classes) > 1]
+    unknown = [name for name, classes in matches.items() if not classes]
     if several:
         raise DataError(f"{where}: {_some(several)} may be several of the model's classes; {NAME_THEM}")
     if not unknown:
-        return ClassOrder({name: classes[0] for name, classes in found.items()}, BY_NAME)
+        return ClassOrder({name: classes[0] for name, classes in matches.items()}, BY_NAME)
     if all(map(_NUMBER.fullmatch, names)) and not all(map(_NUMBER.fullmatch, class_names)):
         numbers = {name: _number(name) for name in names}
         if len(set(numbers.values())) < len(numbers):

@@ -137,11 +137,11 @@ def _tar(storage: Storage, name: str) -> Iterator[tuple[str, bytes, Label | Name
                 if not 0 <= member.size <= MAX_IMAGE:
                     raise DataError(f"{storage.path(name)}: {member.name[:80]!r} claims {member.size} bytes")
                 stem, _, extension = os.path.basename(member.name).partition(".")
-                found = os.path.join(os.path.dirname(member.name), stem)
-                if found != key and parts:
+                path = os.path.join(os.path.dirname(member.name), stem)
+                if path != key and parts:
                     yield _tar_sample(storage.path(name), key, parts)
                     parts = {}
-                key = found
+                key = path
                 content = tar.extractfile(member)
                 assert content is not None
                 parts[extension.lower()] = content.read()
@@ -156,9 +156,9 @@ def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> tuple[str, byt
     try:
         label = _tar_label(parts)
     except (KeyError, ValueError, TypeError) as error:
-        wanted = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
+        expected = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
         why = f" ({error})" if isinstance(error, ValueError) else ""
-        raise DataError(f"{where}: sample {key!r} has no label: {wanted}{why}") from None
+        raise DataError(f"{where}: sample {key!r} has no label: {expected}{why}") from None
     if image is None:
         raise DataError(f"{where}: sample {key!r} has no image ({', '.join(IMAGES)})")
     return key, image, label
@@ -184,18 +184,18 @@ def _parquet(storage: Storage, name: str, class_names: tuple[str, ...]) -> Label
         image = next((c for c in IMAGE_COLUMNS if c in columns), None)
         label = next((c for c in LABEL_COLUMNS if c in columns), None)
         if image is None or label is None:
-            wanted = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
-            raise DataError(f"{where} needs {wanted}; it has {', '.join(columns)}")
+            needed = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
+            raise DataError(f"{where} needs {needed}; it has {', '.join(columns)}")
         groups = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[label])
         values = enumerate(value for group in groups for value in group.column(0).to_pylist())
         places = _first_places((_row_label(value, where, row), f"row {row}") for row, value in values)
         order = class_order(places, class_names, where, _class_label_names(file, label))
 
     def samples() -> Iterator[Sample]:
-        wanted_columns = [image, label, *(["key"] if "key" in columns else [])]
+        needed = [image, label, *(["key"] if "key" in columns else [])]
         number = 0
         with storage.open(name) as stream, parquet_errors(where):
-            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted_columns):
+            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
                 for row in group.to_pylist():
                     index = order.index[_row_label(row[label], where, number)]
                     yield str(row.get("key", number)), _bytes(row[image]), index
@@ -223,8 +223,8 @@ def _is_manifest(file: pq.ParquetFile, where: str) -> bool:
 
 
 def _bytes(value: Any) -> bytes:
-    found = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
-    return found if isinstance(found, bytes) else b""
+    data = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
+    return data if isinstance(data, bytes) else b""
 
 
 def _row_label(value: Any, where: str, row: int) -> Label:

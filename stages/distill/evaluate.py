@@ -89,7 +89,7 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     device = next(net.parameters()).device
     images = labeled_images(data, config.class_names)
     models = [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])]
-    labels, logits, *answers = run_models(images, models, device)
+    labels, logits, *by_teacher = run_models(images, models, device)
     bad = int((~logits.isfinite()).any(1).sum())
     if bad:
         raise DataError(
@@ -100,7 +100,7 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
     identity = DataIdentity(data, images.digest.hexdigest())
     return scores(
-        logits, labels, config.class_names, answers[0] if teacher else None, images.class_order + fewer, identity
+        logits, labels, config.class_names, by_teacher[0] if teacher else None, images.class_order + fewer, identity
     )
 
 
@@ -122,8 +122,8 @@ def run_models(data: LabeledImages, models: Sequence[Callable[[Tensor], Tensor]]
     """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
-    for some, images in _batches(data):
-        labels += some
+    for batch_labels, images in _batches(data):
+        labels += batch_labels
         for kept, model in zip(logits, models, strict=True):
             kept.append(model(to_unit(images.to(device))).float().cpu())
     if not labels:

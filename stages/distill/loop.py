@@ -69,8 +69,8 @@ class Training:
     def classes(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """The largest of ``logits`` for images in [−1, 1], of this process's part of the validation rows."""
         rows = self.val_rows[self.ranks.part(len(self.val_rows))]
-        found = [logits(x).argmax(1).cpu() for _, x in self.batches.plain(rows)]
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *found])
+        predicted = [logits(x).argmax(1).cpu() for _, x in self.batches.plain(rows)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *predicted])
 
 
 def train(run: Training) -> None:

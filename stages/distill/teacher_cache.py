@@ -42,10 +42,10 @@ class TeacherCache:
         """What :func:`stages.distill.losses.teacher_targets` would compute, to half precision."""
         device = batch.x.device
         turn, row = (torch.from_numpy(numbers) for numbers in (batch.turns, batch.rows))
-        found = {name: tensor[turn, row].to(device) for name, tensor in self.tensors.items()}
-        if "logits" in found:
-            return Targets(found["logits"].float(), None, [])
-        return Targets(from_top(found["values"].float(), found["classes"].long(), self.classes), None, [])
+        looked_up = {name: tensor[turn, row].to(device) for name, tensor in self.tensors.items()}
+        if "logits" in looked_up:
+            return Targets(looked_up["logits"].float(), None, [])
+        return Targets(from_top(looked_up["values"].float(), looked_up["classes"].long(), self.classes), None, [])
 
 
 def to_top(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -127,10 +127,10 @@ def _computed(teacher: Teacher, batches: Batches, top: int, callbacks: Callbacks
     for turn in range(views):
         for together in range(0, rows, chunk * ranks.size):  # a chunk for each process
             start = together + chunk * ranks.rank
-            some = np.arange(start, min(start + chunk, rows))
-            if len(some):
-                logits = teacher.logits(batches.fixed(some, turn)).clamp(-HALF_MAX, HALF_MAX)
-                here = slice(start, start + len(some))
+            part = np.arange(start, min(start + chunk, rows))
+            if len(part):
+                logits = teacher.logits(batches.fixed(part, turn)).clamp(-HALF_MAX, HALF_MAX)
+                here = slice(start, start + len(part))
                 if top:
                     logits, best = to_top(logits, top)
                     classes[turn, here] = best.to(small).cpu()
