@@ -58,10 +58,13 @@ class Scores:
     model_teacher_agreement: Share | None = None
     teacher_accuracy: Share | None = None
 
+    def __post_init__(self) -> None:
+        if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
+            raise ValueError("a score is compared with a teacher in part")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; without the comparison with a teacher where there was none."""
-        values = asdict(self)
-        return values if self.teacher_accuracy is not None else {name: values[name] for name in list(values)[:-2]}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def evaluate(

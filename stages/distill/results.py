@@ -102,7 +102,10 @@ def previous_results(storage: Storage, measured_again: bool = False) -> dict[str
         with damage_reported(storage, RESULTS, "measure its test scores again with --test-data, or delete it"):
             if size > MAX_BYTES:
                 raise ValueError(f"{size} bytes")
-            return DistillResult.from_dict(load_checked(storage.read(RESULTS))).students
+            students = DistillResult.from_dict(load_checked(storage.read(RESULTS))).students
+            if any(student.test and student.test.teacher_accuracy is None for student in students.values()):
+                raise ValueError("a test score is not compared with the teacher's")
+            return students
     except DataError:
         if measured_again:
             return {}

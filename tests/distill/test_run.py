@@ -313,6 +313,12 @@ class TestScores:
             lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"accuracy": "99"})),
             lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"images": -1})),
             lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"data": {"path": "x"}})),
+            lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"teacher_accuracy": None})),
+            lambda values: dump_checked(
+                changed_student(
+                    values, test=asdict(SCORE) | dict.fromkeys(("model_teacher_agreement", "teacher_accuracy"))
+                )
+            ),
         ],
     )
     def test_damaged_results_are_refused_until_measured_again(self, dataset, tmp_path, spoil):
