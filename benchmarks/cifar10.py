@@ -146,7 +146,7 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
         "steps": steps * epochs,
         "seconds": seconds,
         "accuracy": {name: student["test"]["accuracy"] for name, student in learnt["students"].items()},
-        "agreement": learnt["teacher_check"]["agreement"],
+        "agreement": learnt["teacher_check"]["teacher_label_agreement"],
         "teacher": learnt["teacher_accuracy"],
         "meant": meant,
     }

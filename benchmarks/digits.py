@@ -164,7 +164,7 @@ def cell(row: str, seed: int, images: int | None, budget: float | None, test: st
         "images": len(Manifest.open(manifest).select(where)),
         "seconds": seconds,
         "accuracy": student["test"]["accuracy"],
-        "agreement": learnt["teacher_check"]["agreement"],
+        "agreement": learnt["teacher_check"]["teacher_label_agreement"],
         "meant": meant,
     }
     done.write_text(json.dumps(result))

@@ -31,6 +31,7 @@ from manifests.storage import Storage
 from stages.digits import load_split
 from stages.distill import loop
 from stages.distill.run import run_distill
+from stages.distill.student import Student
 from stages.models import nets
 from stages.models.loading import load_teacher, save_model
 from stages.models.source import EMBEDDED, parse_config
@@ -114,19 +115,20 @@ def one_run(students: tuple[str, ...], manifest: str, teacher: str, out: Path, e
         }
         | {"device": "cpu"}
     )
-    originals = loop.teacher_targets, loop._learn
-    loop.teacher_targets, loop._learn = clock.timed("teacher", originals[0]), clock.timed("students", originals[1])
+    originals = loop.teacher_targets, Student.learn
+    loop.teacher_targets = clock.timed("teacher", originals[0])
+    Student.learn = clock.timed("students", originals[1])  # type: ignore[method-assign]
     try:
         results = run_distill(
             settings, [(manifest, 1.0)], str(out), ModelSettings(name=teacher), progress=clock.progress
         )
     finally:
-        loop.teacher_targets, loop._learn = originals
+        loop.teacher_targets, Student.learn = originals  # type: ignore[method-assign]
     return {
         "step": clock.per_step,
         "T": clock.spent["teacher"] / clock.steps,
         "S": clock.spent["students"] / clock.steps,
-        "data_wait": results["data_wait"],
+        "data_wait": results.data_wait,
     }
 
 

@@ -120,7 +120,9 @@ def run_distill(
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
             begin(prepared, storage, on_event)
-            return train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
+            result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
+            assert result is not None
+            return result.to_dict()
 
         import torch
 
@@ -171,9 +173,9 @@ def check_line(check: Mapping[str, Any]) -> str:
     counts = check["classes"].values()
     gap = "" if check["bn_gap"] is None else f"BatchNorm gap {check['bn_gap']:.2f}; "
     return (
-        f"teacher agrees with {check['agreement']:.1%} of the labels, mean confidence {check['confidence']:.1%} "
-        f"({check['images']} images looked at); {gap}{min(counts)} to {max(counts)} images in each of "
-        f"{len(counts)} classes"
+        f"teacher agrees with {check['teacher_label_agreement']:.1%} of the labels, mean confidence "
+        f"{check['confidence']:.1%} ({check['images']} images looked at); {gap}{min(counts)} to "
+        f"{max(counts)} images in each of {len(counts)} classes"
     )
 
 
@@ -182,8 +184,8 @@ def report_lines(result: dict[str, Any]) -> Iterator[str]:
     yield check_line(result["teacher_check"])
     for name, facts in result["students"].items():
         scores = []
-        if facts["val"]:
-            scores.append(f"{facts['val']['agreement']:.1%} agreement with the teacher on validation images")
+        if facts["val_agreement"] is not None:
+            scores.append(f"{facts['val_agreement']:.1%} agreement with the teacher on validation images")
         if facts["test"]:
             scores.append(f"{facts['test']['accuracy']:.1%} on the test data")
         yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {plain(facts['folder'])}"

@@ -103,7 +103,7 @@ def summarize(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
         "kept": int(kept.sum()),
         "classes": {name: {"rows": count, "kept": kept_rows[name]} for name, count in rows.items()},
         "rejected": dict(Counter(str(r) for r in chosen.column("reject_reason") if r is not None)),
-        "teacher_agreement": _agreement(chosen.labels, chosen.column("teacher_label")),
+        "teacher_label_agreement": _agreement(chosen.labels, chosen.column("teacher_label")),
         "scores": {name: quantiles(chosen.column(name)) for name in SCORES},
     }
 
@@ -157,8 +157,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{plain(summary['manifest'])}: {summary['rows']} rows, {summary['kept']} kept, {summary['shards']} shards, "
         f"{summary['image_size']} px, recipe {plain(summary['recipe'])}, plan {summary['fingerprint'][:12]}"
     ]
-    if summary["teacher_agreement"] is not None:
-        out.append(f"teacher agrees with the target class on {summary['teacher_agreement']:.1%} of the rows")
+    if summary["teacher_label_agreement"] is not None:
+        out.append(f"teacher agrees with the target class on {summary['teacher_label_agreement']:.1%} of the rows")
     out += [f"rejected: {count} × {plain(reason)}" for reason, count in summary["rejected"].items()]
     head = "".join(f"{q:>9}" for q in QUANTILES)
     out.append(f"{'quantile':<16}{head}")

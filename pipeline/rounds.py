@@ -114,9 +114,9 @@ def round_report(
         "adversary": adversary,
         "images": made["rows"],
         "kept": made["kept"],
-        "teacher_agreement": learnt["teacher_check"]["agreement"],
+        "teacher_label_agreement": learnt["teacher_check"]["teacher_label_agreement"],
         "student": facts["folder"],
-        "val_agreement": facts["val"]["agreement"] if facts["val"] else None,
+        "val_agreement": facts["val_agreement"],
         "accuracy": facts["test"]["accuracy"] if facts["test"] else None,
     }
 

@@ -126,7 +126,7 @@ def main() -> None:
     save_model(args.out, net, config)
     (args.out / "README.md").write_text(CARD.format(
         architecture=ARCHITECTURE, parameters=sum(p.numel() for p in net.parameters()), epochs=args.epochs,
-        mflop=measure(net, config)["mflop"], kilobytes=(args.out / WEIGHTS).stat().st_size / 1e3,
+        mflop=measure(net, config).mflop, kilobytes=(args.out / WEIGHTS).stat().st_size / 1e3,
         mean=mean, std=std, validation=validation, test=test,
     ))  # fmt: skip
     print(f"saved {args.out}")

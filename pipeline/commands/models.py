@@ -1,6 +1,7 @@
 """``factory eval``, ``export`` and ``recipes``."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def export(
 
     files = [export_onnx(student, onnx)] if onnx else []
     files += [export_torch(student, torch_export)] if torch_export else []
-    answer({"files": files}, as_json, lines)
+    answer({"files": [asdict(each) for each in files]}, as_json, lines)
 
 
 # ``factory eval``: score a saved model on labeled images.
@@ -67,7 +68,7 @@ def evaluate(
 
     def lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"{'images':<24}{result['images']:>8}"
-        for name in ("accuracy", "teacher_accuracy", "agreement", "ece"):
+        for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece"):
             if name in result:
                 yield f"{name.replace('_', ' '):<24}{result[name]:>8.1%}"
         for name, share in result["per_class"].items():
@@ -76,7 +77,7 @@ def evaluate(
         if "picture" in result:
             yield f"confusion matrix: {plain(result['picture'])}"
 
-    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device).to_dict()
     say(f"class order: {result['class_order']}")
     if confusion is not None:
         from pipeline.inspect import save

@@ -119,14 +119,14 @@ def work(job: dict[str, Any]) -> None:
         teacher = ModelSettings.model_validate(job["teacher"]) if job["teacher"] else None
         prepared = prepare(DistillSettings.model_validate(job["settings"]), job["sources"], teacher, ranks)
         callbacks = Callbacks(caller.on_event, caller.on_progress, caller.should_stop) if caller else Callbacks()
-        results = train_students(prepared, Storage(job["out"]), job["test_data"], callbacks)
+        result = train_students(prepared, Storage(job["out"]), job["test_data"], callbacks)
     except FactoryError as error:
         ray.get(mailbox.end.remote({"error": str(error), "exit_code": error.exit_code}))
         if isinstance(error, Interrupted):
             return  # and so do all, at the same step
         raise
-    if caller:
-        ray.get([mailbox.reach.remote(caller.reached), mailbox.end.remote({"results": results})])
+    if caller and result:
+        ray.get([mailbox.reach.remote(caller.reached), mailbox.end.remote({"results": result.to_dict()})])
 
 
 def train_on_ray(

@@ -1,7 +1,7 @@
 """From an epoch's order to batches of augmented views, over images decoded once or as needed."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,16 +18,15 @@ from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
 from stages.settings import DistillSettings
 
-# Stored images as uint8 tensors: decoded once and kept, or decoded as they are needed.
-
-
 CHUNK = 1024
 AT_ONCE = 256 << 20
 """Bytes of decoded images that a network is shown at once, where nothing else bounds them."""
+AHEAD = 2
+"""Batches prepared before they are needed."""
 
 
 class Pixels(Protocol):
-    """Images by row number."""
+    """Stored images by row number: decoded once and kept, or decoded as they are needed."""
 
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
@@ -39,8 +38,8 @@ class CachedPixels:
     def __init__(self, rows: Rows, side: int, device: torch.device):
         self.pixels = torch.empty(len(rows), side, side, 3, dtype=torch.uint8)
         for start in range(0, len(rows), CHUNK):
-            some = np.arange(start, min(start + CHUNK, len(rows)))
-            for row, data in zip(some.tolist(), rows.read(some), strict=True):
+            chunk = np.arange(start, min(start + CHUNK, len(rows)))
+            for row, data in zip(chunk.tolist(), rows.read(chunk), strict=True):
                 self.pixels[row] = torch.from_numpy(_checked(rows, row, data, side).copy())
         self.pixels = self.pixels.to(device)
 
@@ -84,9 +83,6 @@ def _checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
         return decode(data, side)
     except ValueError as error:
         raise DataError(f"{rows.name(row)}: {error}") from None
-
-
-AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,7 @@ class Batches:
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
         self._epoch: _Epoch | None = None
 
-    def stream(self, first: int, stop: int) -> Iterator[Batch]:
+    def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
             waiting: deque[Future[Batch]] = deque()
@@ -191,11 +187,11 @@ class Batches:
         if epoch.mixes:
             here, following, views = here[:-1], following[:-1], views.at(slice(-1))
             x = mix(x[:-1], x[1:], views)
-        own = epoch.order[here]
-        index, other = (torch.from_numpy(rows).to(self.device) for rows in (own, following))
+        rows = epoch.order[here]
+        index, other = (torch.from_numpy(each).to(self.device) for each in (rows, following))
         labels, partners = self._labels[index], self._labels[other]
         derived = int(self.rows.derived[epoch.order[whole]].sum())
-        return Batch(x, labels, partners, views.lam, self._derived[index], own, epoch.turns[here], len(whole), derived)
+        return Batch(x, labels, partners, views.lam, self._derived[index], rows, epoch.turns[here], len(whole), derived)
 
     def _drawn(self, number: int) -> _Epoch:
         settings, order = self.settings, self.order(number)
@@ -217,5 +213,5 @@ class Batches:
         """``rows`` unaugmented, as (row numbers, images ``[n, 3, h, w]`` in [−1, 1])."""
         size = self.chunk()
         for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield some, to_unit(self.pixels.take(some))
+            chunk = rows[start : start + size]
+            yield chunk, to_unit(self.pixels.take(chunk))

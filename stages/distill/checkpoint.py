@@ -3,18 +3,31 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from manifests.checked_json import dump_checked, load_checked
-from manifests.errors import DataError
+from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"
 TRAILER = b"\nsha256:"
 """Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
+
+
+@contextmanager
+def damage_reported(storage: Storage, name: str, remedy: str) -> Iterator[None]:
+    """Within the block the file ``name`` is parsed; what fails becomes one DataError that ends with the ``remedy``."""
+    try:
+        yield
+    except FactoryError:
+        raise
+    except Exception as error:  # JSON, zip, pickle, safetensors, torch and type errors alike
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise DataError(f"{storage.path(name)} is damaged ({reason[:200]}): {remedy}") from None
 
 
 def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
@@ -25,11 +38,9 @@ def open_run(storage: Storage, spec: Mapping[str, Any]) -> None:
     data = dump_checked(spec)
     if storage.create(RUN, data):
         return
-    try:
-        found = load_checked(storage.read(RUN))
-    except ValueError as error:
-        raise DataError(f"{storage.path(RUN)} describes no run of this factory ({error}); use another folder") from None
-    changed = differences(found, load_checked(data))
+    with damage_reported(storage, RUN, "use another folder"):
+        recorded = load_checked(storage.read(RUN))
+    changed = differences(recorded, load_checked(data))
     if changed and not storage.exists(STATE):
         storage.write(RUN, data)
     elif changed:
@@ -46,19 +57,16 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     ['b.c: 2 -> 3', 'd: absent -> null']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
+        changes = []
         for key in sorted({*old, *new}):
             name = f"{where}.{key}" if where else str(key)
             if key in old and key in new:
-                found += differences(old[key], new[key], name)
+                changes += differences(old[key], new[key], name)
             else:
-                found.append(f"{name}: {_short(old, key)} -> {_short(new, key)}")
-        return found
+                before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
+                changes.append(f"{name}: {before} -> {after}")
+        return changes
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def _short(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "absent"
 
 
 def save(storage: Storage, state: Mapping[str, Any]) -> None:
@@ -88,21 +96,17 @@ def read(storage: Storage) -> bytes | None:
     return storage.read(STATE) if storage.exists(STATE) else None
 
 
+def state_damage(storage: Storage) -> AbstractContextManager[None]:
+    """:func:`damage_reported`, of the checkpoint."""
+    return damage_reported(storage, STATE, "delete it to start over")
+
+
 def parse(data: bytes, storage: Storage, device: torch.device) -> dict[str, Any]:
-    """What :func:`save` was given, from what :func:`read` found. Raises DataError where that is damaged, before
+    """What :func:`save` was given, from what :func:`read` returned. Raises DataError where that is damaged, before
     anything of it is used."""
-    try:
-        state = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
-        kinds = {"step": int, "seconds": float, "waited": float, "students": dict}
-        for name, kind in kinds.items():
+    with state_damage(storage):
+        state: dict[str, Any] = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
+        for name, kind in {"step": int, "seconds": float, "waited": float, "students": dict}.items():
             if not isinstance(state[name], kind) or (kind is int and state[name] < 0):
                 raise ValueError(f"its {name} cannot be {str(state[name])[:40]!r}")
-    except Exception as error:  # zip, pickle, runtime and value errors alike
-        raise damaged(storage, error) from None
     return state
-
-
-def damaged(storage: Storage, error: Exception) -> DataError:
-    """What to say of a checkpoint that cannot be used."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return DataError(f"{storage.path(STATE)} is damaged ({reason[:200]}): delete it to start over")

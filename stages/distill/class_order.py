@@ -77,9 +77,9 @@ def read_text_label(text: bytes) -> Label:
 
 def class_order(
     labels: Mapping[Any, str],
-    class_names: Sequence[str],
+    class_names: tuple[str, ...],
     where: str,
-    listed: Sequence[str] = (),
+    listed: tuple[str, ...] = (),
     folders: bool = False,
 ) -> ClassOrder:
     """What ``labels`` mean to a model of ``class_names``.
@@ -108,7 +108,7 @@ class GrowingClassOrder:
     number's; the number tells classes of one name apart.
     """
 
-    def __init__(self, class_names: Sequence[str], where: str) -> None:
+    def __init__(self, class_names: tuple[str, ...], where: str) -> None:
         self.line = ""
         self._class_names, self._where = class_names, where
         self._index: dict[Label | NamedNumber, int] = {}
@@ -133,22 +133,18 @@ class GrowingClassOrder:
         return order.index[label], order.line
 
 
-def is_unnamed(class_names: Sequence[str]) -> bool:
+@lru_cache(8)
+def is_unnamed(class_names: tuple[str, ...]) -> bool:
     """Whether ``class_names`` only count: ``class 0`` …, as the factory fills in, or ``LABEL_0`` …, as transformers.
 
-    >>> is_unnamed(["class 0", "class 1"]), is_unnamed(["cat", "class 1"])
+    >>> is_unnamed(("class 0", "class 1")), is_unnamed(("cat", "class 1"))
     (True, False)
     """
-    return _unnamed(tuple(class_names))
-
-
-@lru_cache(8)
-def _unnamed(class_names: tuple[str, ...]) -> bool:
     return all(_key(name) in _placeholders(number) for number, name in enumerate(class_names))
 
 
 def _of_numbers(
-    labels: Mapping[Any, str], class_names: Sequence[str], where: str, line: str, mend: str = ""
+    labels: Mapping[Any, str], class_names: tuple[str, ...], where: str, line: str, mend: str = ""
 ) -> ClassOrder:
     for label, place in labels.items():
         if not 0 <= label < len(class_names):
@@ -157,17 +153,19 @@ def _of_numbers(
     return ClassOrder({label: label for label in labels}, f"{line} ({_numbered(class_names)})")
 
 
-def _of_listed(labels: Mapping[int, str], class_names: Sequence[str], where: str, listed: Sequence[str]) -> ClassOrder:
+def _of_listed(
+    labels: Mapping[int, str], class_names: tuple[str, ...], where: str, listed: tuple[str, ...]
+) -> ClassOrder:
     for label, place in labels.items():
         if not 0 <= label < len(listed):
             raise DataError(f"{where}: {place} has label {label}, but the data names classes 0…{len(listed) - 1}")
     same = {label: label for label in labels}
     if [*map(_key, listed)] == [*map(_key, class_names)]:
         return ClassOrder(same, BY_NAME)
+    names = {listed[label]: place for label, place in labels.items()}
     if all(map(_NUMBER.fullmatch, listed)):  # of folders, say, which are numbered in the order of text: 0, 1, 10, 2
-        order = _of_names(dict.fromkeys(listed, "its list of classes"), class_names, where, False)
-        return ClassOrder({label: order.index[listed[number]] for label, number in same.items()}, order.line)
-    if is_unnamed(class_names) or is_unnamed(listed):
+        names = dict.fromkeys(listed, "its list of classes")
+    elif is_unnamed(class_names) or is_unnamed(listed):
         whose, seen = ("model", listed) if is_unnamed(class_names) else ("data", class_names)
         if len(listed) != len(class_names):
             raise DataError(
@@ -176,22 +174,21 @@ def _of_listed(labels: Mapping[int, str], class_names: Sequence[str], where: str
             )
         line = f"the {whose}'s classes have no names: labels are read as the model's class numbers"
         return ClassOrder(same, f"{line} ({_numbered(seen)})")
-    names = {listed[number]: labels[label] for label, number in same.items()}
-    if len(names) < len(labels):
-        twice = next(name for name, count in Counter(listed[number] for number in same.values()).items() if count > 1)
+    elif len(names) < len(labels):
+        twice = next(name for name, count in Counter(listed[label] for label in labels).items() if count > 1)
         raise DataError(f"{where} has several classes called {_some([twice])}, in another order than the model's")
     order = _of_names(names, class_names, where, False)
-    return ClassOrder({label: order.index[listed[number]] for label, number in same.items()}, order.line)
+    return ClassOrder({label: order.index[listed[label]] for label in labels}, order.line)
 
 
-def _of_names(names: Mapping[str, str], class_names: Sequence[str], where: str, folders: bool) -> ClassOrder:
-    found = {name: _classes_called(name, class_names) for name in names}
-    several = [name for name, classes in found.items() if len(classes) > 1]
-    unknown = [name for name, classes in found.items() if not classes]
+def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str, folders: bool) -> ClassOrder:
+    matches = {name: _classes_called(name, class_names) for name in names}
+    several = [name for name, classes in matches.items() if len(classes) > 1]
+    unknown = [name for name, classes in matches.items() if not classes]
     if several:
         raise DataError(f"{where}: {_some(several)} may be several of the model's classes; {NAME_THEM}")
     if not unknown:
-        return ClassOrder({name: classes[0] for name, classes in found.items()}, BY_NAME)
+        return ClassOrder({name: classes[0] for name, classes in matches.items()}, BY_NAME)
     if all(map(_NUMBER.fullmatch, names)) and not all(map(_NUMBER.fullmatch, class_names)):
         numbers = {name: _number(name) for name in names}
         if len(set(numbers.values())) < len(numbers):
@@ -210,14 +207,15 @@ def _of_names(names: Mapping[str, str], class_names: Sequence[str], where: str, 
     )
 
 
-def _classes_called(name: str, class_names: Sequence[str]) -> tuple[int, ...]:
-    exact, alike = _numbers_of(tuple(class_names))
+def _classes_called(name: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
+    """The classes of exactly this name, else those whose names differ only as people write them (:func:`_key`)."""
+    exact, alike = _by_name(class_names)
     return exact.get(name) or alike.get(_key(name), ())
 
 
 @lru_cache(8)
-def _numbers_of(class_names: tuple[str, ...]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The classes of every name, and of every :func:`_key`."""
+def _by_name(class_names: tuple[str, ...]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Class numbers by name, and by :func:`_key`."""
     exact: dict[str, tuple[int, ...]] = {}
     alike: dict[str, tuple[int, ...]] = {}
     for number, name in enumerate(class_names):

@@ -1,10 +1,11 @@
 """Labelled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
 
+import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,24 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean."""
+    """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
+
+    ``digest``: sha256 of all labels and encoded images that were gone through, in their order.
+    """
 
     where: str
     class_order: str
     samples: Iterator[Sample]
+    digest: Any = field(default_factory=hashlib.sha256, compare=False)
 
     def __iter__(self) -> Iterator[Sample]:
-        return self.samples
+        for key, image, label in self.samples:
+            self.digest.update(f"{label} {len(image)}\n".encode())
+            self.digest.update(image)
+            yield key, image, label
 
 
-def labeled_images(path: str, class_names: Sequence[str]) -> LabeledImages:
+def labeled_images(path: str, class_names: tuple[str, ...]) -> LabeledImages:
     """Everything at ``path`` that a model of ``class_names`` can be scored on; labels are read as
     :mod:`stages.distill.class_order` says.
 
@@ -60,7 +68,7 @@ def labeled_images(path: str, class_names: Sequence[str]) -> LabeledImages:
     raise DataError(f"{path} is no .tar, .parquet or folder of images")
 
 
-def _manifest(url: str, class_names: Sequence[str]) -> LabeledImages:
+def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
     manifest = Manifest.open(url)
     rows = manifest.select()
     keys, labels = rows.column("key"), rows.column("label")
@@ -70,7 +78,7 @@ def _manifest(url: str, class_names: Sequence[str]) -> LabeledImages:
     return LabeledImages(url, order.line, samples)
 
 
-def _folder(path: str, class_names: Sequence[str]) -> LabeledImages:
+def _folder(path: str, class_names: tuple[str, ...]) -> LabeledImages:
     """One sub-folder a class. Folders whose names begin with a dot are left out, and every file can be opened."""
 
     def samples() -> Iterator[Sample]:
@@ -109,7 +117,7 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
     return places
 
 
-def _tar_file(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
+def _tar_file(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
     """A tar is read once: its first sample settles what labels mean, and the others must agree."""
     where = storage.path(name)
     order = GrowingClassOrder(class_names, where)
@@ -129,11 +137,11 @@ def _tar(storage: Storage, name: str) -> Iterator[tuple[str, bytes, Label | Name
                 if not 0 <= member.size <= MAX_IMAGE:
                     raise DataError(f"{storage.path(name)}: {member.name[:80]!r} claims {member.size} bytes")
                 stem, _, extension = os.path.basename(member.name).partition(".")
-                found = os.path.join(os.path.dirname(member.name), stem)
-                if found != key and parts:
+                path = os.path.join(os.path.dirname(member.name), stem)
+                if path != key and parts:
                     yield _tar_sample(storage.path(name), key, parts)
                     parts = {}
-                key = found
+                key = path
                 content = tar.extractfile(member)
                 assert content is not None
                 parts[extension.lower()] = content.read()
@@ -148,9 +156,9 @@ def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> tuple[str, byt
     try:
         label = _tar_label(parts)
     except (KeyError, ValueError, TypeError) as error:
-        wanted = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
+        expected = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
         why = f" ({error})" if isinstance(error, ValueError) else ""
-        raise DataError(f"{where}: sample {key!r} has no label: {wanted}{why}") from None
+        raise DataError(f"{where}: sample {key!r} has no label: {expected}{why}") from None
     if image is None:
         raise DataError(f"{where}: sample {key!r} has no image ({', '.join(IMAGES)})")
     return key, image, label
@@ -166,7 +174,7 @@ def _tar_label(parts: dict[str, bytes]) -> Label | NamedNumber:
     return NamedNumber(label, name) if isinstance(label, int) and isinstance(name, str) else label
 
 
-def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> LabeledImages:
+def _parquet(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
     where = storage.path(name)
     with storage.open(name) as stream, parquet_errors(where):
         file = pq.ParquetFile(stream)
@@ -176,29 +184,24 @@ def _parquet(storage: Storage, name: str, class_names: Sequence[str]) -> Labeled
         image = next((c for c in IMAGE_COLUMNS if c in columns), None)
         label = next((c for c in LABEL_COLUMNS if c in columns), None)
         if image is None or label is None:
-            wanted = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
-            raise DataError(f"{where} needs {wanted}; it has {', '.join(columns)}")
-        places = _first_places(
-            (_row_label(value, where, row), f"row {row}") for row, value in enumerate(_values(file, label))
-        )
+            needed = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
+            raise DataError(f"{where} needs {needed}; it has {', '.join(columns)}")
+        groups = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[label])
+        values = enumerate(value for group in groups for value in group.column(0).to_pylist())
+        places = _first_places((_row_label(value, where, row), f"row {row}") for row, value in values)
         order = class_order(places, class_names, where, _class_label_names(file, label))
 
     def samples() -> Iterator[Sample]:
-        wanted_columns = [image, label, *(["key"] if "key" in columns else [])]
+        needed = [image, label, *(["key"] if "key" in columns else [])]
         number = 0
         with storage.open(name) as stream, parquet_errors(where):
-            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted_columns):
+            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
                 for row in group.to_pylist():
                     index = order.index[_row_label(row[label], where, number)]
                     yield str(row.get("key", number)), _bytes(row[image]), index
                     number += 1
 
     return LabeledImages(where, order.line, samples())
-
-
-def _values(file: pq.ParquetFile, column: str) -> Iterator[Any]:
-    for group in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-        yield from group.column(0).to_pylist()
 
 
 def _class_label_names(file: pq.ParquetFile, column: str) -> tuple[str, ...]:
@@ -220,8 +223,8 @@ def _is_manifest(file: pq.ParquetFile, where: str) -> bool:
 
 
 def _bytes(value: Any) -> bytes:
-    found = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
-    return found if isinstance(found, bytes) else b""
+    data = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
+    return data if isinstance(data, bytes) else b""
 
 
 def _row_label(value: Any, where: str, row: int) -> Label:

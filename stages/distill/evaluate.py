@@ -3,15 +3,15 @@
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from pydantic import Field
 from torch import Tensor, nn
 
 from manifests.errors import DataError
@@ -26,7 +26,187 @@ from stages.models.source import ModelConfig
 from stages.models.teacher import Teacher
 from stages.settings import ModelSettings
 
-# The confusion matrix as a picture: rows are true classes, columns what the model says. Used by ``factory eval``.
+BATCH = 256
+BINS = 15
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Where labeled images were, and the sha256 of their labels and encoded images in order."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a classifier (a student, say) on labeled images; shares lie in [0, 1].
+
+    ``class_order``: what the labels mean, for people; ``ece``: :func:`calibration_error`; ``per_class``: accuracy by
+    class name (None without images); ``confusion[true][predicted]``: counts. With a teacher:
+    ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
+    """
+
+    class_order: str
+    data: DataIdentity
+    images: Annotated[int, Field(ge=0)]
+    accuracy: Share
+    ece: float
+    per_class: dict[str, float | None]
+    confusion: list[list[int]]
+    model_teacher_agreement: Share | None = None
+    teacher_accuracy: Share | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
+            raise ValueError("a score is compared with a teacher in part")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; without the comparison with a teacher where there was none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def evaluate(
+    model: str, data: str, teacher: ModelSettings | None = None, device: str = "cpu", threads: int = 1
+) -> Scores:
+    """Score the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
+
+    Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
+    UsageError where ``device`` cannot be used.
+    """
+    place = find_device(device)
+    with torch_threads(threads):
+        net, config = load_model(model)
+        require_finite_weights(net, f"model '{model}'")
+        judge = load_teacher(teacher, place) if teacher else None
+        if judge:
+            check_class_names(judge, config.class_names, model)
+        return evaluate_net(net.to(place), config, data, judge)
+
+
+def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> Scores:
+    """Like :func:`evaluate`, of a network in memory (left in eval mode)."""
+    spec = InputSpec(config.input)
+    net.eval()
+    device = next(net.parameters()).device
+    images = labeled_images(data, config.class_names)
+    models = [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])]
+    labels, logits, *by_teacher = run_models(images, models, device)
+    bad = int((~logits.isfinite()).any(1).sum())
+    if bad:
+        raise DataError(
+            f"model '{config.architecture}' gives NaN or infinite logits to {bad} of the {len(labels)} images "
+            f"of {data}: check its weights and input settings"
+        )
+    seen, classes = len(labels.unique()), config.num_classes
+    fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
+    identity = DataIdentity(data, images.digest.hexdigest())
+    return scores(
+        logits, labels, config.class_names, by_teacher[0] if teacher else None, images.class_order + fewer, identity
+    )
+
+
+def check_data(data: str, class_names: tuple[str, ...]) -> str:
+    """What labels of ``data`` mean, in one line.
+
+    Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
+    """
+    images = labeled_images(data, class_names)
+    first = next(images.samples, None)
+    if first is None:
+        raise DataError(f"{data} holds no labeled image")
+    _decoded(first, data)
+    return images.class_order
+
+
+@torch.no_grad()
+def run_models(data: LabeledImages, models: Sequence[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
+    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
+    labels: list[int] = []
+    logits: list[list[Tensor]] = [[] for _ in models]
+    for batch_labels, images in _batches(data):
+        labels += batch_labels
+        for kept, model in zip(logits, models, strict=True):
+            kept.append(model(to_unit(images.to(device))).float().cpu())
+    if not labels:
+        raise DataError(f"{data.where} holds no labeled image")
+    return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
+
+
+def _batches(data: LabeledImages) -> Iterator[tuple[list[int], Tensor]]:
+    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size."""
+    labels: list[int] = []
+    images: list[Tensor] = []
+    most = BATCH
+    for sample in data:
+        image = _decoded(sample, data.where)
+        if images and (len(images) == most or image.shape != images[0].shape):
+            yield labels, torch.stack(images)
+            labels, images = [], []
+        most = images_at_once(BATCH, image.numel())
+        labels.append(sample[2])
+        images.append(image)
+    if images:
+        yield labels, torch.stack(images)
+
+
+def _decoded(sample: Sample, data: str) -> Tensor:
+    key, encoded, _ = sample
+    try:
+        return torch.from_numpy(decode(encoded).copy())
+    except ValueError as error:
+        raise DataError(f"{data}: sample {key!r} is no image: {error}") from None
+
+
+def scores(
+    logits: Tensor,
+    labels: Tensor,
+    class_names: tuple[str, ...],
+    teacher: Tensor | None,
+    class_order: str,
+    data: DataIdentity,
+) -> Scores:
+    """:class:`Scores` from logits ``[n, C]``, labels ``[n]`` and perhaps the teacher's logits ``[n, C]``."""
+    classes, predicted = len(class_names), logits.argmax(1)
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    totals, right = confusion.sum(1).tolist(), confusion.diag().tolist()
+    shares = [r / t if t else None for r, t in zip(right, totals, strict=True)]
+    by_teacher = None if teacher is None else teacher.argmax(1)
+    return Scores(
+        class_order=class_order,
+        data=data,
+        images=len(labels),
+        accuracy=_equal_share(predicted, labels),
+        ece=calibration_error(logits, labels),
+        per_class=dict(zip(distinct(class_names), shares, strict=True)),
+        confusion=confusion.tolist(),
+        model_teacher_agreement=None if by_teacher is None else _equal_share(predicted, by_teacher),
+        teacher_accuracy=None if by_teacher is None else _equal_share(by_teacher, labels),
+    )
+
+
+def _equal_share(a: Tensor, b: Tensor) -> float:
+    return (a == b).double().mean().item()
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """``names``, with its number added to each that occurred before: ImageNet has two cranes.
+
+    >>> distinct(["crane", "maillot", "crane"])
+    ['crane', 'maillot', 'crane (2)']
+    """
+    first: dict[str, int] = {}
+    return [name if first.setdefault(name, i) == i else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error (Guo et al. 2017): Σ_bin share·|accuracy − mean confidence|, equal-width bins."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
+    return (gap.abs().sum() / len(labels)).item()
 
 
 CELL, SMALL_CELL, NUMBERS_UP_TO = 34, 4, 30
@@ -64,156 +244,3 @@ def confusion_picture(counts: Sequence[Sequence[int]], class_names: Sequence[str
 
 def _printable(text: str) -> str:
     return text.encode("latin-1", "replace").decode("latin-1")  # what PIL's built-in font can draw
-
-
-BATCH = 256
-BINS = 15
-
-
-def evaluate(
-    model: str, data: str, teacher: ModelSettings | None = None, device: str = "cpu", threads: int = 1
-) -> dict[str, Any]:
-    """Metrics (:func:`metrics`) of the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
-
-    ``data`` in the result is where the images were, with the sha256 of labels and encoded images in their order.
-    Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
-    UsageError where ``device`` cannot be used.
-    """
-    place = find_device(device)
-    with torch_threads(threads):
-        net, config = load_model(model)
-        require_finite_weights(net, f"model '{model}'")
-        judge = load_teacher(teacher, place) if teacher else None
-        if judge:
-            check_class_names(judge, config.class_names, model)
-        return evaluate_net(net.to(place), config, data, judge)
-
-
-def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> dict[str, Any]:
-    """Like :func:`evaluate`, of a network in memory (left in eval mode)."""
-    spec = InputSpec(config.input)
-    net.eval()
-    device = next(net.parameters()).device
-    images, digest = labeled_images(data, config.class_names), hashlib.sha256()
-    labels, logits, *answers = run_models(
-        replace(images, samples=_digested(images.samples, digest)),
-        [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])],
-        device,
-    )
-    bad = int((~logits.isfinite()).any(1).sum())
-    if bad:
-        raise DataError(
-            f"model '{config.architecture}' gives NaN or infinite logits to {bad} of the {len(labels)} images "
-            f"of {data}: check its weights and input settings"
-        )
-    seen, classes = len(labels.unique()), config.num_classes
-    fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
-    scores = metrics(logits, labels, config.class_names, answers[0] if teacher else None)
-    identity = {"path": data, "sha256": digest.hexdigest()}
-    return {"class_order": images.class_order + fewer, "data": identity, **scores}
-
-
-def _digested(samples: Iterator[Sample], digest: Any) -> Iterator[Sample]:
-    """``samples``, with ``digest`` (of hashlib) updated by all labels and encoded images."""
-    for sample in samples:
-        digest.update(f"{sample[2]} {len(sample[1])}\n".encode())
-        digest.update(sample[1])
-        yield sample
-
-
-def check_data(data: str, class_names: tuple[str, ...]) -> str:
-    """What labels of ``data`` mean, in one line.
-
-    Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
-    """
-    images = labeled_images(data, class_names)
-    first = next(images.samples, None)
-    if first is None:
-        raise DataError(f"{data} holds no labeled image")
-    _decoded(first, data)
-    return images.class_order
-
-
-@torch.no_grad()
-def run_models(data: LabeledImages, models: list[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
-    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
-    labels: list[int] = []
-    logits: list[list[Tensor]] = [[] for _ in models]
-    for some, images in _batches(data):
-        labels += some
-        for kept, model in zip(logits, models, strict=True):
-            kept.append(model(to_unit(images.to(device))).float().cpu())
-    if not labels:
-        raise DataError(f"{data.where} holds no labeled image")
-    return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
-
-
-def _batches(data: LabeledImages) -> Iterator[tuple[list[int], Tensor]]:
-    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size."""
-    labels: list[int] = []
-    images: list[Tensor] = []
-    most = BATCH
-    for sample in data:
-        image = _decoded(sample, data.where)
-        if images and (len(images) == most or image.shape != images[0].shape):
-            yield labels, torch.stack(images)
-            labels, images = [], []
-        most = images_at_once(BATCH, image.numel())
-        labels.append(sample[2])
-        images.append(image)
-    if images:
-        yield labels, torch.stack(images)
-
-
-def _decoded(sample: Sample, data: str) -> Tensor:
-    key, encoded, _ = sample
-    try:
-        return torch.from_numpy(decode(encoded).copy())
-    except ValueError as error:
-        raise DataError(f"{data}: sample {key!r} is no image: {error}") from None
-
-
-def metrics(
-    logits: Tensor, labels: Tensor, class_names: tuple[str, ...], teacher: Tensor | None = None
-) -> dict[str, Any]:
-    """JSON-able scores from logits ``[n, C]``; shares lie in [0, 1].
-
-    ``per_class``: accuracy by class name (None without images); ``confusion[true][predicted]``: counts;
-    ``ece``: see :func:`calibration_error`; ``agreement``: share of images where the teacher names the same class.
-    """
-    classes = len(class_names)
-    predicted = logits.argmax(1)
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-    totals, right = confusion.sum(1).tolist(), confusion.diag().tolist()
-    result = {
-        "images": len(labels),
-        "accuracy": (predicted == labels).double().mean().item(),
-        "ece": calibration_error(logits, labels),
-        "per_class": {
-            name: r / t if t else None for name, r, t in zip(distinct(class_names), right, totals, strict=True)
-        },
-        "confusion": confusion.tolist(),
-    }
-    if teacher is not None:
-        result["agreement"] = (predicted == teacher.argmax(1)).double().mean().item()
-        result["teacher_accuracy"] = (teacher.argmax(1) == labels).double().mean().item()
-    return result
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """``names``, with its number added to each that occurred before: ImageNet has two cranes.
-
-    >>> distinct(["crane", "maillot", "crane"])
-    ['crane', 'maillot', 'crane (2)']
-    """
-    first: dict[str, int] = {}
-    return [name if first.setdefault(name, i) == i else f"{name} ({i})" for i, name in enumerate(names)]
-
-
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error (Guo et al. 2017): Σ_bin share·|accuracy − mean confidence|, equal-width bins."""
-    confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
-    return (gap.abs().sum() / len(labels)).item()

@@ -1,43 +1,230 @@
-"""The training loop: one read, one augmentation, one teacher forward a batch; then every student learns from it."""
+"""The training loop of stage 2: one read, one augmentation and one teacher forward pass serve every student."""
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from manifests.checked_json import dump_json
-from manifests.errors import FactoryError, Interrupted, UsageError
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import checkpoint
-from stages.distill.batches import Batch, Batches
+from stages.distill.batches import Batches
+from stages.distill.evaluate import Scores, evaluate_net
 from stages.distill.losses import paired_layers, teacher_targets
 from stages.distill.rows import Ints
 from stages.distill.runtime import ALONE, Callbacks, Ranks, autocast
 from stages.distill.student import Diverged, Student, lr_factor
 from stages.distill.teacher_cache import TeacherCache
-from stages.memory import out_of_memory
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 from stages.settings import DistillSettings
 
-# Metrics to TensorBoard or Weights & Biases while training: off unless asked for with ``track``.
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
-FOLDER = "tensorboard"
+@dataclass
+class Training:
+    """What :func:`train` needs, and its clocks, which survive a resume.
+
+    Of several ``ranks`` the first one writes files, sends events and may be asked to stop; all do the same steps.
+    """
+
+    settings: DistillSettings
+    teacher: Teacher
+    students: list[Student]
+    batches: Batches
+    val_rows: Ints
+    storage: Storage
+    device: torch.device
+    callbacks: Callbacks
+    test_data: str | None = None
+    teacher_cache: TeacherCache | None = None
+    ranks: Ranks = ALONE
+    step: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # part of the seconds: no batch was ready
+
+    @property
+    def active(self) -> list[Student]:
+        """Students that were not parked."""
+        return [student for student in self.students if student.parked is None]
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for a batch."""
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    @cached_property
+    def val_teacher_classes(self) -> Tensor:
+        """The teacher's :meth:`classes`."""
+        return self.classes(self.teacher.logits)
+
+    def classes(self, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """The largest of ``logits`` for images in [−1, 1], of this process's part of the validation rows."""
+        rows = self.val_rows[self.ranks.part(len(self.val_rows))]
+        predicted = [logits(x).argmax(1).cpu() for _, x in self.batches.plain(rows)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *predicted])
 
 
-class Tracker(Protocol):
-    """Takes the numbers of an epoch."""
+def train(run: Training) -> None:
+    """Train every student from the last checkpoint (or the start) to the last step.
 
-    def log(self, student: str, step: int, values: dict[str, float]) -> None:
-        """One student's line of metrics.jsonl, flat."""
+    The weights do not depend on where the run was stopped and resumed. Raises Interrupted after a checkpoint if
+    ``should_stop()``, FactoryError once every student diverged.
+    """
+    settings, ranks, callbacks = run.settings, run.ranks, run.callbacks
+    steps, total = run.batches.steps, settings.epochs * run.batches.steps
+    teacher_layers = pair_layers(run)
+    resume(run)
+    student_input = InputSpec(run.students[0].config.input)
+    saved = time.monotonic()
+    with open_loggers(run) as loggers, closing(run.batches.stream(run.step, total)) as batches:
+        while run.step < total:
+            check_active(run)
+            started = time.monotonic()
+            batch, epoch = next(batches), run.step // steps + 1
+            run.waited += time.monotonic() - started
+
+            # the teacher's targets, once for all students
+            with autocast(settings.dtype, run.device):
+                if run.teacher_cache:
+                    targets = run.teacher_cache.targets(batch)
+                else:
+                    targets = teacher_targets(run.teacher, batch.x, settings.loss, teacher_layers)
+
+            # one step of every student; those that diverge are parked, the others go on
+            x = student_input(batch.x)
+            failures: dict[str, str] = {}
+            for student in run.active:
+                try:
+                    student.learn(x, batch, targets, run.step, total)
+                except Diverged as error:
+                    failures[student.name] = str(error)
+            stop = park(run, failures, callbacks.should_stop())
+            run.step += 1
+            run.seconds += time.monotonic() - started
+
+            # the end of an epoch: metrics, validation, the best weights so far
+            if run.step % steps == 0:
+                started = time.monotonic()
+                reason = f"weights are not finite at the end of epoch {epoch}"  # no loss has seen the last update
+                park(run, {student.name: reason for student in run.active if not student.finite})
+                for student in run.active:
+                    lr = settings.optimizer.lr * lr_factor(settings.optimizer, run.step - 1, total)
+                    line: dict[str, float] = {"epoch": epoch, "step": run.step, "lr": lr, **student.take_means()}
+                    if len(run.val_rows):
+                        line |= validate(run, student)
+                    if ranks.first and settings.eval_every and epoch % settings.eval_every == 0:
+                        scores = test_scores(run, student)
+                        line |= {"test_accuracy": scores.accuracy} if scores else {}
+                    line |= {"seconds": round(run.seconds, 3), "data_wait": round(run.data_wait, 4)}
+                    student.metrics.append(line)
+                    if settings.select == "best":
+                        student.keep_best(line["val_agreement"])
+                    if ranks.first:
+                        text = "".join(dump_json(each) + "\n" for each in student.metrics)
+                        run.storage.write(f"{student.name}/{METRICS}", text.encode())
+                    for logger in loggers:
+                        logger.log(student.name, run.step, line)
+                callbacks.on_event("epoch_done", epoch=epoch, students={s.name: s.metrics[-1] for s in run.active})
+                run.seconds += time.monotonic() - started
+
+            if stop or run.step == total or time.monotonic() - saved >= settings.checkpoint_seconds:
+                if ranks.first:
+                    save(run)
+                saved = time.monotonic()
+            callbacks.on_progress(run.step, total, f"epoch {epoch}/{settings.epochs}")
+            if stop and run.step < total:
+                raise Interrupted(f"interrupted in epoch {epoch} of {settings.epochs}; the same command resumes")
+        check_active(run)
+
+
+def pair_layers(run: Training) -> list[str]:
+    """Set every student's Grad-CAM layers; returns the teacher's, the longest list of all."""
+    longest: list[str] = []
+    for student in run.students if run.settings.loss.gradcam else []:
+        teacher_layers, student.layers = paired_layers(run.settings.loss, run.teacher.net, student.net)
+        longest = max(longest, teacher_layers, key=len)
+    return longest
+
+
+def check_active(run: Training) -> None:
+    if not run.active:
+        raise FactoryError("no student is left: " + "; ".join(f"{s.name}: {s.parked}" for s in run.students))
+
+
+def park(run: Training, failures: dict[str, str], stop: bool = False) -> bool:
+    """Park, in every process, the students that cannot go on in one (``failures``: reason by name).
+
+    Returns whether any process is to stop: one message between the processes settles both.
+    """
+    students = run.active
+    flags = run.ranks.any([stop, *(student.name in failures for student in students)])
+    for student, failed in zip(students, flags[1:], strict=True):
+        if failed:
+            student.optimizer.zero_grad(set_to_none=True)  # memory for the others
+            student.parked = run.ranks.share_text(failures.get(student.name))
+            run.callbacks.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
+            run.callbacks.warn(f"{student.name} is parked, the others go on: {student.parked}")
+    return flags[0]
+
+
+@torch.no_grad()
+def validate(run: Training, student: Student) -> dict[str, float]:
+    """On the validation rows, unaugmented: ``val_agreement``, the share where student and teacher predict the same
+    class, and ``val_accuracy``, the share where the student predicts the manifest's label."""
+    spec = InputSpec(student.config.input)
+    predicted = run.classes(lambda x: student.result(spec(x)))
+    labels = torch.from_numpy(run.batches.rows.label[run.val_rows[run.ranks.part(len(run.val_rows))]])
+    same = torch.stack([(predicted == run.val_teacher_classes).sum(), (predicted == labels).sum()])
+    agreement, accuracy = (run.ranks.add(same).double() / len(run.val_rows)).tolist()
+    return {"val_agreement": agreement, "val_accuracy": accuracy}
+
+
+def test_scores(run: Training, student: Student) -> Scores | None:
+    """On the test data, if there are any; None, with a warning, if they give no score: that loses no student."""
+    try:
+        return evaluate_net(student.result, student.config, run.test_data, run.teacher) if run.test_data else None
+    except DataError as error:
+        run.callbacks.warn(f"{student.name} has no score on the test data: {error}")
+        return None
+
+
+def save(run: Training) -> None:
+    """Replace the checkpoint."""
+    students = {student.name: student.state() for student in run.students}
+    state = {"step": run.step, "seconds": run.seconds, "waited": run.waited, "students": students}
+    checkpoint.save(run.storage, state)
+
+
+def resume(run: Training) -> None:
+    """Go on from the checkpoint, if there is one: all processes from the first one's. Raises DataError if damaged."""
+    data = run.ranks.share(checkpoint.read(run.storage) if run.ranks.first else None)
+    if data is None:
+        return
+    state = checkpoint.parse(data, run.storage, run.device)
+    with checkpoint.state_damage(run.storage):
+        run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
+        for student in run.students:
+            student.load(state["students"][student.name])
+    run.callbacks.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
+
+
+class Logger(Protocol):
+    """Where metrics go besides metrics.jsonl."""
+
+    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
+        """One student's metrics of an epoch."""
 
     def close(self) -> None:
-        """Everything is on its way."""
+        """Flush."""
 
 
 class TensorBoard:
@@ -50,15 +237,15 @@ class TensorBoard:
             raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
         if not storage.is_local:
             raise UsageError(f"loggers: tensorboard writes to a local folder only, not {storage.url}")
-        self._open = lambda student: SummaryWriter(storage.folder(f"{FOLDER}/{student}"), purge_step=step + 1)
+        self._open = lambda student: SummaryWriter(storage.folder(f"{TENSORBOARD}/{student}"), purge_step=step + 1)
         self._writers: dict[str, Any] = {}
 
-    def log(self, student: str, step: int, values: dict[str, float]) -> None:
-        writer = self._writers.setdefault(student, None) or self._open(student)
-        self._writers[student] = writer
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
+        if student not in self._writers:
+            self._writers[student] = self._open(student)
+        for name, value in metrics.items():
+            self._writers[student].add_scalar(name, value, step)
+        self._writers[student].flush()
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -76,246 +263,20 @@ class WandB:
         number = hashlib.sha256(storage.url.encode()).hexdigest()[:16]
         self._run = wandb.init(project="dfkd-factory", name=storage.url, id=number, resume="allow", config=config)
 
-    def log(self, student: str, step: int, values: dict[str, float]) -> None:
-        self._run.log({f"{student}/{name}": value for name, value in values.items()}, step=step)
+    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({f"{student}/{name}": value for name, value in metrics.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def open_trackers(names: Iterable[str], storage: Storage, config: dict[str, Any], step: int) -> list[Tracker]:
-    """Those of ``names``; ``step``: where the run stands. Raises UsageError where one cannot work."""
-    trackers: list[Tracker] = []
-    for name in names:
-        trackers.append(TensorBoard(storage, step) if name == "tensorboard" else WandB(storage, config))
-    return trackers
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under slashed names.
-
-    >>> flat({"epoch": 1, "val": {"agreement": 0.5}})
-    {'epoch': 1.0, 'val/agreement': 0.5}
-    """
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = float(value)
-    return found
-
-
-METRICS = "metrics.jsonl"
-
-
-@dataclass
-class Training:
-    """One run: everything that :func:`train` needs, and the clocks that survive a resume.
-
-    Of several ``ranks`` the first one writes, tells and is asked to stop; all do the same steps.
-    """
-
-    settings: DistillSettings
-    teacher: Teacher
-    students: list[Student]
-    batches: Batches
-    held: Ints
-    storage: Storage
-    device: torch.device
-    callbacks: Callbacks
-    look: Callable[[Student], dict[str, Any] | None] | None = None  # at the test data, every eval_every epochs
-    teacher_cache: TeacherCache | None = None  # the teacher's, where they were computed before
-    ranks: Ranks = ALONE
-    trackers: list[Tracker] = field(default_factory=list)
-    step: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    _held_answers: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def total(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.settings.epochs * self.batches.steps
-
-    @property
-    def learning(self) -> list[Student]:
-        """Students that were not parked."""
-        return [student for student in self.students if student.parked is None]
-
-
-def train(run: Training) -> None:
-    """Train from the last checkpoint (or the start) to the end; the same weights come out however often it was stopped.
-
-    Raises Interrupted after a checkpoint where ``should_stop`` says so, FactoryError where every student diverged.
-    """
-    layers = _pair_layers(run)
-    _resume(run)
-    if run.ranks.first:
-        run.trackers = open_trackers(run.settings.loggers, run.storage, run.settings.model_dump(mode="json"), run.step)
-    try:
-        _train(run, layers)
-    finally:
-        for tracker in run.trackers:
-            tracker.close()
-
-
-def _train(run: Training, layers: list[str]) -> None:
-    spec = InputSpec(run.students[0].config.input)
-    saved = time.monotonic()
-    loss = run.settings.loss
-    for batch in _timed(run, run.batches.stream(run.step, run.total)):
-        epoch = run.step // run.batches.steps
-        started = time.monotonic()
-        with autocast(run.settings.dtype, run.device):
-            targets = (
-                run.teacher_cache.targets(batch)
-                if run.teacher_cache
-                else teacher_targets(run.teacher, batch.x, loss, layers)
-            )
-        x = spec(batch.x)
-        students = run.learning
-        reasons = [_learn(run, student, x, batch, targets) for student in students]
-        stop = _agree(run, students, reasons, run.callbacks.should_stop())
-        run.step += 1
-        if run.step % run.batches.steps == 0:
-            _end_epoch(run, epoch)
-        run.seconds += time.monotonic() - started
-        due = time.monotonic() - saved >= run.settings.checkpoint_seconds
-        if due or stop or run.step == run.total:
-            _checkpoint(run)
-            saved = time.monotonic()
-        run.callbacks.on_progress(run.step, run.total, f"epoch {epoch + 1}/{run.settings.epochs}")
-        if stop and run.step < run.total:
-            raise Interrupted(f"interrupted in epoch {epoch + 1} of {run.settings.epochs}; the same command resumes")
-        _check_learning(run)
-    _check_learning(run)
-
-
-def _check_learning(run: Training) -> None:
-    if not run.learning:
-        raise FactoryError("no student is left: " + "; ".join(f"{s.name}: {s.parked}" for s in run.students))
-
-
-def _pair_layers(run: Training) -> list[str]:
-    """Settle every student's Grad-CAM layers; returns the teacher's, the longest list of all."""
-    if not run.settings.loss.gradcam:
-        return []
-    longest: list[str] = []
-    for student in run.students:
-        teacher_layers, student.layers = paired_layers(run.settings.loss, run.teacher.net, student.net)
-        longest = max(longest, teacher_layers, key=len)
-    return longest
-
-
-def _timed(run: Training, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """``batches``, with the time spent waiting for them added up."""
-    while True:
-        started = time.monotonic()
-        batch = next(batches, None)
-        waited = time.monotonic() - started
-        run.waited += waited
-        run.seconds += waited
-        if batch is None:
-            return
-        yield batch
-
-
-def _learn(run: Training, student: Student, x: Tensor, batch: Batch, targets: Any) -> str | None:
-    """Why the student cannot go on; None where it learned."""
-    try:
-        student.learn(x, batch, targets, run.step, run.total)
-        return None
-    except (Diverged, RuntimeError, MemoryError) as error:
-        if not (isinstance(error, Diverged) or out_of_memory(error)):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    student.optimizer.zero_grad(set_to_none=True)  # memory for the others
-    return reason
-
-
-def _agree(run: Training, students: Sequence[Student], reasons: Sequence[str | None], stop: bool = False) -> bool:
-    """Park in every process the students that cannot go on in one; whether any process is to stop."""
-    flags = run.ranks.any([stop, *(reason is not None for reason in reasons)])
-    for student, reason, failed in zip(students, reasons, flags[1:], strict=True):
-        if failed:
-            told = run.ranks.share(None if reason is None else reason.encode())
-            assert told is not None
-            _park(run, student, told.decode())
-    return flags[0]
-
-
-def _park(run: Training, student: Student, reason: str) -> None:
-    student.parked = reason
-    run.callbacks.on_event("student_parked", student=student.name, step=run.step, reason=reason)
-    run.callbacks.on_event("warning", message=f"{student.name} is parked, the others go on: {reason}")
-
-
-def _end_epoch(run: Training, epoch: int) -> None:
-    """Means of the epoch, held-out agreement, best weights so far."""
-    spoilt = f"weights are not finite at the end of epoch {epoch + 1}"  # the last step's update is seen by no loss
-    _agree(run, run.learning, [None if student.finite else spoilt for student in run.learning])
-    share = run.waited / run.seconds if run.seconds else 0.0
-    for student in run.learning:
-        line: dict[str, Any] = {"epoch": epoch + 1, "step": run.step}
-        line["lr"] = run.settings.optimizer.lr * lr_factor(run.settings.optimizer, run.step - 1, run.total)
-        line |= student.take_means()
-        if len(run.held):
-            line["val"] = validate(run, student)
-        if run.look and run.ranks.first and run.settings.eval_every and (epoch + 1) % run.settings.eval_every == 0:
-            scores = run.look(student)
-            line |= {"test_accuracy": scores["accuracy"]} if scores else {}
-        student.metrics.append(line | {"seconds": round(run.seconds, 3), "data_wait": round(share, 4)})
-        if run.settings.select == "best" and line["val"]["agreement"] >= student.best:
-            student.best = line["val"]["agreement"]
-            student.best_weights = {name: value.clone() for name, value in student.result.state_dict().items()}
-        text = "".join(dump_json(entry) + "\n" for entry in student.metrics)
-        _write(run, f"{student.name}/{METRICS}", text.encode())
-        for tracker in run.trackers:
-            tracker.log(student.name, run.step, flat(student.metrics[-1]))
-    run.callbacks.on_event("epoch_done", epoch=epoch + 1, students={s.name: s.metrics[-1] for s in run.learning})
-
-
-@torch.no_grad()
-def validate(run: Training, student: Student) -> dict[str, float]:
-    """How far the student's classes match the teacher's and the manifest's on the held-out rows, unaugmented."""
-    spec, rows = InputSpec(student.config.input), run.held[run.ranks.part(len(run.held))]
-    if run._held_answers is None:
-        run._held_answers = _classes(run.teacher.logits(x) for _, x in run.batches.plain(rows))
-    found = _classes(student.result(spec(x)) for _, x in run.batches.plain(rows))
-    labels = torch.from_numpy(run.batches.rows.label[rows])
-    right = torch.stack([(found == run._held_answers).sum(), (found == labels).sum()])
-    agreement, accuracy = (run.ranks.add(right).double() / len(run.held)).tolist()
-    return {"agreement": agreement, "accuracy": accuracy}
-
-
-def _classes(logits: Iterable[Tensor]) -> Tensor:
-    """The largest logit's class of every row."""
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(some.argmax(1).cpu() for some in logits)])
-
-
-def _write(run: Training, name: str, data: bytes) -> None:
-    if run.ranks.first:
-        run.storage.write(name, data)
-
-
-def _checkpoint(run: Training) -> None:
-    if not run.ranks.first:
-        return
-    students = {student.name: student.state() for student in run.students}
-    clocks = {"seconds": run.seconds, "waited": run.waited}
-    checkpoint.save(run.storage, {"step": run.step, **clocks, "students": students})
-
-
-def _resume(run: Training) -> None:
-    data = run.ranks.share(checkpoint.read(run.storage) if run.ranks.first else None)
-    if data is None:
-        return
-    state = checkpoint.parse(data, run.storage, run.device)
-    try:
-        run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
-        for student in run.students:
-            student.load(state["students"][student.name])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise checkpoint.damaged(run.storage, error) from None
-    run.callbacks.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
+@contextmanager
+def open_loggers(run: Training) -> Iterator[list[Logger]]:
+    """The loggers of the settings, in the first process. Raises UsageError if one is not installed."""
+    with ExitStack() as stack:
+        loggers: list[Logger] = []
+        for name in run.settings.loggers if run.ranks.first else ():
+            config = run.settings.model_dump(mode="json")
+            loggers.append(TensorBoard(run.storage, run.step) if name == "tensorboard" else WandB(run.storage, config))
+            stack.callback(loggers[-1].close)
+        yield loggers

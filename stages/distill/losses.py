@@ -70,9 +70,6 @@ def _pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.adaptive_avg_pool2d(maps, size)
 
 
-# What one batch asks of every student: the teacher's answers, computed once and shared; and the terms they give.
-
-
 @dataclass(frozen=True)
 class Targets:
     """Teacher logits ``[n, C]``, class activation maps ``[n, C, h, w]`` and one Grad-CAM ``[n, h, w]`` per layer."""
@@ -112,8 +109,8 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
     last = stage_paths(teacher.net)[-1]
     with torch.set_grad_enabled(settings.gradcam > 0):
         paths = list(dict.fromkeys([*layers, last]))
-        logits, found = teacher.with_stages(x.detach().requires_grad_(settings.gradcam > 0), paths)
-        maps = dict(zip(paths, found, strict=True))
+        logits, outputs = teacher.with_stages(x.detach().requires_grad_(settings.gradcam > 0), paths)
+        maps = dict(zip(paths, outputs, strict=True))
         cams: list[Tensor] = []
         if settings.gradcam:
             cams = gradcam(logits, logits.argmax(1), [maps[path] for path in layers])
@@ -153,8 +150,8 @@ def student_terms(
         assert isinstance(weight, Tensor)
         terms["cam"] = batch.share * map_mse(class_activation_maps(maps[last], weight), targets.cam)
     if settings.gradcam:
-        own = gradcam(logits, targets.logits.argmax(1), [maps[path] for path in layers])
-        pairs = zip(own, targets.gradcams[-len(own) :], strict=True)
+        maps_s = gradcam(logits, targets.logits.argmax(1), [maps[path] for path in layers])
+        pairs = zip(maps_s, targets.gradcams[-len(maps_s) :], strict=True)
         terms["gradcam"] = batch.share * torch.stack([map_mse(s, t) for s, t in pairs]).sum()
     return terms
 

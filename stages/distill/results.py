@@ -1,75 +1,126 @@
-"""``results.json`` of a run, and the test scores in it, which a later command without test data keeps."""
+"""What a run of stage 2 returns, ``results.json``, and the test scores in it, which a later command keeps."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
-from manifests.dataset import is_count, is_sha256
 from manifests.errors import DataError
 from manifests.storage import Storage
+from stages.distill.checkpoint import damage_reported
+from stages.distill.evaluate import Scores
 from stages.distill.runtime import Callbacks
+from stages.distill.teacher_check import TeacherCheck
 
 RESULTS = "results.json"
-WEIGHTS = "weights_sha256"
 MAX_BYTES = 256 << 20
 """Of results that are read again; a confusion matrix of 1000 classes takes some 10 MB."""
-Scores = Mapping[str, tuple[str, dict[str, Any]]]
-"""By student the sha256 of the weights that were scored, and the score as ``evaluate_net`` returns it."""
 
 
-def write_results(storage: Storage, results: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class StudentResult:
+    """One student: its folder, its scores and its size.
+
+    ``images``, ``val_images``: images trained on and held out; ``last_epoch``: the last line of its metrics.jsonl.
+    ``val_agreement``: share of the validation images where student and teacher predict the same class, of the weights
+    that were kept; ``val_accuracy``: share where the student predicts the label (both None without validation images).
+    ``test``: scores on the test data. ``mflop``: per image, two per multiply-add; ``latency_ms``: of one image,
+    median; ``bytes``, ``weights_sha256``: of model.safetensors.
+    """
+
+    folder: str
+    images: int
+    val_images: int
+    device: str
+    last_epoch: dict[str, float]
+    val_agreement: float | None
+    val_accuracy: float | None
+    test: Scores | None
+    parameters: int
+    mflop: float
+    latency_ms: float
+    bytes: int
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A finished run: its students by name, those that diverged (``parked``: why), and how the teacher fit the data.
+
+    ``teacher``: its architecture and sha256; ``seconds``: of training, over all commands that it took; ``data_wait``:
+    share of them without a batch at hand.
+    """
+
+    out: str
+    teacher: dict[str, str]
+    teacher_check: TeacherCheck
+    images: int
+    val_images: int
+    workers: int
+    seconds: float
+    data_wait: float
+    students: dict[str, StudentResult]
+    parked: dict[str, str]
+
+    @property
+    def teacher_accuracy(self) -> float | None:
+        """The teacher's accuracy on the test data; None where none was scored."""
+        scores = [student.test.teacher_accuracy for student in self.students.values() if student.test]
+        return scores[-1] if scores else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results.json holds it, with ``teacher_accuracy`` where there is one."""
+        accuracy = self.teacher_accuracy
+        return asdict(self) | ({} if accuracy is None else {"teacher_accuracy": accuracy})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DistillResult":
+        """The inverse of :meth:`to_dict`. Raises ValueError for anything else."""
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def write_results(storage: Storage, result: DistillResult) -> None:
     """Replace the results, sealed: a score that is kept must be the one that was measured."""
-    storage.write(RESULTS, dump_checked(results))
+    storage.write(RESULTS, dump_checked(result.to_dict()))
 
 
-def measured_before(storage: Storage, measured_now: bool = False) -> Scores:
-    """The test scores that an earlier command left.
+def previous_results(storage: Storage, measured_again: bool = False) -> dict[str, StudentResult]:
+    """The students as an earlier command left them, by name; their test scores are of interest.
 
-    Raises DataError if they cannot be read and are not ``measured_now`` again: they would be lost.
+    Raises DataError if they cannot be read and are not ``measured_again``: the scores would be lost.
     """
     size = storage.size(RESULTS)
     if size is None:
         return {}
     try:
-        if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes")
-        students = load_checked(storage.read(RESULTS))["students"]
-        found = {name: (facts[WEIGHTS], facts["test"]) for name, facts in students.items() if facts["test"]}
-        for weights, test in found.values():
-            _check(weights, test)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if measured_now:
+        with damage_reported(storage, RESULTS, "measure its test scores again with --test-data, or delete it"):
+            if size > MAX_BYTES:
+                raise ValueError(f"{size} bytes")
+            students = DistillResult.from_dict(load_checked(storage.read(RESULTS))).students
+            if any(student.test and student.test.teacher_accuracy is None for student in students.values()):
+                raise ValueError("a test score is not compared with the teacher's")
+            return students
+    except DataError:
+        if measured_again:
             return {}
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise DataError(
-            f"{storage.path(RESULTS)} is damaged ({reason[:200]}), so its test scores cannot be kept: "
-            "measure them again with --test-data, or delete it"
-        ) from None
-    return found
+        raise
 
 
-def keep_score(name: str, weights: str, before: Scores, callbacks: Callbacks) -> dict[str, Any] | None:
-    """The score that ``weights`` of student ``name`` were given before; None, with a warning, where others were."""
-    if name not in before:
+def keep_score(name: str, weights: str, before: Mapping[str, StudentResult], callbacks: Callbacks) -> Scores | None:
+    """The score that ``weights`` (sha256) of student ``name`` got before; None, with a warning, where others did."""
+    student = before.get(name)
+    if student is None or student.test is None:
         return None
-    scored, test = before[name]
-    of = f"{test['accuracy']:.1%} on {test['images']} images of {test['data']['path']}"
-    if scored != weights:
-        callbacks.on_event("warning", message=f"{name}: its weights changed since its test score: {of} is left out")
+    test = student.test
+    of = f"{test.accuracy:.1%} on {test.images} images of {test.data.path}"
+    if student.weights_sha256 != weights:
+        callbacks.warn(f"{name}: its weights changed since its test score: {of} is left out")
         return None
-    callbacks.on_event("note", message=f"{name}: its test score was measured before and is kept: {of}")
+    callbacks.note(f"{name}: its test score was measured before and is kept: {of}")
     return test
-
-
-def _check(weights: Any, test: Any) -> None:
-    """Raises ValueError, KeyError or TypeError for what is no score."""
-    shares = [test[name] for name in ("accuracy", "agreement", "teacher_accuracy")]
-    fine = (
-        is_sha256(weights)
-        and is_sha256(test["data"]["sha256"])
-        and isinstance(test["data"]["path"], str)
-        and is_count(test["images"])
-        and all(isinstance(share, float) and 0 <= share <= 1 for share in shares)
-    )
-    if not fine:
-        raise ValueError("a score is damaged")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
-from manifests.order import combined_digest, mixed_order
+from manifests.order import mixed_order
 from manifests.reader import Manifest, Selection
 from manifests.schema import KEY
 from stages.seeds import derive, mixed, uniform
@@ -39,11 +39,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
-    @property
-    def digest(self) -> str:
-        """Of the manifest files together."""
-        return combined_digest([selection.manifest.digest for selection in self.selections])
-
     def read(self, rows: Ints) -> list[bytes]:
         """Stored images of ``rows``, in that order."""
         images = [b""] * len(rows)
@@ -57,8 +52,8 @@ class Rows:
     def name(self, row: int) -> str:
         """The row as an error message names it."""
         number = int(self.source[row])
-        found = self.selections[number].row(int(row - self.starts[number]))
-        return f"{self.selections[number].manifest.url}: shard {found['shard']}, sample {found['key']!r}"
+        values = self.selections[number].row(int(row - self.starts[number]))
+        return f"{self.selections[number].manifest.url}: shard {values['shard']}, sample {values['key']!r}"
 
 
 def intact(selection: Selection) -> tuple[Selection, list[str]]:
@@ -187,24 +182,24 @@ class EpochOrder:
         self._weights: list[float] = []
         self._digests: list[str] = []
         classes = np.unique(rows.label[train]) if settings.balance else np.array([-1])
-        each = np.array(rows.weights)[rows.source[train]]  # what a row counts for
+        weight = np.array(rows.weights)[rows.source[train]]
         for number, selection in enumerate(rows.selections):
             mine = rows.source[train] == number
             for label in classes:
                 of_class = rows.label[train] == label if settings.balance else np.ones(len(train), bool)
                 self._parts.append(train[mine & of_class])
-                fair = each.sum() / (len(classes) * each[of_class].sum())
+                fair = weight.sum() / (len(classes) * weight[of_class].sum())
                 self._weights.append(rows.weights[number] * fair)
-                asked = f"{settings.where}|{settings.include_rejected}|{settings.val_fraction}|{label}"
-                self._digests.append(f"{selection.manifest.digest}|{asked}")
-        self._laid = np.concatenate(self._parts)
+                part = f"{settings.where}|{settings.include_rejected}|{settings.val_fraction}|{label}"
+                self._digests.append(f"{selection.manifest.digest}|{part}")
+        self._rows = np.concatenate(self._parts)
         self.length = len(self(0))
         if self.length < 2:
             raise DataError(f"{self.length} training rows are left after selection, weights and hold-out; 2 are needed")
 
     def __call__(self, epoch: int) -> Ints:
         sizes = [len(part) for part in self._parts]
-        return self._laid[mixed_order(sizes, self._weights, self.seed, epoch, self._digests)]
+        return self._rows[mixed_order(sizes, self._weights, self.seed, epoch, self._digests)]
 
 
 def repeats(order: Ints) -> npt.NDArray[np.uint64]:

@@ -2,53 +2,55 @@
 
 OUT/run.json            what decides the result: settings, manifests, teacher
 OUT/checkpoint.pt       state of the run, replaced atomically
-OUT/results.json        what this module returns, sealed
-OUT/teacher-cache/      the teacher's answers, where they are kept
+OUT/results.json        :class:`DistillResult`, sealed
+OUT/teacher-cache/      the teacher's logits, where they are kept
 OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import checkpoint, export
 from stages.distill.batches import Batches, check_parts, open_pixels
-from stages.distill.evaluate import check_data, evaluate_net
-from stages.distill.loop import Training, train
-from stages.distill.results import WEIGHTS, Scores, keep_score, measured_before, write_results
+from stages.distill.evaluate import Scores, check_data
+from stages.distill.loop import Training, test_scores, train
+from stages.distill.results import DistillResult, StudentResult, keep_score, previous_results, write_results
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_validation
-from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, complaint, torch_threads
+from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
 from stages.distill.student import Student
 from stages.distill.teacher_cache import open_teacher_cache
-from stages.distill.teacher_check import check_teacher, complaints, find_teacher
+from stages.distill.teacher_check import TeacherCheck, check_teacher, find_teacher
 from stages.memory import find_device
 from stages.models.build import adaptation_of
 from stages.models.loading import model_files
-from stages.models.source import NamedConfig, default_stem
+from stages.models.source import WEIGHTS, NamedConfig, default_stem
 from stages.models.teacher import Teacher
 from stages.settings import ALGORITHM_VERSION, PLACE, DistillSettings, ModelSettings
 
+__all__ = ["DistillResult", "Prepared", "begin", "prepare", "run_distill", "student_config", "train_students"]
+
 NO_DERIVED = "loss.variants_ce does nothing: no image to train on was made from another, as method dda makes them"
-COMPARED: Any = {**dict.fromkeys(PLACE, True), "teacher_cache": {"folder"}}
+NOT_COMPARED: Any = {**dict.fromkeys(PLACE, True), "teacher_cache": {"folder"}}
 """Settings left out of what a resumed run must share with its beginning."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains, on what, and what decides its result (``spec``): read and checked, nothing written yet."""
+    """What a run trains, on what, and what decides its result (``spec``, for run.json): read and checked, nothing
+    written yet. ``train_rows`` and ``val_rows``: numbers of the ``rows`` to train on and held out."""
 
     settings: DistillSettings
     teacher: Teacher
     rows: Rows
-    fit: Ints
-    held: Ints
+    train_rows: Ints
+    val_rows: Ints
     order: EpochOrder
     students: list[Student]
     spec: dict[str, Any]
@@ -65,18 +67,20 @@ def run_distill(
     on_event: OnEvent = lambda kind, **fields: None,
     progress: OnProgress = lambda done, total, note: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> DistillResult:
     """Train every student of ``settings`` on ``manifests`` (URL, weight) and write them below ``out``, in this process.
 
     The same call resumes, or returns the finished run's results again; without ``test_data`` it keeps the test scores
-    that an earlier call measured of the same weights. Returns JSON-able results; ``parked`` names the students that
-    diverged, by reason. Raises DataError where data, teacher and run folder do not fit, UsageError for settings that
-    cannot work, Interrupted after a checkpoint once ``should_stop()`` is true.
+    that an earlier call measured of the same weights. Students that diverged are ``parked`` in the result. Raises
+    DataError where data, teacher and run folder do not fit, UsageError for settings that cannot work, FactoryError
+    where every student diverged, Interrupted after a checkpoint once ``should_stop()`` is true.
     """
     storage = out if isinstance(out, Storage) else Storage(out)
     prepared = prepare(settings, manifests, teacher)
     begin(prepared, storage, on_event)
-    return train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
+    result = train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
+    assert result is not None
+    return result
 
 
 def prepare(
@@ -92,13 +96,13 @@ def prepare(
     if settings.channels_last:
         teacher.to(memory_format=torch.channels_last)
     rows = select_rows(manifests, settings)
-    fit, held = split_validation(rows, settings.val_fraction, settings.seed)
-    if settings.loss.active == ("variants_ce",) and not rows.derived[fit].any():
+    train_rows, val_rows = split_validation(rows, settings.val_fraction, settings.seed)
+    if settings.loss.active == ("variants_ce",) and not rows.derived[train_rows].any():
         raise UsageError(f"loss: nothing to learn from: {NO_DERIVED}; set loss.kd")
     configs = [student_config(name, settings, teacher) for name in settings.students]
     spec = {
         "algorithm": ALGORITHM_VERSION,
-        "settings": settings.model_dump(mode="json", exclude=COMPARED),
+        "settings": settings.model_dump(mode="json", exclude=NOT_COMPARED),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
             | ({"rows": rows_digest(selection.rows)} if settings.skip_bad else {})
@@ -107,9 +111,9 @@ def prepare(
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},
     }
     return Prepared(
-        settings=settings, teacher=teacher, rows=rows, fit=fit, held=held, order=EpochOrder(rows, fit, settings),
+        settings=settings, teacher=teacher, rows=rows, train_rows=train_rows, val_rows=val_rows,
+        order=EpochOrder(rows, train_rows, settings), spec=spec, device=device, ranks=ranks,
         students=[Student(config, settings, device, ranks) for config in configs],
-        spec=spec, device=device, ranks=ranks,
     )  # fmt: skip
 
 
@@ -119,124 +123,116 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
     names = [student.name for student in prepared.students]
     for name in names:
         storage.folder(name)  # now, not after the training
-    on_event("run_started", students=names, images=len(prepared.fit), workers=workers)
+    on_event("run_started", students=names, images=len(prepared.train_rows), workers=workers)
     checkpoint.open_run(storage, prepared.spec)
 
 
-def train_students(prepared: Prepared, storage: Storage, test_data: str | None, callbacks: Callbacks) -> dict[str, Any]:
-    """Train on in the claimed folder. All ranks do so together; the first one writes, and alone has results."""
-    settings, teacher, rows, ranks = prepared.settings, prepared.teacher, prepared.rows, prepared.ranks
+def train_students(
+    prepared: Prepared, storage: Storage, test_data: str | None, callbacks: Callbacks
+) -> DistillResult | None:
+    """Train on in the claimed folder. All ranks do so together; the first one writes, and alone returns a result."""
+    settings, teacher, ranks = prepared.settings, prepared.teacher, prepared.ranks
     if test_data and ranks.first:  # now, not after the training
-        order = check_data(test_data, teacher.class_names)
-        callbacks.on_event("note", message=f"test data: {order}")
-    before = measured_before(storage, bool(test_data)) if ranks.first else {}
+        callbacks.note(f"test data: {check_data(test_data, teacher.class_names)}")
+    before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
-        for student in prepared.students:
-            if adapted := adaptation_of(student.net):
-                size = student.config.input.size
-                callbacks.on_event("note", message=f"{student.name}: stem fit to {size} px images: {adapted}")
-        for wrong in filter(None, rows.bad):
-            callbacks.on_event("warning", message=f"{len(wrong)} images are left out; the first: {wrong[0]}")
-        if slow := complaint(settings.dtype, prepared.device):
-            callbacks.on_event("warning", message=slow)
-        if settings.loss.variants_ce and not rows.derived[prepared.fit].any():
-            callbacks.on_event("warning", message=NO_DERIVED)
-        if settings.eval_every and not test_data:
-            callbacks.on_event("warning", message="eval_every does nothing without --test-data")
-        pixels = open_pixels(rows, settings.memory_gb, prepared.device)
-        batches = Batches(rows, prepared.order, pixels, settings, prepared.device, ranks)
-        check = check_teacher(teacher, batches, prepared.fit) if ranks.first else {}
-        if ranks.first:
-            callbacks.on_event("teacher_checked", **check)
-            for line in complaints(check, settings.min_agreement):
-                callbacks.on_event("warning", message=line)
-        use_cache = settings.teacher_cache.enabled
-        cache = open_teacher_cache(teacher, batches, storage, callbacks) if use_cache else None
+        announce(prepared, test_data, callbacks)
+        pixels = open_pixels(prepared.rows, settings.memory_gb, prepared.device)
+        batches = Batches(prepared.rows, prepared.order, pixels, settings, prepared.device, ranks)
+        check = check_teacher(teacher, batches, prepared.train_rows) if ranks.first else None
+        if check:
+            callbacks.on_event("teacher_checked", **asdict(check))
+            for line in check.warnings(settings.min_agreement):
+                callbacks.warn(line)
+        cache = open_teacher_cache(teacher, batches, storage, callbacks) if settings.teacher_cache.enabled else None
+
         run = Training(
-            settings=settings, teacher=teacher, students=prepared.students, batches=batches, held=prepared.held,
-            storage=storage, device=prepared.device, callbacks=callbacks, ranks=ranks,
-            look=(lambda s: _score(s.result, s, test_data, teacher, callbacks)) if test_data else None,
-            teacher_cache=cache,
+            settings=settings, teacher=teacher, students=prepared.students, batches=batches,
+            val_rows=prepared.val_rows, storage=storage, device=prepared.device, callbacks=callbacks, ranks=ranks,
+            teacher_cache=cache, test_data=test_data,
         )  # fmt: skip
         train(run)
-        return _results(prepared, run, test_data, before, check) if ranks.first else {}
+        return finish(prepared, run, check, before) if check else None
 
 
-def _results(
-    prepared: Prepared, run: Training, test_data: str | None, before: Scores, check: dict[str, Any]
-) -> dict[str, Any]:
-    """Write every student's folder and the results of the run; the latter. ``before``: scores of an earlier command."""
-
-    def score(student: Student, weights: str) -> dict[str, Any] | None:
-        new = _score(student.result, student, test_data, run.teacher, run.callbacks) if test_data else None
-        return new or keep_score(student.name, weights, before, run.callbacks)
-
-    results: dict[str, Any] = {
-        "out": run.storage.url,
-        "teacher": prepared.spec["teacher"],
-        "teacher_check": check,
-        "images": len(prepared.fit),
-        "val_images": len(prepared.held),
-        "workers": run.ranks.size,
-        "seconds": run.seconds,
-        "data_wait": run.waited / run.seconds if run.seconds else 0.0,
-        "students": {student.name: _finish(prepared, run, student, score) for student in run.learning},
-        "parked": {student.name: student.parked for student in run.students if student.parked is not None},
-    }
-    for facts in results["students"].values():
-        if facts["test"]:
-            results["teacher_accuracy"] = facts["test"]["teacher_accuracy"]
-    write_results(run.storage, results)
-    return results
+def announce(prepared: Prepared, test_data: str | None, callbacks: Callbacks) -> None:
+    """What a user should know before the training: adapted networks, images left out, settings that do nothing."""
+    settings = prepared.settings
+    for student in prepared.students:
+        if adapted := adaptation_of(student.net):
+            callbacks.note(f"{student.name}: stem fit to {student.config.input.size} px images: {adapted}")
+    for bad in filter(None, prepared.rows.bad):
+        callbacks.warn(f"{len(bad)} images are left out; the first: {bad[0]}")
+    if slow := slow_precision(settings.dtype, prepared.device):
+        callbacks.warn(slow)
+    if settings.loss.variants_ce and not prepared.rows.derived[prepared.train_rows].any():
+        callbacks.warn(NO_DERIVED)
+    if settings.eval_every and not test_data:
+        callbacks.warn("eval_every does nothing without --test-data")
 
 
-def _score(
-    net: nn.Module, student: Student, test_data: str, teacher: Teacher, callbacks: Callbacks
-) -> dict[str, Any] | None:
-    """The student's scores on ``test_data``; None, with a warning, where there are none: that loses no student."""
-    try:
-        return evaluate_net(net, student.config, test_data, teacher)
-    except DataError as error:
-        callbacks.on_event("warning", message=f"{student.name} has no score on the test data: {error}")
-        return None
+def finish(
+    prepared: Prepared, run: Training, check: TeacherCheck, before: Mapping[str, StudentResult]
+) -> DistillResult:
+    """Score and write every student, and the results of the run. ``before``: students of an earlier command."""
+    students = {}
+    for student in run.active:
+        if prepared.settings.select == "best":
+            student.result.load_state_dict(student.best_weights)
+        files = model_files(student.result, student.config)
+        weights = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        test = test_scores(run, student) or keep_score(student.name, weights, before, run.callbacks)
+        facts = student_result(prepared, student, test, run.storage.path(student.name), len(files[WEIGHTS]), weights)
+        files["README.md"] = export.model_card(student.config, prepared.settings, prepared.spec, facts).encode()
+        for name, data in files.items():
+            run.storage.write(f"{student.name}/{name}", data)
+        students[student.name] = facts
+    result = DistillResult(
+        out=run.storage.url,
+        teacher=prepared.spec["teacher"],
+        teacher_check=check,
+        images=len(prepared.train_rows),
+        val_images=len(prepared.val_rows),
+        workers=run.ranks.size,
+        seconds=run.seconds,
+        data_wait=run.data_wait,
+        students=students,
+        parked={student.name: student.parked for student in run.students if student.parked is not None},
+    )
+    write_results(run.storage, result)
+    return result
 
 
-def _finish(
-    prepared: Prepared, run: Training, student: Student, score: Callable[[Student, str], dict[str, Any] | None]
-) -> dict[str, Any]:
-    """Write one student's folder; its results. ``score`` gets the sha256 of its weights."""
-    net, scores = student.result, student.metrics[-1].get("val")
-    if run.settings.select == "best":
-        net.load_state_dict(student.best_weights)
-        scores = max(student.metrics, key=lambda line: (line["val"]["agreement"], line["epoch"]))["val"]
-    files = model_files(net, student.config)
-    weights = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    facts: dict[str, Any] = {
-        "folder": run.storage.path(student.name),
-        "images": len(prepared.fit),
-        "val_images": len(run.held),
-        "device": str(run.device),
-        "last_epoch": student.metrics[-1],
-        "val": scores,
-        "test": score(student, weights),
-        **export.measure(net, student.config),
-        "bytes": len(files["model.safetensors"]),
-        WEIGHTS: weights,
-    }
-    files["README.md"] = export.model_card(student.config, prepared.spec, facts).encode()
-    for name, data in files.items():
-        run.storage.write(f"{student.name}/{name}", data)
-    return facts
+def student_result(
+    prepared: Prepared, student: Student, test: Scores | None, folder: str, size: int, sha256: str
+) -> StudentResult:
+    """What is known of a finished student, its network measured now."""
+    kept = student.metrics[-1]
+    if prepared.settings.select == "best":
+        kept = max(student.metrics, key=lambda line: (line["val_agreement"], line["epoch"]))
+    return StudentResult(
+        folder=folder,
+        images=len(prepared.train_rows),
+        val_images=len(prepared.val_rows),
+        device=str(prepared.device),
+        last_epoch=student.metrics[-1],
+        val_agreement=kept.get("val_agreement"),
+        val_accuracy=kept.get("val_accuracy"),
+        test=test,
+        **asdict(export.measure(student.result, student.config)),
+        bytes=size,
+        weights_sha256=sha256,
+    )
 
 
 def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> NamedConfig:
     """The student ``name`` with the teacher's classes, and its input unless the settings give another."""
-    wanted = settings.input or teacher.input.settings
+    expected = settings.input or teacher.input.settings
     return NamedConfig(
         architecture=name,
         num_classes=teacher.num_classes,
-        channels=wanted.channels,
-        input=wanted,
+        channels=expected.channels,
+        input=expected,
         class_names=teacher.class_names,
-        stem=default_stem(name, wanted.size, student=True),
+        stem=default_stem(name, expected.size, student=True),
     )

@@ -1,4 +1,4 @@
-"""How stage 2 runs: threads, precision, callbacks, and several processes that train as one."""
+"""How stage 2 runs: callbacks, threads, precision, and several processes that train as one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +9,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class OnEvent(Protocol):
+    """Receives events: ``note`` and ``warning`` with a ``message``, ``epoch_done`` and the like with their fields."""
+
+    def __call__(self, kind: str, **fields: Any) -> object: ...
+
+
+OnProgress = Callable[[float, float, str], object]  # (step, total, short note)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Callbacks of a training run: events, progress, stop request. By default nobody listens and nothing stops it."""
+
+    on_event: OnEvent = lambda kind, **fields: None
+    on_progress: OnProgress = lambda done, total, note: None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def note(self, message: str) -> None:
+        self.on_event("note", message=message)
+
+    def warn(self, message: str) -> None:
+        self.on_event("warning", message=message)
 
 
 @contextmanager
@@ -22,22 +46,22 @@ def torch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# Mixed precision of stage 2: students, and the teacher's answers to them, under bf16 autocast on any device.
-
-
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """The context of every forward pass that learning needs; weights, losses and their sums stay fp32."""
+    """The context of every forward pass in training (students, and the teacher for them): bf16 where ``dtype`` is.
+
+    Weights, losses and their sums stay fp32.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """The context of what stays fp32 inside :func:`autocast`; also where there is none (meta)."""
+    """The context of what stays fp32 inside :func:`autocast`; a device without autocast (meta) needs none."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def complaint(dtype: str, device: torch.device) -> str:
-    """What to tell before bf16 is slower than fp32: on a CPU without instructions for it. Empty where it is not."""
+def slow_precision(dtype: str, device: torch.device) -> str:
+    """A warning that bf16 is slower than fp32, on a CPU without instructions for it; empty otherwise."""
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch ≥ 2.12
     units = [known[name] for name in ("amx_bf16", "avx512_bf16", "bf16") if name in known]
     if dtype == "fp32" or device.type != "cpu" or not units or any(units):
@@ -45,41 +69,17 @@ def complaint(dtype: str, device: torch.device) -> str:
     return "dtype bf16: this CPU has no instructions for it (AMX or AVX512-BF16), so fp32 is faster here"
 
 
-# Who hears of a run of stage 2 while it goes on, and may ask it to stop.
-
-
-class OnEvent(Protocol):
-    """Receives events as the pipeline's log does."""
-
-    def __call__(self, kind: str, **fields: Any) -> object: ...
-
-
-OnProgress = Callable[[float, float, str], object]  # (done, total, short note)
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What a run calls; one that nobody watches calls nothing and runs to its end."""
-
-    on_event: OnEvent = lambda kind, **fields: None
-    on_progress: OnProgress = lambda done, total, note: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
-# Several processes that train as one (data parallel): each holds every student and learns from its part of each batch.
-#
-# What they add up belongs to the whole batch, and all of them get the same bits: weights, averaged weights and every
-# decision stay alike everywhere, so that the first one's checkpoint is the state of all. Nothing is pickled.
-
-
 STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, number ``rank`` of ``size``; alone by default, and then every method hands back what it was given.
+    """This process, number ``rank`` of ``size`` that train as one (data parallel).
 
-    ``device``: where it computes and its messages lie; None leaves that to the settings.
+    Each process holds every student and learns from its part of each batch. Sums and decisions belong to the whole
+    batch and reach all processes with the same bits, so weights and averaged weights stay equal everywhere, and the
+    first process's checkpoint is the state of all. Nothing is pickled. A process alone (the default) gets back what it
+    gives. ``device``: where it computes and its messages lie; None: as the settings say.
     """
 
     rank: int = 0
@@ -93,11 +93,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and tells events."""
+        """Whether this process is the one that writes files and sends events."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` things in a row are this process's: neighbors, and in all within one of each other.
+        """This process's part of a sequence of ``count``: contiguous, and in all processes equal to within one.
 
         >>> [Ranks(rank, 3).part(8) for rank in range(3)]
         [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
@@ -151,6 +151,11 @@ class Ranks:
         message = message.to(self.device)
         dist.broadcast(message, source)
         return message.cpu().numpy().tobytes()
+
+    def share_text(self, text: str | None) -> str | None:
+        """:meth:`share`, of text."""
+        data = self.share(None if text is None else text.encode())
+        return None if data is None else data.decode()
 
 
 ALONE = Ranks()

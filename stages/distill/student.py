@@ -17,11 +17,9 @@ from stages.models.source import ModelConfig
 from stages.seeds import derive
 from stages.settings import DistillSettings, OptimizerSettings, student_name
 
-# The learning rate as a pure function of the step: nothing to save, nothing to forget on resume.
-
 
 def lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
-    """Share of the peak learning rate at ``step`` (0 … total − 1).
+    """Share of the peak learning rate at ``step`` (0 … total − 1): a pure function, so there is nothing to resume.
 
     cosine and step: linear warm-up, then half a cosine to 0, or ``gamma`` at each milestone. onecycle: a cosine from
     1/25 up to 1 over ``warmup``, then a cosine down to 1/10,000 (Smith and Topin 2017, annealed as in PyTorch).
@@ -43,8 +41,19 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def build_optimizer(net: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW; weight decay on matrices and kernels only."""
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999))
+    return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
 class Diverged(FactoryError):
-    """A student that cannot go on: its loss is no number any more, or memory ran out."""
+    """A student that cannot go on: its loss is not finite any more, or memory ran out."""
 
 
 class Student:
@@ -62,9 +71,9 @@ class Student:
         self.layers: list[str] = []  # for Grad-CAM, set by the run
         self.optimizer = build_optimizer(self.net, settings.optimizer)
         self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimizer.ema else None
-        self.sums: dict[str, float] = {}
-        self.metrics: list[dict[str, Any]] = []
-        self.best = -1.0  # highest held-out agreement so far
+        self.sums: dict[str, float] = {}  # of the epoch: every term and the loss, over images, and their number
+        self.metrics: list[dict[str, float]] = []  # one entry an epoch
+        self.best = -1.0  # highest val_agreement so far
         self.best_weights: dict[str, Tensor] = {}  # those of then
         self.parked: str | None = None  # why it takes no further part
 
@@ -75,7 +84,7 @@ class Student:
 
     @property
     def finite(self) -> bool:
-        """Whether every weight and running statistic is a number."""
+        """Whether every weight and running statistic is finite."""
         values = (v for net in (self.net, self.average) if net is not None for v in net.state_dict().values())
         return all(bool(value.isfinite().all()) for value in values)
 
@@ -84,6 +93,12 @@ class Student:
 
         Raises Diverged if the loss of the whole batch is not finite or memory runs out.
         """
+        try:
+            self._learn(x, batch, targets, step, total)
+        except (RuntimeError, MemoryError) as error:
+            raise Diverged(_memory_error(error)) from None
+
+    def _learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
         salt = [self.ranks.rank] if self.ranks.rank else []
         torch.manual_seed(derive(self.settings.seed, "step", self.name, step, *salt))  # for dropout and the like
         self.net.train()
@@ -91,16 +106,12 @@ class Student:
         terms, failure = ("loss", *self.settings.loss.active), None
         try:
             part = self._gradients(x, batch, targets)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            # the other processes wait for this one's part, so it hands in one, which is no number
-            part = torch.full((len(terms),), math.nan, device=x.device)
-            failure = (str(error) or type(error).__name__).encode()
+        except (RuntimeError, MemoryError) as error:  # the other processes wait for this one's part: not finite
+            part, failure = torch.full((len(terms),), math.nan, device=x.device), _memory_error(error)
         values = self.ranks.add_up(self.net, part, batch.share).tolist()
         if not math.isfinite(values[0]):
             why = f"loss is {values[0]} at step {step}; a smaller learning rate or optimizer.clip may help"
-            raise Diverged((self.ranks.share(failure) or why.encode()).decode())
+            raise Diverged(self.ranks.share_text(failure) or why)
         if self.settings.optimizer.clip:
             norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimizer.clip)
             if not math.isfinite(norm.item()):
@@ -108,10 +119,9 @@ class Student:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.optimizer.lr * lr_factor(self.settings.optimizer, step, total)
         self.optimizer.step()
-        self._follow(step)
-        for name, value in zip(terms, values, strict=True):
+        self._update_average(step)
+        for name, value in zip(("images", *terms), (1.0, *values), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value * batch.count
-        self.sums["images"] = self.sums.get("images", 0.0) + batch.count
 
     def _gradients(self, x: Tensor, batch: Batch, targets: Targets) -> Tensor:
         """Forward and backward; the loss and its terms ``[1 + terms]``."""
@@ -124,7 +134,7 @@ class Student:
         return torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
 
     @torch.no_grad()
-    def _follow(self, step: int) -> None:
+    def _update_average(self, step: int) -> None:
         """Move the averaged weights; the decay grows from 0.1, so that early steps are soon forgotten."""
         if self.average is None:
             return
@@ -137,11 +147,15 @@ class Student:
                 mean.copy_(value)
 
     def take_means(self) -> dict[str, float]:
-        """Mean of every term since the last call."""
-        images = self.sums.pop("images", 0.0)
-        means = {name: value / images for name, value in self.sums.items()} if images else {}
-        self.sums = {}
-        return means
+        """Mean of the loss and of every term since the last call."""
+        sums, self.sums = self.sums, {}
+        return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
+
+    def keep_best(self, val_agreement: float) -> None:
+        """Keep the present weights if no earlier epoch's agree better with the teacher on the validation images."""
+        if val_agreement >= self.best:
+            self.best = val_agreement
+            self.best_weights = {name: value.clone() for name, value in self.result.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
         """Everything that training on needs, as tensors and plain values."""
@@ -157,12 +171,21 @@ class Student:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`. Raises what torch raises, or TypeError, where it is another one's."""
-        kinds = {"net": dict, "optimizer": dict, "sums": dict, "metrics": list, "best": float, "best_weights": dict}
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        wrong += [] if all(map(_is_epoch, state["metrics"])) else ["metrics"]
-        if wrong or not isinstance(state["parked"], str | None):
-            raise TypeError(f"{', '.join(wrong) or 'parked'} of {self.name} cannot be")
+        """The inverse of :meth:`state`. Raises what torch raises, or TypeError, for anything else."""
+        kinds: dict[str, Any] = {
+            "net": dict,
+            "optimizer": dict,
+            "sums": dict,
+            "metrics": list,
+            "best": float,
+            "best_weights": dict,
+        }
+        kinds["parked"] = str | None
+        fits = {name: isinstance(state[name], kind) for name, kind in kinds.items()}
+        fits |= {"metrics": fits["metrics"] and all(map(_is_metrics, state["metrics"]))}
+        if not all(fits.values()):
+            names = ", ".join(name for name, fit in fits.items() if not fit)
+            raise TypeError(f"{names} of {self.name} has another type")
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -171,20 +194,12 @@ class Student:
         self.best, self.best_weights, self.parked = state["best"], state["best_weights"], state["parked"]
 
 
-def _is_epoch(line: Any) -> bool:
-    """Whether a line of the metrics has what the end of a run reads."""
-    val = line.get("val", {"agreement": 0.0}) if isinstance(line, dict) else None
-    return isinstance(val, dict) and all(
-        isinstance(number, int | float) for number in (line.get("epoch"), val.get("agreement"))
-    )
+def _memory_error(error: Exception) -> str:
+    """The first line of a lack of memory; any other error is raised on."""
+    if not out_of_memory(error):
+        raise error
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def build_optimizer(net: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; weight decay on matrices and kernels only."""
-    groups = [
-        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999))
-    return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+def _is_metrics(line: Any) -> bool:
+    return isinstance(line, dict) and "epoch" in line and all(isinstance(v, int | float) for v in line.values())

@@ -2,32 +2,31 @@
 
     FOLDER/logits.safetensors   dense: logits [views, rows, C] fp16; top: values [views, rows, K + 1] fp16 with the
                                  mean of the rest last, classes [views, rows, K]
-    FOLDER/key.json              what they are the answers to, and their sha256; written last
+    FOLDER/key.json              what they are the logits of, and their sha256; sealed, written last
 
 Used by ``factory run distill --set teacher_cache.enabled=true --set augment.num_views=8 …``.
 """
 
 import hashlib
-import json
 import math
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, Interrupted
 from manifests.storage import Storage
 from stages.distill.batches import Batch, Batches
-from stages.distill.checkpoint import differences
+from stages.distill.checkpoint import damage_reported, differences
 from stages.distill.losses import Targets
 from stages.distill.rows import rows_digest
 from stages.distill.runtime import Callbacks
 from stages.models.teacher import Teacher
 
-FOLDER, ANSWERS, KEY = "teacher-cache", "logits.safetensors", "key.json"
+FOLDER, LOGITS, KEY, SHA256 = "teacher-cache", "logits.safetensors", "key.json", "sha256"
 DENSE_CLASSES, DEFAULT_TOP = 256, 64
 CHUNK = 512
 HALF_MAX = 65504.0
@@ -43,10 +42,10 @@ class TeacherCache:
         """What :func:`stages.distill.losses.teacher_targets` would compute, to half precision."""
         device = batch.x.device
         turn, row = (torch.from_numpy(numbers) for numbers in (batch.turns, batch.rows))
-        found = {name: tensor[turn, row].to(device) for name, tensor in self.tensors.items()}
-        if "logits" in found:
-            return Targets(found["logits"].float(), None, [])
-        return Targets(from_top(found["values"].float(), found["classes"].long(), self.classes), None, [])
+        looked_up = {name: tensor[turn, row].to(device) for name, tensor in self.tensors.items()}
+        if "logits" in looked_up:
+            return Targets(looked_up["logits"].float(), None, [])
+        return Targets(from_top(looked_up["values"].float(), looked_up["classes"].long(), self.classes), None, [])
 
 
 def to_top(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -68,27 +67,25 @@ def from_top(values: Tensor, classes: Tensor, count: int) -> Tensor:
 
 def open_teacher_cache(teacher: Teacher, batches: Batches, out: Storage, callbacks: Callbacks) -> TeacherCache:
     """The cache of this run, computed where there is none. Raises DataError where it belongs to something else."""
-    asked = batches.settings.teacher_cache
-    storage = Storage(asked.folder or out.folder(FOLDER))
-    top = asked.top_k or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
+    settings = batches.settings.teacher_cache
+    storage = Storage(settings.folder or out.folder(FOLDER))
+    top = settings.top_k or (DEFAULT_TOP if teacher.num_classes > DENSE_CLASSES else teacher.num_classes)
     top = top if top < teacher.num_classes else 0
-    key = json.loads(json.dumps(_key(teacher, batches, top)))
-    if not batches.ranks.any([storage.exists(KEY)])[0]:
-        tensors = _computed(teacher, batches, top, callbacks)
-        if not batches.ranks.first:
-            return TeacherCache(tensors, teacher.num_classes)
+    key = _key(teacher, batches, top)
+    if batches.ranks.any([storage.exists(KEY)])[0]:
+        return TeacherCache(_read(storage, key), teacher.num_classes)
+    tensors = _computed(teacher, batches, top, callbacks)
+    if batches.ranks.first:
         data = safetensors.torch.save(tensors)
-        storage.write(ANSWERS, data)
-        recorded = {"sha256": hashlib.sha256(data).hexdigest(), "key": key}
-        storage.write(KEY, json.dumps(recorded, indent=1, ensure_ascii=False).encode() + b"\n")
-        callbacks.on_event(
-            "teacher_cached", folder=storage.url, bytes=len(data), views=batches.settings.augment.num_views
-        )
-        return TeacherCache(tensors, teacher.num_classes)
-    return TeacherCache(_read(storage, key), teacher.num_classes)
+        storage.write(LOGITS, data)
+        storage.write(KEY, dump_checked({**key, SHA256: hashlib.sha256(data).hexdigest()}))
+        views = batches.settings.augment.num_views
+        callbacks.on_event("teacher_cached", folder=storage.url, bytes=len(data), views=views)
+    return TeacherCache(tensors, teacher.num_classes)
 
 
 def _key(teacher: Teacher, batches: Batches, top: int) -> dict[str, Any]:
+    """What decides the cached logits."""
     settings = batches.settings
     return {
         "version": 1,
@@ -101,26 +98,21 @@ def _key(teacher: Teacher, batches: Batches, top: int) -> dict[str, Any]:
 
 
 def _read(storage: Storage, key: dict[str, Any]) -> dict[str, Tensor]:
-    try:
-        recorded = json.loads(storage.read(KEY))
-        found, sha256 = recorded["key"], recorded["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{storage.path(KEY)} is damaged: delete {storage.url} to compute it anew") from None
-    changed = differences(found, key)
+    remedy = f"delete {storage.url} to compute it anew"
+    with damage_reported(storage, KEY, remedy):
+        recorded = load_checked(storage.read(KEY))
+        sha256 = recorded.pop(SHA256)
+    changed = differences(recorded, key)
     if changed:
         raise DataError(
             f"{storage.url} holds a teacher's answers to something else: {'; '.join(changed[:4])}. "
             "Name another teacher_cache.folder, or delete this one"
         )
-    data = storage.read(ANSWERS)
-    try:
+    data = storage.read(LOGITS)
+    with damage_reported(storage, LOGITS, remedy):
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("its checksum differs")
         return safetensors.torch.load(data)
-    except (SafetensorError, ValueError) as error:
-        raise DataError(
-            f"{storage.path(ANSWERS)} is damaged ({error}): delete {storage.url} to compute it anew"
-        ) from None
 
 
 @torch.no_grad()
@@ -135,10 +127,10 @@ def _computed(teacher: Teacher, batches: Batches, top: int, callbacks: Callbacks
     for turn in range(views):
         for together in range(0, rows, chunk * ranks.size):  # a chunk for each process
             start = together + chunk * ranks.rank
-            some = np.arange(start, min(start + chunk, rows))
-            if len(some):
-                logits = teacher.logits(batches.fixed(some, turn)).clamp(-HALF_MAX, HALF_MAX)
-                here = slice(start, start + len(some))
+            part = np.arange(start, min(start + chunk, rows))
+            if len(part):
+                logits = teacher.logits(batches.fixed(part, turn)).clamp(-HALF_MAX, HALF_MAX)
+                here = slice(start, start + len(part))
                 if top:
                     logits, best = to_top(logits, top)
                     classes[turn, here] = best.to(small).cpu()

@@ -72,12 +72,12 @@ def draw_views(settings: AugmentSettings, side: int, seed: int, epoch: int, ids:
 def boxes(lam: np.ndarray, cy: np.ndarray, cx: np.ndarray, side: int) -> np.ndarray:
     """CutMix boxes (Yun et al. 2019) ``[n, 4]``: sides √(1−λ) of the image's, centres in [0, 1), clipped."""
     length = np.round(side * np.sqrt(1 - lam)).astype(np.int64)
-    found = []
+    ranges = []
     for center in (cy, cx):
         low = np.floor(center * side).astype(np.int64) - length // 2
         start = np.maximum(low, 0)
-        found += [start, np.minimum(low + length, side) - start]
-    return np.stack([found[0], found[2], found[1], found[3]], 1)
+        ranges += [start, np.minimum(low + length, side) - start]
+    return np.stack([ranges[0], ranges[2], ranges[1], ranges[3]], 1)
 
 
 def apply_views(pixels: Tensor, views: Views) -> Tensor:
@@ -100,8 +100,8 @@ def mix(images: Tensor, partners: Tensor, views: Views) -> Tensor:
     rows, columns = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     inside_y, inside_x = (rows >= y) & (rows < y + height), (columns >= x) & (columns < x + width)
     outside = 1 - (inside_y[:, None, :, None] & inside_x[:, None, None, :]).float()
-    own = torch.where(height[:, :, None, None] > 0, outside, views.lam[:, None, None, None])
-    return own * images + (1 - own) * partners
+    keep = torch.where(height[:, :, None, None] > 0, outside, views.lam[:, None, None, None])
+    return keep * images + (1 - keep) * partners
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:

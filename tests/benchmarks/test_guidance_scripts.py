@@ -101,7 +101,7 @@ def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(scrip
 
 def test_a_cell_of_digits_is_kept_for_its_own_settings_alone(script, tmp_path, monkeypatch):
     digits = script("digits")
-    learnt = {"students": {"s": {"test": {"accuracy": 0.5}}}, "teacher_check": {"agreement": 1}}
+    learnt = {"students": {"s": {"test": {"accuracy": 0.5}}}, "teacher_check": {"teacher_label_agreement": 1}}
     monkeypatch.setattr(digits, "of_images", lambda _, images, folder: folder.mkdir() or ("m.parquet", 1.0, "kept"))
     monkeypatch.setattr(digits.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(40)))
     monkeypatch.setattr(digits, "run_distill", lambda *_, **__: learnt)

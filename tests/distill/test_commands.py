@@ -39,7 +39,7 @@ def test_eval_writes_a_picture(student, dataset, tmp_path):
     done = factory(*args)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found["agreement"] == 1
+    assert found["model_teacher_agreement"] == 1
     assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.png"]
 

@@ -17,7 +17,7 @@ import torch
 from manifests.errors import DataError
 from stages.digits import load_split, write_split
 from stages.distill.eval_data import labeled_images
-from stages.distill.evaluate import calibration_error, evaluate, metrics
+from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, scores
 from stages.distill.run import run_distill
 from stages.models.loading import load_model, save_model
 from stages.models.source import EMBEDDED
@@ -78,18 +78,18 @@ def test_every_container_gives_the_same_scores(samples, model, tmp_path):
         write_folder(tmp_path / "named", samples, NAMES),
     ]
     found = [evaluate(model, path) for path in paths]
-    assert found[0]["images"] == 7
+    assert found[0].images == 7
     for other in found[1:]:
-        assert other["confusion"] == found[0]["confusion"]
-        assert other["ece"] == pytest.approx(found[0]["ece"])
+        assert other.confusion == found[0].confusion
+        assert other.ece == pytest.approx(found[0].ece)
 
 
 def test_what_labels_mean_is_said(samples, model, tmp_path):
     found = evaluate(model, write_folder(tmp_path / "named", samples, NAMES))
-    assert found["class_order"] == "labels are matched to the model's classes by name"
+    assert found.class_order == "labels are matched to the model's classes by name"
     two = [sample for sample in samples if sample[2] != 1]
     found = evaluate(model, write_parquet(tmp_path / "a.parquet", two))
-    assert found["class_order"] == (
+    assert found.class_order == (
         "labels are numbers without names, read as the model's class numbers (0 = left, 1 = right, 2 = top); "
         "2 of the 3 classes have images"
     )
@@ -140,7 +140,7 @@ def test_files_that_cannot_be_read_are_named_before_the_training(samples, model,
             run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), test_data=path)
         assert not (tmp_path / "out/checkpoint.pt").exists()
         bad.rmdir() if bad.is_dir() else bad.unlink()
-    assert evaluate(model, path)["images"] == 7
+    assert evaluate(model, path).images == 7
 
 
 def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, model, tmp_path):
@@ -150,17 +150,17 @@ def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, mod
     for number, file in enumerate(sorted(folder.rglob("*.png"))):
         file.rename(blobs / str(number))
         file.symlink_to(blobs / str(number))
-    assert evaluate(model, str(folder))["images"] == 7
+    assert evaluate(model, str(folder)).images == 7
     write_split("validation", blobs / "7")
     (tmp_path / "v.parquet").symlink_to("blobs/7")
-    assert len([*labeled_images(str(tmp_path / "v.parquet"), [*map(str, range(10))])]) > 7
+    assert len([*labeled_images(str(tmp_path / "v.parquet"), tuple(map(str, range(10))))]) > 7
 
 
 def test_our_own_manifest_is_labelled_data_too(dataset, model):
     found = evaluate(model, dataset, teacher=ModelSettings(name=model))
-    assert found["images"] == 48
-    assert found["agreement"] == 1.0
-    assert found["teacher_accuracy"] == found["accuracy"]
+    assert found.images == 48
+    assert found.model_teacher_agreement == 1.0
+    assert found.teacher_accuracy == found.accuracy
 
 
 def test_a_teacher_of_other_classes_is_no_judge(dataset, model):
@@ -171,12 +171,12 @@ def test_a_teacher_of_other_classes_is_no_judge(dataset, model):
     with pytest.raises(DataError, match="in another order: 'left' is class 0 and class 1"):
         evaluate(model, dataset, ModelSettings(name=model, class_names=("bottom", "left", "middle")))
     unnamed = ModelSettings(name=model, class_names=("class 0", "class 1", "class 2"))
-    assert evaluate(model, dataset, unnamed)["agreement"] == 1.0
+    assert evaluate(model, dataset, unnamed).model_teacher_agreement == 1.0
 
 
 def test_images_of_unequal_size(samples, model, tmp_path):
     large = write_parquet(tmp_path / "a.parquet", [(k, resized(d, 8 + i), c) for i, (k, d, c) in enumerate(samples)])
-    assert evaluate(model, large)["images"] == 7
+    assert evaluate(model, large).images == 7
 
 
 def resized(data, side):
@@ -190,14 +190,14 @@ def resized(data, side):
 def test_metrics_by_hand():
     logits = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0], [2.0, 0, 0]])
     teacher = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0]])
-    found = metrics(logits, torch.tensor([0, 1, 0, 0]), ("a", "b", "c"), teacher)
-    assert found["accuracy"] == 0.75
-    assert found["per_class"] == {"a": 2 / 3, "b": 1.0, "c": None}
-    assert found["confusion"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
-    assert found["agreement"] == 0.75
-    assert found["teacher_accuracy"] == 0.5
+    found = scores(logits, torch.tensor([0, 1, 0, 0]), ("a", "b", "c"), teacher, "by name", DataIdentity("x", "0" * 64))
+    assert found.accuracy == 0.75
+    assert found.per_class == {"a": 2 / 3, "b": 1.0, "c": None}
+    assert found.confusion == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert found.model_teacher_agreement == 0.75
+    assert found.teacher_accuracy == 0.5
     confidence = math.exp(2) / (math.exp(2) + 2)
-    assert found["ece"] == pytest.approx(abs(0.75 - confidence))  # one bin holds all four
+    assert found.ece == pytest.approx(abs(0.75 - confidence))  # one bin holds all four
 
 
 def test_calibration_error_by_hand():
@@ -239,8 +239,8 @@ def test_bad_data(samples, model, tmp_path):
 def test_embedded_teacher_on_its_validation_digits(tmp_path):
     path = write_split("validation", tmp_path / "v.parquet")
     found = evaluate(str(EMBEDDED["embedded:digits"]), str(path))
-    assert found["images"] == len(load_split("validation")[1])
-    assert found["accuracy"] >= 0.98
+    assert found.images == len(load_split("validation")[1])
+    assert found.accuracy >= 0.98
 
 
 def test_digit_splits_share_nothing():

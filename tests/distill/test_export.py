@@ -3,6 +3,7 @@
 import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -34,10 +35,48 @@ def test_load_student_takes_images_as_they_are(student):
         load_student("/nowhere/at/all")
 
 
+def test_load_student_takes_every_kind_of_image(student):
+    net = load_student(student)
+    pixels = torch.randint(0, 256, (2, 3, 20, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logits = net(pixels)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    assert torch.equal(net(pictures), logits) and torch.equal(net(pictures[1]), logits[1:])
+    assert torch.equal(net(pixels[0]), logits[:1])
+    for floats in (pixels / 255, (pixels / 255).double()):
+        assert torch.allclose(net(floats), logits, atol=1e-5) and torch.allclose(net(floats[0]), logits[:1], atol=1e-5)
+    gray = Image.fromarray(pixels[0, 0].numpy())
+    assert torch.equal(net(gray), net(pixels[:1, :1])) and torch.equal(
+        net([gray, gray.convert("RGBA")]), net([gray] * 2)
+    )
+    wide = Image.new("RGB", (3, 9), "red")  # 3 pixels wide is not 3 channels
+    assert torch.equal(net(wide), net(torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 3)))
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (torch.full((1, 3, 8, 8), 255.0), r"must lie in \[0, 1\], got values from 255 to 255"),
+        (torch.full((3, 8, 8), -0.5), r"must lie in \[0, 1\]"),
+        (torch.full((1, 3, 8, 8), float("nan")), r"must lie in \[0, 1\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"channels first, got \[8, 8\]"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), r"channels first, got \[1, 8, 8, 3\]"),
+        (torch.zeros(0, 3, 8, 8), r"channels first, got \[0, 3, 8, 8\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "as uint8, or floating point in .*, got torch.int64"),
+        (Image.new("I;16", (8, 8)), "8 bits a channel, or a tensor .* got a PIL image of mode I;16"),
+        (["a.png"], "got str"),
+        ([], "got list"),
+        (np.zeros((8, 8, 3), np.uint8), "got ndarray"),
+    ],
+)
+def test_load_student_refuses_what_would_be_nonsense(student, images, says):
+    with pytest.raises(UsageError, match=says):
+        load_student(student)(images)
+
+
 def test_torch_export(student, tmp_path):
     made = export.export_torch(student, str(tmp_path / "s.pt2"))
-    assert made["largest_difference"] <= export.TOLERANCE
-    assert made["input"] == ["batch", 1, 8, 8]
+    assert made.largest_difference <= export.TOLERANCE
+    assert made.input == ("batch", 1, 8, 8)
     images = torch.rand(3, 1, 8, 8)
     gray = load_student(student)(images.expand(-1, 3, -1, -1))
     assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(images), gray, atol=1e-5)
@@ -48,7 +87,7 @@ def test_onnx(student, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     made = export.export_onnx(student, str(tmp_path / "s.onnx"))
-    assert made["largest_difference"] <= export.TOLERANCE
+    assert made.largest_difference <= export.TOLERANCE
     images = torch.rand(3, 1, 8, 8)
     session = runtime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from manifests.errors import DataError
 from manifests.storage import Storage
 from stages.distill import checkpoint
-from stages.distill.results import RESULTS, measured_before
+from stages.distill.results import RESULTS, previous_results
 from stages.distill.run import run_distill
 from stages.models.folders import CONFIG, WEIGHTS
 from stages.models.loading import load_model
@@ -83,11 +83,11 @@ def test_a_flipped_description_of_the_run_is_noticed(run, data):
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_flipped_test_score_is_never_kept(run, data):
-    before = measured_before(Storage(run))
+    before = previous_results(Storage(run))
     assert before
     whole = flipped(run / RESULTS, data)
     try:
-        assert measured_before(Storage(run)) == before  # white space, or the name of the checksum
+        assert previous_results(Storage(run)) == before  # white space, or the name of the checksum
     except DataError:
         return
     finally:

@@ -210,7 +210,7 @@ class TestLabelledData:
             ("b.png", tarfile.FIFOTYPE, b"", ""),
             ("../../../../tmp/a.pkl", file, pickle.dumps(Evil(marker)), ""),
         )
-        assert evaluate(model, path)["images"] == 1
+        assert evaluate(model, path).images == 1
         assert not Path("/tmp/a.png").exists()
 
     @pytest.mark.parametrize("size", [(64 << 20) + 1, 1 << 40])
@@ -300,7 +300,9 @@ def test_a_model_folder_cannot_run_code(tmp_path, marker):
         evaluate(str(folder), "x.tar")
 
 
-@pytest.mark.parametrize("metrics", [[None], [{"epoch": "1"}], [{"epoch": 1, "val": {}}]])
+@pytest.mark.parametrize(
+    "metrics", [[None], [{"epoch": "1"}], [{"epoch": 1, "val_agreement": {}}], [{"val_agreement": 1.0}]]
+)
 def test_a_checkpoint_whose_metrics_are_none_is_damaged(dataset, tmp_path, metrics):
     from stages.distill import checkpoint
 

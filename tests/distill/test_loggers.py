@@ -19,7 +19,7 @@ def test_tensorboard(dataset, tmp_path):
 
     run_distill(DistillSettings.model_validate(SMALL | {"loggers": ["tensorboard"]}), [(dataset, 1.0)], str(tmp_path))
     events = EventAccumulator(str(tmp_path / "tensorboard" / "digits-cnn-small")).Reload()
-    assert [e.step for e in events.Scalars("val/agreement")] == [5, 10]
+    assert [e.step for e in events.Scalars("val_agreement")] == [5, 10]
     with pytest.raises(UsageError, match="local folder only"):
         run_distill(
             DistillSettings.model_validate(SMALL | {"loggers": ["tensorboard"]}),
@@ -49,7 +49,7 @@ def test_wandb(dataset, tmp_path, monkeypatch):
     assert calls[0]["resume"] == "allow"
     assert calls[0]["config"]["epochs"] == 2
     assert [step for step, _ in calls[1:3]] == [5, 10]
-    assert "digits-cnn-small/val/agreement" in calls[1][1]
+    assert "digits-cnn-small/val_agreement" in calls[1][1]
     assert calls[-1] == "finish"
 
 

@@ -103,7 +103,7 @@ def test_a_finished_run_answers_again_without_training(dataset, tmp_path):
     steps = []
     again = run_distill(settings(), [(dataset, 1.0)], str(tmp_path), progress=lambda *where: steps.append(where))
     assert steps == []
-    assert again["students"]["digits-cnn-small"]["val"] == first["students"]["digits-cnn-small"]["val"]
+    assert again.students["digits-cnn-small"].val_agreement == first.students["digits-cnn-small"].val_agreement
 
 
 def test_changed_settings_are_refused_with_a_diff(dataset, tmp_path):
@@ -146,7 +146,7 @@ def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
     sources = [(dataset, 1.0), (write_dataset(tmp_path / "d", count=24, shards=1, seed=3), 0.5)]
     asked = settings(balance=True, memory_gb=0.0)
     whole = run_distill(asked, sources, str(tmp_path / "whole"))
-    assert whole["images"] + whole["val_images"] == 72
+    assert whole.images + whole.val_images == 72
     with pytest.raises(Interrupted):
         run_distill(asked, sources, str(tmp_path / "parts"), should_stop=stop_at(7))
     with pytest.raises(DataError, match=r"manifests.*0\.5"):

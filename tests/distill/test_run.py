@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
@@ -11,14 +12,18 @@ from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import batches, checkpoint, loop, runtime, student
-from stages.distill.run import run_distill
+from stages.distill.evaluate import DataIdentity, Scores
+from stages.distill.run import DistillResult, run_distill
 from stages.models.loading import load_model
 from stages.models.source import config_json
 from stages.settings import ModelSettings
 from tests.distill.drawn import SIDE, TEACHER, teacher_files, write_dataset
 from tests.distill.short import REGION, TWO, settings, weights
 
-SCORE = {"accuracy": 0.5, "agreement": 1.0, "teacher_accuracy": 1.0, "data": {"path": "x", "sha256": "0" * 64}}
+SCORE = Scores(
+    class_order="by name", data=DataIdentity("x", "0" * 64), images=48, accuracy=0.5, ece=0.1, per_class={},
+    confusion=[], model_teacher_agreement=1.0, teacher_accuracy=1.0,
+)  # fmt: skip
 
 
 def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
@@ -28,18 +33,20 @@ def test_a_run_writes_a_student_that_loads(dataset, tmp_path):
         on_event=lambda kind, **fields: events.append((kind, fields)),
         progress=lambda done, total, note: steps.append((done, total)),
     )  # fmt: skip
-    found = results["students"]["digits-cnn-small"]
-    assert results["images"] + results["val_images"] == 48
-    assert found["test"]["images"] == 48
-    assert results["teacher_accuracy"] == found["test"]["teacher_accuracy"]
-    assert load_checked((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(results))
+    found = results.students["digits-cnn-small"]
+    assert results.images + results.val_images == 48
+    assert found.test.images == 48
+    assert results.teacher_accuracy == found.test.teacher_accuracy
+    stored = load_checked((tmp_path / "results.json").read_bytes())
+    assert stored == json.loads(json.dumps(results.to_dict()))
+    assert DistillResult.from_dict(stored) == results
     net, config = load_model(tmp_path / "digits-cnn-small")
     assert config.class_names == ("left", "right", "top")
-    assert sum(p.numel() for p in net.parameters()) == found["parameters"]
+    assert sum(p.numel() for p in net.parameters()) == found.parameters
     lines = [json.loads(line) for line in (tmp_path / "digits-cnn-small" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {"kd", "lr", "val", "seconds", "data_wait"} <= set(lines[0])
+    assert {"kd", "lr", "val_agreement", "val_accuracy", "seconds", "data_wait"} <= set(lines[0])
     card = (tmp_path / "digits-cnn-small" / "README.md").read_text()
     assert "fingerprint print-0" in card
     assert "accuracy" in card
@@ -95,8 +102,8 @@ def test_a_diverged_student_is_parked_and_the_others_go_on(dataset, tmp_path, mo
     results = run_distill(
         both, [(dataset, 1.0)], str(tmp_path / "both"), on_event=lambda kind, **fields: events.append(kind)
     )
-    assert list(results["students"]) == ["digits-cnn-small"]
-    assert "nan at step 4" in results["parked"]["resnet8"]
+    assert list(results.students) == ["digits-cnn-small"]
+    assert "nan at step 4" in results.parked["resnet8"]
     assert events.count("student_parked") == 1
     assert weights(tmp_path / "both") == weights(tmp_path / "solo")
     assert not (tmp_path / "both" / "resnet8" / "model.safetensors").exists()
@@ -117,7 +124,7 @@ def test_best_weights_are_those_of_the_best_epoch_also_of_an_earlier_part(datase
 
     def scored(run, student):
         seen.append({name: value.clone() for name, value in student.result.state_dict().items()})
-        return {"agreement": next(scores), "accuracy": 0.0}
+        return {"val_agreement": next(scores), "val_accuracy": 0.0}
 
     monkeypatch.setattr(loop, "validate", scored)
     asked, steps = settings(select="best", checkpoint_seconds=1e9), iter(range(1, 100))
@@ -127,7 +134,7 @@ def test_best_weights_are_those_of_the_best_epoch_also_of_an_earlier_part(datase
     results = run_distill(asked, [(dataset, 1.0)], str(tmp_path))
     saved = safetensors.torch.load(weights(tmp_path))
     assert len(seen) == 3 and all(torch.equal(value, saved[name]) for name, value in seen[0].items())
-    assert results["students"]["digits-cnn-small"]["val"]["agreement"] == 0.5
+    assert results.students["digits-cnn-small"].val_agreement == 0.5
 
 
 def test_without_averaged_weights(dataset, tmp_path):
@@ -161,19 +168,19 @@ def test_bf16_learns_nearly_the_same_and_keeps_weights_in_fp32(dataset, tmp_path
     plain, mixed = (safetensors.torch.load(weights(tmp_path / run)) for run in ("full", "half"))
     assert all(value.dtype == plain[name].dtype for name, value in mixed.items())
     assert weights(tmp_path / "full") != weights(tmp_path / "half")
-    ends = [run["students"]["digits-cnn-small"]["val"]["agreement"] for run in (full, half)]
+    ends = [run.students["digits-cnn-small"].val_agreement for run in (full, half)]
     assert abs(ends[0] - ends[1]) < 0.25
 
 
 def test_bf16_warns_where_the_cpu_is_slower_at_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False}, raising=False)
-    assert "fp32 is faster here" in runtime.complaint("bf16", cpu)
-    assert runtime.complaint("fp32", cpu) == runtime.complaint("bf16", gpu) == ""
+    assert "fp32 is faster here" in runtime.slow_precision("bf16", cpu)
+    assert runtime.slow_precision("fp32", cpu) == runtime.slow_precision("bf16", gpu) == ""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
-    assert runtime.complaint("bf16", cpu) == ""
+    assert runtime.slow_precision("bf16", cpu) == ""
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert runtime.complaint("bf16", cpu) == ""  # not known, nothing said
+    assert runtime.slow_precision("bf16", cpu) == ""  # not known, nothing said
 
 
 def test_a_compiled_student_is_saved_under_plain_names(dataset, tmp_path, monkeypatch):
@@ -207,8 +214,8 @@ def test_clipping_bounds_the_step_and_notices_infinite_gradients(dataset, tmp_pa
 def test_the_test_data_is_looked_at_once_unless_asked(dataset, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "stages.distill.run.evaluate_net",
-        lambda *a: seen.append(a) or {**SCORE, "images": 48},
+        "stages.distill.loop.evaluate_net",
+        lambda *a: seen.append(a) or SCORE,
     )
     run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "once"), test_data=dataset)
     assert len(seen) == 1
@@ -221,16 +228,22 @@ def test_a_student_without_a_score_is_kept(dataset, tmp_path, monkeypatch):
         raise DataError("NaN or infinite logits to 48 of the 48 images")
 
     warnings = []
-    monkeypatch.setattr("stages.distill.run.evaluate_net", refuse)
+    monkeypatch.setattr("stages.distill.loop.evaluate_net", refuse)
     results = run_distill(
         settings(eval_every=1), [(dataset, 1.0)], str(tmp_path), test_data=dataset,
         on_event=lambda kind, **fields: warnings.append(fields["message"]) if kind == "warning" else None,
     )  # fmt: skip
     expected = "digits-cnn-small has no score on the test data: NaN or infinite logits to 48 of the 48 images"
     assert [line for line in warnings if "score" in line] == [expected] * (3 + 1)
-    assert results["students"]["digits-cnn-small"]["test"] is None
-    assert "teacher_accuracy" not in results
+    assert results.students["digits-cnn-small"].test is None
+    assert results.teacher_accuracy is None and "teacher_accuracy" not in results.to_dict()
     assert load_model(tmp_path / "digits-cnn-small")
+
+
+def changed_student(values, **changes):
+    """Results with other facts of their only student."""
+    ((name, facts),) = values["students"].items()
+    return values | {"students": {name: facts | changes}}
 
 
 class TestScores:
@@ -249,24 +262,24 @@ class TestScores:
         said = []
         first = self.again(dataset, tmp_path, test_data=dataset, **changes)
         second = self.again(dataset, tmp_path, said, **changes)
-        for name, facts in first["students"].items():
-            test = facts["test"]
-            assert second["students"][name]["test"] == test and test["data"]["path"] == dataset
-            assert facts["weights_sha256"] == hashlib.sha256(weights(tmp_path, name)).hexdigest()
+        for name, facts in first.students.items():
+            test = facts.test
+            assert second.students[name].test == test and test.data.path == dataset
+            assert facts.weights_sha256 == hashlib.sha256(weights(tmp_path, name)).hexdigest()
             card = (tmp_path / name / "README.md").read_text()
-            assert f"accuracy {test['accuracy']:.1%}, " in card and test["data"]["sha256"] in card
-            line = f"{name}: its test score was measured before and is kept: {test['accuracy']:.1%} on 48 images of "
+            assert f"accuracy {test.accuracy:.1%}, " in card and test.data.sha256 in card
+            line = f"{name}: its test score was measured before and is kept: {test.accuracy:.1%} on 48 images of "
             assert line + dataset in said
-        assert second["teacher_accuracy"] == first["teacher_accuracy"]
-        assert load_checked((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(second))
+        assert second.teacher_accuracy == first.teacher_accuracy
+        assert load_checked((tmp_path / "results.json").read_bytes()) == json.loads(json.dumps(second.to_dict()))
 
     def test_other_test_data_replaces_it(self, dataset, tmp_path):
         other = write_dataset(tmp_path / "other", count=20, seed=1)
         scores = [
-            self.again(dataset, tmp_path / "out", test_data=data)["students"]["digits-cnn-small"]["test"]
+            self.again(dataset, tmp_path / "out", test_data=data).students["digits-cnn-small"].test
             for data in (dataset, other, dataset, None)
         ]
-        assert [score["images"] for score in scores] == [48, 20, 48, 48]
+        assert [score.images for score in scores] == [48, 20, 48, 48]
         assert scores[0] == scores[2] == scores[3] != scores[1]
 
     def test_test_data_that_give_no_score_do_not_erase_it(self, dataset, tmp_path, monkeypatch):
@@ -275,17 +288,17 @@ class TestScores:
         def refuse(net, config, data, teacher):
             raise DataError("the last image is cut short")
 
-        monkeypatch.setattr("stages.distill.run.evaluate_net", refuse)
+        monkeypatch.setattr("stages.distill.loop.evaluate_net", refuse)
         second = self.again(dataset, tmp_path, test_data=dataset)
         name = "digits-cnn-small"
-        assert second["students"][name]["test"] == first["students"][name]["test"]
+        assert second.students[name].test == first.students[name].test
 
     def test_other_weights_do_not_inherit_it(self, dataset, tmp_path):
         said = []
         self.again(dataset, tmp_path, test_data=dataset)
         (tmp_path / "checkpoint.pt").unlink()
         found = self.again(dataset, tmp_path, said, seed=5)
-        assert found["students"]["digits-cnn-small"]["test"] is None and "teacher_accuracy" not in found
+        assert found.students["digits-cnn-small"].test is None and found.teacher_accuracy is None
         assert any(line.startswith("digits-cnn-small: its weights changed since its test score: ") for line in said)
         assert "(read once, at the end): not given" in (tmp_path / "digits-cnn-small" / "README.md").read_text()
 
@@ -295,11 +308,16 @@ class TestScores:
             lambda values: b"{",
             lambda values: json.dumps(values | {"checksum": "0" * 64}).encode(),
             lambda values: dump_checked(values | {"students": []}),
+            lambda values: dump_checked(values | {"students": {"a": {"weights_sha256": "x", "test": None}}}),
+            lambda values: dump_checked(changed_student(values, weights_sha256="x")),
+            lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"accuracy": "99"})),
+            lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"images": -1})),
+            lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"data": {"path": "x"}})),
+            lambda values: dump_checked(changed_student(values, test=asdict(SCORE) | {"teacher_accuracy": None})),
             lambda values: dump_checked(
-                values | {"students": {"a": {"weights_sha256": "x", "test": {"accuracy": "99"}}}}
-            ),
-            lambda values: dump_checked(
-                values | {"students": {"a": {"weights_sha256": "0" * 64, "test": SCORE | {"images": -1}}}}
+                changed_student(
+                    values, test=asdict(SCORE) | dict.fromkeys(("model_teacher_agreement", "teacher_accuracy"))
+                )
             ),
         ],
     )
@@ -313,7 +331,7 @@ class TestScores:
         ) as error:
             self.again(dataset, tmp_path, epochs=1)
         assert "\n" not in str(error.value) and file.read_bytes() == before
-        assert self.again(dataset, tmp_path, epochs=1, test_data=dataset)["teacher_accuracy"] >= 0
+        assert self.again(dataset, tmp_path, epochs=1, test_data=dataset).teacher_accuracy >= 0
 
 
 class TestTeacher:
@@ -386,7 +404,7 @@ def test_bad_images_are_left_out_on_request(tmp_path):
         settings(skip_bad=True), [(path, 1.0)], str(tmp_path / "out"),
         on_event=lambda kind, **fields: events.append((kind, fields.get("message", ""))),
     )  # fmt: skip
-    assert results["images"] + results["val_images"] == 23
+    assert results.images + results.val_images == 23
     assert any("25 images are left out; the first: " in text and "'000000-000000'" in text for _, text in events)
     data[600] ^= 1
     first.write_bytes(data)  # other rows than the checkpoint's
@@ -415,7 +433,7 @@ def test_weights_spoilt_by_the_last_step_are_noticed(dataset, tmp_path, monkeypa
 
     monkeypatch.setattr(student.Student, "learn", learn)
     results = run_distill(settings(**TWO), [(dataset, 1.0)], str(tmp_path))
-    assert results["parked"] == {"resnet8": "weights are not finite at the end of epoch 3"}
+    assert results.parked == {"resnet8": "weights are not finite at the end of epoch 3"}
 
 
 def test_runs_write_to_any_storage(dataset):

@@ -31,7 +31,7 @@ def test_a_timm_student_is_fit_to_small_images_and_comes_back(dataset, tmp_path)
     results = run_distill(
         settings, [(dataset, 1.0)], str(tmp_path), on_event=lambda kind, **f: events.append((kind, f.get("message")))
     )
-    assert set(results["students"]) == {"timm-mobilenetv3_small_050", "wrn-16-1"}
+    assert set(results.students) == {"timm-mobilenetv3_small_050", "wrn-16-1"}
     notes = [message for kind, message in events if kind == "note"]
     assert len(notes) == 1 and "timm-mobilenetv3_small_050: stem fit to 8 px images: conv_stem: 3×3" in notes[0]
     net, config = load_model(tmp_path / "timm-mobilenetv3_small_050")
@@ -53,8 +53,8 @@ def test_a_student_of_own_code_comes_back_where_it_is_named(dataset, tmp_path):
     assert again.model_dump(mode="json") == {key: config[key] for key in ModelConfig.model_fields}
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
-    assert evaluate(str(named), dataset)["images"] == 48
-    assert export_torch(str(named), str(tmp_path / "s.pt2"))["classes"] == 3
+    assert evaluate(str(named), dataset).images == 48
+    assert export_torch(str(named), str(tmp_path / "s.pt2")).classes == 3
 
 
 class _Manifest:

@@ -7,7 +7,7 @@ import torch
 from manifests.reader import Manifest
 from stages.distill.batches import Batches, open_pixels
 from stages.distill.rows import EpochOrder, select_rows
-from stages.distill.teacher_check import check_teacher, complaints
+from stages.distill.teacher_check import check_teacher
 from stages.models.inputs import InputSpec
 from stages.models.loading import dataset_teacher
 from stages.settings import DistillSettings
@@ -42,18 +42,18 @@ def check_as(tmp_path, teacher, **columns):
 
 def test_classes_of_one_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(TeacherCache, "class_names", ("crane", "crane", "top"))
-    assert check(tmp_path, [0, 1, 2] * 4)["classes"] == {"crane (0)": 4, "crane (1)": 4, "top": 4}
+    assert check(tmp_path, [0, 1, 2] * 4).classes == {"crane (0)": 4, "crane (1)": 4, "top": 4}
 
 
 def test_the_numbers(tmp_path):
     found = check(tmp_path, [0, 1, 2] * 3 + [0, 0, 0], teacher_label=lambda i: 0 if i < 3 else None)
-    assert found["agreement"] == pytest.approx(10 / 12)
-    assert found["confidence"] == pytest.approx(1)
-    assert found["classes"] == {"left": 4, "right": 4, "top": 4}
-    assert found["as_recorded"] == pytest.approx(1 / 3)
-    assert found["commonest"] == ["left", 0.5]
-    assert found["reordered"] == pytest.approx(10 / 12)
-    assert complaints(found, 0.8) == []
+    assert found.teacher_label_agreement == pytest.approx(10 / 12)
+    assert found.confidence == pytest.approx(1)
+    assert found.classes == {"left": 4, "right": 4, "top": 4}
+    assert found.recorded_agreement == pytest.approx(1 / 3)
+    assert found.commonest == ("left", 0.5)
+    assert found.reordered == pytest.approx(10 / 12)
+    assert found.warnings(0.8) == []
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_the_numbers(tmp_path):
     ],
 )
 def test_likely_causes(tmp_path, answers, columns, words):
-    line = complaints(check(tmp_path, answers, **columns), 0.9)[0]
+    line = check(tmp_path, answers, **columns).warnings(0.9)[0]
     assert words in line
 
 
 def test_statistics_unlike_the_teachers_are_told(tmp_path):
     path = write_dataset(tmp_path / "m", count=12, shards=1)
     teacher = dataset_teacher(Manifest.open(path))
-    assert check(tmp_path / "none", [0, 1, 2] * 4)["bn_gap"] is None
+    assert check(tmp_path / "none", [0, 1, 2] * 4).bn_gap is None
     images = stored_images(Manifest.open(path).select(), range(12))
     norms = [module for module in teacher.net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:  # as if it had been trained on these images
@@ -85,15 +85,15 @@ def test_statistics_unlike_the_teachers_are_told(tmp_path):
     teacher.logits(images)
     teacher.net.eval()
     right = check_as(tmp_path / "right", teacher)
-    assert right["bn_gap"] == pytest.approx(0, abs=0.01) and not complaints(right, 0.0)
+    assert right.bn_gap == pytest.approx(0, abs=0.01) and not right.warnings(0.0)
     teacher.input = InputSpec(TEACHER.input.model_copy(update={"mean": (0.9,), "std": (0.1,)}))
     wrong = check_as(tmp_path / "wrong", teacher)
-    assert complaints(wrong, 0.0) == [
-        f"the teacher's BatchNorm gap is {wrong['bn_gap']:.2f} (1 or more): wrong weights or "
+    assert wrong.warnings(0.0) == [
+        f"the teacher's BatchNorm gap is {wrong.bn_gap:.2f} (1 or more): wrong weights or "
         "normalization, in synthesis as well if it was given the same, or images unlike those it was trained on"
     ]
 
 
 def test_classes_without_images(tmp_path):
     found = check(tmp_path, [0, 1] * 6, label=lambda i: i % 2)
-    assert complaints(found, 0.5) == ["no image of 1 of 3 classes: top"]
+    assert found.warnings(0.5) == ["no image of 1 of 3 classes: top"]

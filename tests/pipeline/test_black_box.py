@@ -42,7 +42,7 @@ def test_a_black_box_selects_what_its_student_learns_from(tmp_path):
     with pytest.raises(DataError, match="--teacher"):
         run_distill(learning, source, str(tmp_path / "student"), quiet=True)
     learnt = run_distill(learning, source, str(tmp_path / "student"), teacher=ModelSettings(**TEACHER), quiet=True)
-    assert learnt["teacher_check"]["as_recorded"] == 1.0
+    assert learnt["teacher_check"]["recorded_agreement"] == 1.0
     assert (tmp_path / "student" / "digits-cnn-small" / "model.safetensors").exists()
 
 

@@ -34,7 +34,7 @@ def test_counts_and_quantiles_by_hand(tmp_path):
     assert found["classes"]["4"] == {"rows": 1, "kept": 0}
     assert found["scores"]["cosine"] == {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
     assert found["scores"]["entropy"] is None
-    assert found["teacher_agreement"] == 0.6  # labels 0, 1 and 3 of 0…4
+    assert found["teacher_label_agreement"] == 0.6  # labels 0, 1 and 3 of 0…4
 
 
 def test_where_narrows(tmp_path):
@@ -45,7 +45,7 @@ def test_where_narrows(tmp_path):
 def test_a_manifest_without_scores_or_teacher(tmp_path):
     nothing = {"cosine": None, "confidence": None, "teacher_label": None, "class_name": None}
     found = summarize(dataset(tmp_path, [nothing] * 3))
-    assert found["teacher_agreement"] is None
+    assert found["teacher_label_agreement"] is None
     assert found["scores"]["cosine"] is None
     assert len(list(lines(found))) == 1 + 1 + 4 + 1 + 3
 

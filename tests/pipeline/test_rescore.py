@@ -58,7 +58,7 @@ def test_verify_inspect_and_distill_work_on_it(tmp_path, manifest, other):
     assert summarize(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
     recipe = resolve("demo", section="distill", sets=["epochs=1", "augment.cutmix=0", "augment.mixup=0"], environ={})
     done = run_distill(recipe, [(result["manifest"], 1.0)], str(tmp_path / "s"), quiet=True)
-    assert done["teacher_check"]["as_recorded"] == 1
+    assert done["teacher_check"]["recorded_agreement"] == 1
     assert done["images"] + done["val_images"] == result["kept"]
 
 

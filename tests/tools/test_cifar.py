@@ -119,7 +119,7 @@ def test_a_cell_of_other_settings_is_not_reused_and_steps_are_those_that_are_tak
         prior=SCRIPT.parents[1] / "priors/natural32", students=["resnet8"], out=tmp_path,
         teacher=cifar10.ModelSettings(name=str(SCRIPT.parent / "cifar10-teacher")),
     )  # fmt: skip
-    learnt = {"students": {"resnet8": {"test": {"accuracy": 0.5}}}, "teacher_check": {"agreement": 1}}
+    learnt = {"students": {"resnet8": {"test": {"accuracy": 0.5}}}, "teacher_check": {"teacher_label_agreement": 1}}
     epochs = []
     monkeypatch.setattr(cifar10, "of_images", lambda *_: ("m.parquet", 1.0, "trajectory < 2155"))
     monkeypatch.setattr(cifar10.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(2155)))
