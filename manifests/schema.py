@@ -212,16 +212,13 @@ def normalized_json(full: Mapping[str, Any]) -> bytes:
 
 
 def parse_row(data: bytes) -> dict[str, Any]:
-    """The row of a ``KEY.json``, without ``offset`` and ``size``. Raises :class:`DataError` for anything else."""
+    """The row of a ``KEY.json``, without ``offset`` and ``size``. Raises ``ValueError`` for anything else."""
     if len(data) > MAX_ROW_JSON:
-        raise DataError(f"row of {len(data)} bytes: more than {MAX_ROW_JSON} is no row of ours")
-    try:
-        values = load_json(data)
-        if not isinstance(values, dict) or PLACEMENT & set(values):
-            raise ValueError("expected an object without offset and size")
-        full = normalize({**values, "offset": 0, "size": 0})
-    except ValueError as error:
-        raise DataError(f"not a row: {error}") from None
+        raise ValueError(f"{len(data)} bytes, at most {MAX_ROW_JSON} are read")
+    values = load_json(data)
+    if not isinstance(values, dict) or PLACEMENT & set(values):
+        raise ValueError("expected an object without offset and size")
+    full = normalize({**values, "offset": 0, "size": 0})
     return {name: value for name, value in full.items() if name not in PLACEMENT}
 
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.errors import DataError
+from manifests.integrity import verify
 from manifests.reader import Manifest
 from manifests.schema import SCHEMA, write_options
 from manifests.shard import done_name, done_records
 from manifests.storage import Storage
-from manifests.verify import verify
 from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, write_shard
 
 
@@ -145,7 +145,7 @@ def test_a_row_that_cannot_be_written_is_a_problem_of_its_sample(tmp_path: Path)
     changed = table.set_column(column, SCHEMA.field("lca"), pa.array(mixes, SCHEMA.field("lca").type))
     pq.write_table(changed, storage.path("m.parquet"), **write_options())
     (line,) = lines(storage)
-    assert line.startswith("shard 0, sample 000000-000000: its row is none of ours: column 'lca': expected an object")
+    assert line.startswith("shard 0, sample 000000-000000: no valid row describes it: column 'lca': expected an object")
 
 
 def test_no_dataset_at_all(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 
 from manifests.errors import DataError, FactoryError
+from manifests.integrity import verify
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from manifests.verify import verify
 from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
 from pipeline.repair import collect

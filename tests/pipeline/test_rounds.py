@@ -5,8 +5,8 @@ import json
 import pytest
 
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.integrity import verify
 from manifests.reader import Manifest
-from manifests.verify import verify
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.rounds import SEED_STRIDE, report_lines, round_report, round_settings, run_rounds

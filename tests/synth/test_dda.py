@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from manifests.errors import UsageError
+from manifests.integrity import verify
 from manifests.reader import Manifest
-from manifests.verify import verify
 from pipeline.distill import run_distill
 from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
