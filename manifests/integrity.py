@@ -157,7 +157,7 @@ class _Verification:
         if table is None and self.manifest:
             free = _free(self.manifest)
             with suppress(DataError):
-                table = self.manifest.shard_rows(tar.shard)
+                table = self.manifest.file.shard_rows(tar.shard)
         rows: list[dict[str, Any]] | None = None
         try:
             rows = table.to_pylist() if table is not None else None
@@ -177,8 +177,7 @@ class _Verification:
         """The manifest's rows against the tables of its shards, group by group."""
         held, pending = SCHEMA.empty_table(), iter(records)
         compared = [name for name in SCHEMA.names if name not in _free(manifest)]
-        for group in range(manifest.num_groups):
-            theirs = manifest.group(group)
+        for theirs in manifest.file.groups():
             while held.num_rows < theirs.num_rows:
                 record = next(pending, None)
                 if record is None:

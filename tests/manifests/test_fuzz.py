@@ -40,7 +40,7 @@ def one_line_at_most() -> Iterator[None]:
 def use(storage: Storage) -> None:
     """Everything that a command does with a dataset."""
     manifest = Manifest.open(storage.url, skip_bad=True)
-    selection = manifest.select("label >= 0 and class_name != 'x'", kept=False)
+    selection = manifest.where("label >= 0 and class_name != 'x'", include_rejected=True)
     for index, image in selection.scan(on_bad=lambda *_: None):
         assert image
         assert selection.row(index)["size"] == len(image)
