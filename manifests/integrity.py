@@ -21,8 +21,9 @@ import pyarrow as pa
 from manifests.checked_json import load_checked
 from manifests.dataset import DATASET, MANIFEST, MAX_SHARD, DatasetInfo, TarInfo, file_name
 from manifests.errors import DataError, LinkError
+from manifests.manifest_file import ManifestFile
 from manifests.merge import load_shard_table, merge
-from manifests.reader import Manifest, manifest_url
+from manifests.reader import manifest_url
 from manifests.schema import SCHEMA, SCORED, to_table
 from manifests.shard import (
     DoneRecord,
@@ -68,14 +69,14 @@ class _Verification:
         self.storage, self.name, self.deep = storage, name, deep
         self.problems: list[Problem] = []
         self.records: dict[int, DoneRecord] = {}
-        self.manifest: Manifest | None = None
+        self.manifest: ManifestFile | None = None
         for record in storage.list("done"):
             with self.noted(record):
                 found = read_record(storage, record)
                 self.records[found.shard] = found
         fingerprint = self.check_plan()
         with self.noted(name):
-            self.manifest = Manifest.open(storage.path(name), skip_bad=True)
+            self.manifest = ManifestFile(storage, name)
         info = self.manifest.info if self.manifest else None
         if info and fingerprint not in (None, info.fingerprint):
             self.note(name, f"made by another plan ({info.fingerprint[:12]})")
@@ -157,7 +158,7 @@ class _Verification:
         if table is None and self.manifest:
             free = _free(self.manifest)
             with suppress(DataError):
-                table = self.manifest.file.shard_rows(tar.shard)
+                table = self.manifest.shard_rows(tar.shard)
         rows: list[dict[str, Any]] | None = None
         try:
             rows = table.to_pylist() if table is not None else None
@@ -173,11 +174,11 @@ class _Verification:
             intact = "" if flaws else ", though its samples are intact"
             self.note(f"shard {tar.shard}", f"{tar.name} was altered: its sha256 differs{intact}")
 
-    def check_rows(self, manifest: Manifest, records: list[DoneRecord]) -> None:
+    def check_rows(self, manifest: ManifestFile, records: list[DoneRecord]) -> None:
         """The manifest's rows against the tables of its shards, group by group."""
         held, pending = SCHEMA.empty_table(), iter(records)
         compared = [name for name in SCHEMA.names if name not in _free(manifest)]
-        for theirs in manifest.file.groups():
+        for theirs in manifest.groups():
             while held.num_rows < theirs.num_rows:
                 record = next(pending, None)
                 if record is None:
@@ -190,7 +191,7 @@ class _Verification:
         return None
 
 
-def _free(manifest: Manifest) -> frozenset[str]:
+def _free(manifest: ManifestFile) -> frozenset[str]:
     """Columns of a manifest that need not be those of its tars."""
     return SCORED if manifest.info.rescored is not None else frozenset()
 
@@ -248,7 +249,7 @@ def rebuild(storage: Storage, info: DatasetInfo | None = None) -> Rebuilt:
 
 def _known(storage: Storage) -> DatasetInfo:
     try:
-        return Manifest.open(storage.path(MANIFEST), skip_bad=True).info
+        return ManifestFile(storage, MANIFEST).info
     except DataError as error:
         if not storage.exists(DATASET):
             raise DataError(f"{error}; without it {DATASET} is needed") from None

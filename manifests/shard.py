@@ -30,8 +30,8 @@ from manifests.schema import (
     MAX_ROW_JSON,
     make_key,
     normalize,
-    normalized_json,
     read_table,
+    row_json,
     to_table,
     write_options,
 )
@@ -192,7 +192,7 @@ class ShardWriter:
             raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
         digest = xxhash.xxh3_128_digest(image)
         full = normalize({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
-        text = normalized_json(full)
+        text = row_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         with writing(self._tar_path):

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from manifests.errors import DataError
-from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, make_key, parse_row, row_json
+from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, make_key, normalize, parse_row, row_json
 
 BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'json'))})$", re.ASCII)
@@ -170,10 +170,10 @@ class TarCheck:
         """The full row that describes ``sample``. Raises ``ValueError`` where there is none."""
         if self._rows is not None and self.samples >= len(self._rows):
             raise ValueError("the manifest has no more")
-        if self._rows is not None and not self._free:
-            return self._rows[self.samples]
-        own = parse_row(sample.json) | {"offset": sample.offset, "size": len(sample.image)}
-        return own if self._rows is None else self._rows[self.samples] | {name: own[name] for name in self._free}
+        own = parse_row(sample.json, sample.offset, len(sample.image)) if self._rows is None or self._free else {}
+        if self._rows is None:
+            return own
+        return normalize(self._rows[self.samples] | {name: own[name] for name in self._free})
 
     def _flaw(self, sample: Sample, row: dict[str, Any]) -> str | None:
         expected = (make_key(self._shard, self.samples), self._shard, sample.offset, len(sample.image))

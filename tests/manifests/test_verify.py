@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.errors import DataError
-from manifests.integrity import verify
+from manifests.integrity import rebuild, verify
+from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.schema import SCHEMA, write_options
-from manifests.shard import done_name, done_records
+from manifests.shard import ShardWriter, done_name, done_records
 from manifests.storage import Storage
-from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, write_shard
+from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, make_row, write_shard
 
 
 def lines(storage: Storage, deep: bool = True) -> list[str]:
@@ -30,6 +31,18 @@ def test_a_whole_dataset_has_no_problem(any_storage: Storage) -> None:
     write_plan(storage, 3)
     assert lines(storage) == lines(storage, deep=False) == []
     assert verify(storage.path("m.parquet")) == []
+
+
+def test_a_dataset_of_rejected_images_alone_is_whole(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    with ShardWriter(storage, 0, FINGERPRINT) as writer:
+        writer.add(make_row(0, 4), b"image")
+        writer.commit()
+    merge(storage, INFO)
+    assert lines(storage) == []
+    storage.delete(done_name(0))
+    assert lines(storage) == []
+    assert rebuild(storage).info.rows == 1
 
 
 def test_a_published_dataset_needs_only_manifest_and_tars(tmp_path: Path) -> None:
