@@ -102,7 +102,7 @@ def make_run(storage: Storage, shards: int, rows: int) -> None:
 def step(folder: str, number: int) -> dict[str, Any]:
     """Merge (−1) or one selection, in this process."""
     before, started = time.process_time(), time.perf_counter()
-    found = merge(Storage(folder), INFO).rows if number < 0 else len(Manifest.open(folder).select(SELECTIONS[number]))
+    found = merge(Storage(folder), INFO).rows if number < 0 else len(Manifest.open(folder).where(SELECTIONS[number]))
     return {
         "rows": found,
         "seconds": round(time.perf_counter() - started, 2),

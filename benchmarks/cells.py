@@ -146,7 +146,7 @@ def condition(part: Part, manifest: str) -> str:
 
 def surest(manifest: Manifest, where: str, count: int) -> str:
     """The confidence that the ``count`` best rows of each class reach: ``(label == 0 and confidence >= 0.98) or …``."""
-    selection = manifest.select(f"{where} and teacher_label == label")
+    selection = manifest.where(f"{where} and teacher_label == label")
     labels, confidence = selection.labels, selection.column("confidence")
     terms = []
     for label in np.unique(labels):

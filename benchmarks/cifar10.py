@@ -131,7 +131,7 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
         manifest, seconds, where = of_seconds(recipe, budget, folder)
     else:
         manifest, seconds, where = of_images(recipe, args.images, folder)
-    count = len(Manifest.open(manifest).select(where))
+    count = len(Manifest.open(manifest).where(where))
     steps = len(batch_bounds(count, recipe.distill.batch_size)) - 1
     epochs = max(1, round(args.steps / steps))
     learning = {"where": where, "epochs": epochs, "min_agreement": 0.0}

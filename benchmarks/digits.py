@@ -101,7 +101,7 @@ def synthesize(recipe: Recipe, shards: int, folder: Path) -> tuple[str, float]:
 
 def first_kept(manifest: str, images: int) -> str | None:
     """An expression for the fewest trajectories that hold ``images`` kept images; None where there are not so many."""
-    found = np.sort(Manifest.open(manifest).select().column("trajectory"))
+    found = np.sort(Manifest.open(manifest).column("trajectory"))
     return f"trajectory <= {found[images - 1]}" if len(found) >= images else None
 
 
@@ -161,7 +161,7 @@ def cell(row: str, seed: int, images: int | None, budget: float | None, test: st
     result = {
         "row": row,
         "seed": seed,
-        "images": len(Manifest.open(manifest).select(where)),
+        "images": len(Manifest.open(manifest).where(where)),
         "seconds": seconds,
         "accuracy": student["test"]["accuracy"],
         "agreement": learnt["teacher_check"]["teacher_label_agreement"],

@@ -102,7 +102,7 @@ def make_victim(folder: Path) -> None:
     storage.write("resolved.yaml", to_yaml(made))
     call([part.replace("RUN", str(folder)) for part in distill()])
     quarantine(storage, Failure(1, 3, "an error"))
-    selection = Manifest.open(folder).select(kept=False)
+    selection = Manifest.open(folder).where(include_rejected=True)
     shutil.copy(folder / Manifest.open(folder).info.tars[0].name, folder / "labeled.tar")
     images = [selection.read(index) for index in range(4)]
     pq.write_table(pa.table({"png": images, "label": np.arange(4)}), folder / "labeled.parquet")

@@ -64,11 +64,11 @@ def cut(images: Tensor, mixes: Sequence[Sequence[dict[str, Any]]], factor: int) 
 
 def judged(manifest: str, where: str, boxes: str | None, bench: Path) -> dict[str, float]:
     """:func:`judge` on final images (``JUDGED`` at most), after ``boxes``, a manifest with mixes, were cut out."""
-    selection = Manifest.open(manifest).select(f"({where}) and timestep == 0")
+    selection = Manifest.open(manifest).where(f"({where}) and timestep == 0")
     indices = list(range(min(JUDGED, len(selection))))
     images, labels = stored_images(selection, indices), selection.labels[indices]
     if boxes:
-        other = Manifest.open(boxes).select(f"({where}) and timestep == 0")
+        other = Manifest.open(boxes).where(f"({where}) and timestep == 0")
         mixes = [other.row(i)["lca"] for i in indices]
         assert [other.row(i)["trajectory"] for i in indices] == indices  # partners are trajectories
         if not np.array_equal(other.labels[indices], labels):  # real images come in no order of classes: put them in it

@@ -15,7 +15,7 @@ from manifests.schema import FORMAT_VERSION
 _VERSION, _INFO, _DIGEST = b"factory.format_version", b"factory.info", b"factory.info_sha256"
 _SHA256 = re.compile("^[0-9a-f]{64}$")
 MAX_SHARD = 1 << 24
-DATASET = "dataset.json"
+MANIFEST, DATASET = "m.parquet", "dataset.json"
 MAX_INFO = 90 << 20
 """Bytes of the metadata; 500,000 tars need 60 MB, and Parquet readers stop at 100 MB."""
 MAX_SIDE = 4096

@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from manifests.dataset import DatasetInfo
+from manifests.dataset import MANIFEST, DatasetInfo
 from manifests.errors import DataError
 from manifests.local import temporary_name
 from manifests.schema import SCHEMA, parquet_errors, read_table, write_options
 from manifests.shard import DoneRecord, done_records
 from manifests.storage import Storage, writing
 
-MANIFEST = "m.parquet"
 ROW_GROUP, ROW_GROUP_BYTES = 1 << 17, 128 << 20
 _AHEAD = 4
 

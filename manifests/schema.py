@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -96,45 +97,42 @@ def make_key(shard: int, index: int) -> str:
     return f"{shard:06d}-{index:06d}"
 
 
-def _integer(bits: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-            raise ValueError("expected an integer")
-        if not -(1 << bits - 1) <= value < 1 << bits - 1:
-            raise ValueError(f"does not fit {bits} bits")
-        return int(value)
-
-    return convert
+# Conversion of one value to what its column stores, in plain Python types. Arrow's own casts accept more: 1.0 and True
+# as an integer, an object with other fields.
 
 
-def _real(kind: type[np.floating[Any]]) -> Callable[[Any], float | None]:
+_NUMPY = (np.generic, np.ndarray)
+
+
+def _expect(value: Any, types: type | tuple[type, ...], what: str) -> Any:
+    plain = value.tolist() if isinstance(value, _NUMPY) else value
+    if not isinstance(plain, types) or (isinstance(plain, bool) and types is not bool):
+        raise ValueError(f"expected {what}")
+    return plain
+
+
+def _integer(bits: int, value: Any) -> int:
+    number = int(_expect(value, int, "an integer"))
+    if not -(1 << bits - 1) <= number < 1 << bits - 1:
+        raise ValueError(f"does not fit {bits} bits")
+    return number
+
+
+def _real(kind: type[np.floating[Any]], value: Any) -> float | None:
     """Floats as the shortest decimal of the stored value, so JSON and Parquet agree; non-finite becomes null."""
-
-    def convert(value: Any) -> float | None:
-        if value is None:  # inside a list: what was not finite when it was written
-            return None
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-            raise ValueError("expected a number")
-        stored = kind(value)
-        if not math.isfinite(stored):
-            return None
-        short = float(str(stored))
-        return short if kind(short) == stored else float(stored)
-
-    return convert
+    if value is None:  # inside a list: what was not finite when it was written
+        return None
+    stored = kind(_expect(value, (int, float), "a number"))
+    if not math.isfinite(stored):
+        return None
+    short = float(str(stored))
+    return short if kind(short) == stored else float(stored)
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("expected text")
-    value.encode("utf-8")
-    return value
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError("expected true or false")
-    return bool(value)
+    text: str = _expect(value, str, "text")
+    text.encode("utf-8")
+    return text
 
 
 def _digest(value: Any) -> bytes:
@@ -144,36 +142,32 @@ def _digest(value: Any) -> bytes:
     return raw
 
 
-def _list(item: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    def convert(value: Any) -> list[Any]:
-        if isinstance(value, np.ndarray):
-            value = [*value]
-        if not isinstance(value, list | tuple):
-            raise ValueError("expected a list")
-        return [item(entry) for entry in value]
-
-    return convert
-
-
-def _record(fields: dict[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
-    def convert(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or set(value) != set(fields):
-            raise ValueError(f"expected an object with {', '.join(fields)}")
-        return {name: item(value[name]) for name, item in fields.items()}
-
-    return convert
+_LEAVES: dict[pa.DataType, Callable[[Any], Any]] = {
+    pa.int16(): partial(_integer, 16),
+    pa.int32(): partial(_integer, 32),
+    pa.int64(): partial(_integer, 64),
+    pa.float16(): partial(_real, np.float16),
+    pa.float32(): partial(_real, np.float32),
+    pa.string(): _text,
+    pa.binary(16): _digest,
+    pa.bool_(): lambda value: _expect(value, bool, "true or false"),
+}
 
 
 def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
-    if pa.types.is_integer(kind):
-        return _integer(kind.bit_width)
-    if pa.types.is_floating(kind):
-        return _real(np.float16 if kind.bit_width == 16 else np.float32)
     if pa.types.is_list(kind):
-        return _list(_converter(kind.value_type))
+        item = _converter(kind.value_type)
+        return lambda value: [item(entry) for entry in _expect(value, (list, tuple), "a list")]
     if pa.types.is_struct(kind):
-        return _record({field.name: _converter(field.type) for field in kind})
-    return {pa.string(): _text, pa.bool_(): _truth, pa.binary(16): _digest}[kind]
+        fields = {field.name: _converter(field.type) for field in kind}
+
+        def convert(value: Any) -> dict[str, Any]:
+            if not isinstance(value, Mapping) or set(value) != set(fields):
+                raise ValueError(f"expected an object with {', '.join(fields)}")
+            return {name: item(value[name]) for name, item in fields.items()}
+
+        return convert
+    return _LEAVES[kind]
 
 
 _CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
@@ -200,33 +194,24 @@ def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_json(row: Mapping[str, Any]) -> bytes:
-    """The canonical ``KEY.json`` of a row: columns in order, nulls, ``offset`` and ``size`` left out."""
-    return normalized_json(normalize({**row, "offset": row.get("offset", 0), "size": row.get("size", 0)}))
-
-
-def normalized_json(full: Mapping[str, Any]) -> bytes:
-    """:func:`row_json` of a row that :func:`normalize` returned."""
-    values = {name: v for name, v in full.items() if v is not None and name not in PLACEMENT}
+    """The ``KEY.json`` of a normalized row: columns in order, without nulls, ``offset`` and ``size``."""
+    values = {name: value for name, value in row.items() if value is not None and name not in PLACEMENT}
     values["xxh3"] = values["xxh3"].hex()
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_row(data: bytes) -> dict[str, Any]:
-    """The row of a ``KEY.json``, without ``offset`` and ``size``. Raises :class:`DataError` for anything else."""
+def parse_row(data: bytes, offset: int, size: int) -> dict[str, Any]:
+    """The normalized row of a ``KEY.json`` whose image lies at ``offset``. Raises ``ValueError`` for anything else."""
     if len(data) > MAX_ROW_JSON:
-        raise DataError(f"row of {len(data)} bytes: more than {MAX_ROW_JSON} is no row of ours")
-    try:
-        values = load_json(data)
-        if not isinstance(values, dict) or PLACEMENT & set(values):
-            raise ValueError("expected an object without offset and size")
-        full = normalize({**values, "offset": 0, "size": 0})
-    except ValueError as error:
-        raise DataError(f"not a row: {error}") from None
-    return {name: value for name, value in full.items() if name not in PLACEMENT}
+        raise ValueError(f"{len(data)} bytes, at most {MAX_ROW_JSON} are read")
+    values = load_json(data)
+    if not isinstance(values, dict) or PLACEMENT & set(values):
+        raise ValueError("expected an object without offset and size")
+    return normalize({**values, "offset": offset, "size": size})
 
 
 def to_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Normalised rows as a table of :data:`SCHEMA`."""
+    """Normalized rows as a table of :data:`SCHEMA`."""
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
@@ -244,26 +229,11 @@ def same_columns(schema: pa.Schema) -> str | None:
     return f"column {loose[0]!r} may be null" if loose else None
 
 
-# Parquet in and out: one set of options for every table that is written, one guard for every table that is read.
-
-
-_REPEATED = ("class_name", "prompt", "negative_prompt", "method", "source_key", "cosine_ref", "cosine_space")
-DICTIONARY = (*_REPEATED, "reject_reason")
-"""Text that repeats: stored once per row group, and read as Arrow dictionaries where speed matters."""
-
 MAX_GROUP_BYTES = 1 << 30
-_SMALL = (
-    "shard",
-    "label",
-    "prior_label",
-    "seed",
-    "group",
-    "trajectory",
-    "step",
-    "timestep",
-    "teacher_label",
-    "loss_bn",
-)
+DICTIONARY = [field.name for field in SCHEMA if field.type == pa.string() and field.name != "key"]
+"""Text that repeats: stored once per row group, and read as Arrow dictionaries where speed matters."""
+_SMALL = ["shard", "label", "prior_label", "seed", "group", "trajectory", "step", "timestep"]
+_SMALL += ["teacher_label", "loss_bn"]
 
 
 def write_options() -> dict[str, Any]:
@@ -308,7 +278,7 @@ def open_table(source: BinaryIO | pa.NativeFile, where: str, dictionary: bool = 
         if not dictionary:
             return file
         return pq.ParquetFile(
-            source, metadata=metadata, read_dictionary=[*DICTIONARY], page_checksum_verification=True, pre_buffer=True
+            source, metadata=metadata, read_dictionary=DICTIONARY, page_checksum_verification=True, pre_buffer=True
         )
 
 

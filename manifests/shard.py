@@ -1,7 +1,8 @@
 """One shard: tar and table written aside, checked, published, then declared done. Used by every worker of stage 1.
 
 A kill at any point leaves either no done record (the shard is made again) or a complete shard. File names contain their
-content's hash, so two attempts at one shard never overwrite each other with something different.
+content's hash, so two attempts at one shard never overwrite each other with something different. Kill tests stop the
+protocol at one of its :data:`STEPS` (see :func:`fault`).
 """
 
 import hashlib
@@ -29,49 +30,13 @@ from manifests.schema import (
     MAX_ROW_JSON,
     make_key,
     normalize,
-    normalized_json,
     read_table,
+    row_json,
     to_table,
     write_options,
 )
 from manifests.storage import Storage, writing
-from manifests.tars import TarStream, walk
-
-# Dying on purpose: kill tests and benchmarks set ``FACTORY_FAULT`` to stop a process inside the commit protocol.
-#
-# ``FACTORY_FAULT=STEP:SHARD`` kills this process (SIGKILL, nothing is cleaned up) when ``SHARD`` reaches ``STEP``;
-# ``STEP:SHARD:FILE`` does so once, remembered by ``FILE`` (which then holds the process id); ``STEP:SHARD:FILE:stop``
-# freezes it there instead (SIGSTOP), so that others can be killed meanwhile; ``@FILE`` reads any of these from a file.
-# Unset, a step costs one look at the environment.
-
-
-STEPS = (
-    "opened",  # temporary tar exists, no sample yet
-    "sample",  # first sample written
-    "written",  # temporary tar and table closed
-    "checked",  # both reopened, counted and hashed
-    "tar",  # tar published
-    "table",  # table published
-    "done",  # done record written
-)
-
-
-def fault(step: str, shard: int) -> None:
-    """Die here if the environment asks for it."""
-    wanted = os.environ.get("FACTORY_FAULT")
-    if wanted and wanted.startswith("@"):
-        wanted = Path(wanted[1:]).read_text()
-    if not wanted:
-        return
-    chosen_step, chosen_shard, once, how = [*wanted.split(":", 3), "", "", ""][:4]
-    if (chosen_step, chosen_shard) != (step, str(shard)):
-        return
-    if once:
-        if Path(once).exists():
-            return
-        Path(once).write_text(str(os.getpid()))
-    os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
-
+from manifests.tars import TarCheck, TarStream
 
 _MAX_RECORD = 1 << 16
 
@@ -128,32 +93,59 @@ def committed(storage: Storage) -> set[int]:
     return {int(name) for name in names if name.isdigit()}
 
 
+def read_record(storage: Storage, name: str) -> DoneRecord:
+    """The record in the file ``name``. A damaged one, or one of another shard, is a :class:`DataError`."""
+    return _parsed(storage, name, storage.read(name))
+
+
 def done_record(storage: Storage, shard: int) -> DoneRecord | None:
     """The record of one complete shard, None where it is not complete."""
     name = done_name(shard)
-    return _parse(storage, name, storage.read(name)) if storage.exists(name) else None
+    return read_record(storage, name) if storage.exists(name) else None
 
 
 def done_records(storage: Storage) -> dict[int, DoneRecord]:
-    """Every complete shard, by number, in order. A damaged record is a :class:`DataError`."""
+    """Every complete shard, by number, in order."""
     names = [name for name in storage.list("done") if name.endswith(".json")]
-    records = {}
-    for name, data in zip(names, storage.read_many(names), strict=True):
-        record = _parse(storage, name, data)
-        records[record.shard] = record
-    return dict(sorted(records.items()))
+    found = [_parsed(storage, *file) for file in zip(names, storage.read_many(names), strict=True)]
+    return {record.shard: record for record in sorted(found, key=lambda record: record.shard)}
 
 
-def _parse(storage: Storage, name: str, data: bytes) -> DoneRecord:
+def _parsed(storage: Storage, name: str, data: bytes) -> DoneRecord:
     record = DoneRecord.from_json(data, storage.path(name))
     if done_name(record.shard) != name:
         raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
     return record
 
 
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+STEPS = (
+    "opened",  # temporary tar exists, no sample yet
+    "sample",  # first sample written
+    "written",  # temporary tar and table closed
+    "checked",  # both reopened, counted and hashed
+    "tar",  # tar published
+    "table",  # table published
+    "done",  # done record written
+)
+
+
+def fault(step: str, shard: int) -> None:
+    """Die here if ``FACTORY_FAULT`` says so: how kill tests and benchmarks stop a process inside the commit protocol.
+
+    ``STEP:SHARD`` kills this process (SIGKILL, nothing is cleaned up) when ``SHARD`` reaches ``STEP``;
+    ``STEP:SHARD:FILE`` does so once, remembered by ``FILE`` (which then holds the process id); ``STEP:SHARD:FILE:stop``
+    freezes it there instead (SIGSTOP), so that others can be killed meanwhile; ``@FILE`` reads any of these from a
+    file.
+    """
+    text = os.environ.get("FACTORY_FAULT", "")
+    if text.startswith("@"):
+        text = Path(text[1:]).read_text()
+    chosen_step, chosen_shard, once, how = [*text.split(":", 3), "", "", "", ""][:4]
+    if (chosen_step, chosen_shard) != (step, str(shard)) or (once and Path(once).exists()):
+        return
+    if once:
+        Path(once).write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
 
 
 class ShardWriter:
@@ -200,7 +192,7 @@ class ShardWriter:
             raise ValueError(f"{key}: image of {len(image)} bytes, at most {MAX_IMAGE} are stored")
         digest = xxhash.xxh3_128_digest(image)
         full = normalize({**row, "key": key, "shard": self.shard, "offset": 0, "size": len(image), "xxh3": digest})
-        text = normalized_json(full)
+        text = row_json(full)
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         with writing(self._tar_path):
@@ -219,9 +211,7 @@ class ShardWriter:
             self._file.close()
             write_shard_table(table, self._table_path, self.shard, self.fingerprint)
         fault("written", self.shard)
-        self._check(table)
-        tar_sha256, tar_bytes = sha256_file(self._tar_path), self._tar_path.stat().st_size
-        record = make_record(self.shard, tar_sha256, tar_bytes, self._table_path, self._rows, self.fingerprint)
+        record = self._checked(table)
         fault("checked", self.shard)
         publish(self.storage, self._tar_path, record.tar)
         fault("tar", self.shard)
@@ -231,18 +221,17 @@ class ShardWriter:
         fault("done", self.shard)
         return winner
 
-    def _check(self, table: pa.Table) -> None:
+    def _checked(self, table: pa.Table) -> DoneRecord:
         """Read back what reached the disk: a full disk or a failing one must not become a done record."""
-        where = f"shard {self.shard} as written"
+        where = f"shard {self.shard}, as written"
         if not read_table(self._table_path.read_bytes(), where).equals(table):
             raise DataError(f"{where}: the table reads back differently")
         with open(self._tar_path, "rb") as file:
-            found = [(sample.offset, xxhash.xxh3_128_digest(sample.image)) for sample in walk(file, where)]
-        if len(found) != len(self._rows):
-            raise DataError(f"{where}: {len(found)} samples read back, {len(self._rows)} written")
-        for place, row in zip(found, self._rows, strict=True):
-            if place != (row["offset"], row["xxh3"]):
-                raise DataError(f"{where}: sample {row['key']} reads back differently")
+            check = TarCheck(file, self.shard, self._rows)
+            for sample in check:
+                if sample.flaw:
+                    raise DataError(f"{sample.where}, as written: {sample.flaw}")
+        return make_record(self.shard, check.sha256, check.bytes, self._table_path, self._rows, self.fingerprint)
 
 
 def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str) -> None:
@@ -256,7 +245,8 @@ def make_record(
     shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
 ) -> DoneRecord:
     """The done record of a finished tar and a finished local table."""
-    table_sha256 = sha256_file(table_path)
+    with open(table_path, "rb") as file:
+        table_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return DoneRecord(
         shard=shard,
         tar=file_name(shard, tar_sha256, "tar"),

@@ -2,7 +2,8 @@
 
 Reading accepts only what writing makes: regular files called ``KEY.png`` (or jpg, webp) followed by ``KEY.json``.
 Links, folders, long-name and sparse records, paths and anything else in a tar that came from elsewhere are refused
-before a byte of payload is used.
+before a byte of payload is used. The writer's check before it publishes, ``factory verify`` and ``factory rebuild``
+read through the same :class:`TarCheck`.
 """
 
 import hashlib
@@ -15,10 +16,8 @@ from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from manifests.dataset import TarInfo
 from manifests.errors import DataError
-from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, parse_row, row_json
-from manifests.storage import Storage
+from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, make_key, normalize, parse_row, row_json
 
 BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'json'))})$", re.ASCII)
@@ -32,13 +31,7 @@ class Sample:
     extension: str
     offset: int
     image: bytes
-    row: bytes
-
-
-class Readable(Protocol):
-    """All that walking needs of a stream."""
-
-    def read(self, size: int, /) -> bytes: ...
+    json: bytes
 
 
 class TarStream:
@@ -59,65 +52,85 @@ class TarStream:
         self._tar.close()
 
 
-def _header(block: bytes, where: str) -> tuple[str, str, int]:
-    """(key, extension, size) of a member header."""
-    try:
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise DataError(f"{where}: damaged tar header ({error})") from None
-    match = _NAME.match(member.name)
-    if match is None or member.type != tarfile.REGTYPE:
-        raise DataError(f"{where}: unexpected member {member.name[:80]!r}: only KEY.png and KEY.json files belong here")
-    limit = MAX_ROW_JSON if match[2] == "json" else MAX_IMAGE
-    if not 0 <= member.size <= limit:
-        raise DataError(f"{where}: member {member.name!r} claims {member.size} bytes, more than {limit}")
-    return match[1], match[2], member.size
+class Readable(Protocol):
+    """All that walking needs of a stream."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
-def walk(file: Readable, where: str) -> Iterator[Sample]:
-    """The samples of a tar, one at a time, from its start. Raises :class:`DataError` naming ``where`` at a flaw."""
+def walk(file: Readable) -> Iterator[Sample]:
+    """The samples of a tar, one at a time, from its start. Raises :class:`DataError` at a flaw of its structure."""
     at = 0
 
     def take(size: int, what: str) -> bytes:
         nonlocal at
         data = file.read(size)
         if len(data) != size:
-            raise DataError(f"{where}: cut short inside {what}")
+            raise DataError(f"cut short inside {what}")
         at += size
         return data
 
     def member(block: bytes) -> tuple[str, str, int, bytes]:
-        key, extension, size = _header(block, where)
+        key, extension, size = _header(block)
         offset, data = at, take(size, f"{key}.{extension}")
         if any(take(-size % BLOCK, "padding")):
-            raise DataError(f"{where}: bytes in the padding after {key}.{extension}")
+            raise DataError(f"bytes in the padding after {key}.{extension}")
         return key, extension, offset, data
 
     seen: set[str] = set()
     while any(block := take(BLOCK, "its headers (no end mark)")):
         key, extension, offset, image = member(block)
         if extension == "json" or key in seen:
-            raise DataError(f"{where}: sample {key}: its image is missing or repeated")
+            raise DataError(f"the image of {key} is missing or repeated")
         seen.add(key)
-        row_key, row_extension, _, row = member(take(BLOCK, f"the row of sample {key}"))
+        row_key, row_extension, _, row = member(take(BLOCK, f"the row of {key}"))
         if row_key != key or row_extension != "json":
-            raise DataError(f"{where}: sample {key}: its row is missing")
+            raise DataError(f"the row of {key} is missing")
         yield Sample(key, extension, offset, image, row)
     while rest := file.read(1 << 20):
         if any(rest):
-            raise DataError(f"{where}: bytes after the end mark")
+            raise DataError("bytes after the end mark")
 
 
-# Looks at one tar closely: its checksum, its structure, and every sample against the rows that describe it.
-#
-# ``factory verify`` compares with known rows; rebuilding reads the rows out of the tar.
+def _header(block: bytes) -> tuple[str, str, int]:
+    """(key, extension, size) of a member."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise DataError(f"damaged tar header ({error})") from None
+    match = _NAME.match(member.name)
+    if match is None or member.type != tarfile.REGTYPE:
+        raise DataError(f"unexpected member {member.name[:80]!r}: only KEY.png and KEY.json files belong here")
+    limit = MAX_ROW_JSON if match[2] == "json" else MAX_IMAGE
+    if not 0 <= member.size <= limit:
+        raise DataError(f"member {member.name!r} claims {member.size} bytes, more than {limit}")
+    return match[1], match[2], member.size
 
 
-class HashingStream:
-    """A binary stream that remembers sha256 and length of what was read from it."""
+@dataclass(frozen=True)
+class Checked:
+    """A sample's full row, or the ``flaw`` of what ``where`` names: a sample, or the shard where no sample is known."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+    where: str
+    row: dict[str, Any]
+    flaw: str | None = None
+
+
+class TarCheck:
+    """One pass over a shard's tar: iterate for its samples; then ``samples``, ``bytes`` and ``sha256`` are those of the
+    whole file.
+
+    Each sample is held against the row that describes it: its entry of ``rows``, of which the columns ``free`` may
+    differ from those in the tar, or without ``rows`` the JSON beside its image. A flaw is part of what is yielded;
+    where the structure breaks, the images of the remaining ``rows`` are read at their places.
+    """
+
+    def __init__(
+        self, file: BinaryIO, shard: int, rows: list[dict[str, Any]] | None = None, free: frozenset[str] = frozenset()
+    ) -> None:
+        self._file, self._shard, self._rows, self._free = file, shard, rows, free
+        self._digest = hashlib.sha256()
+        self.samples, self.bytes = 0, 0
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -125,102 +138,57 @@ class HashingStream:
         self.bytes += len(data)
         return data
 
-    def finish(self) -> str:
-        """Read what is left; the sha256 of everything."""
+    def __iter__(self) -> Iterator[Checked]:
+        where, broken = f"shard {self._shard}", ""
+        try:
+            for sample in walk(self):
+                yield self._checked(f"{where}, sample {sample.key}", sample)
+                self.samples += 1
+        except DataError as error:
+            broken = str(error)
         while self.read(1 << 20):
             pass
-        return self._digest.hexdigest()
+        self.sha256 = self._digest.hexdigest()
+        left = (self._rows or [])[self.samples :]
+        if left:
+            yield Checked(f"{where}, sample {left[0]['key']}", left[0], broken or "the tar ends before it")
+        elif broken:
+            yield Checked(where, {}, broken)
+        for row in left[1:]:
+            if flaw := self._image_flaw(row):
+                yield Checked(f"{where}, sample {row['key']}", row, flaw)
 
-
-def sample_row(sample: Sample, shard: int, index: int, where: str) -> dict[str, Any]:
-    """The full row of a sample from its own JSON, with its place. Raises :class:`DataError` where the two disagree."""
-    try:
-        row = parse_row(sample.row)
-    except DataError as error:
-        raise DataError(f"{where}, sample {sample.key}: {error}") from None
-    if row["key"] != sample.key or row["shard"] != shard or int(sample.key.partition("-")[2]) != index:
-        raise DataError(f"{where}, sample {sample.key}: its row is that of another sample ({row['key'][:40]!r})")
-    if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
-        raise DataError(f"{where}, sample {sample.key}: the image was altered (checksum differs)")
-    if row_json(row) != sample.row:
-        raise DataError(f"{where}, sample {sample.key}: its row is not in the form that the factory writes")
-    return {**row, "offset": sample.offset, "size": len(sample.image)}
-
-
-def tar_rows(storage: Storage, name: str, shard: int) -> tuple[list[dict[str, Any]], str, int]:
-    """(rows, sha256, bytes) of a tar, from its own samples. Raises :class:`DataError` at the first flaw."""
-    where = f"{storage.path(name)}: shard {shard}"
-    with storage.open(name) as file:
-        stream = HashingStream(file)
-        samples = enumerate(walk(stream, where))
-        rows = [sample_row(sample, shard, index, where) for index, sample in samples]
-        return rows, stream.finish(), stream.bytes
-
-
-def tar_flaws(
-    storage: Storage, tar: TarInfo, rows: list[dict[str, Any]] | None, free: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, str]]:
-    """(where, what) for everything wrong with a tar. ``rows`` are the full rows describing it, or None if lost;
-    their columns ``free`` may differ from those in the tar."""
-    where = f"shard {tar.shard}"
-    walked, named = 0, False
-    with storage.open(tar.name) as file:
-        stream = HashingStream(file)
+    def _checked(self, where: str, sample: Sample) -> Checked:
+        row: dict[str, Any] = {}
         try:
-            for sample in walk(stream, where):
-                flaw = _sample_flaw(sample, tar.shard, walked, rows, where, free)
-                if flaw:
-                    named = True
-                    yield f"{where}, sample {sample.key}", flaw
-                walked += 1
-            if walked != tar.rows:
-                named = True
-                yield where, f"{tar.name} holds {walked} samples, expected {tar.rows}"
-        except DataError as error:
-            named = True
-            at = f", sample {rows[walked]['key']}" if rows and walked < len(rows) else ""
-            yield where + at, str(error).removeprefix(f"{where}: ")
-        digest = stream.finish()
-    for row in rows[walked + 1 :] if rows else ():
-        if not _intact(storage, tar, row):
-            named = True
-            yield f"{where}, sample {row['key']}", "the image was altered or cut off (checksum differs)"
-    if digest != tar.sha256:
-        yield where, f"{tar.name} was altered: its sha256 differs{'' if named else ', though its samples are intact'}"
+            row = self._row(sample)
+            return Checked(where, row, self._flaw(sample, row))
+        except ValueError as error:  # a table, too, can hold what the factory never writes
+            return Checked(where, row, f"no valid row describes it: {error}")
 
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        """The full row that describes ``sample``. Raises ``ValueError`` where there is none."""
+        if self._rows is not None and self.samples >= len(self._rows):
+            raise ValueError("the manifest has no more")
+        own = parse_row(sample.json, sample.offset, len(sample.image)) if self._rows is None or self._free else {}
+        if self._rows is None:
+            return own
+        return normalize(self._rows[self.samples] | {name: own[name] for name in self._free})
 
-def _sample_flaw(
-    sample: Sample, shard: int, index: int, rows: list[dict[str, Any]] | None, where: str, free: frozenset[str]
-) -> str | None:
-    if rows is None:
-        try:
-            sample_row(sample, shard, index, where)
-        except DataError as error:
-            return str(error).removeprefix(f"{where}, sample {sample.key}: ")
-        return None
-    if index >= len(rows):
-        return "no row of the manifest describes it"
-    row = rows[index]
-    if (row["key"], row["offset"], row["size"]) != (sample.key, sample.offset, len(sample.image)):
-        return f"its row says {row['key']} with {row['size']} bytes at {row['offset']}"
-    if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
-        return "the image was altered (checksum differs)"
-    if free:
-        try:
-            own = parse_row(sample.row)
-        except DataError as error:
-            return str(error)
-        row = row | {name: own[name] for name in free}
-    try:
-        same = row_json(row) == sample.row
-    except ValueError as error:  # a table can hold what the factory never writes
-        return f"its row is none of ours: {error}"
-    return None if same else "its JSON in the tar differs from its row in the table"
+    def _flaw(self, sample: Sample, row: dict[str, Any]) -> str | None:
+        expected = (make_key(self._shard, self.samples), self._shard, sample.offset, len(sample.image))
+        if sample.key != expected[0] or (row["key"], row["shard"], row["offset"], row["size"]) != expected:
+            which = f"{row['key'][:40]!r}, {row['size']} bytes at {row['offset']}"
+            return f"its row is that of another sample ({which})"
+        if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
+            return "the image was altered (checksum differs)"
+        return None if row_json(row) == sample.json else "its JSON in the tar is not that of its row"
 
-
-def _intact(storage: Storage, tar: TarInfo, row: dict[str, Any]) -> bool:
-    try:
-        image = storage.read_range(tar.name, row["offset"], row["size"])
-    except DataError:
-        return False
-    return bool(xxhash.xxh3_128_digest(image) == row["xxh3"])
+    def _image_flaw(self, row: dict[str, Any]) -> str | None:
+        """Whether the image is intact at its place, whatever lies between; a table may claim any place."""
+        image = b""
+        if 0 <= row["offset"] <= self.bytes and 0 <= row["size"] <= MAX_IMAGE:
+            self._file.seek(row["offset"])
+            image = self._file.read(row["size"])
+        intact = xxhash.xxh3_128_digest(image) == row["xxh3"]
+        return None if intact else "the image was altered or cut off (checksum differs)"

@@ -88,7 +88,7 @@ SCORES = ("cosine", "confidence", "entropy", "margin")
 
 def summarize(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
     """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
-    chosen = manifest.select(where, kept=False)
+    chosen = manifest.where(where, include_rejected=True)
     kept = np.asarray(chosen.column("kept"), dtype=bool)
     unique = unique_names(manifest.info.class_names)
     names = [unique[int(label)] for label in chosen.labels]
@@ -130,7 +130,7 @@ def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -
 
     teacher = dataset_teacher(manifest, ask="give it one with factory rescore --teacher")
     with progress("metrics", quiet=quiet) as shown:
-        return measure(manifest.select(where), teacher, on_images=lambda done, total: shown(done, total, ""))
+        return measure(manifest.where(where), teacher, on_images=lambda done, total: shown(done, total, ""))
 
 
 def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> bytes:
@@ -140,7 +140,7 @@ def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> by
 
 def samples(manifest: Manifest, where: str | None = None, columns: int = 12) -> list[tuple[str, list[bytes]]]:
     """``(class name, encoded images)`` per class, in the order of the classes."""
-    chosen = manifest.select(where)
+    chosen = manifest.where(where)
     labels = chosen.labels
     rows = []
     for label in sorted(set(labels.tolist())):

@@ -6,8 +6,8 @@ from typing import Any
 
 from manifests.dataset import SHARD_FILE
 from manifests.errors import DataError
+from manifests.integrity import rebuild
 from manifests.merge import MANIFEST
-from manifests.rebuild import rebuild
 from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline.events import quarantined, release

@@ -15,7 +15,7 @@ import numpy as np
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
 from manifests.merge import MANIFEST, write_manifest
-from manifests.reader import Manifest, Selection
+from manifests.reader import Manifest
 from manifests.storage import split
 from pipeline.lease import Lease
 from pipeline.plan import TeacherCopy, prepare, publish
@@ -114,7 +114,7 @@ def described(manifest: Manifest, copy: TeacherCopy | None, threshold: float) ->
 
 def kept_rows(manifest: Manifest) -> int:
     """How many rows are kept; 0 is no error here."""
-    return int(np.sum(Selection(manifest, np.arange(manifest.num_rows)).column("kept")))
+    return int(np.sum(manifest.where(include_rejected=True).column("kept")))
 
 
 def report_lines(result: dict[str, Any]) -> Iterator[str]:

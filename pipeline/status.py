@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from manifests.errors import DataError
+from manifests.manifest_file import ManifestFile
 from manifests.merge import MANIFEST
-from manifests.reader import Manifest
 from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.events import quarantined, read_events
@@ -82,7 +82,7 @@ def lines(result: dict[str, Any], now: float | None = None) -> Iterator[str]:
 def _in_manifest(storage: Storage) -> int:
     """Shards that the manifest names, from its footer alone; 0 where there is none to be read."""
     try:
-        return len(Manifest(storage, MANIFEST).info.tars)
+        return len(ManifestFile(storage, MANIFEST).info.tars)
     except DataError:
         return 0
 

@@ -85,7 +85,7 @@ def verify(
 ) -> None:
     """Check plan, done records, tars, tables, manifest and every image; exit 3 where something is wrong."""
     from manifests.errors import DataError
-    from manifests.verify import verify as check
+    from manifests.integrity import verify as check
     from pipeline.terminal import plain
 
     problems = [{"where": problem.where, "what": problem.what} for problem in check(run, deep=not quick)]

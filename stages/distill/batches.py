@@ -67,12 +67,12 @@ def images_at_once(most: int, size: int) -> int:
 
 def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
     """Cached where all images fit ``memory_gb``, else streamed. Raises DataError for images of unequal size."""
-    side = rows.selections[0].manifest.info.image_size
+    side = rows.selections[0].info.image_size
     for selection in rows.selections:
-        if selection.manifest.info.image_size != side:
+        if selection.info.image_size != side:
             raise DataError(
-                f"{selection.manifest.url}: images of {selection.manifest.info.image_size} pixels, "
-                f"but {rows.selections[0].manifest.url} has {side}; distil from manifests of one size"
+                f"{selection.url}: images of {selection.info.image_size} pixels, "
+                f"but {rows.selections[0].url} has {side}; distil from manifests of one size"
             )
     fits = len(rows) * side * side * 3 <= memory_gb * 1e9
     return CachedPixels(rows, side, device) if fits else StreamedPixels(rows, side, device)
@@ -154,7 +154,7 @@ class Batches:
     ):
         self.rows, self.order, self.pixels, self.settings, self.device = rows, order, pixels, settings, device
         self.ranks = ranks
-        self.side = rows.selections[0].manifest.info.image_size
+        self.side = rows.selections[0].info.image_size
         self.bounds = batch_bounds(order.length, settings.batch_size)
         self.steps = len(self.bounds) - 1
         self._labels = torch.from_numpy(rows.label).to(device)

@@ -69,11 +69,10 @@ def labeled_images(path: str, class_names: tuple[str, ...]) -> LabeledImages:
 
 
 def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
-    manifest = Manifest.open(url)
-    rows = manifest.select()
+    rows = Manifest.open(url)
     keys, labels = rows.column("key"), rows.column("label")
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
-    order = class_order(places, class_names, url, listed=manifest.info.class_names)
+    order = class_order(places, class_names, url, listed=rows.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
     return LabeledImages(url, order.line, samples)
 

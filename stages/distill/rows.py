@@ -11,7 +11,7 @@ import numpy.typing as npt
 from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
 from manifests.order import mixed_order
-from manifests.reader import Manifest, Selection
+from manifests.reader import Manifest
 from manifests.schema import KEY
 from stages.seeds import derive, mixed, uniform
 from stages.settings import DistillSettings
@@ -27,7 +27,7 @@ class Rows:
     ``bad``: why rows were left out, by manifest.
     """
 
-    selections: list[Selection]
+    selections: list[Manifest]
     weights: list[float]
     source: Ints
     label: Ints
@@ -53,23 +53,23 @@ class Rows:
         """The row as an error message names it."""
         number = int(self.source[row])
         values = self.selections[number].row(int(row - self.starts[number]))
-        return f"{self.selections[number].manifest.url}: shard {values['shard']}, sample {values['key']!r}"
+        return f"{self.selections[number].url}: shard {values['shard']}, sample {values['key']!r}"
 
 
-def intact(selection: Selection) -> tuple[Selection, list[str]]:
+def intact(selection: Manifest) -> tuple[Manifest, list[str]]:
     """``selection`` without rows whose image is missing or altered, and what is wrong with those. Reads every image."""
     bad: dict[int, str] = {}
     for _ in selection.scan(on_bad=lambda index, error: bad.__setitem__(index, str(error))):
         pass
     if len(bad) == len(selection):
-        raise DataError(f"{selection.manifest.url}: none of its {len(bad)} selected images is intact")
-    left = Selection(selection.manifest, np.delete(selection.rows, list(bad))) if bad else selection
+        raise DataError(f"{selection.url}: none of its {len(bad)} selected images is intact")
+    left = selection.take(np.delete(np.arange(len(selection)), list(bad))) if bad else selection
     return left, [bad[index] for index in sorted(bad)]
 
 
 def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSettings) -> Rows:
     """Open selections of ``(manifest, weight)`` pairs as one table of rows."""
-    selections = [manifest.select(settings.where, kept=not settings.include_rejected) for manifest, _ in manifests]
+    selections = [manifest.where(settings.where, settings.include_rejected) for manifest, _ in manifests]
     bad: list[list[str]] = [[] for _ in selections]
     if settings.skip_bad:
         checked = [intact(selection) for selection in selections]
@@ -79,9 +79,8 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
     labels = np.concatenate([selection.labels for selection in selections])
     ids, derived = [], []
     for selection in selections:
-        manifest = selection.manifest
-        place = np.array([place_of(key, manifest.url) for key in selection.column("key")], np.uint64)
-        salt = np.array([derive(0, manifest.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
+        place = np.array([place_of(key, selection.url) for key in selection.column("key")], np.uint64)
+        salt = np.array([derive(0, selection.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
         ids.append(mixed(place ^ salt))
         derived.append(np.array([key is not None for key in selection.column("source_key")]))
     return Rows(
@@ -191,7 +190,7 @@ class EpochOrder:
                 fair = weight.sum() / (len(classes) * weight[of_class].sum())
                 self._weights.append(rows.weights[number] * fair)
                 part = f"{settings.where}|{settings.include_rejected}|{settings.val_fraction}|{label}"
-                self._digests.append(f"{selection.manifest.digest}|{part}")
+                self._digests.append(f"{selection.digest}|{part}")
         self._rows = np.concatenate(self._parts)
         self.length = len(self(0))
         if self.length < 2:

@@ -92,7 +92,7 @@ def _key(teacher: Teacher, batches: Batches, top: int) -> dict[str, Any]:
         "teacher": {name: teacher.identity[name] for name in ("architecture", "sha256")},
         "preprocessing": teacher.input.settings.model_dump(mode="json"),
         "augmentation": {**settings.augment.model_dump(mode="json"), "seed": settings.seed},
-        "manifests": [{"digest": s.manifest.digest, "selected": rows_digest(s.rows)} for s in batches.rows.selections],
+        "manifests": [{"digest": s.digest, "selected": rows_digest(s.rows)} for s in batches.rows.selections],
         "top": top,
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manifests.dataset import unique_names
 from manifests.order import spread
-from manifests.reader import Selection
+from manifests.reader import Manifest
 from stages.models.loading import check_classes
 from stages.models.teacher import Moments, Teacher
 from stages.synth.scores import BATCH, stored_images
@@ -53,7 +53,7 @@ def near_duplicates(features: Tensor, threshold: float) -> int:
 
 @torch.no_grad()
 def measure(
-    selection: Selection,
+    selection: Manifest,
     teacher: Teacher,
     per_class: int = PER_CLASS,
     same: float = SAME,
@@ -61,12 +61,12 @@ def measure(
 ) -> dict[str, Any]:
     """Metrics of the images of ``selection``; JSON-able. A teacher without a last linear layer shows no features:
     diversity is then None. Raises DataError where teacher and images do not fit."""
-    check_classes(teacher, selection.manifest)
+    check_classes(teacher, selection)
     labels = selection.labels
     chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
     total, done = sum(map(len, chosen.values())), 0
     moments, classes, right = Moments(), {}, 0
-    names = unique_names(selection.manifest.info.class_names)
+    names = unique_names(selection.info.class_names)
     for label, rows in chosen.items():
         found = []
         for start in range(0, len(rows), BATCH):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manifests.errors import DataError
 from manifests.images import decode
-from manifests.reader import Manifest, Selection
+from manifests.reader import Manifest
 from manifests.schema import SCHEMA
 from stages.models.inputs import to_unit
 from stages.models.loading import check_classes
@@ -147,18 +147,18 @@ PIECE = 4096
 NEEDED = ("key", "shard", "trajectory", "timestep", "label", "source_key", "kept", "reject_reason")
 
 
-def stored_images(selection: Selection, indices: Sequence[int]) -> Tensor:
+def stored_images(selection: Manifest, indices: Sequence[int]) -> Tensor:
     """Images ``[n, 3, side, side]`` in [−1, 1] of ``indices``.
 
     Raises DataError naming the sample that is missing, altered, no image, or not of the dataset's size.
     """
-    side = selection.manifest.info.image_size
+    side = selection.info.image_size
     images = []
     for index, data in zip(indices, selection.read_many(list(indices)), strict=True):
         try:
             images.append(decode(data, side))
         except ValueError as error:
-            raise DataError(f"{selection.manifest.url}: sample {selection.row(index)['key']}: {error}") from None
+            raise DataError(f"{selection.url}: sample {selection.row(index)['key']}: {error}") from None
     return to_unit(torch.from_numpy(np.stack(images)))
 
 
@@ -178,8 +178,9 @@ def rescored(
     Raises DataError where classes or images do not fit.
     """
     check_classes(teacher, manifest)
+    everything = manifest.where(include_rejected=True)
     for first, table in pieces(manifest):
-        selection = Selection(manifest, np.arange(first, first + table.num_rows, dtype=np.int64))
+        selection = everything.take(slice(first, first + table.num_rows))
         _ = selection.labels  # refuses those that are no class
         logits, features = [], []
         for start in range(0, table.num_rows, BATCH):
@@ -196,8 +197,8 @@ def rescored(
 def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
     """(number of its first row, table) of at most ``rows`` rows, cut between trajectories wherever that is possible."""
     held, first = SCHEMA.empty_table(), 0
-    for group in range(manifest.num_groups):
-        held = pa.concat_tables([held, manifest.group(group)])
+    for group in manifest.file.groups():
+        held = pa.concat_tables([held, group])
         while held.num_rows > rows:
             starts = trajectory_starts(held.slice(0, rows + 1))
             cut = int(starts[-1]) if len(starts) else rows

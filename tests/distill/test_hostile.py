@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.integrity import verify
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from manifests.verify import verify
 from pipeline.distill import resolve_distill
 from stages.distill.evaluate import distinct, evaluate
 from stages.distill.export import markdown

@@ -76,7 +76,7 @@ def test_statistics_unlike_the_teachers_are_told(tmp_path):
     path = write_dataset(tmp_path / "m", count=12, shards=1)
     teacher = dataset_teacher(Manifest.open(path))
     assert check(tmp_path / "none", [0, 1, 2] * 4).bn_gap is None
-    images = stored_images(Manifest.open(path).select(), range(12))
+    images = stored_images(Manifest.open(path), range(12))
     norms = [module for module in teacher.net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:  # as if it had been trained on these images
         norm.reset_running_stats()

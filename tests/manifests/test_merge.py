@@ -152,7 +152,7 @@ def test_shards_without_rows_are_merged_and_select_nothing(tmp_path: Path) -> No
     write_shard(storage, 0, rows=0)
     merge(storage, INFO)
     with pytest.raises(DataError, match="none of its 0 rows"):
-        Manifest.open(tmp_path).select()
+        Manifest.open(tmp_path).where()
     write_shard(storage, 1, rows=2)
     merge(storage, INFO)
-    assert len(Manifest.open(tmp_path).select()) == 2
+    assert len(Manifest.open(tmp_path)) == 2

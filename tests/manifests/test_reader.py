@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from manifests import reader as selection_module
+from manifests import reader as reader_module
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
 from manifests.merge import merge
 from manifests.reader import Manifest, parse_source
 from manifests.schema import SCHEMA, write_options
+from manifests.shard import ShardWriter
 from manifests.storage import Storage
 from manifests.where import compile_where
-from tests.manifests.samples import INFO, flip, make_dataset, make_image, make_row, write_shard
+from tests.manifests.samples import FINGERPRINT, INFO, flip, make_dataset, make_image, make_row, write_shard
 
 SHARDS, ROWS = 3, 6
 
@@ -45,7 +49,7 @@ def test_opening_by_file_or_folder(whole: Storage) -> None:
         manifest = Manifest.open(url, verify=True)
         assert manifest.num_rows == manifest.info.rows == 18
         assert manifest.info.class_names == ("zero", "one", "two")
-        assert manifest.num_groups == 5
+        assert manifest.file.num_groups == 5
 
 
 def test_the_digest_covers_rows_and_description_but_no_recipe(tmp_path: Path) -> None:
@@ -68,9 +72,9 @@ def test_the_digest_covers_rows_and_description_but_no_recipe(tmp_path: Path) ->
 
 def test_a_selection_is_a_filter_of_everything(whole: Storage) -> None:
     manifest = Manifest.open(whole.url)
-    everything = manifest.select(kept=False)
+    everything = manifest.where(include_rejected=True)
     assert everything.column("key") == [f"{shard:06d}-{index:06d}" for shard, index in EVERY]
-    chosen = manifest.select("teacher_label == label and cosine >= 0.1", kept=False)
+    chosen = manifest.where("teacher_label == label and cosine >= 0.1", include_rejected=True)
     rows = [everything.row(index) for index in range(len(everything))]
     matching = [
         row
@@ -78,7 +82,7 @@ def test_a_selection_is_a_filter_of_everything(whole: Storage) -> None:
         if row["teacher_label"] == row["label"] and row["cosine"] is not None and row["cosine"] >= 0.099
     ]
     assert [chosen.row(index) for index in range(len(chosen))] == matching
-    assert len(manifest.select()) == sum(row["kept"] for row in rows)
+    assert len(manifest) == sum(row["kept"] for row in rows)
     assert {row["label"] for row in rows} == {0, 1, 2}
 
 
@@ -107,7 +111,7 @@ def test_a_selection_is_the_filter_of_a_full_read(whole: Storage, where: str, ke
         good = set(table.filter(table["kept"])["key"].to_pylist())
         expected = [key for key in expected if key in good]
     try:
-        chosen = Manifest.open(whole.url).select(where, kept=kept)
+        chosen = Manifest.open(whole.url).where(where, include_rejected=not kept)
     except DataError:
         assert expected == []
         return
@@ -116,7 +120,7 @@ def test_a_selection_is_the_filter_of_a_full_read(whole: Storage, where: str, ke
 
 
 def test_rows_come_back_as_they_were_written(whole: Storage) -> None:
-    row = Manifest.open(whole.url).select(kept=False).row(7)
+    row = Manifest.open(whole.url).where(include_rejected=True).row(7)
     assert row["prompt"] == make_row(1, 1)["prompt"]
     assert row["confidence"] == np.float32(0.1)
     assert row["lca"][0]["lam"] == np.float32(0.3)
@@ -125,7 +129,7 @@ def test_rows_come_back_as_they_were_written(whole: Storage) -> None:
 
 
 def test_columns(whole: Storage) -> None:
-    selection = Manifest.open(whole.url).select("label == 1", kept=False)
+    selection = Manifest.open(whole.url).where("label == 1", include_rejected=True)
     labels: Any = selection.column("label")
     assert labels.dtype == np.int32
     assert labels.tolist() == [1] * 6
@@ -139,23 +143,23 @@ def test_columns(whole: Storage) -> None:
 def test_nothing_selected_is_a_data_error(whole: Storage, tmp_path: Path) -> None:
     manifest = Manifest.open(whole.url)
     with pytest.raises(DataError, match=r"m\.parquet: none of its 15 kept rows satisfies 'label == 77'"):
-        manifest.select("label == 77")
+        manifest.where("label == 77")
     with pytest.raises(DataError, match="none of its 18 rows"):
-        manifest.select("label == 77", kept=False)
+        manifest.where("label == 77", include_rejected=True)
     with pytest.raises(UsageError, match="overflow"):
-        manifest.select("seed * 4611686018427387904 == 1")
+        manifest.where("seed * 4611686018427387904 == 1")
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), gap=st.sampled_from([0, 600, 1 << 20]), run=st.sampled_from([1, 2000, 1 << 20]))
 def test_any_order_reads_the_right_images(whole: Storage, data: st.DataObject, gap: int, run: int) -> None:
     order = data.draw(st.lists(st.integers(0, 17), max_size=30))
-    selection = Manifest.open(whole.url).select(kept=False)
+    selection = Manifest.open(whole.url).where(include_rejected=True)
     expected = [make_image(*EVERY[index]) for index in order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection_module, "GAP_LOCAL", gap)
-        patch.setattr(selection_module, "RUN", run)
-        patch.setattr(selection_module, "WINDOW", 7)
+        patch.setattr(reader_module, "GAP_LOCAL", gap)
+        patch.setattr(reader_module, "RUN", run)
+        patch.setattr(reader_module, "WINDOW", 7)
         assert selection.read_many(order) == expected
         assert [*selection.scan(order)] == [*zip(order, expected, strict=True)]
 
@@ -171,7 +175,7 @@ def test_dense_reading_is_one_read_a_tar_and_sparse_reading_is_ranged(
         return read_range(storage, name, offset, size)
 
     monkeypatch.setattr(Storage, "read_range", counted)
-    selection = Manifest.open(whole.url).select(kept=False)
+    selection = Manifest.open(whole.url).where(include_rejected=True)
     reads.clear()
     assert len([*selection.scan()]) == 18
     assert len(reads) == SHARDS
@@ -181,7 +185,7 @@ def test_dense_reading_is_one_read_a_tar_and_sparse_reading_is_ranged(
 
 
 def test_selections_work_in_other_processes(whole: Storage) -> None:
-    selection = Manifest.open(whole.url).select(kept=False)
+    selection = Manifest.open(whole.url).where(include_rejected=True)
     copy = pickle.loads(pickle.dumps(selection))
     assert copy.read(4) == selection.read(4)
     assert copy.row(4) == selection.row(4)
@@ -210,7 +214,7 @@ class TestBadTars:
         Manifest.open(tmp_path)
         with pytest.raises(DataError, match=rf"{name}: altered: .*shard 1"):
             Manifest.open(tmp_path, verify=True)
-        selection = Manifest.open(tmp_path).select(kept=False)
+        selection = Manifest.open(tmp_path).where(include_rejected=True)
         with pytest.raises(DataError, match="shard 1, sample '000001-000000' was altered"):
             [*selection.scan()]
         storage.write(name, whole[:-512])
@@ -229,7 +233,7 @@ class TestBadTars:
         manifest = Manifest.open(tmp_path, skip_bad=True)
         assert len(manifest.problems) == 2
         bad: dict[int, str] = {}
-        selection = manifest.select(kept=False)
+        selection = manifest.where(include_rejected=True)
         good = dict(selection.scan(on_bad=lambda index, error: bad.update({index: str(error)})))
         assert sorted([*good, *bad]) == [*range(18)]
         assert {*range(6), 6} <= set(bad)
@@ -257,7 +261,7 @@ class TestBadTars:
     def test_places_outside_their_tar_are_never_read(self, tmp_path: Path, change: dict[str, list[int]]) -> None:
         storage = make_dataset(tmp_path)
         replace_rows(storage, change)
-        selection = Manifest.open(tmp_path).select(kept=False)
+        selection = Manifest.open(tmp_path).where(include_rejected=True)
         with pytest.raises(DataError, match="lies outside its tar"):
             selection.read(17)
         bad: list[int] = []
@@ -268,7 +272,7 @@ class TestBadTars:
 class TestForeignFiles:
     def refused(self, path: Path, reason: str) -> None:
         with pytest.raises(DataError, match=reason) as caught:
-            Manifest.open(path).select(kept=False).read(0)
+            Manifest.open(path).where(include_rejected=True).read(0)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", b"x" * 5000, b"\x80\x04pickle."])
@@ -316,7 +320,7 @@ class TestForeignFiles:
         broken = pa.array([b"\xff\xfe"] * 6).view(pa.string())
         changed = table.set_column(table.schema.get_field_index("prompt"), SCHEMA.field("prompt"), broken)
         pq.write_table(changed.replace_schema_metadata(table.schema.metadata), storage.path("m.parquet"))
-        selection = Manifest.open(tmp_path).select(kept=False)
+        selection = Manifest.open(tmp_path).where(include_rejected=True)
         for call in (lambda: selection.row(0), lambda: selection.column("prompt")):
             with pytest.raises(DataError):
                 call()
@@ -329,7 +333,7 @@ class TestForeignFiles:
         column = next(column for column in columns if column.path_in_schema == "confidence")
         flip(storage, "m.parquet", column.data_page_offset + column.total_compressed_size - 3)
         with pytest.raises(DataError, match=r"m\.parquet: not a readable Parquet file"):
-            Manifest.open(tmp_path).select(kept=False).column("confidence")
+            Manifest.open(tmp_path).where(include_rejected=True).column("confidence")
         assert data != storage.read("m.parquet")
 
 
@@ -354,8 +358,117 @@ def test_impossible_weights_are_usage_errors(text: str) -> None:
 
 
 def test_threads_may_look_at_rows_at_the_same_time(whole: Storage) -> None:
-    manifest, rows = Manifest.open(whole.url), [*range(0, 18, 4)] * 8
+    manifest, rows = Manifest.open(whole.url).where(include_rejected=True), [*range(0, 18, 4)] * 8
     expected = [manifest.row(row)["key"] for row in rows]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(50):
             assert list(pool.map(lambda row: manifest.row(row)["key"], rows)) == expected
+
+
+def test_selections_compose_in_any_order(whole: Storage) -> None:
+    manifest = Manifest.open(whole.url)
+    both = manifest.where("label == 0 and shard > 0", include_rejected=True).column("key")
+    for selection in (
+        manifest.where("label == 0").where("shard > 0", include_rejected=True),
+        manifest.where("label == 0", include_rejected=True).where("shard > 0"),
+        manifest.where(include_rejected=True).where("shard > 0").where("label == 0"),
+    ):
+        assert selection.column("key") == both
+    kept = manifest.where("label == 0").where("shard > 0")
+    assert kept.column("key") == [key for key in both if key[-1] != "4"] != both
+    assert len(manifest) == 15 and manifest.num_rows == 18
+    with pytest.raises(DataError, match="none of its 15 kept rows satisfies 'label == 0 and label == 2'"):
+        manifest.where("label == 0").where("label == 2")
+    with pytest.raises(UsageError, match="--where 'label =='"):
+        manifest.where("label == 0").where("label ==")
+
+
+def test_taken_rows_keep_their_order_and_can_be_narrowed(whole: Storage) -> None:
+    everything = Manifest.open(whole.url).where(include_rejected=True)
+    taken = everything.take([9, 4, 2])
+    assert taken.column("key") == ["000001-000003", "000000-000004", "000000-000002"]
+    assert taken.take(slice(1, 3)).read_many([1, 0]) == [make_image(0, 2), make_image(0, 4)]
+    assert taken.where("shard == 0").column("key") == ["000000-000004", "000000-000002"]
+    assert taken.where(include_rejected=False).column("key") == ["000001-000003", "000000-000002"]
+
+
+def test_a_table_holds_the_selected_rows(whole: Storage) -> None:
+    selection = Manifest.open(whole.url).where("label == 2")
+    table = selection.to_table()
+    assert table.column_names == SCHEMA.names
+    assert table.to_pylist() == [selection.row(index) for index in range(len(selection))]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Manifest:
+    """Nine images of one gray level each, 2 × 2 pixels, of which the last is rejected."""
+    storage = Storage(tmp_path)
+    with ShardWriter(storage, 0, FINGERPRINT) as writer:
+        for level in range(9):
+            buffer = io.BytesIO()
+            Image.new("RGB", (2, 2), (level,) * 3).save(buffer, "PNG")
+            writer.add({"label": level % 3, "method": "test", "kept": level < 8}, buffer.getvalue())
+        writer.commit()
+    names = ("zero", "<script>alert(1)</script>", "zero")
+    prior = {"pipeline": "<b>", "sha256": "9" * 64}
+    merge(storage, replace(INFO, image_size=2, class_names=names, prior=prior))
+    return Manifest.open(tmp_path)
+
+
+def test_a_dataset_feeds_a_data_loader(pictures: Manifest) -> None:
+    dataset = pictures.where("label != 1").dataset()
+    image, label = dataset[2]
+    assert (image.mode, image.size, image.getpixel((1, 1)), label) == ("RGB", (2, 2), (3, 3, 3), 0)
+    assert [image.getpixel((0, 0))[0] for image, _ in dataset] == [0, 2, 3, 5, 6]
+    assert dataset[-1][0].getpixel((0, 0)) == (6, 6, 6)
+    with pytest.raises(IndexError):
+        dataset[5]
+    for context in ("fork", "spawn"):
+        loader = DataLoader(
+            pickle.loads(pickle.dumps(pictures.dataset(first_level))),
+            batch_size=3,
+            num_workers=1,
+            multiprocessing_context=context,
+        )
+        levels, labels = zip(*loader, strict=True)
+        assert [level.tolist() for level in levels] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+        assert [label.tolist() for label in labels] == [[0, 1, 2], [0, 1, 2], [0, 1]]
+
+
+def first_level(image: Any) -> int:
+    return int(image.getpixel((0, 0))[0])
+
+
+def test_pictures_are_evenly_spread(pictures: Manifest) -> None:
+    assert [first_level(image) for image in pictures.images(3)] == [0, 4, 7]
+    assert len(pictures.images()) == 8
+
+
+def test_an_image_of_another_size_is_named(pictures: Manifest) -> None:
+    merge(pictures.storage, replace(INFO, image_size=3))
+    with pytest.raises(DataError, match="sample 000000-000004: not a readable image: 2×2 pixels, expected 3×3"):
+        Manifest.open(pictures.url).dataset()[4]
+
+
+def test_a_notebook_shows_what_a_manifest_holds(pictures: Manifest) -> None:
+    chosen = pictures.where("label < 2")
+    assert repr(chosen) == f"Manifest({pictures.url!r}, 6 of 9 rows, where 'label < 2')"
+    shown = chosen._repr_html_()
+    for text in (
+        "6 of 9 rows, 2 × 2 pixels",
+        "label &lt; 2",
+        "3: zero (0) (3), &lt;script&gt;alert(1)&lt;/script&gt; (3), zero (2) (0)",
+        "&lt;b&gt; sha256 999999999999",
+        "builtin sha256 cdcdcdcdcdcd",
+        FINGERPRINT[:12],
+    ):
+        assert f"{text}</td>" in shown
+    assert "<script>" not in shown and "<b>" not in shown
+
+
+def test_a_manifest_without_kept_images_can_be_shown(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    write_shard(storage, 0, rows=0)
+    merge(storage, INFO)
+    empty = Manifest.open(tmp_path)
+    assert "none of 0 rows" in repr(empty) and "none of 0 rows" in empty._repr_html_()

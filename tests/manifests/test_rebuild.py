@@ -4,12 +4,11 @@ import pytest
 
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
+from manifests.integrity import rebuild, verify
 from manifests.reader import Manifest
-from manifests.rebuild import rebuild
 from manifests.shard import done_name, done_records
 from manifests.storage import Storage
 from manifests.tars import TarStream
-from manifests.verify import verify
 from tests.manifests.samples import FINGERPRINT, INFO, all_files, flip, make_dataset, write_shard
 
 
@@ -139,12 +138,12 @@ def test_rows_of_another_sample_are_refused(tmp_path: Path) -> None:
 
     storage = make_dataset(tmp_path, shards=1)
     record = done_records(storage)[0]
-    samples = [*walk(io.BytesIO(storage.read(record.tar)), "t")]
+    samples = [*walk(io.BytesIO(storage.read(record.tar)))]
     file = io.BytesIO()
     tar = TarStream(file)
     for sample, other in zip(samples, reversed(samples), strict=True):
         tar.add(f"{sample.key}.png", sample.image)
-        tar.add(f"{sample.key}.json", other.row)
+        tar.add(f"{sample.key}.json", other.json)
     tar.close()
     name = file_name(0, hashlib.sha256(file.getvalue()).hexdigest(), "tar")
     storage.delete(record.tar)

@@ -23,8 +23,8 @@ def test_a_remote_dataset_equals_a_local_one(s3_url: str, tmp_path: Path) -> Non
     assert done_records(remote) == done_records(local)
     manifest = Manifest.open(s3_url, verify=True)
     assert manifest.digest == Manifest.open(tmp_path).digest
-    selection = manifest.select("label == 1")
-    here = Manifest.open(tmp_path).select("label == 1")
+    selection = manifest.where("label == 1")
+    here = Manifest.open(tmp_path).where("label == 1")
     assert dict(selection.scan()) == dict(here.scan())
     assert selection.row(2) == here.row(2)
 
@@ -72,7 +72,7 @@ def test_a_store_that_fails_every_third_request_loses_nothing(
     storage = make_dataset(s3_url)
     assert len(failed) > 10
     assert all_files(storage) == expected
-    assert [*Manifest.open(s3_url).select(kept=False).scan()][7] == (7, make_image(1, 1))
+    assert [*Manifest.open(s3_url).where(include_rejected=True).scan()][7] == (7, make_image(1, 1))
 
 
 @pytest.mark.usefixtures("no_delays")

@@ -23,11 +23,11 @@ def make_tar(samples: int = 4) -> bytes:
 
 def test_walking_finds_what_was_written_where_it_lies() -> None:
     data = make_tar()
-    samples = [*walk(io.BytesIO(data), "t.tar")]
+    samples = [*walk(io.BytesIO(data))]
     assert [sample.key for sample in samples] == [f"000001-{index:06d}" for index in range(4)]
     for index, sample in enumerate(samples):
         assert sample.image == make_image(1, index) == data[sample.offset :][: len(sample.image)]
-        assert sample.row == b"{}"
+        assert sample.json == b"{}"
 
 
 def test_tars_are_standard_and_reproducible(tmp_path: object) -> None:
@@ -47,8 +47,8 @@ def test_every_truncation_is_noticed() -> None:
     data = make_tar()
     end = max(index for index, byte in enumerate(data) if byte) // 512 * 512 + 512
     for length in [*range(0, end + 1, 256), end + 511]:
-        with pytest.raises(DataError, match=r"t\.tar: cut short"):
-            [*walk(io.BytesIO(data[:length]), "t.tar")]
+        with pytest.raises(DataError, match="^cut short"):
+            [*walk(io.BytesIO(data[:length]))]
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"x", link: str = "") -> bytes:
@@ -87,8 +87,8 @@ PNG, JSON = member("000001-000000.png"), member("000001-000000.json")
 )
 def test_anything_but_our_own_members_is_refused(members: list[bytes]) -> None:
     data = b"".join(members).ljust(10240, b"\0")
-    with pytest.raises(DataError, match=r"^t\.tar: [^\n]+$"):
-        [*walk(io.BytesIO(data), "t.tar")]
+    with pytest.raises(DataError, match=r"^[^\n]+$"):
+        [*walk(io.BytesIO(data))]
 
 
 @pytest.mark.parametrize(("name", "limit"), [("000001-000000.png", MAX_IMAGE), ("000001-000000.json", MAX_ROW_JSON)])
@@ -98,11 +98,11 @@ def test_claimed_sizes_are_bounded_before_reading(name: str, limit: int) -> None
         info.size = size
         data = (b"" if name.endswith("png") else PNG) + info.tobuf(tarfile.GNU_FORMAT)
         with pytest.raises(DataError, match="claims"):
-            [*walk(io.BytesIO(data), "t.tar")]
+            [*walk(io.BytesIO(data))]
 
 
 def test_bytes_hidden_in_padding_are_noticed() -> None:
     data = bytearray(make_tar())
     data[512 + 511] = 1
     with pytest.raises(DataError, match="padding"):
-        [*walk(io.BytesIO(bytes(data)), "t.tar")]
+        [*walk(io.BytesIO(bytes(data)))]

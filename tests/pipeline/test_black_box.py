@@ -31,7 +31,7 @@ def test_a_black_box_selects_what_its_student_learns_from(tmp_path):
     recipe = resolve(recipe_file(tmp_path, method="dmkd", min_confidence=0.2), environ={})
     made = run_synth(recipe, str(tmp_path / "data"), INLINE, quiet=True)
     assert made["rows"] == 40 and 0 < made["kept"] < 40
-    rows = Manifest.open(made["manifest"]).select(kept=False)
+    rows = Manifest.open(made["manifest"]).where(include_rejected=True)
     rejected = [reason for reason in rows.column("reject_reason") if reason]
     assert len(rejected) == 40 - made["kept"] and all("teacher gives its class" in reason for reason in rejected)
     assert not (tmp_path / "data" / "teacher").exists()  # only ever named

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import StoreError
+from manifests.integrity import verify
 from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
-from manifests.verify import verify
 from pipeline import cli
 from pipeline.synth import run_synth
 from tests.pipeline.conftest import INLINE, SMALL, small_recipe

@@ -3,9 +3,9 @@
 import pytest
 
 from manifests.errors import DataError, FactoryError
+from manifests.integrity import verify
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from manifests.verify import verify
 from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
 from pipeline.repair import collect
@@ -24,14 +24,14 @@ def littered(run_folder):
 
 
 def test_leftovers_go_and_the_dataset_stays(littered):
-    before = Manifest.open(littered).select().read(3)
+    before = Manifest.open(littered).read(3)
     removed = collect(Storage(littered))
     assert removed["orphans"] == ["shards/000001-0123456789ab.tar"]
     assert removed["temporary"] == [HALF.removeprefix("tmp/")]
     assert removed["bytes"] == 1500
     assert len(list((littered / "shards").iterdir())) == 4
     assert not quarantined(Storage(littered))
-    assert Manifest.open(littered, verify=True).select().read(3) == before
+    assert Manifest.open(littered, verify=True).read(3) == before
 
 
 def test_a_copy_that_was_under_way_to_another_disk_goes(run_folder):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import LinkError
+from manifests.integrity import rebuild
 from manifests.local import temporary_name
-from manifests.rebuild import rebuild
 from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline import cli

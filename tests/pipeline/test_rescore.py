@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.integrity import verify
 from manifests.reader import Manifest
 from manifests.shard import done_name, done_records
 from manifests.storage import Storage
-from manifests.verify import verify
 from pipeline.distill import run_distill
 from pipeline.inspect import summarize
 from pipeline.lease import Lease

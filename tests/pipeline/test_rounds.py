@@ -5,8 +5,8 @@ import json
 import pytest
 
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.integrity import verify
 from manifests.reader import Manifest
-from manifests.verify import verify
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.rounds import SEED_STRIDE, report_lines, round_report, round_settings, run_rounds
@@ -51,8 +51,8 @@ def test_the_second_round_is_steered_by_the_first_student(done):
     assert second["adversary"]["sha256"] == teacher_identity(ModelSettings(name=str(student)))["sha256"]
     assert second["settings"]["guidance"]["adversarial"] == 0.5
     assert [found["adversary"] for found in result["rounds"]] == [None, str(student)]
-    steered = Manifest.open(folder / "round-002").select(kept=False).column("loss_adv")
-    plain = Manifest.open(folder / "round-001").select(kept=False).column("loss_adv")
+    steered = Manifest.open(folder / "round-002").where(include_rejected=True).column("loss_adv")
+    plain = Manifest.open(folder / "round-001").where(include_rejected=True).column("loss_adv")
     assert not plain.any() and len(steered) == 20
 
 
@@ -69,7 +69,7 @@ def test_rounds_start_from_different_noise(done):
     folder, _, _ = done
     seeds = [plan(folder, number)["recipe"]["synth"]["seed"] for number in (1, 2)]
     assert seeds == [0, SEED_STRIDE]
-    first, second = (Manifest.open(folder / f"round-00{n}").select(kept=False) for n in (1, 2))
+    first, second = (Manifest.open(folder / f"round-00{n}").where(include_rejected=True) for n in (1, 2))
     assert first.read(0) != second.read(0)
 
 

@@ -34,7 +34,7 @@ def shard_names(folder):
 def test_a_run_gives_a_manifest_that_says_what_it_is(run_folder):
     manifest = Manifest.open(run_folder / "m.parquet")
     assert manifest.num_rows == 40
-    assert len(manifest.select()) == 32
+    assert len(manifest) == 32
     assert manifest.info.recipe["name"] == "demo"
     assert manifest.info.recipe["synth"]["shards"] == 2
     assert manifest.info.teacher["architecture"]

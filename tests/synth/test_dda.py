@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from manifests.errors import UsageError
+from manifests.integrity import verify
 from manifests.reader import Manifest
-from manifests.verify import verify
 from pipeline.distill import run_distill
 from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
@@ -50,7 +50,7 @@ def made(prior_folder, tmp_path_factory):
 
 
 def all_rows(manifest):
-    return [row for group in range(manifest.num_groups) for row in manifest.group(group).to_pylist()]
+    return [row for group in manifest.file.groups() for row in group.to_pylist()]
 
 
 def pictures(n=3, side=16):
@@ -138,7 +138,7 @@ def test_rows_name_their_source_and_follow_the_filter(made):
     _, report, manifest = made
     rows = all_rows(manifest)
     assert report["rows"] == len(rows) == 2 * 2 * 6 * 3
-    images = stored_images(manifest.select(kept=False), range(len(rows)))
+    images = stored_images(manifest.where(include_rejected=True), range(len(rows)))
     teacher = load_teacher(SynthSettings().teacher, "cpu")
     with torch.no_grad():
         logits, features = teacher.with_features(images)

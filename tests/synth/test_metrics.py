@@ -52,23 +52,23 @@ def test_measures_the_kept_images_of_each_class(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 24, kept=lambda i: i != 0))
     teacher = dataset_teacher(manifest)
     seen = []
-    found = measure(manifest.select(), teacher, on_images=lambda *done: seen.append(done))
+    found = measure(manifest, teacher, on_images=lambda *done: seen.append(done))
     assert found["images"] == 23 and seen[-1] == (23, 23)
     assert {name: facts["images"] for name, facts in found["classes"].items()} == {"left": 7, "right": 8, "top": 8}
     assert found["bn_gap"] > 0
     assert 0 <= found["teacher_accuracy"] <= 1
     facts = found["classes"]["left"]
     assert -1 <= facts["cosine"] <= 1 <= facts["vendi"] <= 7
-    assert measure(manifest.select(), teacher, per_class=2)["images"] == 6
-    assert measure(manifest.select(), teacher, same=0.0)["near_duplicates"] == 23 - 3
-    assert measure(manifest.select(), teacher, same=1.1)["near_duplicates"] == 0
+    assert measure(manifest, teacher, per_class=2)["images"] == 6
+    assert measure(manifest, teacher, same=0.0)["near_duplicates"] == 23 - 3
+    assert measure(manifest, teacher, same=1.1)["near_duplicates"] == 0
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 24))
     merge(manifest.storage, replace(manifest.info, class_names=("crane", "crane", "top")))
     manifest = Manifest.open(tmp_path)
-    found = measure(manifest.select(), dataset_teacher(manifest), same=0.0)
+    found = measure(manifest, dataset_teacher(manifest), same=0.0)
     assert {name: f["images"] for name, f in found["classes"].items()} == {"crane (0)": 8, "crane (1)": 8, "top": 8}
     assert found["near_duplicates"] == 24 - 3
     assert {name: f["rows"] for name, f in summarize(manifest)["classes"].items()} == dict.fromkeys(found["classes"], 8)
@@ -79,7 +79,7 @@ def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):
     manifest = Manifest.open(write_dataset(tmp_path, 24))
     teacher, sizes = dataset_teacher(manifest), []
     teacher.net.register_forward_hook(lambda net, args, out: sizes.append(len(out)))
-    found = measure(manifest.select(), teacher)
+    found = measure(manifest, teacher)
     assert sizes == [3, 3, 2] * 3
     assert found["bn_gap"] is not None and found["near_duplicates"] is not None
 
@@ -89,4 +89,4 @@ def test_classes_must_fit(tmp_path):
     teacher = dataset_teacher(manifest)
     teacher.num_classes = 4
     with pytest.raises(DataError, match="has 3 classes, the teacher 4"):
-        measure(manifest.select(), teacher)
+        measure(manifest, teacher)

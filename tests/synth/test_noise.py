@@ -20,7 +20,7 @@ def make(folder, shards, **settings):
 def samples(storage, shard):
     record = done_records(storage)[shard]
     with storage.open(record.tar) as file:
-        return [sample.image for sample in walk(file, record.tar)]
+        return [sample.image for sample in walk(file)]
 
 
 def test_report_and_images(tmp_path):

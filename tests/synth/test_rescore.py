@@ -87,7 +87,7 @@ def test_derived_rows_need_threshold_and_cosine():
 def test_pieces_hold_whole_trajectories_across_row_groups():
     rows = table(*({"trajectory": i // 3} for i in range(12)))
     groups = [rows.slice(0, 4), rows.slice(4, 4), rows.slice(8)]
-    manifest = SimpleNamespace(num_groups=3, group=lambda i: groups[i])
+    manifest = SimpleNamespace(file=SimpleNamespace(groups=lambda: groups))
     found = list(pieces(manifest, 5))
     assert [(first, len(set(part["trajectory"].to_pylist())), part.num_rows) for first, part in found] == [
         (0, 1, 3), (3, 1, 3), (6, 1, 3), (9, 1, 3)
@@ -97,6 +97,6 @@ def test_pieces_hold_whole_trajectories_across_row_groups():
 
 def test_a_trajectory_longer_than_a_piece_is_cut_and_rows_without_one_stand_alone():
     long = table(*({"trajectory": 0} for _ in range(5)))
-    manifest = SimpleNamespace(num_groups=1, group=lambda i: long)
+    manifest = SimpleNamespace(file=SimpleNamespace(groups=lambda: [long]))
     assert [part.num_rows for _, part in pieces(manifest, 2)] == [2, 2, 1]
     assert trajectory_starts(table({}, {}, {})).tolist() == [1, 2]

@@ -108,7 +108,7 @@ def test_teacher_columns_are_of_what_a_lossy_file_holds(prior_folder, tmp_path, 
     ShardWorker(given, storage.url, INFO.fingerprint).run(0)
     merge(storage, replace(INFO, image_size=16, class_names=teacher.class_names))
     manifest = Manifest.open(storage.url)
-    rows, again = (table.to_pylist() for table in (manifest.group(0), next(rescored(manifest, teacher, 0.1))))
+    rows, again = (table.to_pylist() for table in (manifest.file.group(0), next(rescored(manifest, teacher, 0.1))))
     for row, other in zip(rows, again, strict=True):
         assert (row["teacher_label"], row["kept"]) == (other["teacher_label"], other["kept"])
         for name in ("confidence", "entropy", "margin", "cosine", "logits"):

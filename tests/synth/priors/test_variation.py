@@ -151,7 +151,7 @@ def test_dda_from_end_to_end(folder, tmp_path):
     assert told["denoiser_calls"] == 6 * 2 * 5 * 2  # trajectories, variants, all steps in spite of strength, CFG
     report = run_synth(asked, str(tmp_path / "one"), PLACE, quiet=True)
     manifest = Manifest.open(report["manifest"])
-    rows = manifest.group(0).to_pylist()
+    rows = manifest.file.group(0).to_pylist()
     assert len(rows) == told["images"] == 18
     assert [row["source_key"] is None for row in rows] == [True, False, False] * 6
     assert all((row["step"], row["cosine_ref"]) == (5, "source") for row in rows if row["source_key"])
