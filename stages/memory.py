@@ -1,4 +1,8 @@
-"""Devices by name, and work in micro-batches: how a group that does not fit the memory is computed all the same."""
+"""Devices by name, and work in micro-batches: how a group that does not fit the memory is computed all the same.
+
+Rows do not see each other in an eval-mode network, so parts give what the whole gives, up to the rounding of other
+kernels. What does need the whole group, the mean and variance of BatchNorm's inputs, is additive over parts.
+"""
 
 import gc
 from collections.abc import Callable
@@ -22,12 +26,6 @@ def find_device(name: str) -> torch.device:
         why = " ".join(str(error).split()).partition(". ")[0]
         raise UsageError(f"device {name!r} cannot be used: {why}; there are auto, cpu, cuda, cuda:1 …") from None
     return device
-
-
-# A network on a few rows at a time: how a group that does not fit the memory is computed all the same.
-#
-# Rows do not see each other in an eval-mode network, so parts give what the whole gives, up to the rounding of other
-# kernels. What does need the whole group, the mean and variance of BatchNorm's inputs, is additive over parts.
 
 
 T = TypeVar("T")
@@ -60,8 +58,8 @@ def moment_sums(x: Tensor, origin: Tensor) -> Tensor:
 
     Counted from ``origin [c]`` (the running mean), so that the variance does not cancel.
     """
-    centred = x.unsqueeze(-1).flatten(2).to(origin.dtype) - origin.view(1, -1, 1)
-    return torch.stack([centred.mean(2).sum(0), centred.square().mean(2).sum(0)]).unsqueeze(0)
+    centered = x.unsqueeze(-1).flatten(2).to(origin.dtype) - origin.view(1, -1, 1)
+    return torch.stack([centered.mean(2).sum(0), centered.square().mean(2).sum(0)]).unsqueeze(0)
 
 
 def moments(sums: Tensor, origin: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -80,14 +78,14 @@ OUT_OF_MEMORY = (  # in RuntimeErrors of PyTorch's allocator on the CPU, oneDNN,
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed, which not only PyTorch's own class of it does."""
+    """Whether ``error`` reports a failed allocation, by PyTorch's own class or in its text."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def retry_with_smaller_batches(
     call: Callable[[], T], size: int, limit: Callable[[int], None], what: str, way_out: str
 ) -> T:
-    """``call()``; where it runs out of memory, again after ``limit`` was told half of ``size`` rows at once, and so on.
+    """``call()``; where it runs out of memory, again after ``limit`` (rows at once) is called with half of ``size`` …
 
     Raises what ``call`` raises; FactoryError, ``what`` does not fit and the ``way_out``, where one row is too many.
     """

@@ -7,16 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# The seed of anything random, in both stages: a pure function of what is drawn, never of who draws it.
-
 
 def derive(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed for ``purpose``, e.g. ``derive(run_seed, "noise", trajectory)``."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-# Stage 1's generators, each seeded by what it draws (:func:`stages.seeds.derive`).
 
 
 def python_rng(seed: int, *purpose: int | str) -> random.Random:

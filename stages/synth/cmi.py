@@ -21,13 +21,7 @@ from stages.synth.guidance import Losses, class_prior, disagreement, moments_gap
 from stages.synth.inversion import Best, as_rgb, inverted_side
 from stages.synth.sampler import Counters, DecodedGroup, Models
 
-# Random views of images for contrastive inversion: crops, shifts and flips, each image its own.
-#
-# A view is two small matrices an image (rows, columns), so that its gradient is a matrix product: the same numbers on
-# every run, which grid sampling does not promise on a GPU.
-
-
-RATIO = 4 / 3  # greatest ratio of a crop's sides
+RATIO = 4 / 3  # largest ratio of a crop's sides
 
 
 def draw_crops(n: int, area: tuple[float, float], flip: bool, rng: torch.Generator) -> Tensor:
@@ -53,7 +47,11 @@ def mirrored(width: Tensor, u: Tensor, flip: bool) -> Tensor:
 
 
 def views(images: Tensor, windows: Tensor) -> Tensor:
-    """``images [n, c, s, s]`` seen through ``windows``, stretched to the same size; edges are repeated."""
+    """``images [n, c, s, s]`` seen through ``windows [n, 4]``, stretched to the same size; edges are repeated.
+
+    A view is two small matrices an image (rows, columns), so that its gradient is a matrix product: the same numbers on
+    every run, which grid sampling does not promise on a GPU.
+    """
     side = images.shape[-1]
     rows = weights(windows[:, 0], windows[:, 2], side).to(images)
     columns = weights(windows[:, 1], windows[:, 3], side).to(images)
@@ -66,16 +64,13 @@ def weights(start: Tensor, length: Tensor, side: int) -> Tensor:
     >>> weights(torch.tensor([0.5]), torch.tensor([1.0]), 2).tolist()
     [[[0.0, 1.0], [0.0, 1.0]]]
     """
-    centres = (torch.arange(side) + 0.5) / side
-    along = torch.where(length[:, None] < 0, 1 - centres, centres) * length.abs()[:, None]
+    centers = (torch.arange(side) + 0.5) / side
+    along = torch.where(length[:, None] < 0, 1 - centers, centers) * length.abs()[:, None]
     position = ((start[:, None] + along) * side - 0.5).clamp(0, side - 1)
     return (1 - (position[:, :, None] - torch.arange(side)).abs()).clamp_min(0)
 
 
-# The generator of contrastive inversion: latents to images, re-initialized for every batch (Fang et al. 2021).
-
-
-START = 8  # greatest side of the first map
+START = 8  # largest side of the first map
 
 
 class Generator(nn.Module):
@@ -103,9 +98,6 @@ class Generator(nn.Module):
         return torch.tanh(self.last(x))
 
 
-# The contrastive term of inversion (CMI; DDA equation 4): embeddings of the teacher, a head, InfoNCE.
-
-
 WIDTH = 256  # of the head
 
 
@@ -122,16 +114,16 @@ def embedding(teacher: Teacher, images: Tensor) -> tuple[Tensor, list[tuple[Tens
             raise UsageError(f"{teacher.what} has neither BatchNorm nor features to contrast: set cmi.cr=0")
         return logits, [], features
 
-    def look(x: Tensor) -> tuple[Tensor, ...]:
+    def evaluate(x: Tensor) -> tuple[Tensor, ...]:
         logits, inputs = teacher.with_batchnorm_inputs(x)
-        found = list(zip(inputs, teacher.batchnorms, strict=True))
+        layers = list(zip(inputs, teacher.batchnorms, strict=True))
         means = [
             (y.unsqueeze(-1).flatten(2).mean(2) - mean) / variance.clamp_min(1e-5).sqrt()
-            for y, (mean, variance) in found
+            for y, (mean, variance) in layers
         ]
-        return logits, torch.cat(means, 1), *(moment_sums(y, mean) for y, (mean, _) in found)
+        return logits, torch.cat(means, 1), *(moment_sums(y, mean) for y, (mean, _) in layers)
 
-    logits, means, *sums = in_micro_batches(look, teacher.batch_limit, images)
+    logits, means, *sums = in_micro_batches(evaluate, teacher.batch_limit, images)
     batch = [moments(total, mean, len(images)) for total, (mean, _) in zip(sums, teacher.batchnorms, strict=True)]
     return logits, batch, means
 
@@ -171,15 +163,15 @@ class Inversion:
     """Makes the images of one group: head and bank live as long as it."""
 
     def __init__(self, models: Models, group: Group, settings: SynthSettings, counters: Counters) -> None:
-        self.models, self.group, self.settings, self.own = models, group, settings, settings.cmi
+        self.models, self.group, self.settings, self.cmi = models, group, settings, settings.cmi
         self.counters = counters
         self.side = inverted_side(models.teacher, settings.images.size)
         self.bank: list[Tensor] = []  # embeddings of the batches so far
-        if self.own.cr:
-            blank = torch.zeros(2, 3, self.side, self.side, device=models.device)
-            inputs = embedding(models.teacher, blank)[2].shape[1]
-            self.head = seeded(lambda: Head(inputs), derive(settings.seed, "head", group.index), models.device)
-            self.head_adam = torch.optim.Adam(self.head.parameters(), self.own.lr, BETAS)
+        if self.cmi.cr:
+            gray = torch.zeros(2, 3, self.side, self.side, device=models.device)
+            width = embedding(models.teacher, gray)[2].shape[1]
+            self.head = seeded(lambda: Head(width), derive(settings.seed, "head", group.index), models.device)
+            self.head_adam = torch.optim.Adam(self.head.parameters(), self.cmi.lr, BETAS)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -189,7 +181,7 @@ class Inversion:
 
     def frame(self) -> DecodedGroup:
         """All batches of the group, one after the other; ``bn`` is their mean."""
-        n, count = len(self.group.trajectories), self.own.batches
+        n, count = len(self.group.trajectories), self.cmi.batches
         made = [self.batch(b, slice(n * b // count, n * (b + 1) // count)) for b in range(count)]
         terms = [best.losses for best in made]
         losses = Losses(
@@ -198,55 +190,56 @@ class Inversion:
             torch.stack([term.bn for term in terms]).mean(),
         )
         images = torch.cat([best.images for best in made])
-        return DecodedGroup(self.own.steps, 0, images, [[] for _ in range(n)], losses)
+        return DecodedGroup(self.cmi.steps, 0, images, [[] for _ in range(n)], losses)
 
     def batch(self, number: int, part: slice) -> Best:
         """w_ce·CE + w_bn·BN + w_adv·ADV + w_cr·CR over generator and latents; the iterate of the lowest loss."""
-        own, seed, teacher, device = self.own, self.settings.seed, self.models.teacher, self.models.device
+        cmi, seed, teacher, device = self.cmi, self.settings.seed, self.models.teacher, self.models.device
         labels = torch.tensor(self.group.labels[part], device=device)
         generator = seeded(
-            lambda: Generator(own.latent, own.width, teacher.input.channels, self.side),
+            lambda: Generator(cmi.latent, cmi.width, teacher.input.channels, self.side),
             derive(seed, "generator", self.group.index, number),
             device,
         )
-        z = self.group.noise(seed, (own.latent,))[part].to(device).requires_grad_()
-        adam, best = torch.optim.Adam([*generator.parameters(), z], own.lr, BETAS), Best()
-        for step in range(own.steps):
+        z = self.group.noise(seed, (cmi.latent,))[part].to(device).requires_grad_()
+        adam, best = torch.optim.Adam([*generator.parameters(), z], cmi.lr, BETAS), Best()
+        for step in range(cmi.steps):
             images = as_rgb(generator(z))
             rng = torch_rng(seed, "view", self.group.index, number, step)
-            losses, key = self.look(views(images, draw_shifts(len(z), self.side, own.jitter, own.flip, rng)), labels)
-            loss = own.ce * losses.ce.mean() + own.bn * losses.bn
+            shifts = draw_shifts(len(z), self.side, cmi.jitter, cmi.flip, rng)
+            losses, key = self.evaluate(views(images, shifts), labels)
+            loss = cmi.ce * losses.ce.mean() + cmi.bn * losses.bn
             loss = loss + self.settings.guidance.adversarial * losses.adversarial.mean()
-            if own.cr:
-                local = views(images, draw_crops(len(z), own.crop, own.flip, rng))
-                loss = loss + own.cr * self.contrast(embedding(teacher, local)[2], key.detach())
+            if cmi.cr:
+                local = views(images, draw_crops(len(z), cmi.crop, cmi.flip, rng))
+                loss = loss + cmi.cr * self.contrast(embedding(teacher, local)[2], key.detach())
                 self.head_adam.zero_grad()
             best.offer(loss, images, losses)
             adam.zero_grad()
             loss.backward()
             adam.step()
-            if own.cr:
+            if cmi.cr:
                 self.head_adam.step()
-            self.counters.teacher_calls += 2 if own.cr else 1
+            self.counters.teacher_calls += 2 if cmi.cr else 1
         images = best.checked(self.group)
-        if own.cr:
+        if cmi.cr:
             with torch.no_grad():
                 self.bank.append(embedding(teacher, images)[2])
         return best
 
-    def look(self, images: Tensor, labels: Tensor) -> tuple[Losses, Tensor]:
-        """What teacher and adversary say of a view, and its embedding."""
+    def evaluate(self, images: Tensor, labels: Tensor) -> tuple[Losses, Tensor]:
+        """The terms of teacher and adversary for a view, and its embedding."""
         logits, batch, embedded = embedding(self.models.teacher, images)
         adversary = self.models.adversary
-        against = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
+        adversarial = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
         bn = moments_gap(batch, self.models.teacher.batchnorms) if batch else logits.new_zeros(())
-        return Losses(class_prior(logits, labels), against, bn), embedded
+        return Losses(class_prior(logits, labels), adversarial, bn), embedded
 
     def contrast(self, query: Tensor, key: Tensor) -> Tensor:
         """CR: local views against global ones and the bank, all seen through the head as it is now."""
         n = len(query)
         q, k, *bank = self.head(torch.cat([query, key, *self.bank])).tensor_split((n, 2 * n))
-        return info_nce(q, k, bank[0], self.own.temperature)
+        return info_nce(q, k, bank[0], self.cmi.temperature)
 
 
 def cmi(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:

@@ -14,7 +14,8 @@ from stages.seeds import derive
 from stages.settings import DdaSettings, SynthSettings
 from stages.synth.cmi import Inversion
 from stages.synth.group import Group
-from stages.synth.priors.schedule import Prior, VariationPrior
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.schedule import VariationPrior
 from stages.synth.sampler import Counters, DecodedGroup, Models, denoise
 
 
@@ -35,7 +36,9 @@ def dda(models: Models, group: Group, settings: SynthSettings, counters: Counter
         yield made
 
 
-def variation(prior: Prior, images: Tensor, group: Group, settings: DdaSettings) -> Callable[[int], dict[str, Any]]:
+def variation(
+    prior: DiffusionPrior, images: Tensor, group: Group, settings: DdaSettings
+) -> Callable[[int], dict[str, Any]]:
     """What :func:`denoise` is given, by seed, to vary ``images``: a condition on their features with noise of that
     seed, or their latents with noise added as the start."""
     if isinstance(prior, VariationPrior):

@@ -32,7 +32,7 @@ from stages.synth.guidance import Decode, Guidance
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.files import locate_tiny_decoder
 from stages.synth.priors.parts import DTYPES, frozen, load_network
-from stages.synth.priors.schedule import Prior, State
+from stages.synth.priors.schedule import State
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def load_decoder(
     return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
 
 
-def fidelity(decode: Decode, prior: Prior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
+def fidelity(decode: Decode, prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
     """How well ``decode`` stands in for the prior's own decoder, on latents that neither was fitted to.
 
     ``pixel_error``: share of the pixels' variance at the teacher's size that is lost; ``gradient_cosine``: of the
@@ -156,20 +156,20 @@ def trajectories(side: int) -> int:
     return max(16, ROWS // side)
 
 
-def conditions(prior: Prior, settings: SynthSettings, class_names: Sequence[str], count: int) -> list[str]:
+def conditions(prior: DiffusionPrior, settings: SynthSettings, class_names: Sequence[str], count: int) -> list[str]:
     """``count`` conditions as the run will use them, its classes evenly spread; the run's seed plays no part."""
     names = [class_names[i * len(class_names) // count] for i in range(count)]
     prompts = [prompt_for(settings.prompts, name, 0, i) for i, name in enumerate(names)]
     return names if prior.conditioning == "class" else prompts
 
 
-def visited(prior: Prior, visit: int, visits: int) -> int:
+def visited(prior: DiffusionPrior, visit: int, visits: int) -> int:
     """The denoising step whose noise level is number ``visit`` of ``visits``, from the first step to the last."""
     return visit * (len(prior.timesteps) - 1) // max(1, visits - 1)
 
 
 @torch.no_grad()
-def draw_latents(prior: Prior, prompts: Sequence[str], visits: int, seed: int) -> Tensor:
+def draw_latents(prior: DiffusionPrior, prompts: Sequence[str], visits: int, seed: int) -> Tensor:
     """Clean latents ``[visits · n, c, h, w]`` that the prior predicts for ``n`` conditions, without guidance.
 
     From pure noise to almost none in ``visits`` steps with fresh noise between them (DDIM with η = 1), whatever the

@@ -27,11 +27,9 @@ def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:
     return tuple((start + i % distinct) % classes for i in range(size))
 
 
-# The prompt bank: a template with a random subject and style per trajectory (DiffDFKD, section IV-A).
-
-
 def prompt_for(settings: PromptSettings, class_name: str, seed: int, trajectory: int) -> str:
-    """The prompt of one trajectory, a pure function of ``(settings, class, seed, trajectory)``.
+    """The prompt of one trajectory (DiffDFKD, section IV-A): the template with a random subject and style, a pure
+    function of ``(settings, class, seed, trajectory)``.
 
     With ``class_names`` the subject is the teacher's class name (the named track); else a random entry of ``subjects``.
     """
@@ -39,9 +37,6 @@ def prompt_for(settings: PromptSettings, class_name: str, seed: int, trajectory:
     subject = rng.choice(settings.subjects)  # drawn on both tracks, so that they share their styles
     style = rng.choice(settings.styles)
     return settings.template.format(subject=class_name if settings.class_names else subject, style=style)
-
-
-# A group: the trajectories guided together. It is the unit of determinism (BN statistics and LCA never cross it).
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Group:
     class_names: tuple[str, ...] = ()  # of the labels, for class-conditional priors
 
     def conditions(self, conditioning: str) -> tuple[str, ...]:
-        """What the prior is asked for: class names where it is class-conditional, else prompts."""
+        """Class names for a class-conditional prior, else prompts."""
         return self.class_names if conditioning == "class" else self.prompts
 
     def noise(self, seed: int, shape: Sequence[int]) -> torch.Tensor:

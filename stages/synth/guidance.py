@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stages.models.teacher import Teacher, mean_and_variance
 from stages.settings import GuidanceSettings
-from stages.synth.priors.schedule import Prediction, Prior
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.schedule import Prediction
 
 EPS = 1e-12
 DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on
@@ -34,7 +35,7 @@ class Guidance:
 
     def __init__(
         self,
-        prior: Prior,
+        prior: DiffusionPrior,
         teacher: Teacher,
         labels: Tensor,
         settings: GuidanceSettings,

@@ -42,9 +42,6 @@ def as_stored(pixels: Tensor, kind: str) -> tuple[Tensor, list[Tensor] | list[by
     return torch.from_numpy(np.stack([decode(data) for data in encoded])), encoded
 
 
-# Images encoded and appended to a shard on a thread of their own, beside the sampling. Used by every shard worker.
-
-
 Sample = tuple[dict[str, Any], Tensor | bytes]
 """A manifest row and its image: pixels, uint8 ``[h, w, 3]`` on the CPU, or the encoded file."""
 

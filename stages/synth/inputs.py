@@ -75,7 +75,7 @@ def check_start(settings: SynthSettings, varies: bool) -> None:
     if settings.dda.guided and not any(settings.guidance.at(step, steps) for step in range(first, steps)):
         raise UsageError(
             f"dda.guided steers nothing: variants begin at step {first} of {steps}, and guidance.interval, every and "
-            "scale allow none from there on"
+            "step_size allow none from there on"
         )
 
 
@@ -113,15 +113,11 @@ def network(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Whether a worker's models are those of its plan: its machine may hold other copies, or somebody overwrote them.
-#
-# Imports no torch.
-
-
 MODELS = ("prior", "teacher", "adversary", "tiny_decoder")
 
 Pinned = Mapping[str, Any]
-"""What the semantics of a plan hold of ``MODELS``; nothing is asked of a model that is not in it."""
+"""The checksums (or networks) in a plan's semantics of ``MODELS``. A worker compares them with what it loads: its
+machine may hold other copies, or somebody overwrote them. Models that are not in it are not compared."""
 
 
 def pinned_models(semantics: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,9 +138,9 @@ def check_folder(planned: Pinned, name: str, source: ModelFolder) -> None:
         _compare(f"{name} {source.folder}", "sha256", source.sha256, planned[name])
 
 
-def _compare(what: str, key: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
+def _compare(what: str, key: str, loaded: Any, expected: Any) -> None:
+    if loaded != expected:
         raise DataError(
-            f"{what} on {platform.node()} is not the one that the run was planned with: its {key} is {found}, expected "
-            f"{wanted}"
+            f"{what} on {platform.node()} is not the one that the run was planned with: its {key} is {loaded}, "
+            f"expected {expected}"
         )

@@ -1,4 +1,5 @@
-"""Inverting the teacher without a prior: what the methods share, and DeepInversion (Yin et al. 2020)."""
+"""Inverting the teacher without a prior: what the methods share, and DeepInversion (Yin et al. 2020), which optimizes
+pixels against the teacher's class loss and BatchNorm statistics."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def inverted_side(teacher: Teacher, size: int | None) -> int:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: a teacher of luminance is shown (and given) gray images."""
+    """``[n, 1 or 3, h, w]`` to ``[n, 3, h, w]``: gray images for a teacher of luminance."""
     return images.expand(-1, 3, -1, -1)
 
 
@@ -53,12 +54,6 @@ def unit_pixels(noise: Tensor, teacher: Teacher) -> Tensor:
         for v in (teacher.input.settings.mean, teacher.input.settings.std)
     )
     return (2 * (mean + std * noise) - 1).clamp(-1, 1)
-
-
-# DeepInversion (Yin et al. 2020): pixels optimized against the teacher's class loss and BatchNorm statistics.
-#
-# BN is the normalized distance of :func:`stages.synth.guidance.moments_gap` with the first layer weighed more: the
-# paper's sum of plain norms differs by two orders of magnitude between teachers, so no weight would fit another one.
 
 
 BETAS = (0.5, 0.9)
@@ -87,24 +82,27 @@ def competition(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tensor:
-    """Σ_l w_l·d_l / L with w = ``first`` for the first layer and 1 for the others."""
+    """Σ_l w_l·d_l / L with w = ``first`` for the first layer and 1 for the others, d that of
+    :func:`~stages.synth.guidance.moments_gap`: the paper's plain norms differ by two orders of magnitude between
+    teachers, so no weight would fit another one."""
     return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
 
 
 def deepinversion(models: Models, group: Group, settings: SynthSettings, counters: Counters) -> Iterator[DecodedGroup]:
     """min over x of w_ce·CE + w_bn·BN + w_tv·TV + w_l2·‖x‖₂ (+ w_adv·(1 − JS)); the iterate of the lowest loss."""
-    own, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
+    method, teacher, side = settings.deepinversion, models.teacher, inverted_side(models.teacher, settings.images.size)
     labels = torch.tensor(group.labels, device=models.device)
     noise = group.noise(settings.seed, (teacher.input.channels, side, side)).to(models.device)
     x = unit_pixels(noise, teacher).requires_grad_()
-    adam, best = torch.optim.Adam([x], own.lr, BETAS), Best()
-    for step in range(own.steps):
+    adam, best = torch.optim.Adam([x], method.lr, BETAS), Best()
+    for step in range(method.steps):
         rng = torch_rng(settings.seed, "view", group.index, step)
-        view = shifted(as_rgb(x), own.jitter, rng)
-        if own.flip and torch.rand((), generator=rng) < 0.5:
+        view = shifted(as_rgb(x), method.jitter, rng)
+        if method.flip and torch.rand((), generator=rng) < 0.5:
             view = view.flip(-1)
-        losses = inversion_losses(view, labels, models, own)
-        loss = own.ce * losses.ce.mean() + own.bn * losses.bn + own.tv * total_variation(x) + own.l2 * norms(x).mean()
+        losses = inversion_losses(view, labels, models, method)
+        loss = method.ce * losses.ce.mean() + method.bn * losses.bn
+        loss = loss + method.tv * total_variation(x) + method.l2 * norms(x).mean()
         loss = loss + settings.guidance.adversarial * losses.adversarial.mean()
         best.offer(loss, as_rgb(x), losses)
         adam.zero_grad()
@@ -113,16 +111,17 @@ def deepinversion(models: Models, group: Group, settings: SynthSettings, counter
         with torch.no_grad():
             x.clamp_(-1, 1)
         counters.teacher_calls += 1
-    yield DecodedGroup(own.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
+    yield DecodedGroup(method.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
 
 
 def inversion_losses(view: Tensor, labels: Tensor, models: Models, settings: DeepInversionSettings) -> Losses:
-    """The terms that look at the teacher; ``adversarial`` is the competition with the adversary, if there is one."""
-    if settings.bn and models.teacher.has_batchnorm:
-        logits, batch = models.teacher.with_moments(view)
-        bn = weighted_statistics(batch, models.teacher.batchnorms, settings.first_bn)
+    """The terms of the teacher; ``adversarial`` is the competition with the adversary, if there is one."""
+    teacher, adversary = models.teacher, models.adversary
+    if settings.bn and teacher.has_batchnorm:
+        logits, batch = teacher.with_moments(view)
+        bn = weighted_statistics(batch, teacher.batchnorms, settings.first_bn)
     else:
-        logits = models.teacher.logits(view)
+        logits = teacher.logits(view)
         bn = logits.new_zeros(())
-    against = competition(logits, models.adversary.logits(view)) if models.adversary else logits.new_zeros(len(logits))
-    return Losses(class_prior(logits, labels), against, bn)
+    adversarial = competition(logits, adversary.logits(view)) if adversary else logits.new_zeros(len(logits))
+    return Losses(class_prior(logits, labels), adversarial, bn)

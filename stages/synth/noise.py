@@ -1,4 +1,4 @@
-"""``--method noise``: random images, no prior, no teacher, no torch. A load test of driver, storage and reader."""
+"""``--method noise``: random images and no network (nor torch). A load test of driver, storage and reader."""
 
 import io
 import time
@@ -10,19 +10,21 @@ from PIL import Image
 
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
+from stages.models.source import resolve
 from stages.settings import SynthSettings
 
-CLASSES = 10
 SIDE = 32
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
 class NoiseWorker:
-    """A worker of stage 1 for load tests. Pixels depend on (seed, group) alone; labels count up to 9."""
+    """A worker of stage 1 for load tests. Pixels depend on (seed, group) alone; labels go through the teacher's
+    classes."""
 
     def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: object = None) -> None:
         self.settings = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
+        self.classes = len(resolve(self.settings.teacher).config.class_names)
 
     def run(self, shard: int, on_group: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Make and commit ``shard``; at once if it is committed already."""
@@ -54,7 +56,7 @@ class NoiseWorker:
     def _row(self, group: int, i: int) -> dict[str, Any]:
         trajectory = group * self.settings.group_size + i
         made = {"method": "noise", "seed": self.settings.seed, "group": group, "trajectory": trajectory}
-        return {**made, "label": trajectory % CLASSES, "kept": True}
+        return {**made, "label": trajectory % self.classes, "kept": True}
 
     def _encode(self, image: np.ndarray) -> bytes:
         buffer = io.BytesIO()

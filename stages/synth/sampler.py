@@ -14,12 +14,13 @@ from stages.settings import SynthSettings
 from stages.synth.group import Group
 from stages.synth.guidance import Decode, Guidance, Losses
 from stages.synth.latent_mix import LatentMix, Mix
-from stages.synth.priors.schedule import Prior, State
+from stages.synth.priors.diffusion import DiffusionPrior
+from stages.synth.priors.schedule import State
 
 
 @torch.no_grad()
 def sample(
-    prior: Prior,
+    prior: DiffusionPrior,
     state: State,
     condition: Any,
     *,
@@ -77,7 +78,7 @@ class DecodedGroup:
 
 @torch.no_grad()
 def denoise(
-    prior: Prior,
+    prior: DiffusionPrior,
     group: Group,
     seed: int,
     *,
@@ -149,7 +150,7 @@ class Models:
     ``decode`` is the decoder of guidance (None: the prior's own).
     """
 
-    prior: Prior | None  # None for methods that invert the teacher
+    prior: DiffusionPrior | None  # None for methods that invert the teacher
     teacher: Teacher
     adversary: Teacher | None
     device: str

@@ -2,6 +2,7 @@
 
 import io
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -47,3 +48,11 @@ def test_formats_and_size(tmp_path, kind, magic):
     image = samples(storage, 0)[0]
     assert image.startswith(magic)
     assert Image.open(io.BytesIO(image)).size == (8, 8)
+
+
+def test_labels_are_classes_of_the_teacher(tmp_path):
+    seen = {"size": 8, "channels": 1, "mean": [0], "std": [1]}
+    three = {"name": "digits-cnn-small", "weights": "w.safetensors", "num_classes": 3, "input": seen}
+    storage, _ = make(tmp_path, [0], teacher=three, group_size=4)
+    rows = pq.read_table(storage.path(done_records(storage)[0].table)).to_pylist()
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, 1, 2, 0, 1]

@@ -13,55 +13,25 @@ from torch import Tensor
 from manifests.errors import DataError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
-from stages.synth.priors.files import PriorSource
-from stages.synth.priors.parts import frozen
+from stages.synth.priors.files import PriorSource, loading
+from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole
 from stages.synth.priors.schedule import Prediction, Schedule, State
 
 log = logging.getLogger(__name__)
 
 
-# Which attention kernel the prior runs: xformers where it works, else PyTorch's own SDPA.
-
-
-def xformers_works(device: str) -> str | None:
-    """None if xformers runs a tiny attention on ``device``, else the reason. Importing it proves nothing:
-    wheels built for another torch import, but hold no kernel that loads."""
-    try:
-        import xformers.ops
-
-        q = torch.zeros(1, 16, 1, 16, device=device, dtype=torch.float16)
-        xformers.ops.memory_efficient_attention(q, q, q)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
-def use_attention(networks: Iterable[Any], choice: str, device: str) -> str:
-    """Switch ``networks`` to ``choice`` (``auto | sdpa | xformers``); returns the one in use, ``sdpa`` or ``xformers``.
-
-    ``auto`` takes xformers on a GPU where it works; asking for it where it does not costs one line, not the run.
-    """
-    if choice == "sdpa" or (choice == "auto" and not device.startswith("cuda")):
-        return "sdpa"  # diffusers' default processors call SDPA already
-    reason = xformers_works(device)
-    if reason is None:
-        for network in networks:
-            network.enable_xformers_memory_efficient_attention()
-        return "xformers"
-    if choice == "xformers":
-        log.warning("xformers does not work here (%s); using PyTorch's attention instead", reason)
-    return "sdpa"
-
-
 class DiffusionPrior(ABC):
-    """:class:`~stages.synth.priors.schedule.Prior` over a diffusers folder, all but loading and conditioning.
+    """A pre-trained diffusion model from a diffusers folder and the schedule it is sampled with: everything but loading
+    and conditioning, which the kinds of priors add.
 
-    On the device ``meta`` it has shapes and no weights: for counting. Raises :class:`DataError` where a component is
-    missing, damaged or of a kind that cannot be guided.
+    Latents are ``[n, *latent_shape]``, images ``[n, 3, image_size, image_size]`` in [−1, 1]. ``timesteps`` is the
+    schedule, noisiest first; ``conditioning`` is "text", "class" or "none". On the device ``meta`` it has shapes and no
+    weights: for counting. Raises :class:`DataError` where a component is missing, damaged or of a kind that cannot be
+    guided.
     """
 
     encoders: Sequence[Any] = ()  # of prompts, and of images
-    batch_limit: int | None = None
+    batch_limit: int | None = None  # most trajectories that a network sees at once
 
     def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
         logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
@@ -94,17 +64,65 @@ class DiffusionPrior(ABC):
 
     @abstractmethod
     def encode(self, conditions: Sequence[str]) -> Any:
-        """See :class:`~stages.synth.priors.schedule.Prior`; where CFG is on, the unconditional half comes first."""
+        """The network's condition for ``n`` prompts, or class names of the teacher for a class-conditional prior; where
+        CFG is on, the unconditional half comes first."""
 
     @abstractmethod
     def evaluate(self, latents: Tensor, time: Tensor, condition: Any) -> Tensor:
         """The network's raw output for latents in its own dtype; ``time`` is a scalar on the device."""
 
+    def part(self, name: str, *classes: type) -> Any:
+        """Network ``name`` of the folder, if ``model_index.json`` gives it one of the diffusers ``classes``."""
+        _, kind = self.index.get(name) or (None, None)
+        by_name = {cls.__name__: cls for cls in classes}
+        if kind not in by_name:
+            raise DataError(f"prior {self.folder}: {name} is a {kind}, expected {' or '.join(by_name)}")
+        where = {"subfolder": name, **loading(self.folder / name, self.settings.variant)}
+        return load_network(by_name[kind], self.folder, DTYPES[self.settings.dtype], self.device, **where)
+
+    def encoder(self, name: str, kind: Any) -> Any:
+        """Transformers encoder ``name`` of the folder, frozen.
+
+        Raises DataError for another model type than that of ``kind``; another class of the same type is logged.
+        """
+        dtype, where = DTYPES[self.settings.dtype], {"subfolder": name, "local_files_only": True}
+        self.check_type(name, kind)
+        if self.device == "meta":
+            config = kind.config_class.from_pretrained(str(self.folder), **where)
+            with torch.device("meta"):
+                return frozen(kind(config).to(dtype), self.device)
+        where |= loading(self.folder / name, self.settings.variant)
+        return frozen(load_whole(kind, self.folder, dtype=dtype, **where), self.device)
+
+    def check_type(self, name: str, kind: Any) -> None:
+        """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
+        place, type_ = self.folder / name, kind.config_class
+        config, _ = type_.get_config_dict(str(self.folder), subfolder=name, local_files_only=True)
+        section = config.get(type_.base_config_key)  # of a CLIPConfig the half that is loaded
+        model_type = (section if isinstance(section, dict) else config).get("model_type", type_.model_type)
+        if model_type != type_.model_type:
+            raise DataError(
+                f"{place}: config.json describes a model of type {model_type!r}, but {kind.__name__} is of type "
+                f"{type_.model_type!r}"
+            )
+        _, indexed = self.index.get(name) or (None, None)
+        classes = config.get("architectures")
+        named = [indexed, *(classes if isinstance(classes, list) else [])]
+        if others := sorted({other for other in named if isinstance(other, str) and other != kind.__name__}):
+            log.warning("%s is a %s by its configuration, loaded as %s", place, " or ".join(others), kind.__name__)
+
+    def tokens(self, name: str, kind: Any) -> Any:
+        """Tokenizer ``name`` of the folder."""
+        return kind.from_pretrained(str(self.folder), subfolder=name, local_files_only=True)
+
     def start(self, noise: Tensor) -> State:
+        """Unit noise ``[n, *latent_shape]`` as the state before step 0."""
         return self.schedule.start(noise)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
+        """Images ``[n, 3, h, w]`` in [−1, 1], resized to ``image_size``, to clean latents: :meth:`decode`'s inverse, as
+        near as the VAE gets."""
         side = self.image_size
         if images.shape[-1] != side:
             size = (side, side)
@@ -121,12 +139,15 @@ class DiffusionPrior(ABC):
         return torch.cat([e if isinstance(e, Tensor) else e.mode() for e in encoded])
 
     def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
+        """The state before denoising step ``step`` of clean latents ``z0``."""
         return self.schedule.noised(z0, noise, step)
 
     def levels(self, step: int) -> tuple[float, float]:
+        """(α, σ) of the step: z = α·z0 + σ·eps."""
         return self.schedule.levels[step]
 
     def predict(self, state: State, condition: Any) -> Prediction:
+        """One evaluation of the network. Differentiable in ``state.z`` where gradients are enabled."""
         z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step)
         if scale == 1 and self.settings.cfg_scale != 1:
             condition = condition[len(z) :]  # outside the interval: the conditional half alone
@@ -144,9 +165,11 @@ class DiffusionPrior(ABC):
         return self.schedule.prediction(state, output)
 
     def move(self, state: Prediction, delta: Tensor) -> Prediction:
+        """Shift ẑ0 by ``delta`` and keep eps."""
         return self.schedule.move(state, delta)
 
     def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
+        """One step of the scheduler; a ``stochastic`` one draws from ``rngs``, one generator per trajectory."""
         return self.schedule.step(state, rngs)
 
     @property
@@ -155,6 +178,7 @@ class DiffusionPrior(ABC):
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def decode(self, z0: Tensor) -> Tensor:
+        """Clean latents to images (not clamped). Differentiable."""
         if self.vae is None:
             return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
         latents = (z0 / self.vae.config.scaling_factor + self.shift).to(self.vae.dtype)
@@ -164,3 +188,33 @@ class DiffusionPrior(ABC):
     def _decode(self, latents: Tensor) -> Tensor:
         slices = latents.split(1) if self.settings.vae_slicing else (latents,)
         return torch.cat([self.vae.decode(part).sample for part in slices])
+
+
+def xformers_works(device: str) -> str | None:
+    """None if xformers runs a tiny attention on ``device``, else the reason. Importing it proves nothing:
+    wheels built for another torch import, but hold no kernel that loads."""
+    try:
+        import xformers.ops
+
+        q = torch.zeros(1, 16, 1, 16, device=device, dtype=torch.float16)
+        xformers.ops.memory_efficient_attention(q, q, q)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def use_attention(networks: Iterable[Any], choice: str, device: str) -> str:
+    """Switch ``networks`` to ``choice`` (``auto | sdpa | xformers``); returns the one in use, ``sdpa`` or ``xformers``.
+
+    ``auto`` takes xformers on a GPU where it works; asking for it where it does not costs one line, not the run.
+    """
+    if choice == "sdpa" or (choice == "auto" and not device.startswith("cuda")):
+        return "sdpa"  # diffusers' default processors call SDPA already
+    reason = xformers_works(device)
+    if reason is None:
+        for network in networks:
+            network.enable_xformers_memory_efficient_attention()
+        return "xformers"
+    if choice == "xformers":
+        log.warning("xformers does not work here (%s); using PyTorch's attention instead", reason)
+    return "sdpa"

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import Tensor
@@ -26,7 +34,6 @@ from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.files import PriorSource, check_labels, locate_prior
-from stages.synth.priors.parts import VAES, frozen, load_encoder, load_part, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +50,12 @@ class TextPrior(DiffusionPrior):
         super().__init__(source, settings, device)
 
     def load(self) -> tuple[Any, Any]:
-        self.tokenizer = load_tokenizer(self, "tokenizer", CLIPTokenizer)
-        self.encoders = [frozen(load_encoder(self, "text_encoder", CLIPTextModel), self.device)]
-        return self.load_unet(), load_part(self, "vae", VAES)
+        self.tokenizer = self.tokens("tokenizer", CLIPTokenizer)
+        self.encoders = [self.encoder("text_encoder", CLIPTextModel)]
+        return self.load_unet(), self.part("vae", AutoencoderKL, AutoencoderDC)
 
     def load_unet(self) -> Any:
-        return load_part(self, "unet", {"UNet2DConditionModel": UNet2DConditionModel})
+        return self.part("unet", UNet2DConditionModel)
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
@@ -75,24 +82,24 @@ def token_ids(tokenizer: Any, prompt: str) -> Tensor:
     return padded.input_ids
 
 
-# Text-conditional latent prior with SDXL's components: two text encoders, a pooled embedding and the image size.
-
-
 class TextPriorXL(TextPrior):
-    """A ``StableDiffusionXLPipeline``. A condition is one row: all token embeddings, then the pooled embedding."""
+    """A ``StableDiffusionXLPipeline``: two text encoders, a pooled embedding, the image size.
+
+    A condition is one row: all token embeddings, then the pooled embedding.
+    """
 
     def load(self) -> tuple[Any, Any]:
         encoders = (
-            load_encoder(self, "text_encoder", CLIPTextModel),
-            load_encoder(self, "text_encoder_2", CLIPTextModelWithProjection),
+            self.encoder("text_encoder", CLIPTextModel),
+            self.encoder("text_encoder_2", CLIPTextModelWithProjection),
         )
-        self.encoders = [frozen(encoder, self.device) for encoder in encoders]
-        self.tokenizers = [load_tokenizer(self, f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]
+        self.encoders = encoders
+        self.tokenizers = [self.tokens(f"tokenizer{n}", CLIPTokenizer) for n in ("", "_2")]
         self.zeros_for_empty = bool(self.index.get("force_zeros_for_empty_prompt", True))
         self.pooled = encoders[1].config.projection_dim
         side = self.image_size
         self.sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
-        vae = load_part(self, "vae", {"AutoencoderKL": AutoencoderKL})
+        vae = self.part("vae", AutoencoderKL)
         if self.settings.dtype == "fp16" and vae.config.force_upcast:
             vae.float()  # SDXL's own VAE overflows in half precision
         return self.load_unet(), vae
@@ -118,22 +125,21 @@ class TextPriorXL(TextPrior):
         return self.network(latents, time, tokens, added_cond_kwargs=added).sample
 
 
-# Text-conditional prior in pixels: the first stage of DeepFloyd IF (64 px), prompts through a T5 encoder.
-
-
 TOKENS = 77  # what the network was trained with; T5 itself has no limit
 
 
 class TextPriorIF(TextPrior):
-    """An ``IFPipeline`` (UNet, T5 encoder, tokenizer); no VAE. Its learned variance is dropped like any other.
+    """An ``IFPipeline``, the first stage of DeepFloyd IF (64 pixels; UNet, T5 encoder, no VAE).
+
+    Its learned variance is dropped like any other.
 
     The pipeline also thresholds every predicted image, which keeps large guidance scales from saturating. Guidance by a
     teacher expects predictions to stay where it moves them, so nothing is thresholded: keep ``prior.cfg_scale`` small.
     """
 
     def load(self) -> tuple[Any, None]:
-        self.tokenizer = load_tokenizer(self, "tokenizer", T5Tokenizer)
-        self.encoders = [frozen(load_encoder(self, "text_encoder", T5EncoderModel), self.device)]
+        self.tokenizer = self.tokens("tokenizer", T5Tokenizer)
+        self.encoders = [self.encoder("text_encoder", T5EncoderModel)]
         return self.load_unet(), None
 
     def embed(self, prompt: str) -> Tensor:
@@ -146,9 +152,6 @@ class TextPriorIF(TextPrior):
         return embedded
 
 
-# Prior conditioned on prompts and on a CLIP embedding of an image: Stable unCLIP, which makes variants of images.
-
-
 class TextPriorUnclip(TextPrior):
     """A ``StableUnCLIPImg2ImgPipeline``. A condition is one row: all token embeddings, then the image's embedding and
     that of its noise level.
@@ -159,9 +162,9 @@ class TextPriorUnclip(TextPrior):
 
     def load(self) -> tuple[Any, Any]:
         unet, vae = super().load()
-        encoder = frozen(load_encoder(self, "image_encoder", CLIPVisionModelWithProjection), self.device)
+        encoder = self.encoder("image_encoder", CLIPVisionModelWithProjection)
         self.encoders = [*self.encoders, encoder]
-        normalizer = load_part(self, "image_normalizer", {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer})
+        normalizer = self.part("image_normalizer", StableUnCLIPImageNormalizer)
         self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
         self.noising = DDPMScheduler.from_pretrained(str(self.folder), subfolder="image_noising_scheduler")
         self.processor = CLIPImageProcessor.from_pretrained(
@@ -211,8 +214,8 @@ class TextPriorUnclip(TextPrior):
             raise UsageError(f"prior {self.folder}: the noise level {level} is not below {levels}")
         times = torch.full((len(embedded),), level, device=self.device)
         noised = self.noising.add_noise((embedded - self.mean) / self.std, noise, times) * self.std + self.mean
-        told = get_timestep_embedding(times, noised.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.rows(conditions, torch.cat([noised, told], dim=1))
+        level_embedding = get_timestep_embedding(times, noised.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.rows(conditions, torch.cat([noised, level_embedding], dim=1))
 
     def rows(self, conditions: Sequence[str], images: Tensor) -> Tensor:
         """Prompts with the image part ``[n, 2·d]``, zero in the unconditional half."""
@@ -229,18 +232,16 @@ class TextPriorUnclip(TextPrior):
         return self.network(latents, time, tokens, class_labels=images).sample
 
 
-# Class-conditional latent prior: a ``DiTPipeline`` folder (VAE, transformer). ``prior.labels`` maps the classes.
-
-
 class ClassPrior(DiffusionPrior):
-    """Conditions are class names of the teacher; the null class is the one after the last, as the config counts them.
+    """A ``DiTPipeline`` (VAE, transformer). Conditions are class names of the teacher, which ``prior.labels`` maps; the
+    null class is the one after the last, as the config counts them.
 
     (The pipeline itself writes 1000 for it, whatever the network was trained on.)
     """
 
     def load(self) -> tuple[Any, Any]:
-        transformer = load_part(self, "transformer", {"DiTTransformer2DModel": DiTTransformer2DModel})
-        return transformer, load_part(self, "vae", VAES)
+        transformer = self.part("transformer", DiTTransformer2DModel)
+        return transformer, self.part("vae", AutoencoderKL, AutoencoderDC)
 
     def encode(self, conditions: Sequence[str]) -> Tensor:
         """Labels ``[n]``, or ``[2n]`` with the null classes first where CFG is on."""
@@ -252,23 +253,23 @@ class ClassPrior(DiffusionPrior):
         return self.network(latents, timestep=time.expand(len(latents)), class_labels=condition).sample
 
 
-# Unconditional priors: latent (``LDMPipeline``) or in pixels (``DDPMPipeline``, ``DDIMPipeline``).
-
-
 class FreePrior(DiffusionPrior):
-    """No conditions at all, hence no CFG: the teacher alone decides what becomes of the noise."""
+    """An unconditional pipeline, latent (``LDMPipeline``) or in pixels (``DDPMPipeline``, ``DDIMPipeline``).
+
+    No CFG: the teacher alone decides what becomes of the noise.
+    """
 
     def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
         super().__init__(source, settings.model_copy(update={"cfg_scale": 1.0}), device)
 
     def load(self) -> tuple[Any, Any]:
         vae = self.source.family.vae
-        unet = load_part(self, "unet", {"UNet2DModel": UNet2DModel})
+        unet = self.part("unet", UNet2DModel)
         if unet.config.num_class_embeds or unet.config.class_embed_type:
             raise DataError(
                 f"prior {self.folder}: its unet needs class labels, which {self.source.pipeline} does not give it"
             )
-        return unet, vae and load_part(self, vae, {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL})
+        return unet, vae and self.part(vae, VQModel, AutoencoderKL)
 
     def encode(self, conditions: Sequence[str]) -> None:
         return None

@@ -5,22 +5,19 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from manifests.errors import DataError
-from stages.settings import PriorSettings
-from stages.synth.priors.files import loading, weight_files
+from stages.synth.priors.files import weight_files
 
 log = logging.getLogger(__name__)
 
 
-VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN = 3  # keys that a line names
 
@@ -30,24 +27,6 @@ def frozen(network: Any, device: str) -> Any:
     if device.startswith("cuda"):  # what tensor cores want of convolutions; a CPU's sums would come out otherwise
         network = network.to(memory_format=torch.channels_last)
     return network.to(device).eval().requires_grad_(False)
-
-
-class PriorFolder(Protocol):
-    """Where the parts of a prior are, what its index says of them, and how they are wanted."""
-
-    folder: Path
-    index: dict[str, Any]
-    settings: PriorSettings
-    device: str
-
-
-def load_part(prior: PriorFolder, name: str, classes: dict[str, Any]) -> Any:
-    """Component ``name`` of a prior's folder, if ``model_index.json`` gives it one of ``classes``."""
-    _, kind = prior.index.get(name) or (None, None)
-    if kind not in classes:
-        raise DataError(f"prior {prior.folder}: {name} is a {kind}, expected {' or '.join(classes)}")
-    where = {"subfolder": name, **loading(prior.folder / name, prior.settings.variant)}
-    return load_network(classes[kind], prior.folder, DTYPES[prior.settings.dtype], prior.device, **where)
 
 
 def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **where: Any) -> Any:
@@ -61,26 +40,6 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **whe
             return torch.nn.Module.to(kind.from_config(config), dtype)
     # without low_cpu_mem_usage a weight that no file holds would keep random values
     return load_whole(kind, folder, torch_dtype=dtype, low_cpu_mem_usage=True, **where)
-
-
-def load_encoder(prior: PriorFolder, name: str, kind: Any) -> Any:
-    """Transformers encoder ``name`` of a prior's folder, as :func:`load_network`.
-
-    Another model type than that of ``kind`` is refused (DataError), another class of the same type is logged.
-    """
-    dtype, where = DTYPES[prior.settings.dtype], {"subfolder": name, "local_files_only": True}
-    _check_kind(prior, name, kind)
-    if prior.device == "meta":
-        config = kind.config_class.from_pretrained(str(prior.folder), **where)
-        with torch.device("meta"):
-            return kind(config).to(dtype)
-    where |= loading(prior.folder / name, prior.settings.variant)
-    return load_whole(kind, prior.folder, dtype=dtype, **where)
-
-
-def load_tokenizer(prior: PriorFolder, name: str, kind: Any) -> Any:
-    """Tokenizer ``name`` of a prior's folder."""
-    return kind.from_pretrained(str(prior.folder), subfolder=name, local_files_only=True)
 
 
 def load_whole(kind: Any, folder: Path, **arguments: Any) -> Any:
@@ -142,24 +101,6 @@ def _no_floats(files: Iterable[Path], network: Any) -> set[str]:
             kinds |= {key: value.is_floating_point() for key, value in state.items() if torch.is_tensor(value)}
     counters = {name.rpartition(".")[2] for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
     return {key for key, floating in kinds.items() if not floating and key.rpartition(".")[2] not in counters}
-
-
-def _check_kind(prior: PriorFolder, name: str, kind: Any) -> None:
-    """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
-    place, type_ = prior.folder / name, kind.config_class
-    config, _ = type_.get_config_dict(str(prior.folder), subfolder=name, local_files_only=True)
-    section = config.get(type_.base_config_key)  # of a CLIPConfig the half that is loaded
-    model_type = (section if isinstance(section, dict) else config).get("model_type", type_.model_type)
-    if model_type != type_.model_type:
-        raise DataError(
-            f"{place}: config.json describes a model of type {model_type!r}, but {kind.__name__} is of type "
-            f"{type_.model_type!r}"
-        )
-    _, indexed = prior.index.get(name) or (None, None)
-    classes = config.get("architectures")
-    named = [indexed, *(classes if isinstance(classes, list) else [])]
-    if others := sorted({other for other in named if isinstance(other, str) and other != kind.__name__}):
-        log.warning("%s is a %s by its configuration, loaded as %s", place, " or ".join(others), kind.__name__)
 
 
 def _some(keys: Collection[str]) -> str:

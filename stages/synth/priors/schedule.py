@@ -1,4 +1,4 @@
-"""The prior as synthesis sees it, and its noise schedule: a diffusers scheduler made a pure function of the state.
+"""The noise schedule of a prior: a diffusers scheduler made a pure function of the state.
 
 z = α·z0 + σ·eps with (α, σ) = (√ᾱ, √(1−ᾱ)) where the variance is preserved (ddim, ddpm, dpmsolver++), (1, σ) where it
 explodes (euler), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps; Salimans & Ho 2022 (appendix D) for v.
@@ -20,10 +20,6 @@ from diffusers import (
 from torch import Tensor
 
 from manifests.errors import DataError, UsageError
-
-# The diffusion prior as synthesis sees it: predict, move, mix, step, decode. One network evaluation per step.
-#
-# ``State`` and ``Prediction`` are the group at one denoising step; each family of priors implements ``Prior``.
 
 
 @dataclass(frozen=True)
@@ -64,59 +60,15 @@ class Prediction(State):
         return Prediction(new.z, self.step, change(self.output), change(self.z0), before=new.before)
 
 
-class Prior(Protocol):
-    """A pre-trained diffusion model and the schedule it is sampled with."""
-
-    image_size: int
-    latent_shape: tuple[int, int, int]
-    conditioning: str  # "text" | "class" | "none"
-    timesteps: list[int]  # the schedule, noisiest first
-    device: str
-
-    stochastic: bool  # whether ``step`` draws noise
-    batch_limit: int | None  # most trajectories that ``predict`` and ``decode`` show their networks at once
-
-    def encode(self, conditions: Sequence[str]) -> Any:
-        """Network conditioning for ``n`` conditions: prompts, or class names of the teacher where ``conditioning`` is
-        "class" (the unconditional half included where CFG needs it)."""
-
-    def start(self, noise: Tensor) -> State:
-        """Unit noise ``[n, *latent_shape]`` as the state before step 0."""
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images ``[n, 3, h, w]`` in [−1, 1], resized to ``image_size``, to clean latents: :meth:`decode`'s inverse, as
-        near as the VAE gets. Without a graph."""
-
-    def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
-        """The state before denoising step ``step`` of clean latents ``z0``: α·z0 + σ·noise; the noise alone at step 0,
-        ``z0`` itself after the last one."""
-
-    def predict(self, state: State, condition: Any) -> Prediction:
-        """One evaluation of the network. Differentiable in ``state.z`` where gradients are enabled."""
-
-    def levels(self, step: int) -> tuple[float, float]:
-        """(α, σ) of the step: z = α·z0 + σ·eps."""
-
-    def move(self, state: Prediction, delta: Tensor) -> Prediction:
-        """Shift ẑ0 by ``delta`` and keep eps."""
-
-    def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
-        """One step of the scheduler, from what ``predict`` (and ``move``) left; a stochastic one draws from ``rngs``,
-        one generator per trajectory."""
-
-    def decode(self, z0: Tensor) -> Tensor:
-        """Clean latents to images ``[n, 3, image_size, image_size]`` in [−1, 1] (unclamped). Differentiable."""
-
-
 @runtime_checkable
-class VariationPrior(Prior, Protocol):
-    """A prior that can also be conditioned on an encoder's features of an image, to make variants of it."""
+class VariationPrior(Protocol):
+    """A prior that can be conditioned on an encoder's features of an image, to make variants of it."""
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Features ``[n, d]`` of images ``[n, 3, side, side]`` in [−1, 1]. Without a graph."""
 
     def encode_with(self, conditions: Sequence[str], embedded: Tensor, noise: Tensor, level: int) -> Any:
-        """:meth:`encode`, with features ``embedded [n, d]`` of images to vary, to which unit ``noise [n, d]`` is added:
+        """``encode`` with features ``embedded [n, d]`` of images to vary, to which unit ``noise [n, d]`` is added:
         0 is the least ``level``. Raises UsageError where the level is above the encoder's schedule."""
 
 
@@ -189,7 +141,7 @@ def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
 class Schedule:
     """``steps`` denoising steps of scheduler ``name``; ``source`` names the prior in errors.
 
-    ``times`` are what the network is told, ``timesteps`` the same rounded for the manifest (noisiest first).
+    ``times`` are the network's input, ``timesteps`` the same rounded for the manifest (noisiest first).
     """
 
     def __init__(self, config: dict[str, Any], name: str, steps: int, source: str) -> None:
@@ -231,20 +183,21 @@ class Schedule:
         return State(noise if scale == 1 else noise * scale, 0)
 
     def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
-        """Clean latents as the state before ``step``: at step 0 the noise alone, after the last step ``z0`` itself."""
+        """The state before denoising step ``step`` of clean latents ``z0``: α·z0 + σ·noise; the noise alone at step 0,
+        ``z0`` itself after the last step."""
         if step == 0:
             return self.start(noise)
         alpha, sigma = self.levels[step] if step < len(self.levels) else (1.0, 0.0)
         return State(alpha * z0 + sigma * noise, step)
 
     def network_input(self, state: State) -> Tensor:
-        """Latents as the network wants them, of unit variance."""
+        """Latents as the network expects them, of unit variance."""
         if self.name != "euler" or self.flow:
             return state.z
         return state.z / math.hypot(*self.levels[state.step])
 
     def prediction(self, state: State, output: Tensor) -> Prediction:
-        """What the network's ``output`` says of ``state``."""
+        """The prediction that the network's ``output`` for ``state`` stands for."""
         z0 = predicted_z0(state.z, output, *self.levels[state.step], self.kind)
         return Prediction(state.z, state.step, output, z0, before=state.before)
 
