@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
 
 Stem = Literal["native", "small"]

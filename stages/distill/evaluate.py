@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor, nn
 
+from manifests.dataset import unique_names
 from manifests.errors import DataError
 from manifests.images import decode
 from stages.distill.batches import images_at_once
@@ -179,7 +180,7 @@ def scores(
         images=len(labels),
         accuracy=_equal_share(predicted, labels),
         ece=calibration_error(logits, labels),
-        per_class=dict(zip(distinct(class_names), shares, strict=True)),
+        per_class=dict(zip(unique_names(class_names), shares, strict=True)),
         confusion=confusion.tolist(),
         model_teacher_agreement=None if by_teacher is None else _equal_share(predicted, by_teacher),
         teacher_accuracy=None if by_teacher is None else _equal_share(by_teacher, labels),
@@ -188,16 +189,6 @@ def scores(
 
 def _equal_share(a: Tensor, b: Tensor) -> float:
     return (a == b).double().mean().item()
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """``names``, with its number added to each that occurred before: ImageNet has two cranes.
-
-    >>> distinct(["crane", "maillot", "crane"])
-    ['crane', 'maillot', 'crane (2)']
-    """
-    first: dict[str, int] = {}
-    return [name if first.setdefault(name, i) == i else f"{name} ({i})" for i, name in enumerate(names)]
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:

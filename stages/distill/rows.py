@@ -149,27 +149,38 @@ def family_numbers(rows: Iterable[Sequence[object]]) -> Ints:
 
 
 def split_validation(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
-    """Row numbers to train on and to hold out: whole families, in random order, until ``share`` of the rows is reached.
-
-    Which families are held out depends on their samples and the seed alone.
-    """
+    """Row numbers to train on and to hold out: whole families, about ``share`` of the rows (:func:`draw_families`)."""
     every = np.arange(len(rows))
     if share == 0:
         return every, every[:0]
     if len(rows) < 2:
         raise DataError(f"{len(rows)} row is left after selection; training needs 2, and val_fraction > 0 one more")
     family = family_numbers(links_of(rows))
-    count = int(family.max()) + 1
-    if count < 2:
+    if not family.any():
         raise UsageError("val_fraction: every row is linked to every other by trajectory or LCA; use val_fraction 0")
-    draw = np.ones(count)
-    np.minimum.at(draw, family, uniform(seed, "held out", rows.ids))
-    order = np.argsort(draw, kind="stable")
-    sizes = np.bincount(family, minlength=count)[order].cumsum()
-    chosen = np.zeros(count, bool)
-    chosen[order[: max(1, min(int(np.searchsorted(sizes, share * len(rows), side="right")), count - 1))]] = True
-    held = chosen[family]
+    held = draw_families(family, rows.ids, share, seed)[family]
     return every[~held], every[held]
+
+
+def draw_families(family: Ints, ids: npt.NDArray[np.uint64], share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which of two or more families are held out; ``family``, ``ids``: family number and sample id of every row.
+
+    Each family draws one number, by its lowest sample id, so a large one is no likelier to come first. In that order
+    families are taken while they fit ``share`` of the rows; where none does, the smallest is. The result depends on
+    samples and seed alone, not on the place of the rows.
+    """
+    sizes = np.bincount(family)
+    lowest = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(lowest, family, ids)
+    order = np.argsort(uniform(seed, "held out", lowest), kind="stable")
+    chosen, room = np.zeros(len(sizes), bool), share * len(family)
+    for number in order:
+        if sizes[number] <= room:
+            chosen[number] = True
+            room -= sizes[number]
+    if not chosen.any():
+        chosen[order[sizes[order].argmin()]] = True
+    return chosen
 
 
 class EpochOrder:

@@ -21,19 +21,19 @@ from stages.settings import DistillSettings, OptimizerSettings, student_name
 def lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
     """Share of the peak learning rate at ``step`` (0 … total − 1): a pure function, so there is nothing to resume.
 
-    cosine and step: linear warm-up, then half a cosine to 0, or ``gamma`` at each milestone. onecycle: a cosine from
-    1/25 up to 1 over ``warmup``, then a cosine down to 1/10,000 (Smith and Topin 2017, annealed as in PyTorch).
+    cosine and step: linear warm-up, then half a cosine to 0, or ``gamma`` at each milestone. onecycle: as PyTorch's
+    OneCycleLR (Smith and Topin 2017), a cosine from 1/25 up to 1 over ``warmup``, then one down to 1/25 · 1/10,000.
     """
-    done = step / total
     if settings.schedule == "onecycle":
-        if done < settings.warmup:
-            return _cosine(1 / 25, 1.0, done / settings.warmup)
-        return _cosine(1.0, 1e-4, (done - settings.warmup) / (1 - settings.warmup))
+        peak, last = settings.warmup * total - 1, total - 1
+        if peak > 0 and step <= peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 25 / 1e4, (step - peak) / (last - peak))
     rising = math.ceil(settings.warmup * total)
     if step < rising:
         return (step + 1) / (rising + 1)
     if settings.schedule == "step":
-        return settings.gamma ** sum(done >= milestone for milestone in settings.milestones)
+        return settings.gamma ** sum(step / total >= milestone for milestone in settings.milestones)
     return _cosine(1.0, 0.0, (step - rising) / (total - rising))
 
 

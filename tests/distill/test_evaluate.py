@@ -200,6 +200,14 @@ def test_metrics_by_hand():
     assert found.ece == pytest.approx(abs(0.75 - confidence))  # one bin holds all four
 
 
+def test_classes_of_one_name_are_told_apart():
+    found = scores(
+        torch.eye(3), torch.tensor([0, 1, 1]), ("crane", "owl", "crane"), None, "by name", DataIdentity("x", "")
+    )
+    assert found.per_class == {"crane (0)": 1.0, "owl": 0.5, "crane (2)": None}
+    assert "teacher_accuracy" not in found.to_dict()
+
+
 def test_calibration_error_by_hand():
     # confidences 0.6 (right), 0.6 (wrong) and 0.9 (right): 2/3·|0.5 − 0.6| + 1/3·|1 − 0.9|
     logits = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).log()

@@ -21,7 +21,7 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
-from stages.distill.evaluate import distinct, evaluate
+from stages.distill.evaluate import evaluate
 from stages.distill.export import markdown
 from stages.distill.run import run_distill
 from stages.models.source import config_json
@@ -266,9 +266,6 @@ class TestText:
         assert markdown("zero") == "zero"
         assert markdown("https://a.b: WWW.a.b, www.a") == "https\\://a.b: WWW\\.a.b, www\\.a"
         assert markdown("[a](b)\n# c") == "\\[a\\](b)\\\\n# c"
-
-    def test_equal_class_names_are_told_apart(self):
-        assert distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
 
 
 def test_a_checkpoint_cannot_run_code(dataset, tmp_path, marker):

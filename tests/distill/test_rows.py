@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from stages.distill.rows import EpochOrder, family_numbers, links_of, place_of, select_rows, split_validation
+from stages.distill.rows import (
+    EpochOrder,
+    draw_families,
+    family_numbers,
+    links_of,
+    place_of,
+    select_rows,
+    split_validation,
+)
 from stages.settings import DistillSettings
 from tests.distill.drawn import NAMES, write_dataset
 
@@ -41,6 +51,39 @@ def test_rows_of_one_family_stay_together(linked):
         assert sorted([*train, *held]) == list(range(24))
         assert not set(families[train]) & set(families[held])
         assert len(held) == 4  # 30 % of 24 is 7.2: one family of four
+
+
+def linked_and_single(sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Family numbers and sample ids of rows in random order, and the size of every row's family."""
+    rng = np.random.default_rng(seed)
+    family = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return family, rng.integers(0, 2**64, len(family), np.uint64), np.array(sizes)[family]
+
+
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=60), st.floats(0.01, 0.9), st.integers(0, 10**6))
+def test_the_held_out_share_is_what_was_asked(sizes, share, seed):
+    """Never more than asked, and less by no whole family that was left; one family where none fits."""
+    family, ids, _ = linked_and_single(sizes, seed)
+    chosen = draw_families(family, ids, share, seed)
+    held, asked = chosen[family].sum(), share * len(family)
+    left = np.array(sizes)[~chosen]
+    assert 0 < held < len(family)
+    if min(sizes) <= asked:
+        assert held <= asked < held + left.min()
+    else:
+        assert held == min(sizes) and chosen.sum() == 1
+
+
+def test_linked_rows_are_held_out_as_often_as_others():
+    """1,000 rows alone, 1,000 in families of 8 (LCA), 5 % held out: drawn by their smallest row, families were 88 %."""
+    shares, linked = [], []
+    for seed in range(100):
+        family, ids, sizes = linked_and_single([1] * 1000 + [8] * 125, seed)
+        held = draw_families(family, ids, 0.05, seed)[family]
+        shares.append(held.mean())
+        linked.append((sizes[held] > 1).mean())
+    assert np.mean(shares) == pytest.approx(0.05, abs=0.0005) and max(shares) <= 0.05
+    assert np.mean(linked) == pytest.approx(0.5, abs=0.03)
 
 
 def test_split_depends_on_samples_not_on_their_place(linked, tmp_path):

@@ -1,6 +1,7 @@
 """Learning rates at the points that define each schedule."""
 
 import pytest
+import torch
 
 from stages.distill.student import lr_factor
 from stages.settings import OptimizerSettings
@@ -27,8 +28,21 @@ def test_step():
 def test_onecycle():
     found = factors(schedule="onecycle", warmup=0.3)
     assert found[0] == pytest.approx(1 / 25)
-    assert found[30] == 1.0 == max(found)
-    assert found[99] == pytest.approx(1e-4, abs=1e-3)
+    assert found[29] == 1.0 == max(found)
+    assert found[99] == pytest.approx(4e-6)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(100, 0.3), (37, 0.25), (11, 0.05), (2, 0.0)])
+def test_onecycle_is_pytorchs(total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, pct_start=warmup)
+    expected = []
+    for _ in range(total):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        if len(expected) < total:
+            schedule.step()
+    assert factors(total, schedule="onecycle", warmup=warmup) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["cosine", "step", "onecycle"])
