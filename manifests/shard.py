@@ -60,9 +60,7 @@ class DoneRecord:
         if not is_sha256(self.table_sha256) or self.table != file_name(self.shard, self.table_sha256, "parquet"):
             raise ValueError(f"{self.table!r} is not the name of a table with sha256 {self.table_sha256!r}")
         if not is_count(self.kept, self.rows + 1) or not isinstance(self.fingerprint, str):
-            raise ValueError(
-                f"expected a count of kept rows and a fingerprint, got {self.kept!r}, {self.fingerprint!r}"
-            )
+            raise ValueError(f"kept is {self.kept!r} of {self.rows} rows, fingerprint {self.fingerprint!r}")
 
     def to_json(self) -> bytes:
         return dump_checked(asdict(self))
