@@ -4,8 +4,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import NoneType
 from typing import Any
 
 from manifests.checked_json import dump_checked, load_checked, load_tree
@@ -54,10 +55,9 @@ class TarInfo:
     rows: int
 
     def __post_init__(self) -> None:
-        if not (is_count(self.shard, MAX_SHARD) and is_sha256(self.sha256)):
-            raise ValueError(f"a tar needs a shard number and a sha256, got {self.shard!r}, {self.sha256!r}")
-        if not (is_count(self.bytes) and is_count(self.rows)):
-            raise ValueError(f"shard {self.shard}: bytes and rows must be counts")
+        counts = is_count(self.shard, MAX_SHARD) and is_count(self.bytes) and is_count(self.rows)
+        if not counts or not is_sha256(self.sha256):
+            raise ValueError(f"a tar has a shard number, a sha256, bytes and rows: {str(self)[:300]}")
         if self.rows * MIN_SAMPLE > self.bytes:
             raise ValueError(f"shard {self.shard}: {self.rows} rows do not fit {self.bytes} bytes")
         if self.name != file_name(self.shard, self.sha256, "tar"):
@@ -122,10 +122,7 @@ class DatasetInfo:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "DatasetInfo":
         """The inverse of :meth:`to_json`. Raises :class:`DataError` naming ``where`` for anything else."""
-        try:
-            return cls._from_values(load_checked(data))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{where}: damaged description: {error}") from None
+        return cls._parsed(load_checked, data, where)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, where: str) -> "DatasetInfo":
@@ -138,26 +135,27 @@ class DatasetInfo:
             raise DataError(f"{where}: format version {version!r}, this program reads {FORMAT_VERSION}")
         if hashlib.sha256(found[_INFO]).hexdigest().encode() != found.get(_DIGEST):
             raise DataError(f"{where}: its description was altered (checksum differs)")
+        return cls._parsed(load_tree, found[_INFO], where)
+
+    @classmethod
+    def _parsed(cls, load: Callable[[bytes], Any], data: bytes, where: str) -> "DatasetInfo":
         try:
-            return cls._from_values(load_tree(found[_INFO]))
+            values = {"rescored": None, **load(data)}
+            for name, kind in _KINDS.items():
+                if not isinstance(values[name], kind):
+                    raise ValueError(f"{name} is {str(values[name])[:80]!r}")
+            names, side = values["class_names"], values["image_size"]
+            if not all(isinstance(name, str) for name in names) or not is_count(side, MAX_SIDE + 1):
+                raise ValueError(f"expected class names as text and an image size of at most {MAX_SIDE} pixels")
+            tars = tuple(TarInfo(s, file_name(s, d, "tar"), d, b, n) for s, d, b, n in values["tars"])
+            if [tar.shard for tar in tars] != sorted({tar.shard for tar in tars}):
+                raise ValueError("shards are repeated or out of order")
+            fields = {name: values[name] for name in (*_KINDS, "image_size")}
+            return cls(**fields | {"class_names": (*names,), "tars": tars})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: damaged description: {error}") from None
 
-    @classmethod
-    def _from_values(cls, values: Any) -> "DatasetInfo":
-        for name, kind in (("fingerprint", str), ("recipe", dict), ("prior", dict), ("teacher", dict)):
-            if not isinstance(values[name], kind):
-                raise ValueError(f"{name} is no {kind.__name__}")
-        names = values["class_names"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("class_names is no list of text")
-        if not is_count(values["image_size"], MAX_SIDE + 1):
-            raise ValueError(f"image_size is no count of pixels up to {MAX_SIDE}")
-        tars = tuple(TarInfo(s, file_name(s, d, "tar"), d, b, n) for s, d, b, n in values["tars"])
-        if [tar.shard for tar in tars] != sorted({tar.shard for tar in tars}):
-            raise ValueError("shards are repeated or out of order")
-        rescored = values.get("rescored")
-        if not isinstance(rescored, dict | None):
-            raise ValueError("rescored is no dict")
-        kept = {name: values[name] for name in ("fingerprint", "recipe", "prior", "teacher", "image_size")}
-        return cls(**kept, class_names=tuple(names), tars=tars, rescored=rescored)
+
+_KINDS: dict[str, type | tuple[type, ...]] = dict.fromkeys(("recipe", "prior", "teacher"), dict)
+_KINDS |= {"fingerprint": str, "class_names": list, "tars": list, "rescored": (dict, NoneType)}
+"""What the JSON of a description holds, beside the size of its images."""

@@ -1,7 +1,6 @@
 """In which order ``factory run distill`` visits samples: pure functions of (manifest, selection, seed, epoch).
 
-State needed to resume is (digest, seed, epoch, samples consumed): drop the consumed prefix, deal the rest to however
-many workers there are now.
+Nothing needs to be stored to resume but the step: the order of its epoch is drawn again.
 """
 
 import hashlib
@@ -19,25 +18,9 @@ def epoch_order(n: int, seed: int, epoch: int, digest: str) -> Order:
     Sorts counter-based random words: their stream is fixed by definition, unlike that of ``Generator.permutation``,
     which may change between NumPy versions.
     """
-    if n < 0 or epoch < 0:
-        raise ValueError(f"n and epoch must not be negative, got {n}, {epoch}")
     key = hashlib.sha256(f"{digest}|{seed}|{epoch}".encode()).digest()
     words = np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8").astype(np.uint64)).random_raw(n)
     return np.argsort(np.asarray(words, dtype=np.uint64), kind="stable").astype(np.int64)
-
-
-def remaining(order: Order, consumed: int) -> Order:
-    """What is left after ``consumed`` samples of the epoch, counted over all workers."""
-    if not 0 <= consumed <= len(order):
-        raise ValueError(f"consumed must lie in 0..{len(order)}, got {consumed}")
-    return order[consumed:]
-
-
-def stripe(order: Order, worker: int, workers: int) -> Order:
-    """Every ``workers``-th sample from ``worker`` on, so equal steps of all workers consume a prefix of ``order``."""
-    if not 0 <= worker < workers:
-        raise ValueError(f"worker must lie in 0..{workers - 1}, got {worker}")
-    return order[worker::workers]
 
 
 def combined_digest(digests: Sequence[str]) -> str:
@@ -52,12 +35,10 @@ def mixed_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
     through passes over the whole selection, so with w = 0.3 every sample is used as often as any other, give or take
     one. With all weights 1 this is :func:`epoch_order` of the total.
     """
-    if not len(sizes) == len(weights) == len(digests):
-        raise ValueError("sizes, weights and digests must have the same length")
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     parts = [
         start + np.sort(_window(size, round(size * weight), seed, epoch, digest))
-        for start, size, weight, digest in zip(starts, sizes, weights, digests, strict=False)
+        for start, size, weight, digest in zip(starts[:-1], sizes, weights, digests, strict=True)
     ]
     chosen = np.concatenate(parts) if parts else np.zeros(0, np.int64)
     return chosen[epoch_order(len(chosen), seed, epoch, combined_digest(digests))] if len(chosen) else chosen

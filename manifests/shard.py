@@ -57,14 +57,10 @@ class DoneRecord:
 
     def __post_init__(self) -> None:
         self.tar_info()
-        if not is_sha256(self.table_sha256):
-            raise ValueError("the table's checksum is malformed")
-        if self.table != file_name(self.shard, self.table_sha256, "parquet"):
-            raise ValueError(f"{self.table!r} is not the name of a table with this checksum")
-        if not is_count(self.kept) or self.kept > self.rows:
-            raise ValueError("kept must be a count of rows")
-        if not isinstance(self.fingerprint, str):
-            raise ValueError("fingerprint must be text")
+        if not is_sha256(self.table_sha256) or self.table != file_name(self.shard, self.table_sha256, "parquet"):
+            raise ValueError(f"{self.table!r} is not the name of a table with sha256 {self.table_sha256!r}")
+        if not is_count(self.kept, self.rows + 1) or not isinstance(self.fingerprint, str):
+            raise ValueError(f"kept is {self.kept!r} of {self.rows} rows, fingerprint {self.fingerprint!r}")
 
     def to_json(self) -> bytes:
         return dump_checked(asdict(self))

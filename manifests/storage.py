@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from manifests.backends import Backend, RemoteBackend
+from manifests.backends import RemoteBackend
 from manifests.errors import DataError, FactoryError, StoreError, UsageError
 from manifests.local import LocalBackend
 
@@ -52,11 +52,10 @@ class Storage:
         local = text.removeprefix("file://") if text.startswith("file://") else text
         self._down = False
         self.is_local = "://" not in local and "::" not in local
-        self._backend: Backend
-        self._local: LocalBackend | None = None
+        self._backend: LocalBackend | RemoteBackend
         if self.is_local:
             self.url = os.path.abspath(os.path.expanduser(local))
-            self._backend = self._local = LocalBackend(self.url)
+            self._backend = LocalBackend(self.url)
             return
         self.url = text.rstrip("/")
         try:
@@ -148,8 +147,8 @@ class Storage:
     def open(self, name: str) -> BinaryIO:
         """A seekable stream for reading; remote ones fetch a few MB at a time, with retries."""
         full = self._full(name)
-        if self._local is not None:
-            return self._run("read", name, partial(self._local.open, full))
+        if isinstance(self._backend, LocalBackend):
+            return self._run("read", name, partial(self._backend.open, full))
         size = self.size(name)
         if size is None:
             raise DataError(f"{self.path(name)}: no such file")
@@ -165,10 +164,10 @@ class Storage:
 
     def append(self, name: str, data: bytes) -> bool:
         """Add to the end of a file of a local root, made where it is absent. False where the root itself is absent."""
-        if self._local is None:
+        if not isinstance(self._backend, LocalBackend):
             raise UsageError(f"{self.path(name)}: a store cannot append")
         full = self._full(name)
-        return self._run("write", name, partial(self._local.append, full, data))
+        return self._run("write", name, partial(self._backend.append, full, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write unless the file exists: True if this call made it.

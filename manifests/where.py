@@ -87,16 +87,16 @@ class _Compiler:
             case ast.Constant(value=value):
                 return self.constant(value)
             case ast.BoolOp(op=operator, values=values):
-                parts = [self.truth(value).expression for value in values]
+                parts = [self.expect("condition", value).expression for value in values]
                 join = pc.and_kleene if isinstance(operator, ast.And) else pc.or_kleene
                 return _Term("condition", reduce(join, parts))
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return _Term("condition", pc.invert(self.truth(operand).expression))
+                return _Term("condition", pc.invert(self.expect("condition", operand).expression))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                inner = self.number(operand)
+                inner = self.expect("number", operand)
                 return self.constant(-inner.value) if inner.value is not None else _negated(inner)
             case ast.BinOp(op=operator, left=left, right=right) if type(operator) in _ARITHMETIC:
-                return self.arithmetic(operator, self.number(left), self.number(right))
+                return self.arithmetic(operator, self.expect("number", left), self.expect("number", right))
             case ast.Compare(left=left, ops=operators, comparators=others):
                 operands = [left, *others]
                 pairs = zip(operands, operators, others, strict=False)
@@ -133,16 +133,10 @@ class _Compiler:
                 raise self.fail(f"{str(value)[:30]} is too large") from None
         raise self.fail(f"{value!r} is no number, text, True, False or None")
 
-    def truth(self, node: ast.expr) -> _Term:
+    def expect(self, kind: Kind, node: ast.expr) -> _Term:
         term = self.term(node)
-        if term.kind != "condition":
-            raise self.fail(f"{ast.unparse(node)!r} is a {term.kind}, expected a condition")
-        return term
-
-    def number(self, node: ast.expr) -> _Term:
-        term = self.term(node)
-        if term.kind != "number":
-            raise self.fail(f"{ast.unparse(node)!r} is a {term.kind}, expected a number")
+        if term.kind != kind:
+            raise self.fail(f"{ast.unparse(node)!r} is a {term.kind}, expected a {kind}")
         return term
 
     def arithmetic(self, operator: ast.operator, left: _Term, right: _Term) -> _Term:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests.order import combined_digest, epoch_order, mixed_order, remaining, spread, stripe
+from manifests.order import combined_digest, epoch_order, mixed_order, spread
 
 SIZES = st.integers(0, 300)
 
@@ -30,27 +30,6 @@ def test_positions_are_uniform() -> None:
     firsts = np.bincount([epoch_order(10, 0, epoch, "d")[0] for epoch in range(2000)], minlength=10)
     assert firsts.min() > 140
     assert firsts.max() < 260
-
-
-@given(n=SIZES, workers=st.integers(1, 9))
-def test_stripes_cover_every_sample_once(n: int, workers: int) -> None:
-    order = epoch_order(n, 3, 1, "d")
-    parts = [stripe(order, worker, workers) for worker in range(workers)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@given(n=SIZES, before=st.integers(1, 6), after=st.integers(1, 6), steps=st.integers(0, 20), batch=st.integers(1, 7))
-def test_resuming_with_other_workers_neither_loses_nor_repeats(
-    n: int, before: int, after: int, steps: int, batch: int
-) -> None:
-    order = epoch_order(n, 0, 0, "d")
-    consumed = min(n, steps * batch * before)
-    first = np.concatenate([stripe(order, worker, before)[: steps * batch] for worker in range(before)])
-    rest = remaining(order, consumed)
-    second = np.concatenate([stripe(rest, worker, after) for worker in range(after)])
-    assert len(first) == consumed
-    assert sorted([*first.tolist(), *second.tolist()]) == list(range(n))
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4), epoch=st.integers(0, 5))
@@ -81,11 +60,8 @@ def test_rows_are_spread_evenly() -> None:
 
 
 def test_impossible_arguments_are_refused() -> None:
-    order = epoch_order(4, 0, 0, "d")
     for call in (
         lambda: epoch_order(-1, 0, 0, "d"),
-        lambda: remaining(order, 5),
-        lambda: stripe(order, 2, 2),
         lambda: mixed_order([1], [1.0, 2.0], 0, 0, ["a"]),
     ):
         with pytest.raises(ValueError):
