@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.models.teacher import Teacher, mean_and_variance
+from stages.models.teacher import Teacher
 from stages.settings import GuidanceSettings
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import Prediction
@@ -93,17 +93,12 @@ def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalized).
-
-    mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), with biased batch variance. Dividing by the running
-    std s per channel and averaging over layers makes one weight fit every teacher. ``inputs``: ``[n, c, ...]`` each.
-    """
-    return moments_gap([mean_and_variance(x.to(m.dtype)) for x, (m, _) in zip(inputs, running, strict=True)], running)
-
-
 def moments_gap(batch: Sequence[tuple[Tensor, Tensor]], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """:func:`feature_statistics` from each layer's (mean, biased variance), ``[c]`` each."""
+    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalized): the mean over
+    layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), from each layer's (mean, biased variance), ``[c]`` each.
+
+    Dividing by the running std s per channel and averaging over layers makes one weight fit every teacher.
+    """
     terms = []
     for (batch_mean, batch_variance), (mean, variance) in zip(batch, running, strict=True):
         scale = variance.clamp_min(1e-5)

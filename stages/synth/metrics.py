@@ -1,4 +1,4 @@
-"""How good a dataset is, told without real data: statistics gap, diversity, near-duplicates, as its teacher sees it.
+"""Quality of a dataset without real data: statistics gap, diversity and near-duplicates, in its teacher's features.
 
 Used by ``factory inspect --metrics``. Classes are measured one after the other, so memory does not grow with them.
 """
@@ -68,16 +68,16 @@ def measure(
     moments, classes, right = Moments(), {}, 0
     names = unique_names(selection.info.class_names)
     for label, rows in chosen.items():
-        found = []
+        parts = []
         for start in range(0, len(rows), BATCH):
             images = stored_images(selection, rows[start : start + BATCH].tolist())
             logits, features, inputs = teacher.forward(images)
             right += int((logits.argmax(1) == label).sum())
             moments.add(inputs)
-            found += [] if features is None else [features]
+            parts += [] if features is None else [features]
             done += len(images)
             on_images(done, total)
-        classes[names[label]] = diversity(torch.cat(found) if found else None, same) | {"images": len(rows)}
+        classes[names[label]] = diversity(torch.cat(parts) if parts else None, same) | {"images": len(rows)}
     alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
     return {
         "images": total,

@@ -1,4 +1,4 @@
-"""One worker's life: load prior and teacher once, then make shards of groups and commit them."""
+"""A worker of stage 1: load the models once; for each group of a shard sample, score and write; commit the shard."""
 
 import logging
 import time
@@ -93,8 +93,8 @@ def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
 
 
 def decoder_report(models: Models, settings: SynthSettings) -> dict[str, Any]:
-    """What a worker tells once, with its first shard: how well guidance's own decoder follows the full one, where there
-    is memory for the full one's gradients."""
+    """Fidelity of the guidance decoder, reported once with a worker's first shard (skipped if the full decoder's
+    backward pass does not fit in memory)."""
     if models.decode is None or models.prior is None:
         return {}
     kind, facts = settings.guidance.decoder, {}
@@ -109,7 +109,7 @@ def decoder_report(models: Models, settings: SynthSettings) -> dict[str, Any]:
 
 
 def bn_weight(settings: SynthSettings) -> float:
-    """Of the feature-statistics term, wherever the method keeps it."""
+    """The weight of the feature-statistics term in the settings of the method."""
     if settings.method == "diffdfkd":
         return settings.guidance.bn
     return settings.deepinversion.bn if settings.method == "deepinversion" else settings.cmi.bn
@@ -265,7 +265,7 @@ def by_trajectory(frames: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def skipped_line(counters: Counters, settings: SynthSettings) -> str:
-    """What the guidance left out, for people."""
+    """The guided updates that were left out, for people."""
     total = counters.updates * settings.group_size
     return (
         f"{counters.skipped_updates} of {total} guided updates were left out: their gradient is not finite "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.models.teacher import Moments
-from stages.synth.guidance import feature_statistics
+from tests.synth.tiny import feature_statistics
 
 
 def test_gap_by_hand():

@@ -9,6 +9,7 @@ from stages.settings import PriorSettings
 from stages.synth.group import make_group
 from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Counters, Models, diffdfkd, dmkd
+from tests.synth.tiny import feature_statistics
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_thick_prompts_draw_more_ink_than_thin_ones(demo):
 
 def test_guidance_makes_what_the_teacher_was_asked_for(demo):
     """BatchNorm distance and class loss of the finished images fall well below those of the same noise unguided."""
-    from stages.synth.guidance import class_prior, feature_statistics
+    from stages.synth.guidance import class_prior
 
     teacher = demo[2]
 

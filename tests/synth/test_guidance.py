@@ -11,14 +11,13 @@ from stages.synth.guidance import (
     class_prior,
     cropped,
     disagreement,
-    feature_statistics,
     inconsistency,
     shifted,
     teacher_losses,
     two_views,
     update,
 )
-from tests.synth.tiny import TinyTeacher
+from tests.synth.tiny import TinyTeacher, feature_statistics
 
 
 def test_class_prior_is_cross_entropy_per_sample():

@@ -1,6 +1,7 @@
 """Tiny random models for tests: a folder of each family of priors, and a BatchNorm teacher."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from stages.models.teacher import Teacher
+from stages.models.teacher import Teacher, mean_and_variance
+from stages.synth.guidance import moments_gap
 
 
 def tiny_tokenizer(words: Path) -> CLIPTokenizer:
@@ -309,3 +311,8 @@ class TinyTeacher:
 
     def logits(self, x: Tensor) -> Tensor:
         return self.with_batchnorm_inputs(x)[0]
+
+
+def feature_statistics(inputs: Sequence[Tensor], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``moments_gap`` of BatchNorm inputs ``[n, c, ...]``, one a layer."""
+    return moments_gap([mean_and_variance(x) for x in inputs], running)

@@ -266,12 +266,12 @@ def files_read(names: Iterable[str], variant: str | None) -> list[str]:
     ...             "unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/model.bin"], None)
     ['model_index.json', 'unet/config.json', 'unet/model.safetensors']
     """
-    found = {PurePosixPath(name) for name in names}
-    pipeline = PurePosixPath("model_index.json") in found
-    read = [file for file in found if file.suffix in CONFIGS]
-    for folder in {file.parent for file in found}:
+    files = {PurePosixPath(name) for name in names}
+    pipeline = PurePosixPath("model_index.json") in files
+    read = [file for file in files if file.suffix in CONFIGS]
+    for folder in {file.parent for file in files}:
         if not (pipeline and folder == PurePosixPath(".")):
-            weights = _chosen([file.name for file in found if file.parent == folder], variant)
+            weights = _chosen([file.name for file in files if file.parent == folder], variant)
             read += [folder / match.string for match in weights]
     return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
 
@@ -299,9 +299,9 @@ def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
     """Of one folder's files those that hold the network: ``variant`` where there is such a file, else the plain one,
     in safetensors where there are such, else as ``.bin`` (which torch reads with ``weights_only``)."""
     weights = _weights(names)
-    for wanted in dict.fromkeys((variant, None)):
+    for choice in dict.fromkeys((variant, None)):
         for kind in ("safetensors", "bin"):
-            if matches := [match for match in weights if (match["variant"], match["format"]) == (wanted, kind)]:
+            if matches := [match for match in weights if (match["variant"], match["format"]) == (choice, kind)]:
                 return matches
     return []
 
