@@ -42,8 +42,8 @@ def test_a_run_gives_a_manifest_that_says_what_it_is(run_folder):
 
 def test_the_report_counts(tmp_path):
     report = run(tmp_path / "run")
-    assert {key: report[key] for key in ("shards", "rows", "kept")} == {"shards": 2, "rows": 40, "kept": 32}
-    assert report["manifest"] == str(tmp_path / "run/m.parquet")
+    assert (report.shards, report.rows, report.kept) == (2, 40, 32)
+    assert report.manifest == str(tmp_path / "run/m.parquet")
 
 
 def test_the_same_command_again_changes_no_byte(run_folder):
