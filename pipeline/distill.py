@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
@@ -22,6 +22,9 @@ from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import split_name
 from stages.settings import DistillSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from stages.distill.run import Prepared
 
 NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
 """Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
@@ -227,6 +230,7 @@ def run_distill(
 
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
+            check(prepared, test_data)
             begin(prepared, storage, on_event)
             return DistillResult.of(
                 train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
@@ -240,12 +244,9 @@ def run_distill(
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
-        begin(
-            prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu"))),
-            storage,
-            on_event,
-            place.workers,
-        )
+        prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
+        check(prepared, test_data)
+        begin(prepared, storage, on_event, place.workers)
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
@@ -258,6 +259,18 @@ def run_distill(
             "test_data": test_data,
         }
         return DistillResult.of(train_on_ray(job, place, on_event, shown, should_stop))
+
+
+def check(prepared: "Prepared", test_data: str | None) -> None:
+    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit."""
+    from stages.distill.evaluate import check_data
+    from stages.distill.losses import paired_layers
+
+    if test_data:
+        check_data(test_data, prepared.teacher.class_names)
+    if prepared.settings.loss.gradcam:
+        for student in prepared.students:
+            paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:

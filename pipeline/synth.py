@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from manifests.dataset import DATASET, DatasetInfo
-from manifests.errors import FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
@@ -13,7 +13,7 @@ from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.lease import Lease
-from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan
+from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, progress, say, size
 from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models
@@ -71,7 +71,26 @@ def run_synth(
     plan = make_plan(recipe, inputs)
     storage = Storage(out)
     teacher = teacher_of(recipe, inputs)
-    open_or_create(storage, plan)
+    is_new = open_or_create(storage, plan)
+    try:
+        return carry_out(storage, plan, inputs, teacher, place, worker, title, quiet)
+    except (UsageError, DataError):
+        if is_new:  # nothing was made: a refused command leaves nothing behind
+            withdraw(storage)
+        raise
+
+
+def carry_out(
+    storage: Storage,
+    plan: Plan,
+    inputs: SynthInputs,
+    teacher: TeacherCopy,
+    place: ExecutorSettings,
+    worker: str | None,
+    title: str,
+    quiet: bool,
+) -> SynthResult:
+    """Make the missing shards of ``plan`` in its folder, and the manifest."""
     storage.folder("shards")  # a link there is found now, not by the first shard
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
 
@@ -85,10 +104,11 @@ def run_synth(
         storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
+        settings = plan.recipe["synth"]
         spec = WorkerSpec(
-            worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER),
+            worker or (NOISE_WORKER if settings["method"] == "noise" else WORKER),
             {
-                "settings": recipe.synth.model_dump(mode="json"),
+                "settings": settings,
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
                 "planned": pinned_models(plan.semantics),
