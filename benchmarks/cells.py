@@ -177,23 +177,23 @@ def learn(
         update = {"where": where, "min_agreement": 0.0, "epochs": epochs}
         return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=update)})
 
-    each = dry_run(lasting(1), sources, str(folder), None)["steps_per_epoch"]
+    each = dry_run(lasting(1), sources, str(folder), None).steps_per_epoch
     epochs = max(1, round(row.steps / each))
     learnt = run_distill(
         lasting(epochs), sources, str(folder), teacher=recipe.synth.teacher, test_data=test, quiet=True
     )
-    ((name, student),) = learnt["students"].items()
-    check = learnt["teacher_check"]
+    ((name, student),) = learnt.students.items()
+    check = learnt.teacher_check
     return {
         "student": name,
-        "images": learnt["images"],
+        "images": learnt.images,
         "steps": each * epochs,
         "split": "validation",
-        "accuracy": student["test"]["accuracy"],
-        "teacher_accuracy": learnt["teacher_accuracy"],
-        "agreement": check["agreement"],
-        "confidence": check["confidence"],
-        "bn_gap": check["bn_gap"],
+        "accuracy": student.test.accuracy,
+        "teacher_accuracy": learnt.teacher_accuracy,
+        "agreement": check.teacher_label_agreement,
+        "confidence": check.confidence,
+        "bn_gap": check.bn_gap,
     }
 
 

@@ -145,9 +145,9 @@ def cell(row: str, seed: int, test: str, args: argparse.Namespace) -> dict:
         "images": count,
         "steps": steps * epochs,
         "seconds": seconds,
-        "accuracy": {name: student["test"]["accuracy"] for name, student in learnt["students"].items()},
-        "agreement": learnt["teacher_check"]["teacher_label_agreement"],
-        "teacher": learnt["teacher_accuracy"],
+        "accuracy": {name: student.test.accuracy for name, student in learnt.students.items()},
+        "agreement": learnt.teacher_check.teacher_label_agreement,
+        "teacher": learnt.teacher_accuracy,
         "meant": meant,
     }
     folder.mkdir(parents=True, exist_ok=True)

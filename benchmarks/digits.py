@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from manifests.reader import Manifest
 from pipeline.distill import run_distill
-from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
 from stages.digits import write_split
@@ -91,12 +90,11 @@ def synthesize(recipe: Recipe, shards: int, folder: Path) -> tuple[str, float]:
     spent = json.loads(noted.read_text()) if noted.exists() else {"shards": 0, "seconds": 0.0}
     grown = recipe.synth.model_copy(update={"shards": max(shards, spent["shards"])})
     started = time.process_time()
-    place = ExecutorSettings(threads=grown.threads)
-    made = run_synth(recipe.model_copy(update={"synth": grown}), str(folder), place, quiet=True)
+    made = run_synth(recipe.model_copy(update={"synth": grown}), str(folder), quiet=True)
     if grown.shards > spent["shards"]:
         spent = {"shards": grown.shards, "seconds": spent["seconds"] + time.process_time() - started}
         noted.write_text(json.dumps(spent))
-    return made["manifest"], spent["seconds"]
+    return made.manifest, spent["seconds"]
 
 
 def first_kept(manifest: str, images: int) -> str | None:
@@ -157,14 +155,14 @@ def cell(row: str, seed: int, images: int | None, budget: float | None, test: st
     manifest, seconds, where = of_images(recipe, images, folder) if images else of_seconds(recipe, budget, folder)
     recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"where": where})})
     learnt = run_distill(recipe, [(manifest, 1.0)], str(folder / "distill"), test_data=test, quiet=True)
-    (student,) = learnt["students"].values()
+    (student,) = learnt.students.values()
     result = {
         "row": row,
         "seed": seed,
         "images": len(Manifest.open(manifest).where(where)),
         "seconds": seconds,
-        "accuracy": student["test"]["accuracy"],
-        "agreement": learnt["teacher_check"]["teacher_label_agreement"],
+        "accuracy": student.test.accuracy,
+        "agreement": learnt.teacher_check.teacher_label_agreement,
         "meant": meant,
     }
     done.write_text(json.dumps(result))

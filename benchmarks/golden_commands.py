@@ -414,7 +414,7 @@ SYNTH = """
 -c absent.yaml
 --set nonsense
 --set =1
---set synth.seed=1
+--dry-run --set synth.seed=1
 --set seed.more=1
 --set prior.stpes=1
 --set nothing.at.all=1

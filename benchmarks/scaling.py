@@ -21,7 +21,6 @@ os.environ["PYTHONPATH"] = str(ROOT)  # actors import the packages too
 
 from manifests.shard import done_records  # noqa: E402
 from manifests.storage import Storage  # noqa: E402
-from pipeline.executors.settings import ExecutorSettings  # noqa: E402
 from pipeline.recipe import Recipe, resolve  # noqa: E402
 from pipeline.synth import run_synth  # noqa: E402
 
@@ -30,7 +29,7 @@ def timed_run(recipe: Recipe, workers: int) -> dict[str, float]:
     """One run: shards' own seconds, and the wall time from the first shard handed out to the last one committed."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        result = run_synth(recipe, folder, ExecutorSettings(workers=workers, threads=1), quiet=True)
+        result = run_synth(recipe, folder, workers=workers, quiet=True)
         total = time.monotonic() - started
         events = [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text().splitlines()]
         assert len(done_records(Storage(folder))) == recipe.synth.shards
@@ -38,7 +37,7 @@ def timed_run(recipe: Recipe, workers: int) -> dict[str, float]:
         kind: [event["time"] for event in events if event["kind"] == kind] for kind in ("shard_started", "shard_done")
     }
     busy = max(moments["shard_done"]) - min(moments["shard_started"])
-    return {"images_per_s": result["rows"] / busy, "busy_s": busy, "start_and_merge_s": total - busy}
+    return {"images_per_s": result.rows / busy, "busy_s": busy, "start_and_merge_s": total - busy}
 
 
 def overhead(recipe: Recipe) -> dict[str, float]:

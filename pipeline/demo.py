@@ -6,21 +6,24 @@ seeds and number of images), distils one student from each, and prints teacher a
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manifests.errors import FactoryError
 from manifests.local import temporary_name
-from manifests.merge import MANIFEST
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from pipeline.distill import learnt_by, run_distill
-from pipeline.executors.settings import synth_place
+from pipeline.distill import run_distill, trained
+from pipeline.executors.settings import executor
 from pipeline.inspect import contact_sheet, hstack, png, samples
 from pipeline.plan import local_folder
-from pipeline.recipe import resolve
+from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
-from pipeline.terminal import duration, plain, say
+from pipeline.terminal import duration, say, share, table
 from stages.settings import SynthSettings, student_name
+
+if TYPE_CHECKING:
+    from stages.distill.evaluate import Scores
 
 MINUTES = 2
 UNGUIDED = "dmkd"
@@ -29,15 +32,43 @@ TEST = "test-digits.parquet"
 PICTURES_PER_CLASS = 6
 
 
-def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed: bool = False) -> dict[str, Any]:
-    """Run everything into ``out`` (resuming what is there); returns the table's numbers and the paths. JSON-able.
+@dataclass(frozen=True)
+class DemoResult:
+    """Accuracies on the real test digits, the number of images behind each student, and where things are."""
+
+    out: str
+    teacher: float
+    guided: float
+    unguided: float
+    images: int
+    images_unguided: int
+    picture: str
+    student: str
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        yield ""
+        yield from table(
+            (36, 8, 9),
+            ("accuracy on real digits", "images", "test"),
+            ("teacher (the real training digits)", "", share(self.teacher)),
+            ("student, guided synthesis", self.images, share(self.guided)),
+            ("student, unguided synthesis", self.images_unguided, share(self.unguided)),
+        )
+        yield ""
+        yield f"pictures: {self.picture} (unguided beside guided)"
+        yield f"student:  {self.student}"
+        yield f"took {duration(self.seconds)}"
+
+
+def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed: bool = False) -> DemoResult:
+    """Run everything into ``out``, resuming what is there.
 
     Raises UsageError, before anything runs, for an ``out`` that is no local folder and for ``workers`` below 1,
-    FactoryError where the first student was parked.
+    FactoryError where a student was parked or could not be scored.
     """
     guided = resolve("demo", sets=sets)
-    flags = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
-    place = synth_place(guided.synth, flags)
+    place = executor({"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)})
     root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()
@@ -47,31 +78,37 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
             "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
         }
     )
-    runs: dict[str, dict[str, Any]] = {}
-    for name, recipe in (("guided", guided), ("unguided", unguided)):
-        runs[name] = {"synth": run_synth(recipe, root.folder(name), place, title=f"{name} images")}
-    root.write(PICTURE, picture(root.path("unguided"), root.path("guided")))
+    recipes, datasets = {"guided": guided, "unguided": unguided}, {}
+    for name, recipe in recipes.items():
+        datasets[name] = run_synth(recipe, root.folder(name), place, title=f"{name} images")
+    root.write(PICTURE, picture(datasets["unguided"].run, datasets["guided"].run))
     test = _test_digits(root)
-    students: dict[str, dict[str, Any]] = {}
-    for name, recipe in (("guided", guided), ("unguided", unguided)):
-        sources = [(root.path(f"{name}/{MANIFEST}"), 1.0)]
-        runs[name]["distill"] = run_distill(
-            recipe, sources, root.folder(f"{name}/distill"), test_data=test, title=f"{name} student"
-        )
-        students[name] = learnt_by(student_name(recipe.distill.students[0]), runs[name]["distill"], f"{name} student")
-        if students[name]["test"] is None:  # a warning said why
-            raise FactoryError(f"the {name} student has no score on the test digits")
-    return {
-        "out": root.url,
-        "teacher": runs["guided"]["distill"]["teacher_accuracy"],
-        "guided": students["guided"]["test"]["accuracy"],
-        "unguided": students["unguided"]["test"]["accuracy"],
-        "images": runs["guided"]["synth"]["kept"],
-        "images_unguided": runs["unguided"]["synth"]["kept"],
-        "picture": root.path(PICTURE),
-        "student": students["guided"]["folder"],
-        "seconds": round(time.monotonic() - started, 1),
+    students = {
+        name: _student(recipe, datasets[name].manifest, root.folder(f"{name}/distill"), test, f"{name} student")
+        for name, recipe in recipes.items()
     }
+    (student, guided_scores), (_, unguided_scores) = students["guided"], students["unguided"]
+    assert guided_scores.teacher_accuracy is not None  # scored beside the teacher
+    return DemoResult(
+        out=root.url,
+        teacher=guided_scores.teacher_accuracy,
+        guided=guided_scores.accuracy,
+        unguided=unguided_scores.accuracy,
+        images=datasets["guided"].kept,
+        images_unguided=datasets["unguided"].kept,
+        picture=root.path(PICTURE),
+        student=student,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _student(recipe: Recipe, manifest: str, out: str, test: str, title: str) -> tuple[str, "Scores"]:
+    """Folder and scores of the student trained on ``manifest``."""
+    result = run_distill(recipe, [manifest], out, test_data=test, title=title)
+    student = trained(result, student_name(recipe.distill.students[0]), title)
+    if student.test is None:  # a warning said why
+        raise FactoryError(f"the {title} has no score on the test digits")
+    return student.folder, student.test
 
 
 def without_guidance(synth: SynthSettings) -> SynthSettings:
@@ -95,16 +132,3 @@ def _test_digits(root: Storage) -> str:
 
     root.put_file(write_split("test", root.scratch() / temporary_name("write")), TEST)
     return root.path(TEST)
-
-
-def lines(result: dict[str, Any]) -> Iterator[str]:
-    """The table."""
-    yield ""
-    yield f"{'accuracy on real digits':<36}{'images':>8}{'test':>9}"
-    yield f"{'teacher (the real training digits)':<36}{'':>8}{result['teacher']:>9.1%}"
-    yield f"{'student, guided synthesis':<36}{result['images']:>8}{result['guided']:>9.1%}"
-    yield f"{'student, unguided synthesis':<36}{result['images_unguided']:>8}{result['unguided']:>9.1%}"
-    yield ""
-    yield f"pictures: {plain(result['picture'])} (unguided beside guided)"
-    yield f"student:  {plain(result['student'])}"
-    yield f"took {duration(result['seconds'])}"

@@ -1,4 +1,4 @@
-"""Stage 2 from manifests to students. Used by ``factory run distill`` and ``factory demo``.
+"""Stage 2 from manifests to students.
 
 A manifest alone is enough: its metadata holds the recipe, whose ``distill`` section applies, and names the teacher.
 """
@@ -6,26 +6,67 @@ A manifest alone is enough: its metadata holds the recipe, whose ``distill`` sec
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.executors.driver import StopSignals
-from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.plan import PLAN, RESOLVED, refuse_file
 from pipeline.recipe import Recipe, given, to_yaml
-from pipeline.terminal import duration, flop, plain, plain_block, progress, say, size
+from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
+if TYPE_CHECKING:
+    from stages.distill.results import DistillResult, StudentResult
+    from stages.distill.run import Prepared
+
 NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
 """Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
-INLINE = ExecutorSettings()
 UNTIL = "at the next checkpoint"
+Source = str | tuple[str, float]
+"""A manifest: path or URL, ``PATH@WEIGHT``, or ``(PATH, weight)``."""
+
+
+def trained(result: "DistillResult", name: str, title: str) -> "StudentResult":
+    """The student ``name``. Raises FactoryError where it was parked; ``title`` says what needed it."""
+    if name in result.parked:
+        raise FactoryError(f"{title}: {name} was parked: {result.parked[name]}")
+    return result.students[name]
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """A result for people."""
+
+    result: "DistillResult"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.result.to_dict()
+
+    def lines(self) -> Iterator[str]:
+        yield check_line(self.to_dict()["teacher_check"])
+        for name, student in self.result.students.items():
+            scores = []
+            if student.val_agreement is not None:
+                scores.append(f"{share(student.val_agreement)} agreement with the teacher on validation images")
+            if student.test:
+                scores.append(f"{share(student.test.accuracy)} on the test data")
+            yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
+        for name, reason in self.result.parked.items():
+            yield f"{plain(name)}: parked, {reason}"
+        tests = [student.test for student in self.result.students.values() if student.test]
+        for order in dict.fromkeys(test.class_order for test in tests):
+            yield f"test data: {order}"
+        if tests:
+            yield f"teacher: {share(tests[-1].teacher_accuracy)} on the test data"
+        yield f"{self.result.images} images, {duration(self.result.seconds)}"
 
 
 def resolve_distill(
@@ -41,7 +82,7 @@ def resolve_distill(
         stored["distill"] = {key: value for key, value in stored["distill"].items() if key not in NOT_STORED}
         if isinstance(cache := stored["distill"].get("teacher_cache"), dict):
             stored["distill"]["teacher_cache"] = {key: value for key, value in cache.items() if key != "folder"}
-    mine = given(source, section="distill", sets=sets, flags=flags)
+    mine = given(source, "distill", sets, flags)
     recipe = validate(Recipe, mine.over(mapping_layer(stored, f"recipe stored in {manifest.url}")))
     if "students" not in mine.values.get("distill", {}):
         for name in recipe.distill.students:
@@ -53,11 +94,9 @@ def resolve_distill(
     return recipe
 
 
-def open_sources(texts: Sequence[str]) -> tuple[list[tuple[str, float]], Manifest]:
-    """``PATH`` or ``PATH@WEIGHT`` texts as sources, and the first manifest; every one is opened, its tars not yet."""
-    sources = [parse_source(text) for text in texts]
-    opened = [Manifest.open(url, skip_bad=True) for url, _ in sources]
-    return [(manifest.url, weight) for manifest, (_, weight) in zip(opened, sources, strict=True)], opened[0]
+def parse_sources(sources: Sequence[Source]) -> list[tuple[str, float]]:
+    """``(URL, weight)`` of every source."""
+    return [parse_source(source) if isinstance(source, str) else source for source in sources]
 
 
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
@@ -67,23 +106,32 @@ def default_out(manifest: Manifest, recipe: Recipe) -> str:
 
 def run_distill(
     recipe: Recipe,
-    sources: Sequence[tuple[str, float]],
-    out: str,
+    manifests: Sequence[Source],
+    out: str | None = None,
     *,
     teacher: str | ModelSettings | None = None,
     test_data: str | None = None,
-    place: ExecutorSettings = INLINE,
+    workers: int = 1,
+    place: ExecutorSettings | None = None,
     title: str = "distill",
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Train the recipe's students from ``sources`` into ``out``; the same call resumes. Returns the stage's results.
+) -> "DistillResult":
+    """Train the recipe's students on ``manifests`` into ``out`` (default: beside the first manifest); the same call
+    resumes.
 
-    ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names.
+    ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names; ``test_data``
+    (folder of images, Parquet, tar or manifest) scores the students once, at the end. ``workers``: 1 trains in this
+    process, more through Ray Train; ``place`` says more of them.
+
     Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
     Interrupted (after a checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
+    place = place or executor({"workers": ("workers", workers)})
+    sources = parse_sources(manifests)
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
+    if out is None:
+        out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
     refuse_file(storage)
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
@@ -119,45 +167,48 @@ def run_distill(
 
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
+            check(prepared, test_data)
             begin(prepared, storage, on_event)
             result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
-            assert result is not None
-            return result.to_dict()
+            assert result is not None  # of the first rank
+            return result
 
         import torch
 
         from pipeline.executors.ray import cluster
         from pipeline.executors.ray_train import train_on_ray
+        from stages.distill.results import DistillResult
         from stages.distill.runtime import Ranks
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
-        begin(
-            prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu"))),
-            storage,
-            on_event,
-            place.workers,
-        )
+        prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
+        check(prepared, test_data)
+        begin(prepared, storage, on_event, place.workers)
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
         signals = stack.enter_context(StopSignals(UNTIL))  # again: starting Ray installs a handler of its own
         job = {
             "settings": recipe.distill.model_dump(mode="json"),
-            "sources": list(sources),
+            "sources": sources,
             "teacher": chosen.model_dump(mode="json") if chosen else None,
             "out": storage.url,
             "test_data": test_data,
         }
-        return train_on_ray(job, place, on_event, shown, should_stop)
+        return DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
 
 
-def learnt_by(student: str, result: dict[str, Any], title: str) -> dict[str, Any]:
-    """What ``result`` of :func:`run_distill` tells of ``student``. Raises FactoryError where it was parked."""
-    if student in result["parked"]:
-        raise FactoryError(f"{title}: {student} was parked: {result['parked'][student]}")
-    facts: dict[str, Any] = result["students"][student]
-    return facts
+def check(prepared: "Prepared", test_data: str | None) -> None:
+    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit."""
+    from stages.distill.evaluate import check_data
+    from stages.distill.losses import paired_layers
+
+    if test_data:
+        check_data(test_data, prepared.teacher.class_names)
+    if prepared.settings.loss.gradcam:
+        for student in prepared.students:
+            paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:
@@ -179,33 +230,74 @@ def check_line(check: Mapping[str, Any]) -> str:
     )
 
 
-def report_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The results for people."""
-    yield check_line(result["teacher_check"])
-    for name, facts in result["students"].items():
-        scores = []
-        if facts["val_agreement"] is not None:
-            scores.append(f"{facts['val_agreement']:.1%} agreement with the teacher on validation images")
-        if facts["test"]:
-            scores.append(f"{facts['test']['accuracy']:.1%} on the test data")
-        yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {plain(facts['folder'])}"
-    for name, reason in result["parked"].items():
-        yield f"{plain(name)}: parked, {plain(reason)}"
-    for order in dict.fromkeys(facts["test"]["class_order"] for facts in result["students"].values() if facts["test"]):
-        yield f"test data: {order}"
-    if "teacher_accuracy" in result:
-        yield f"teacher: {result['teacher_accuracy']:.1%} on the test data"
-    yield f"{result['images']} images, {duration(result['seconds'])}"
+@dataclass(frozen=True)
+class Cost:
+    """Counted FLOPs of a whole training, and bytes of memory."""
+
+    teacher: int
+    students: dict[str, int]
+    flop: int
+    weights_bytes: int
+    saved_bytes_per_batch: int
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    manifest: str
+    weight: float
+    rows: int
+    selected: int
+
+
+@dataclass(frozen=True)
+class DistillEstimate:
+    """What ``run_distill`` would train on, for how long and at what ``cost`` (None: not known)."""
+
+    out: str
+    settings: dict[str, Any]
+    sources: list[SourceRows]
+    teacher: str | None
+    images_per_epoch: int
+    steps_per_epoch: int
+    steps: int
+    students: list[str]
+    workers: int
+    cost: Cost | None
+
+    def lines(self) -> Iterator[str]:
+        import yaml
+
+        yield yaml.safe_dump({"distill": self.settings}, sort_keys=False, allow_unicode=True, width=110)
+        each = self.settings["batch_size"] / self.workers
+        at_once = f"{self.workers} through Ray Train, about {each:.0f} images of each batch for one"
+        data = [
+            f"{source.manifest}: {source.selected} of {source.rows} rows"
+            + ("" if source.weight == 1 else f", weight {source.weight:g}")
+            for source in self.sources
+        ]
+        compute, memory = "not known: the teacher is named by --teacher, or a black box", None
+        if self.cost:
+            parts = ", ".join(f"{name} {flop(value)}" for name, value in self.cost.students.items())
+            compute = f"{flop(self.cost.flop)}: teacher {flop(self.cost.teacher)}, {parts} (counted)"
+            saved = size(self.cost.saved_bytes_per_batch)
+            memory = f"{size(self.cost.weights_bytes)} of weights, {saved} saved for the backward pass of a batch"
+        yield from pairs(
+            10,
+            *(("data", line) for line in data),
+            ("teacher", str(self.teacher)),
+            ("students", ", ".join(self.students)),
+            ("workers", at_once if self.workers > 1 else None),
+            ("length", f"about {self.steps} steps ({self.steps_per_epoch} an epoch)"),
+            ("compute", compute),
+            ("memory", memory),
+            ("out", self.out),
+        )
 
 
 def dry_run(
-    recipe: Recipe,
-    sources: Sequence[tuple[str, float]],
-    out: str,
-    teacher: str | None,
-    place: ExecutorSettings = INLINE,
-) -> dict[str, Any]:
-    """What ``run_distill`` would train on, for how long and at what cost; writes nothing, and reads no image."""
+    recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None, workers: int = 1
+) -> DistillEstimate:
+    """What ``run_distill`` would do; writes nothing, and reads no image."""
     from stages.distill.batches import batch_bounds
     from stages.distill.rows import EpochOrder, select_rows, split_validation
 
@@ -215,28 +307,26 @@ def dry_run(
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]
-    return {
-        "out": Storage(out).url,
-        "settings": settings.model_dump(mode="json"),
-        "sources": [
-            {"manifest": each.url, "weight": weight, "rows": each.num_rows, "selected": len(selection)}
+    return DistillEstimate(
+        out=Storage(out).url,
+        settings=settings.model_dump(mode="json"),
+        sources=[
+            SourceRows(each.url, weight, each.num_rows, len(selection))
             for (each, weight), selection in zip(manifests, rows.selections, strict=True)
         ],
-        "teacher": teacher or manifest.info.teacher.get("architecture"),
-        "images_per_epoch": images,
-        "steps_per_epoch": batches,
-        "steps": batches * settings.epochs,
-        "students": list(settings.students),
-        "workers": place.workers,
-        "cost": cost(settings, manifest, teacher, images, len(rows)),
-    }
+        teacher=teacher or manifest.info.teacher.get("architecture"),
+        images_per_epoch=images,
+        steps_per_epoch=batches,
+        steps=batches * settings.epochs,
+        students=list(settings.students),
+        workers=workers,
+        cost=cost(settings, manifest, teacher, images, len(rows)),
+    )
 
 
-def cost(
-    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
-) -> dict[str, Any] | None:
-    """Counted FLOPs of the whole training on ``images`` of ``rows`` an epoch (the cache answers to every row), and
-    bytes; None where the teacher is not at hand or a black box."""
+def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int) -> Cost | None:
+    """The cost of training on ``images`` of ``rows`` an epoch (the cache answers to every row); None where the teacher
+    is not at hand or a black box."""
     from stages.cost import distill_cost
     from stages.models.loading import dataset_teacher_config, untrained_teacher
 
@@ -251,35 +341,11 @@ def cost(
     found = distill_cost(settings, shape, manifest.info.image_size)
     seen = images * settings.epochs
     asked = rows * settings.augment.num_views if settings.teacher_cache.enabled else seen
-    return {
-        "teacher": found.teacher * asked,
-        "students": {name: value * seen for name, value in found.students.items()},
-        "flop": found.teacher * asked + sum(found.students.values()) * seen,
-        "weights_bytes": found.weights,
-        "saved_bytes_per_batch": found.saved * settings.batch_size,
-    }
-
-
-def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The dry run for people."""
-    import yaml
-
-    yield plain_block(yaml.safe_dump({"distill": result["settings"]}, sort_keys=False, allow_unicode=True, width=110))
-    for source in result["sources"]:
-        share = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
-        yield f"data      {plain(source['manifest'])}: {source['selected']} of {source['rows']} rows{share}"
-    yield f"teacher   {plain(result['teacher'])}"
-    yield f"students  {plain(', '.join(result['students']))}"
-    if result["workers"] > 1:
-        each = result["settings"]["batch_size"] / result["workers"]
-        yield f"workers   {result['workers']} through Ray Train, about {each:.0f} images of each batch for one"
-    yield f"length    about {result['steps']} steps ({result['steps_per_epoch']} an epoch)"
-    if result["cost"]:
-        found = result["cost"]
-        parts = ", ".join(f"{plain(name)} {flop(value)}" for name, value in found["students"].items())
-        yield f"compute   {flop(found['flop'])}: teacher {flop(found['teacher'])}, {parts} (counted)"
-        saved = size(found["saved_bytes_per_batch"])
-        yield f"memory    {size(found['weights_bytes'])} of weights, {saved} saved for the backward pass of a batch"
-    else:
-        yield "compute   not known: the teacher is named by --teacher, or a black box"
-    yield f"out       {plain(result['out'])}"
+    students = {name: value * seen for name, value in found.students.items()}
+    return Cost(
+        teacher=found.teacher * asked,
+        students=students,
+        flop=found.teacher * asked + sum(students.values()),
+        weights_bytes=found.weights,
+        saved_bytes_per_batch=found.saved * settings.batch_size,
+    )

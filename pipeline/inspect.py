@@ -1,8 +1,9 @@
-"""What is in a manifest: counts, score quantiles, metrics, contact sheets (``factory inspect``, ``eval``, ``demo``)."""
+"""What is in a manifest: counts, score quantiles, metrics, contact sheets."""
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,7 @@ from manifests.dataset import unique_names
 from manifests.errors import DataError, StoreError
 from manifests.images import decode
 from manifests.reader import Manifest
-from pipeline.terminal import plain
-
-# Contact sheets: rows of samples with their names, as one PNG. Used by ``factory inspect``, ``eval`` and ``demo``.
-
+from pipeline.terminal import number, plain, progress, share, table
 
 GAP = 2
 NAME_WIDTH = 64
@@ -86,26 +84,71 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SCORES = ("cosine", "confidence", "entropy", "margin")
 
 
-def summarize(manifest: Manifest, where: str | None = None) -> dict[str, Any]:
-    """Rows and kept rows, per class and reason, quantiles of each score; ``where`` narrows the rows. JSON-able."""
+@dataclass(frozen=True)
+class ClassCount:
+    rows: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows and kept rows, per class and reason of rejection, and quantiles of each score.
+
+    ``teacher_label_agreement``: share of the rows whose target class the teacher saw; ``metrics``: of
+    :func:`stages.synth.metrics.measure`, where asked for; ``sheet``: the contact sheet's file.
+    """
+
+    manifest: str
+    fingerprint: str
+    recipe: str
+    image_size: int
+    shards: int
+    rows: int
+    kept: int
+    classes: dict[str, ClassCount]
+    rejected: dict[str, int]
+    teacher_label_agreement: float | None
+    scores: dict[str, dict[str, float] | None]
+    metrics: dict[str, Any] | None = None
+    sheet: str | None = None
+
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"{plain(self.manifest)}: {self.rows} rows, {self.kept} kept, {self.shards} shards, {self.image_size} px, "
+            f"recipe {plain(self.recipe)}, plan {self.fingerprint[:12]}"
+        )
+        if self.teacher_label_agreement is not None:
+            yield f"teacher agrees with the target class on {share(self.teacher_label_agreement)} of the rows"
+        yield from (f"rejected: {count} × {plain(reason)}" for reason, count in self.rejected.items())
+        none = dict.fromkeys(map(str, QUANTILES))
+        scores = ((name, *(number(v, 3) for v in (found or none).values())) for name, found in self.scores.items())
+        yield from table((16, 9, 9, 9, 9, 9), ("quantile", *QUANTILES), *scores)
+        counts = ((name, count.rows, count.kept) for name, count in self.classes.items())
+        yield from table((24, 8, 8), ("class", "rows", "kept"), *counts)
+        if self.metrics:
+            yield from metric_lines(self.metrics)
+
+
+def summarize(manifest: Manifest, where: str | None = None) -> Summary:
+    """What is in ``manifest``; ``where`` narrows the rows."""
     chosen = manifest.where(where, include_rejected=True)
     kept = np.asarray(chosen.column("kept"), dtype=bool)
     unique = unique_names(manifest.info.class_names)
     names = [unique[int(label)] for label in chosen.labels]
     rows, kept_rows = Counter(names), Counter(name for name, keep in zip(names, kept, strict=True) if keep)
-    return {
-        "manifest": manifest.url,
-        "fingerprint": manifest.info.fingerprint,
-        "recipe": str(manifest.info.recipe.get("name", "")),
-        "image_size": manifest.info.image_size,
-        "shards": len(manifest.info.tars),
-        "rows": len(chosen),
-        "kept": int(kept.sum()),
-        "classes": {name: {"rows": count, "kept": kept_rows[name]} for name, count in rows.items()},
-        "rejected": dict(Counter(str(r) for r in chosen.column("reject_reason") if r is not None)),
-        "teacher_label_agreement": _agreement(chosen.labels, chosen.column("teacher_label")),
-        "scores": {name: quantiles(chosen.column(name)) for name in SCORES},
-    }
+    return Summary(
+        manifest=manifest.url,
+        fingerprint=manifest.info.fingerprint,
+        recipe=str(manifest.info.recipe.get("name", "")),
+        image_size=manifest.info.image_size,
+        shards=len(manifest.info.tars),
+        rows=len(chosen),
+        kept=int(kept.sum()),
+        classes={name: ClassCount(count, kept_rows[name]) for name, count in rows.items()},
+        rejected=dict(Counter(str(r) for r in chosen.column("reject_reason") if r is not None)),
+        teacher_label_agreement=_agreement(chosen.labels, chosen.column("teacher_label")),
+        scores={name: quantiles(chosen.column(name)) for name in SCORES},
+    )
 
 
 def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -124,7 +167,6 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
 def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -> dict[str, Any]:
     """Statistics gap, diversity and near-duplicates of the kept images, as the teacher that the dataset carries sees
     them (:func:`stages.synth.metrics.measure`). Raises DataError where it carries none."""
-    from pipeline.terminal import progress
     from stages.models.loading import dataset_teacher
     from stages.synth.metrics import measure
 
@@ -151,41 +193,22 @@ def samples(manifest: Manifest, where: str | None = None, columns: int = 12) -> 
     return rows
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
-    """The summary for people; nothing in it can steer the terminal."""
-    out = [
-        f"{plain(summary['manifest'])}: {summary['rows']} rows, {summary['kept']} kept, {summary['shards']} shards, "
-        f"{summary['image_size']} px, recipe {plain(summary['recipe'])}, plan {summary['fingerprint'][:12]}"
-    ]
-    if summary["teacher_label_agreement"] is not None:
-        out.append(f"teacher agrees with the target class on {summary['teacher_label_agreement']:.1%} of the rows")
-    out += [f"rejected: {count} × {plain(reason)}" for reason, count in summary["rejected"].items()]
-    head = "".join(f"{q:>9}" for q in QUANTILES)
-    out.append(f"{'quantile':<16}{head}")
-    for name, found in summary["scores"].items():
-        values = "".join(f"{found[str(q)]:>9.3f}" for q in QUANTILES) if found else "        –"
-        out.append(f"{name:<16}{values}")
-    out.append(f"{'class':<24}{'rows':>8}{'kept':>8}")
-    out += [f"{plain(name):<24}{c['rows']:>8}{c['kept']:>8}" for name, c in summary["classes"].items()]
-    return out + (metric_lines(summary["metrics"]) if summary.get("metrics") else [])
-
-
-def metric_lines(found: dict[str, Any]) -> list[str]:
+def metric_lines(found: dict[str, Any]) -> Iterator[str]:
     """The metrics for people; ``vendi`` is the effective number of different images."""
-    gap = "none, the teacher has no BatchNorm" if found["bn_gap"] is None else f"{found['bn_gap']:.3f}"
-    out = [
-        f"{found['images']} kept images looked at: the teacher agrees with {found['teacher_accuracy']:.1%}, "
+    gap = "none, the teacher has no BatchNorm" if found["bn_gap"] is None else number(found["bn_gap"], 3)
+    yield (
+        f"{found['images']} kept images looked at: the teacher agrees with {share(found['teacher_accuracy'])}, "
         f"BatchNorm gap {gap}"
-    ]
+    )
     if found["near_duplicates"] is None:
-        return [*out, "no diversity: the teacher shows no features"]
-    out.append(f"{found['near_duplicates']} near-duplicates (feature cosine > {found['near_duplicate_cosine']:g})")
-    out.append(f"{'class':<24}{'images':>8}{'cosine':>8}{'vendi':>8}{'alike':>8}")
-    for name, facts in found["classes"].items():
-        cosine = f"{facts['cosine']:>8.3f}" if facts["cosine"] is not None else f"{'–':>8}"
-        numbers = f"{facts['images']:>8}{cosine}{facts['vendi']:>8.2f}{facts['near_duplicates']:>8}"
-        out.append(f"{plain(name):<24}{numbers}")
-    return out
+        yield "no diversity: the teacher shows no features"
+        return
+    yield f"{found['near_duplicates']} near-duplicates (feature cosine > {found['near_duplicate_cosine']:g})"
+    rows = (
+        (name, facts["images"], number(facts["cosine"], 3), number(facts["vendi"], 2), facts["near_duplicates"])
+        for name, facts in found["classes"].items()
+    )
+    yield from table((24, 8, 8, 8, 8), ("class", "images", "cosine", "vendi", "alike"), *rows)
 
 
 def _agreement(labels: Iterable[int], answers: Iterable[int | None]) -> float | None:

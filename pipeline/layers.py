@@ -6,7 +6,7 @@ Used by every command that reads a recipe: packaged or user YAML < ``FACTORY_*``
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,16 +119,30 @@ def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequ
     return layer
 
 
-def set_layer(texts: Iterable[str], model: type[BaseModel], section: str | None) -> Layer:
-    """``--set guidance.step_size=0.2``, relative to ``section`` (the command's own), later ones win."""
-    layer = EMPTY
+def set_layer(
+    texts: Iterable[str],
+    model: type[BaseModel],
+    home: str | None = None,
+    sections: Sequence[str] | None = None,
+    label: str = "--set ",
+) -> Layer:
+    """``guidance.step_size=0.2`` or ``synth.guidance.step_size=0.2``; later ones win.
+
+    A key without its section belongs to ``home`` (the command's own); without a home, to the only one of ``sections``
+    (all, unless given) that has such a key. Raises UsageError for a section that is not among ``sections``.
+    """
+    layer, sections = EMPTY, sections or list(model.model_fields)
     for text in texts:
         key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UsageError(f"--set {text}: write it as KEY=VALUE, for example --set seed=1")
-        path = tuple(key.split("."))
-        layer = assignment((section, *path) if section else path, value, model, f"--set {text}").over(layer)
+        path = tuple(key.strip().split("."))
+        if not equals or not key.strip():
+            raise UsageError(f"{label}{text}: write it as KEY=VALUE, for example {label}synth.seed=1")
+        if path[0] not in model.model_fields:
+            homes = [home] if home else [name for name in sections if _types_at(model, (name, *path))]
+            path = (*homes, *path) if len(homes) == 1 else path
+        elif len(path) > 1 and path[0] not in sections:
+            raise UsageError(f"{label}{text}: nothing here reads {path[0]}; keys start with {' or '.join(sections)}")
+        layer = assignment(path, value, model, f"{label}{text}").over(layer)
     return layer
 
 
@@ -173,7 +187,10 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     where = layer.origin(path[:-1] if problem["type"] == "missing" else path)  # what is missing was set nowhere
     head = f"{where}: {key}" if key else where
     if problem["type"] == "extra_forbidden":
-        return f"{head}: unknown key; {suggest(path[-1], fields_at(model, path[:-1]))}"
+        elsewhere = [key for key in dotted_keys(model) if key.rpartition(".")[2] == path[-1]]
+        near = [key for key in elsewhere if key.startswith(f"{path[0]}.")] or elsewhere
+        meant = f"did you mean {' or '.join(near[:4])}?" if near else ""
+        return f"{head}: unknown key; {meant or suggest(path[-1], fields_at(model, path[:-1]))}"
     if problem["type"] == "missing":
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
@@ -189,6 +206,15 @@ def fields_at(model: type[BaseModel], path: Path) -> list[str]:
         if isinstance(found, type) and issubclass(found, BaseModel):
             return list(found.model_fields)
     return []
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """``synth.guidance.step_size`` and every other key of ``model``, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in _members(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from dotted_keys(kind, f"{prefix}{name}.")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

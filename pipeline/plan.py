@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from manifests.checked_json import dump_checked, load_checked
-from manifests.dataset import MAX_SHARD, is_count, is_sha256
+from manifests.dataset import DATASET, MAX_SHARD, is_count, is_sha256
 from manifests.errors import DataError, UsageError
 from manifests.schema import FORMAT_VERSION
 from manifests.storage import Storage
+from pipeline.events import LOCAL as EVENTS
 from pipeline.events import quarantined, release
 from pipeline.lease import live
 from pipeline.recipe import Recipe, to_yaml
@@ -102,6 +104,8 @@ def publish(storage: Storage, copy: TeacherCopy) -> None:
 
 
 PLAN = "plan.json"
+BEFORE_SHARDS = (FOLDER, "decoder", "events", "lease", "failed")
+"""Folders that stage 1 may write into before its first shard."""
 RESOLVED = "resolved.yaml"
 STAGE_2 = "distill"  # its section of a recipe
 RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow", "ray")
@@ -166,8 +170,9 @@ def read_plan(storage: Storage) -> Plan:
     return Plan.from_json(storage.read(PLAN), storage.path(PLAN))
 
 
-def open_or_create(storage: Storage, plan: Plan) -> None:
-    """Write ``plan`` into an empty folder, or check that the one there allows it; changes nothing else.
+def open_or_create(storage: Storage, plan: Plan) -> bool:
+    """Write ``plan`` into an empty folder, or check that the one there allows it; changes nothing else. True where it
+    was written.
 
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
@@ -175,11 +180,32 @@ def open_or_create(storage: Storage, plan: Plan) -> None:
         refuse_file(storage)
         _refuse_foreign(storage)
         if storage.create(PLAN, plan.to_json()):
-            return
+            return True
     stored = read_plan(storage)
     if stored.fingerprint != plan.fingerprint and live(storage) is not None:
         raise _another_plan(storage, stored, plan)
     _check(storage, stored, plan)
+    return False
+
+
+def withdraw(storage: Storage) -> None:
+    """Take back a plan that was written just now and cannot be carried out (its models do not fit each other, say).
+
+    Deletes what stage 1 writes before the first shard, by name, the plan last, and then what folders are empty. Does
+    nothing where there are shards or another driver is at work.
+    """
+    if live(storage) or storage.list("done") or storage.list("shards"):
+        return
+    for name in storage.temporary()[0]:
+        storage.drop_temporary(name)
+    for folder in BEFORE_SHARDS:
+        for name in storage.list(folder):
+            storage.delete(name)
+    for name in (RESOLVED, DATASET, EVENTS, PLAN):
+        storage.delete(name)
+    for folder in (*BEFORE_SHARDS, "shards", "tmp", "") if storage.is_local else ():
+        with suppress(OSError):  # absent, or it holds somebody's file
+            os.rmdir(os.path.join(storage.url, folder))
 
 
 def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = lambda line: None) -> Plan:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from manifests.errors import UsageError
-from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, set_layer, suggest, validate, yaml_layer
+from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, suggest, validate, yaml_layer
 from stages.models.source import is_self_contained
 from stages.settings import DistillSettings, Settings, SynthSettings
 
@@ -39,6 +39,17 @@ class Recipe(Settings):
     synth: SynthSettings = SynthSettings()
     distill: DistillSettings = DistillSettings()
     rounds: RoundsSettings = RoundsSettings()
+
+    @classmethod
+    def load(cls, source: str | Path = DEFAULT, *settings: str) -> "Recipe":
+        """A packaged recipe by name, or a YAML file by path, with ``settings`` (``synth.guidance.step_size=0.2``) over
+        it. The environment plays no part. Raises UsageError in one line naming key, place and near matches."""
+        return validate(cls, set_layer(settings, cls, label="").over(read(str(source))))
+
+    def changed(self, *settings: str) -> "Recipe":
+        """This recipe with ``settings`` (``synth.shards=8``) in place of its own. Errors as :meth:`load`."""
+        mine = mapping_layer(self.model_dump(mode="json"), f"recipe {self.name}")
+        return validate(Recipe, set_layer(settings, Recipe, label="").over(mine))
 
 
 def packaged() -> list[str]:
@@ -92,33 +103,36 @@ def resolve(
     base: Layer = EMPTY,
     environ: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """The recipe of all layers of :func:`given` over ``base`` (stage 2 puts the manifest's own recipe there).
+    """The recipe of a command: ``base`` under what the user says (:func:`given`).
 
     Raises UsageError in one line naming key, place and near matches.
     """
-    return validate(Recipe, given(source, section=section, sets=sets, flags=flags, environ=environ).over(base))
+    return validate(Recipe, given(source, section, sets, flags or {}, environ).over(base))
 
 
 def given(
     source: str | None,
-    *,
-    section: str | None = None,
-    sets: Iterable[str] = (),
-    flags: Mapping[str, tuple[str, Any]] | None = None,
+    section: str | None,
+    sets: Iterable[str],
+    flags: Mapping[str, tuple[str, Any]],
     environ: Mapping[str, str] | None = None,
 ) -> Layer:
-    """What the user says: the file, under the environment, ``--set`` and flags. ``--set`` and the environment reach
-    ``section`` only (every section when None). Where a flag names another classifier than the file, one whose own files
-    tell all of it, nothing that the file says of its classifier stays. Errors as :func:`resolve`."""
+    """What the user says: ``source`` < environment < ``--set`` < flags.
+
+    ``section`` is the command's own, None where it runs both stages: the environment reaches it alone, and keys of
+    ``--set`` may leave it out. Stage 2 reads no other; a dataset carries the settings of all. Where a flag names
+    another classifier than the file, one whose own files tell all of it, nothing that the file says of its classifier
+    stays. Errors as :func:`resolve`.
+    """
     layer = EMPTY if source is None else read(source)
-    for key, (_, value) in (flags or {}).items():
+    for key, (_, value) in flags.items():
         path = tuple(key.split("."))
         if key in MODELS and value is not None and is_self_contained(value) and layer.value(path) != value:
             layer = layer.without(path[:-1])
-    sections = (section,) if section else SECTIONS
-    layer = env_layer(os.environ if environ is None else environ, Recipe, sections).over(layer)
-    layer = set_layer(sets, Recipe, section).over(layer)
-    return flag_layer(flags or {}).over(layer)
+    own = (section,) if section else SECTIONS
+    layer = env_layer(os.environ if environ is None else environ, Recipe, own).over(layer)
+    layer = set_layer(sets, Recipe, section, own if section == "distill" else None).over(layer)
+    return flag_layer(flags).over(layer)
 
 
 def to_yaml(recipe: Recipe, keys: Sequence[str] = tuple(Recipe.model_fields)) -> bytes:

@@ -1,4 +1,4 @@
-"""The teacher's columns for another teacher or threshold, without new images. Used by ``factory rescore``.
+"""The teacher's columns for another teacher or threshold, without new images.
 
 The new manifest lies beside the old one and names the same tars; nothing that is there already is changed.
 """
@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,28 @@ from stages.settings import ModelSettings
 DEFAULT = "rescored.parquet"
 
 
+@dataclass(frozen=True)
+class RescoreResult:
+    """The new ``manifest`` and the one that it was made from, ``source``; ``teacher``: the identity of the judge."""
+
+    manifest: str
+    source: str
+    teacher: dict[str, Any]
+    threshold: float
+    rows: int
+    kept_before: int
+    kept: int
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"{self.rows} images, {self.kept} kept (before: {self.kept_before}) at threshold {self.threshold:g}, "
+            f"teacher {plain(self.teacher.get('architecture'))}, sha256 {plain(self.teacher.get('sha256'))[:12]}, "
+            f"{duration(self.seconds)}"
+        )
+        yield f"manifest: {plain(self.manifest)}"
+
+
 def rescore(
     url: str,
     teacher: str | None = None,
@@ -33,9 +55,9 @@ def rescore(
     out: str | None = None,
     device: str = "cpu",
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> RescoreResult:
     """Write a manifest like ``url`` with the teacher columns of ``teacher`` (default: the one that the dataset
-    carries) and ``kept`` by ``threshold`` (default: the manifest's own). Returns a report.
+    carries) and ``kept`` by ``threshold`` (default: the manifest's own).
 
     Raises UsageError where neither is given, ``out`` lies elsewhere or ``device`` cannot be used, DataError where the
     file exists already, the teacher has other classes, or images are damaged.
@@ -64,16 +86,16 @@ def rescore(
         tables = rescored(manifest, model, least, device, lambda rows: shown(rows, manifest.num_rows, ""))
         write_manifest(storage, name, info, tables)
     made = Manifest.open(storage.path(name))
-    return {
-        "manifest": made.url,
-        "from": manifest.url,
-        "teacher": info.teacher,
-        "threshold": least,
-        "rows": made.num_rows,
-        "kept_before": kept_rows(manifest),
-        "kept": kept_rows(made),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return RescoreResult(
+        manifest=made.url,
+        source=manifest.url,
+        teacher=info.teacher,
+        threshold=least,
+        rows=made.num_rows,
+        kept_before=kept_rows(manifest),
+        kept=kept_rows(made),
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def target(manifest: Manifest, out: str | None) -> str:
@@ -115,13 +137,3 @@ def described(manifest: Manifest, copy: TeacherCopy | None, threshold: float) ->
 def kept_rows(manifest: Manifest) -> int:
     """How many rows are kept; 0 is no error here."""
     return int(np.sum(manifest.where(include_rejected=True).column("kept")))
-
-
-def report_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The report for people."""
-    yield (
-        f"{result['rows']} images, {result['kept']} kept (before: {result['kept_before']}) at threshold "
-        f"{result['threshold']:g}, teacher {plain(result['teacher'].get('architecture'))}, "
-        f"sha256 {plain(result['teacher'].get('sha256'))[:12]}, {duration(result['seconds'])}"
-    )
-    yield f"manifest: {plain(result['manifest'])}"

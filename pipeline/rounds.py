@@ -1,6 +1,6 @@
 """Rounds: synthesis and distillation in turn, each later round's images steered away from what the student knows.
 
-Used by ``factory run rounds``. Round r > 1 takes the student of round r − 1 as frozen adversary (DiffDFKD, equation 8);
+Round r > 1 takes the student of round r − 1 as frozen adversary (DiffDFKD, equation 8);
 that student learned from the images of all rounds before it.
 
 OUT/round-001/           a run folder of stage 1, with its own plan
@@ -9,18 +9,19 @@ OUT/round-001/distill/   the students trained on the manifests of rounds 1 to th
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline import estimate
-from pipeline import synth as stage
-from pipeline.distill import learnt_by, run_distill
+from pipeline.distill import DistillResult, run_distill, trained
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
-from pipeline.recipe import Recipe
-from pipeline.terminal import duration, plain
+from pipeline.recipe import Recipe, RoundsSettings
+from pipeline.synth import SynthResult, run_synth
+from pipeline.terminal import duration, pairs, share, table
 from stages.models.folders import WEIGHTS
 from stages.models.source import buildable_from_file, resolve
 from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
@@ -29,13 +30,56 @@ SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds: each starts from new noise, and runs with seeds 0, 1, 2 … never share any."""
 
 
-def run_rounds(
-    recipe: Recipe, out: str, place: ExecutorSettings, *, test_data: str | None = None, quiet: bool = False
-) -> dict[str, Any]:
-    """Run ``recipe.rounds.count`` rounds into ``out``; the same call resumes, a larger count adds. Returns a report.
+@dataclass(frozen=True)
+class RoundResult:
+    """``val_agreement``: the student's with the teacher, on images held out of all rounds; ``adversary``: the student
+    that this round was steered by."""
 
-    Raises UsageError for a recipe that cannot be steered, otherwise as the two stages do; a folder made with other
-    settings is refused by its plan.
+    round: int
+    adversary: str | None
+    images: int
+    kept: int
+    teacher_label_agreement: float
+    student: str
+    val_agreement: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class RoundsResult:
+    """``student``: the folder of the last round's."""
+
+    out: str
+    rounds: list[RoundResult]
+    student: str
+    manifests: list[str]
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        yield from table(
+            (8, 8, 8, 9, 11, 8),
+            ("round", "images", "kept", "steered", "agreement", "test"),
+            *(
+                (r.round, r.images, r.kept, "yes" if r.adversary else "no", share(r.val_agreement), share(r.accuracy))
+                for r in self.rounds
+            ),
+        )
+        yield f"student: {self.student}, {duration(self.seconds)}"
+
+
+def run_rounds(
+    recipe: Recipe,
+    out: str,
+    place: ExecutorSettings | None = None,
+    *,
+    workers: int = 1,
+    test_data: str | None = None,
+    quiet: bool = False,
+) -> RoundsResult:
+    """Run ``recipe.rounds.count`` rounds into ``out``; the same call resumes, a larger count adds.
+
+    Raises UsageError for a recipe that cannot be steered, FactoryError where a round's student diverged, otherwise as
+    the two stages do; a folder made with other settings is refused by its plan.
     """
     check(recipe, out)
     root, started = Storage(out), time.monotonic()
@@ -46,10 +90,10 @@ def run_rounds(
         folder = root.folder(round_name(number))
         frozen = adversary_settings(recipe.distill.students[0], adversary) if adversary else None
         current = recipe.model_copy(update={"synth": round_settings(recipe, number, frozen)})
-        made = stage.run_synth(current, folder, place, title=f"round {number} images", quiet=quiet)
-        sources.append((made["manifest"], 1.0))
-        carried = Manifest.open(made["manifest"]).info.teacher.get("kind") == "builtin"
-        learnt = run_distill(
+        dataset = run_synth(current, folder, place, workers=workers, title=f"round {number} images", quiet=quiet)
+        sources.append((dataset.manifest, 1.0))
+        carried = Manifest.open(dataset.manifest).info.teacher.get("kind") == "builtin"
+        result = run_distill(
             current,
             sources,
             root.folder(f"{round_name(number)}/distill"),
@@ -58,15 +102,15 @@ def run_rounds(
             title=f"round {number} student",
             quiet=quiet,
         )
-        reports.append(round_report(number, made, learnt, adversary, student_name(recipe.distill.students[0])))
-        adversary = reports[-1]["student"]
-    return {
-        "out": root.url,
-        "rounds": reports,
-        "student": reports[-1]["student"],
-        "manifests": [url for url, _ in sources],
-        "seconds": round(time.monotonic() - started, 3),
-    }
+        reports.append(round_result(number, dataset, result, adversary, student_name(recipe.distill.students[0])))
+        adversary = reports[-1].student
+    return RoundsResult(
+        out=root.url,
+        rounds=reports,
+        student=reports[-1].student,
+        manifests=[url for url, _ in sources],
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def check(recipe: Recipe, out: str) -> None:
@@ -104,48 +148,46 @@ def round_settings(recipe: Recipe, number: int, adversary: ModelSettings | None)
     return SynthSettings.model_validate(values)
 
 
-def round_report(
-    number: int, made: dict[str, Any], learnt: dict[str, Any], adversary: str | None, student: str
-) -> dict[str, Any]:
+def round_result(
+    number: int, dataset: SynthResult, result: DistillResult, adversary: str | None, name: str
+) -> RoundResult:
     """What came of a round. Raises FactoryError where its student diverged, since the next one would need it."""
-    facts = learnt_by(student, learnt, f"round {number}")
-    return {
-        "round": number,
-        "adversary": adversary,
-        "images": made["rows"],
-        "kept": made["kept"],
-        "teacher_label_agreement": learnt["teacher_check"]["teacher_label_agreement"],
-        "student": facts["folder"],
-        "val_agreement": facts["val_agreement"],
-        "accuracy": facts["test"]["accuracy"] if facts["test"] else None,
-    }
-
-
-def report_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The report for people. ``agreement`` is the student's with the teacher, on images held out of all rounds."""
-    yield f"{'round':<8}{'images':>8}{'kept':>8}{'steered':>9}{'agreement':>11}{'test':>8}"
-    for found in result["rounds"]:
-        shares = "".join(
-            f"{value:>{width}.1%}" if value is not None else f"{'–':>{width}}"
-            for value, width in ((found["val_agreement"], 11), (found["accuracy"], 8))
-        )
-        steered = "yes" if found["adversary"] else "no"
-        yield f"{found['round']:<8}{found['images']:>8}{found['kept']:>8}{steered:>9}{shares}"
-    yield f"student: {plain(result['student'])}, {duration(result['seconds'])}"
-
-
-def dry_run(recipe: Recipe, out: str, place: ExecutorSettings) -> dict[str, Any]:
-    """What the first round would do, and how many there are; writes nothing."""
-    check(recipe, out)
-    first = estimate.dry_run(recipe, Storage(out).folder(round_name(1)), place)
-    return first | {"rounds": recipe.rounds.model_dump(mode="json")}
-
-
-def dry_run_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The dry run for people."""
-    yield from estimate.dry_run_lines(result)
-    rounds = result["rounds"]
-    yield (
-        f"rounds          {rounds['count']} like this one, a student after each; from the second on steered by the "
-        f"last student, weight {rounds['adversarial']:g}"
+    student = trained(result, name, f"round {number}")
+    return RoundResult(
+        round=number,
+        adversary=adversary,
+        images=dataset.rows,
+        kept=dataset.kept,
+        teacher_label_agreement=result.teacher_check.teacher_label_agreement,
+        student=student.folder,
+        val_agreement=student.val_agreement,
+        accuracy=student.test.accuracy if student.test else None,
     )
+
+
+@dataclass(frozen=True)
+class RoundsEstimate:
+    """The first round, and how many there are."""
+
+    first: estimate.SynthEstimate
+    rounds: RoundsSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self.first) | {"rounds": self.rounds.model_dump(mode="json")}
+
+    def lines(self) -> Iterator[str]:
+        yield from self.first.lines()
+        yield from pairs(
+            16,
+            (
+                "rounds",
+                f"{self.rounds.count} like this one, a student after each; from the second on steered by the last "
+                f"student, weight {self.rounds.adversarial:g}",
+            ),
+        )
+
+
+def dry_run(recipe: Recipe, out: str, workers: int = 1) -> RoundsEstimate:
+    """What the rounds would do; writes nothing."""
+    check(recipe, out)
+    return RoundsEstimate(estimate.dry_run(recipe, Storage(out).folder(round_name(1)), workers), recipe.rounds)

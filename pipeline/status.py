@@ -1,7 +1,8 @@
-"""Where a run stands, read from its folder alone, so any process on any machine can ask. Used by ``factory status``."""
+"""Where a run stands, read from its folder alone, so any process on any machine can ask."""
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,17 +14,73 @@ from manifests.storage import Storage
 from pipeline.events import quarantined, read_events
 from pipeline.lease import live
 from pipeline.plan import read_plan
-from pipeline.terminal import duration, plain, size
+from pipeline.terminal import duration, pairs, plain, size
 
 LAST_ERRORS = 3
 WINDOW = 20  # shards over which the rate is taken: long enough to be steady, short enough to follow a changed pool
 
 
-def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
-    """Counts, rate, time left and last errors of a run. JSON-able. Raises DataError where ``storage`` holds no run.
+@dataclass(frozen=True)
+class RunningShard:
+    shard: int
+    worker: str | None
+    since: float
 
-    ``state`` is ``complete``, ``running``, or ``stopped`` (not complete and no driver at work: run the command again).
+
+@dataclass(frozen=True)
+class AttemptError:
+    time: float
+    shard: int | None
+    attempt: int | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """``state``: ``complete``, ``running``, or ``stopped`` (not complete and no driver at work: run the command again).
+
+    ``rows`` and ``bytes`` are of the shards that are done.
     """
+
+    run: str
+    state: str
+    recipe: str
+    shards: int
+    done: int
+    failed: list[int]
+    missing: int
+    running: list[RunningShard]
+    driver: str | None
+    rows: int
+    bytes: int
+    shards_per_hour: float | None
+    images_per_second: float | None
+    seconds_left: int | None
+    last_errors: list[AttemptError]
+    stopped_by: str | None
+
+    def lines(self, now: float | None = None) -> Iterator[str]:
+        now = time.time() if now is None else now
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        yield f"{plain(self.run)}: {self.state}, {self.done} of {self.shards} shards done{failed}"
+        speed = f", {self.images_per_second:.3g} images/s" if self.images_per_second else ""
+        yield from pairs(
+            9,
+            ("driver", self.driver),
+            *(("running", f"shard {r.shard:06d} on {r.worker} for {duration(now - r.since)}") for r in self.running),
+            ("made", f"{self.rows} images, {size(self.bytes)}{speed}" if self.rows else None),
+            ("left", f"about {duration(self.seconds_left)}" if self.seconds_left else None),
+            *(("failed", f"shard {n:06d}; factory run synth … --retry-failed tries it again") for n in self.failed),
+            ("stopped", self.stopped_by),
+            *(
+                ("error", f"{duration(now - e.time)} ago, shard {e.shard}, attempt {e.attempt}: {e.error}")
+                for e in self.last_errors
+            ),
+        )
+
+
+def status(storage: Storage, now: float | None = None) -> RunStatus:
+    """Counts, rate, time left and last errors of a run. Raises DataError where ``storage`` holds no run."""
     now = time.time() if now is None else now
     plan = read_plan(storage)
     done = {shard for shard in committed(storage) if shard < plan.shards}
@@ -34,49 +91,27 @@ def status(storage: Storage, now: float | None = None) -> dict[str, Any]:
     running = _running(events, done) if holder else {}
     rate = _rate(events, now, holder is not None)
     left = plan.shards - len(done) - len(failed)
-    return {
-        "run": storage.url,
-        "state": "running" if holder else "complete" if merged else "stopped",
-        "recipe": str(plan.recipe.get("name", "")),
-        "shards": plan.shards,
-        "done": len(done),
-        "failed": sorted(failed),
-        "missing": left,
-        "running": [
-            {"shard": shard, "worker": event.get("worker"), "since": event["time"]} for shard, event in running.items()
+    return RunStatus(
+        run=storage.url,
+        state="running" if holder else "complete" if merged else "stopped",
+        recipe=str(plan.recipe.get("name", "")),
+        shards=plan.shards,
+        done=len(done),
+        failed=sorted(failed),
+        missing=left,
+        running=[RunningShard(shard, event.get("worker"), event["time"]) for shard, event in running.items()],
+        driver=str(holder) if holder else None,
+        rows=_total(events, "rows"),
+        bytes=_total(events, "bytes"),
+        shards_per_hour=round(rate * 3600, 3) if rate else None,
+        images_per_second=_images(events, rate),
+        seconds_left=round(left / rate) if rate and holder else None,
+        last_errors=[
+            AttemptError(event["time"], event.get("shard"), event.get("attempt"), event.get("error"))
+            for event in [event for event in events if event["kind"] == "shard_failed"][-LAST_ERRORS:]
         ],
-        "driver": str(holder) if holder else None,
-        "rows": _total(events, "rows"),
-        "bytes": _total(events, "bytes"),
-        "shards_per_hour": round(rate * 3600, 3) if rate else None,
-        "images_per_second": _images(events, rate),
-        "seconds_left": round(left / rate) if rate and holder else None,
-        "last_errors": _errors(events),
-        "stopped_by": _stopped_by(events) if not holder else None,
-    }
-
-
-def lines(result: dict[str, Any], now: float | None = None) -> Iterator[str]:
-    """The status for people."""
-    now = time.time() if now is None else now
-    failed = f", {len(result['failed'])} failed" if result["failed"] else ""
-    yield f"{plain(result['run'])}: {result['state']}, {result['done']} of {result['shards']} shards done{failed}"
-    if result["driver"]:
-        yield f"driver   {plain(result['driver'])}"
-    for entry in result["running"]:
-        yield f"running  shard {entry['shard']:06d} on {plain(entry['worker'])} for {duration(now - entry['since'])}"
-    if result["rows"]:
-        speed = f", {result['images_per_second']:.3g} images/s" if result["images_per_second"] else ""
-        yield f"made     {result['rows']} images, {size(result['bytes'])}{speed}"
-    if result["seconds_left"]:
-        yield f"left     about {duration(result['seconds_left'])}"
-    for shard in result["failed"]:
-        yield f"failed   shard {shard:06d}; factory run synth … --retry-failed tries it again"
-    if result["stopped_by"]:
-        yield f"stopped  {plain(result['stopped_by'])}"
-    for error in result["last_errors"]:
-        ago = duration(now - error["time"])
-        yield f"error    {ago} ago, shard {error['shard']}, attempt {error['attempt']}: {plain(error['error'])}"
+        stopped_by=_stopped_by(events) if not holder else None,
+    )
 
 
 def _in_manifest(storage: Storage) -> int:
@@ -124,12 +159,6 @@ def _total(events: Sequence[dict[str, Any]], field: str) -> int:
 def _images(events: Sequence[dict[str, Any]], rate: float | None) -> float | None:
     rows = [event["rows"] for event in events if event["kind"] == "shard_done" and event.get("rows")]
     return round(rate * sum(rows[-WINDOW:]) / len(rows[-WINDOW:]), 4) if rows and rate else None
-
-
-def _errors(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [event for event in events if event["kind"] == "shard_failed"]
-    keys = ("time", "shard", "attempt", "error")
-    return [{key: event.get(key) for key in keys} for event in found[-LAST_ERRORS:]]
 
 
 def _stopped_by(events: Sequence[dict[str, Any]]) -> str | None:

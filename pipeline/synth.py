@@ -1,47 +1,96 @@
-"""Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge. Used by ``factory run synth``
-and ``factory demo``.
-"""
+"""Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge."""
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 from manifests.dataset import DATASET, DatasetInfo
-from manifests.errors import FactoryError, Interrupted
+from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.merge import MANIFEST, merge
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
-from pipeline.executors.settings import ExecutorSettings
+from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.lease import Lease
-from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan
+from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
 from pipeline.recipe import Recipe
-from pipeline.terminal import duration, plain, progress, say, size
+from pipeline.terminal import duration, progress, say, size
 from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models
 
 WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
 
 
+@dataclass(frozen=True)
+class SynthResult:
+    """A finished dataset: its folder (or URL) ``run``, and its ``manifest``, which stage 2 and :class:`Manifest` open.
+
+    ``rows``: images, of which ``kept`` pass the teacher's judgement; ``bytes``: of all tars; ``seconds``: of this call.
+    """
+
+    run: str
+    manifest: str
+    fingerprint: str
+    shards: int
+    rows: int
+    kept: int
+    bytes: int
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"{self.rows} images ({self.kept} kept) in {self.shards} shards, {size(self.bytes)}, "
+            f"{duration(self.seconds)}"
+        )
+        yield f"manifest: {self.manifest}"
+
+
 def run_synth(
     recipe: Recipe,
     out: str,
-    place: ExecutorSettings,
+    place: ExecutorSettings | None = None,
     *,
+    shards: int | None = None,
+    workers: int = 1,
     worker: str | None = None,
     title: str = "synth",
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Make what is missing of the dataset in ``out`` and merge its manifest; returns a report.
+) -> SynthResult:
+    """Make what is missing of the dataset in ``out`` (folder or URL) and merge its manifest; the same call resumes.
 
-    Raises DataError for a folder of another plan, FactoryError where shards failed or another driver is at work,
-    Interrupted where a signal stopped it; in every case the same command resumes.
+    ``shards``: in place of ``recipe.synth.shards``; a larger number adds. ``workers``: 1 works in this process, more
+    are Ray actors; ``place`` says more of them. ``worker`` (``module:function``) builds another kind of worker.
+
+    Raises UsageError for settings that cannot work, DataError for a folder of another plan, FactoryError where shards
+    failed or another driver is at work, Interrupted where a signal stopped it; then, too, the same call resumes.
     """
+    if shards is not None:
+        recipe = recipe.changed(f"synth.shards={shards}")
+    place = (place or executor({"workers": ("workers", workers)})).for_synth(recipe.synth)
     inputs = inspect_inputs(recipe.synth)
     plan = make_plan(recipe, inputs)
     storage = Storage(out)
     teacher = teacher_copy(recipe, inputs)
-    open_or_create(storage, plan)
+    is_new = open_or_create(storage, plan)
+    try:
+        return carry_out(storage, plan, inputs, teacher, place, worker, title, quiet)
+    except (UsageError, DataError):
+        if is_new:  # nothing was made: a refused command leaves nothing behind
+            withdraw(storage)
+        raise
+
+
+def carry_out(
+    storage: Storage,
+    plan: Plan,
+    inputs: SynthInputs,
+    teacher: TeacherCopy,
+    place: ExecutorSettings,
+    worker: str | None,
+    title: str,
+    quiet: bool,
+) -> SynthResult:
+    """Make the missing shards of ``plan`` in its folder, and the manifest."""
     storage.folder("shards")  # a link there is found now, not by the first shard
     with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
 
@@ -56,11 +105,12 @@ def run_synth(
         storage.write(DATASET, info.to_json())
         started = time.monotonic()
         events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
-        factory = worker or (NOISE_WORKER if recipe.synth.method == "noise" else WORKER)
+        settings = plan.recipe["synth"]
+        factory = worker or (NOISE_WORKER if settings["method"] == "noise" else WORKER)
         spec = WorkerSpec(
             factory,
             {
-                "settings": recipe.synth.model_dump(mode="json"),
+                "settings": settings,
                 "storage": storage.url,
                 "fingerprint": stored.fingerprint,
                 "planned": pinned_models(plan.semantics),
@@ -81,7 +131,7 @@ def run_synth(
             raise
         seconds = time.monotonic() - started
         events.write("run_finished", **state, seconds=round(seconds, 3))
-    return report(storage, seconds)
+    return finished(storage, seconds)
 
 
 def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> DatasetInfo:
@@ -96,30 +146,21 @@ def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> Datas
     )
 
 
-def report(storage: Storage, seconds: float) -> dict[str, Any]:
+def finished(storage: Storage, seconds: float) -> SynthResult:
     """The result of a finished run. ``seconds`` are this command's own."""
     from manifests.reader import Manifest
 
     manifest = Manifest.open(storage.path(MANIFEST))
-    return {
-        "out": storage.url,
-        "manifest": storage.path(MANIFEST),
-        "fingerprint": manifest.info.fingerprint,
-        "shards": len(manifest.info.tars),
-        "rows": manifest.num_rows,
-        "kept": len(manifest),
-        "bytes": sum(tar.bytes for tar in manifest.info.tars),
-        "seconds": round(seconds, 3),
-    }
-
-
-def report_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The report for people."""
-    yield (
-        f"{result['rows']} images ({result['kept']} kept) in {result['shards']} shards, {size(result['bytes'])}, "
-        f"{duration(result['seconds'])}"
+    return SynthResult(
+        run=storage.url,
+        manifest=storage.path(MANIFEST),
+        fingerprint=manifest.info.fingerprint,
+        shards=len(manifest.info.tars),
+        rows=manifest.num_rows,
+        kept=len(manifest),
+        bytes=sum(tar.bytes for tar in manifest.info.tars),
+        seconds=round(seconds, 3),
     )
-    yield f"manifest: {plain(result['manifest'])}"
 
 
 def teacher_copy(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:

@@ -1,24 +1,79 @@
-"""Text and progress for people: control characters out, sizes and times short, a bar on a terminal, lines in a log."""
+"""What people see: reports as lines or as JSON, sizes and times in short, progress as a bar or as lines of a log.
+
+Nothing printed here can steer a terminal: class names, prompts and errors come from files that others made.
+"""
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from dataclasses import asdict
+from typing import Protocol, TextIO
+
+from manifests.checked_json import dump_json
+
+
+class Report(Protocol):
+    """The result of a command: a dataclass that knows how people read it."""
+
+    def lines(self) -> Iterable[str]: ...
+
+
+def show(report: Report, as_json: bool = False) -> None:
+    """Print ``report`` on stdout: its lines, or one JSON document of its fields (its ``to_dict()``, if it has one)."""
+    if as_json:
+        print_json(report.to_dict() if hasattr(report, "to_dict") else asdict(report))  # type: ignore[call-overload]
+        return
+    for line in report.lines():
+        print(plain_block(line))
+
+
+def print_json(values: object) -> None:
+    """``values`` on stdout, with escapes for whatever could steer a terminal."""
+    text = dump_json(values, indent=1, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
+
+
+def table(widths: Sequence[int], *rows: Sequence[object]) -> Iterator[str]:
+    """Rows as lines: the first cell to the left and cut to its width, the others to the right, None as a dash.
+
+    >>> list(table((8, 6, 6), ("class", "rows", "kept"), ("zero", 12, None)))
+    ['class     rows  kept', 'zero        12     –']
+    """
+    for first, *rest in rows:
+        cells = ("–" if cell is None else plain(cell) for cell in rest)
+        right = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        yield f"{plain(first)[: widths[0]]:<{widths[0]}}{right}"
+
+
+def pairs(width: int, *entries: tuple[str, str | None]) -> Iterator[str]:
+    """``key   value`` lines, values below each other; an entry without a value is left out."""
+    return (f"{key:<{width}}{plain(value)}" for key, value in entries if value is not None)
+
+
+def share(value: float | None) -> str | None:
+    """A share as a percentage.
+
+    >>> share(0.998), share(None)
+    ('99.8%', None)
+    """
+    return None if value is None else f"{value:.1%}"
+
+
+def number(value: float | None, digits: int) -> str | None:
+    """``value`` with so many digits after the point, None where there is none."""
+    return None if value is None else f"{value:.{digits}f}"
 
 
 def plain(value: object) -> str:
-    """``value`` as text that cannot steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes.
-
-    Class names and prompts come from files that others made, so nothing of them is printed raw.
-    """
+    """``value`` without what could steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def plain_block(text: str) -> str:
     """Several lines, each made safe to print."""
-    return "\n".join(plain(line) for line in text.splitlines())
+    return "\n".join(plain(line) for line in text.removesuffix("\n").split("\n"))
 
 
 def duration(seconds: float) -> str:
@@ -63,10 +118,8 @@ def flop(count: float) -> str:
     return f"{count:.1f} EFLOP"
 
 
-# Progress of long commands on stderr: a bar where it is a terminal, a line now and then where it is a log file.
-
-
 LINE_SECONDS = 30.0
+"""Between two lines of progress in a log."""
 
 OnProgress = Callable[[float, float, str], None]  # (done, total, short note)
 

@@ -1,12 +1,18 @@
 """``factory status``, ``inspect``, ``verify``, ``gc``, ``rebuild`` and ``rescore``: look at a run and keep it."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import JsonOption, RunArgument, answer
+from pipeline.commands.options import JsonOption, RunArgument
+from pipeline.terminal import plain, show
+
+if TYPE_CHECKING:
+    from manifests.integrity import Problem
 
 SHEET = "sheet.png"
 ManifestArgument = Annotated[
@@ -22,14 +28,13 @@ def status(
 ) -> None:
     """Where a run stands: done, running, failed, rate, time left. Works from any process."""
     from manifests.storage import Storage
-    from pipeline.status import lines
     from pipeline.status import status as look
 
     storage = Storage(run)
     while True:
         result = look(storage)
-        answer(result, as_json, lines)
-        if not watch or result["state"] != "running":
+        show(result, as_json)
+        if not watch or result.state != "running":
             return
         if not as_json:
             print(flush=True)
@@ -55,27 +60,42 @@ def inspect(
     from manifests.errors import DataError, StoreError
     from manifests.reader import Manifest
     from pipeline import inspect as look
-    from pipeline.inspect import save
     from pipeline.terminal import say
 
     opened = Manifest.open(manifest)
     summary = look.summarize(opened, where)
-    if metrics:
-        summary["metrics"] = look.metrics(opened, where) if summary["kept"] else None
-    if summary["kept"]:
+    if metrics and summary.kept:
+        summary = replace(summary, metrics=look.metrics(opened, where))
+    if summary.kept:
         picture = look.sheet(opened, where, columns)
         target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
         try:
             if sheet is not None:
-                save(picture, sheet)
+                look.save(picture, sheet)
             else:
                 opened.storage.write(SHEET, picture, beside=True)
-            summary["sheet"] = target
+            summary = replace(summary, sheet=target)
         except (StoreError, DataError) as error:
             if sheet is not None:
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
-    answer(summary, as_json, look.lines)
+    show(summary, as_json)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`manifests.integrity.verify` found in ``run``."""
+
+    run: str
+    problems: "list[Problem]"
+
+    def to_dict(self) -> dict[str, object]:
+        return {"run": self.run, "ok": not self.problems, "problems": [asdict(problem) for problem in self.problems]}
+
+    def lines(self) -> Iterator[str]:
+        yield from (f"{plain(problem.where)}: {plain(problem.what)}" for problem in self.problems)
+        if not self.problems:
+            yield f"{plain(self.run)}: intact"
 
 
 def verify(
@@ -86,20 +106,11 @@ def verify(
     """Check plan, done records, tars, tables, manifest and every image; exit 3 where something is wrong."""
     from manifests.errors import DataError
     from manifests.integrity import verify as check
-    from pipeline.terminal import plain
 
-    problems = [{"where": problem.where, "what": problem.what} for problem in check(run, deep=not quick)]
-    result = {"run": run, "ok": not problems, "problems": problems}
-    answer(
-        result,
-        as_json,
-        lambda r: [f"{plain(p['where'])}: {plain(p['what'])}" for p in r["problems"]] or [f"{plain(run)}: intact"],
-    )
-    if problems:
+    report = VerifyReport(run, check(run, deep=not quick))
+    show(report, as_json)
+    if report.problems:
         raise typer.Exit(DataError.exit_code)
-
-
-# ``factory gc`` and ``factory rebuild``: tidy and repair a run folder.
 
 
 def gc(
@@ -112,39 +123,19 @@ def gc(
     """Remove what killed attempts left behind. Done shards, checkpoints and students are never touched."""
     from manifests.storage import Storage
     from pipeline.repair import collect
-    from pipeline.terminal import plain, size
 
-    def lines(result: dict[str, Any]) -> list[str]:
-        verb = "would remove" if result["dry_run"] else "removed"
-        return [
-            f"{verb} {len(result['orphans'])} unreferenced shard files and {len(result['temporary'])} temporary ones, "
-            f"{size(result['bytes'])}",
-            *(f"left alone, not made by this program: {plain(name)}" for name in result["foreign"]),
-        ]
-
-    answer(collect(Storage(run), dry_run), as_json, lines)
+    show(collect(Storage(run), dry_run), as_json)
 
 
 def rebuild(run: RunArgument, as_json: JsonOption = False) -> None:
     """Make tables, done records and m.parquet again from the tars alone (a lost or damaged index)."""
     from manifests.errors import DataError
     from pipeline.repair import rebuild_run
-    from pipeline.terminal import plain
-
-    def lines(result: dict[str, Any]) -> list[str]:
-        whole = f"{result['rows']} rows of {result['shards']} shards: {plain(result['manifest'])}"
-        return [whole] + [
-            f"shard {int(shard):06d} has to be made again (factory run synth): {plain(reason)}"
-            for shard, reason in result["damaged"].items()
-        ]
 
     result = rebuild_run(run)
-    answer(result, as_json, lines)
-    if result["damaged"]:
+    show(result, as_json)
+    if result.damaged:
         raise typer.Exit(DataError.exit_code)
-
-
-# ``factory rescore``: another teacher's judgement of the same images.
 
 
 def rescore(
@@ -171,7 +162,6 @@ def rescore(
     as_json: JsonOption = False,
 ) -> None:
     """Teacher columns and kept flags again, for another teacher or threshold. Makes a new manifest, no new images."""
-    from pipeline.rescore import report_lines
     from pipeline.rescore import rescore as judge
 
-    answer(judge(manifest, teacher, threshold, out, device), as_json, report_lines)
+    show(judge(manifest, teacher, threshold, out, device), as_json)

@@ -1,21 +1,36 @@
 """``factory eval``, ``export`` and ``recipes``."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from manifests.errors import UsageError
-from pipeline.commands.options import JsonOption, answer
+from pipeline.commands.options import JsonOption
+from pipeline.terminal import pairs, plain, print_json, say, share, show, size, table
+
+MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What :func:`stages.distill.export.export_onnx` and ``export_torch`` say of the files they wrote."""
+
+    files: Sequence[dict[str, Any]]
+
+    def lines(self) -> Iterator[str]:
+        for file in self.files:
+            shape = " × ".join(map(str, file["input"]))
+            yield (
+                f"{plain(file['file'])}: {file['format']}, {size(file['bytes'])}, images {shape} in [0, 1] to "
+                f"{file['classes']} logits, within {file['largest_difference']:.1g} of PyTorch's"
+            )
 
 
 def export(
-    student: Annotated[
-        str,
-        typer.Argument(metavar="STUDENT", help="Model folder, e.g. RUN/distill/student, or .yaml.", show_default=False),
-    ],
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help=MODEL_HELP, show_default=False)],
     onnx: Annotated[str | None, typer.Option(metavar="FILE", help="Write ONNX.", show_default=False)] = None,
     torch_export: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a torch.export program (.pt2).", show_default=False)
@@ -25,30 +40,39 @@ def export(
     """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
     if not onnx and not torch_export:
         raise UsageError("say what to write: --onnx FILE or --torch-export FILE")
-    from pipeline.terminal import plain, size
     from stages.distill.export import export_onnx, export_torch
-
-    def lines(result: dict[str, Any]) -> Iterator[str]:
-        for made in result["files"]:
-            shape = " × ".join(map(str, made["input"]))
-            yield (
-                f"{plain(made['file'])}: {made['format']}, {size(made['bytes'])}, images {shape} in [0, 1] to "
-                f"{made['classes']} logits, within {made['largest_difference']:.1g} of PyTorch's"
-            )
 
     files = [export_onnx(student, onnx)] if onnx else []
     files += [export_torch(student, torch_export)] if torch_export else []
-    answer({"files": [asdict(each) for each in files]}, as_json, lines)
+    show(ExportReport([asdict(file) for file in files]), as_json)
 
 
-# ``factory eval``: score a saved model on labeled images.
+@dataclass(frozen=True)
+class EvalReport:
+    """Scores of :func:`stages.distill.evaluate.evaluate`, and the file of the confusion matrix where one was asked
+    for."""
+
+    scores: dict[str, Any]
+    picture: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.scores | ({"picture": self.picture} if self.picture else {})
+
+    def lines(self) -> Iterator[str]:
+        shares = [
+            name for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece") if name in self.scores
+        ]
+        yield from table(
+            (24, 8),
+            ("images", self.scores["images"]),
+            *((name.replace("_", " "), share(self.scores[name])) for name in shares),
+            *((name, share(accuracy)) for name, accuracy in self.scores["per_class"].items()),
+        )
+        yield from pairs(18, ("confusion matrix:", self.picture))
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Model folder, e.g. RUN/distill/student, or .yaml.", show_default=False),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)
     ],
@@ -62,34 +86,30 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy, calibration and confusions of a model folder on labeled images; agreement with a teacher."""
-    from pipeline.terminal import plain, say
+    from stages.distill.evaluate import confusion_picture
     from stages.distill.evaluate import evaluate as measure
     from stages.settings import ModelSettings
 
-    def lines(result: dict[str, Any]) -> Iterator[str]:
-        yield f"{'images':<24}{result['images']:>8}"
-        for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece"):
-            if name in result:
-                yield f"{name.replace('_', ' '):<24}{result[name]:>8.1%}"
-        for name, share in result["per_class"].items():
-            yield f"{plain(name)[:24]:<24}" + (f"{share:>8.1%}" if share is not None else f"{'–':>8}")
-
-        if "picture" in result:
-            yield f"confusion matrix: {plain(result['picture'])}"
-
-    result = measure(model, data, ModelSettings(name=teacher) if teacher else None, device).to_dict()
-    say(f"class order: {result['class_order']}")
+    scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    say(f"class order: {scores.class_order}")
     if confusion is not None:
         from pipeline.inspect import save
-        from stages.distill.evaluate import confusion_picture
 
-        picture = confusion_picture(result["confusion"], [plain(name) for name in result["per_class"]])
-        save(picture, confusion)
-        result["picture"] = str(confusion)
-    answer(result, as_json, lines)
+        save(confusion_picture(scores.confusion, [plain(name) for name in scores.per_class]), confusion)
+    show(EvalReport(scores.to_dict(), str(confusion) if confusion else None), as_json)
 
 
-# ``factory recipes``: the recipes that come with the package.
+@dataclass(frozen=True)
+class RecipeList:
+    """Descriptions by name."""
+
+    recipes: dict[str, str]
+
+    def to_dict(self) -> dict[str, str]:
+        return self.recipes
+
+    def lines(self) -> Iterator[str]:
+        return pairs(max(map(len, self.recipes)) + 2, *self.recipes.items())
 
 
 def recipes(
@@ -103,13 +123,10 @@ def recipes(
     from pipeline.recipe import packaged, packaged_text, resolve
 
     if name is None:
-        found = {each: resolve(each, environ={}).description for each in packaged()}
-        width = max(map(len, found))
-        answer(found, as_json, lambda result: (f"{each:<{width}}  {text}" for each, text in result.items()))
-        return
-    if name not in packaged():
+        show(RecipeList({each: resolve(each, environ={}).description for each in packaged()}), as_json)
+    elif name not in packaged():
         raise UsageError(f"no recipe {name!r}; {suggest(name, packaged())}")
-    if as_json:
-        answer(resolve(name, environ={}).model_dump(mode="json"), True, lambda _: ())
+    elif as_json:
+        print_json(resolve(name, environ={}).model_dump(mode="json"))
     else:
         print(packaged_text(name), end="")

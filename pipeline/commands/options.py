@@ -1,12 +1,8 @@
-"""Options that several commands share, and how commands answer."""
+"""Options that several commands share."""
 
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from manifests.checked_json import dump_json
-from pipeline.terminal import plain
 
 RESULT = "Result"
 PLACE = "Where it runs"
@@ -38,22 +34,3 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder of stage 1 (path or URL).", show_default=False)
 ]
-
-
-def answer(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], Iterable[str]]) -> None:
-    """Print ``result`` on stdout, as JSON or as the lines that ``lines`` makes of it; neither can steer a terminal."""
-    if as_json:
-        text = dump_json(result, indent=1, ensure_ascii=False)
-        print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
-    else:
-        for line in lines(result):
-            for part in line.split("\n"):
-                print(plain(part))
-
-
-def number(text: str) -> float | None:
-    """``text`` as a number, None where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, RetryOption, SetOption, answer
-
-# ``factory demo``: both stages on the embedded default, guided and unguided, on a fresh machine, offline.
+from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, RetryOption, SetOption
+from pipeline.terminal import show
 
 
 def demo(
@@ -21,9 +20,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
-    from pipeline.demo import lines, run_demo
+    from pipeline.demo import run_demo
 
-    answer(run_demo(out, set_ or [], workers, retry_failed), as_json, lines)
+    show(run_demo(out, set_ or [], workers, retry_failed), as_json)
 
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it; or both in turn.")
@@ -61,10 +60,10 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
-    from pipeline import estimate
-    from pipeline import synth as stage
-    from pipeline.executors.settings import synth_place
+    from pipeline.estimate import dry_run as estimate
+    from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
+    from pipeline.synth import run_synth
 
     flags = {
         "synth.shards": ("--shards", shards),
@@ -84,12 +83,8 @@ def synth(
         "time_limit": ("--time-limit", time_limit),
         "retry_failed": ("--retry-failed", retry_failed),
     }
-    place = synth_place(resolved.synth, places)
-    folder = out or f"runs/{resolved.name}"
-    if dry_run:
-        answer(estimate.dry_run(resolved, folder, place), as_json, estimate.dry_run_lines)
-    else:
-        answer(stage.run_synth(resolved, folder, place), as_json, stage.report_lines)
+    place, folder = executor(places), out or f"runs/{resolved.name}"
+    show(estimate(resolved, folder, place.workers) if dry_run else run_synth(resolved, folder, place), as_json)
 
 
 @app.command()
@@ -135,9 +130,9 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distil students from manifests. The manifest alone is enough: it names its teacher and recipe."""
+    from manifests.reader import Manifest
     from pipeline import distill as stage
-    from pipeline.executors.settings import ExecutorSettings
-    from pipeline.layers import flag_layer, validate
+    from pipeline.executors.settings import executor
 
     flags = {
         "distill.students": ("--student", student or None),
@@ -148,19 +143,18 @@ def distill(
         "distill.skip_bad": ("--skip-bad", skip_bad or None),
         "distill.device": ("--device", device),
     }
-    sources, first = stage.open_sources(manifest)
+    sources = stage.parse_sources(manifest)
+    first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = out or stage.default_out(first, resolved)
-    place = validate(
-        ExecutorSettings, flag_layer({"workers": ("--workers", workers), "address": ("--address", address)})
-    )
+    place = executor({"workers": ("--workers", workers), "address": ("--address", address)})
     if dry_run:
-        answer(stage.dry_run(resolved, sources, folder, teacher, place), as_json, stage.dry_run_lines)
-    else:
-        result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
-        answer(result, as_json, stage.report_lines)
-        if result["parked"]:
-            raise typer.Exit(FactoryError.exit_code)
+        show(stage.dry_run(resolved, sources, folder, teacher, place.workers), as_json)
+        return
+    result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
+    show(stage.DistillReport(result), as_json)
+    if result.parked:
+        raise typer.Exit(FactoryError.exit_code)
 
 
 @app.command()
@@ -182,7 +176,7 @@ def rounds(
 ) -> None:
     """Both stages in turn: later images avoid what the student already knows. The same command again resumes."""
     from pipeline import rounds as stages
-    from pipeline.executors.settings import synth_place
+    from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
 
     flags = {
@@ -192,8 +186,8 @@ def rounds(
     }
     resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
     places = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
-    place = synth_place(resolved.synth, places)
+    place = executor(places)
     if dry_run:
-        answer(stages.dry_run(resolved, out, place), as_json, stages.dry_run_lines)
+        show(stages.dry_run(resolved, out, place.workers), as_json)
     else:
-        answer(stages.run_rounds(resolved, out, place, test_data=test_data), as_json, stages.report_lines)
+        show(stages.run_rounds(resolved, out, place, test_data=test_data), as_json)

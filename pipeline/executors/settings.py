@@ -42,18 +42,21 @@ class ExecutorSettings(Settings):
         """True if no Ray is needed."""
         return self.workers == 1 and self.address is None
 
+    def for_synth(self, synth: SynthSettings) -> "ExecutorSettings":
+        """With what the plan decides: threads of a worker, and no GPU for one that computes on the CPU."""
+        gpus = 0.0 if synth.device == "cpu" and self.gpus_per_worker is None else self.gpus_per_worker
+        return self.model_copy(update={"threads": synth.threads, "gpus_per_worker": gpus})
 
-def synth_place(synth: SynthSettings, flags: Mapping[str, tuple[str, Any]]) -> ExecutorSettings:
-    """Where a run of ``synth`` works: ``{"workers": ("--workers", 8)}``, with the plan's threads.
 
-    Raises UsageError for values that cannot be, and for a reservation where nothing is reserved.
+def executor(flags: Mapping[str, tuple[str, Any]]) -> ExecutorSettings:
+    """``{"workers": ("--workers", 8)}`` as settings.
+
+    Raises UsageError for a value that cannot be, and for a reservation where nothing is reserved.
     """
-    place = validate(ExecutorSettings, flag_layer({**flags, "threads": ("synth.threads", synth.threads)}))
+    chosen = validate(ExecutorSettings, flag_layer(flags))
     for name in ("gpus_per_worker", "memory_per_worker"):
-        if place.inline and getattr(place, name) is not None:
+        if chosen.inline and getattr(chosen, name) is not None:
             raise UsageError(
                 f"{flags[name][0]}: one worker in this process reserves nothing; add --workers or --address"
             )
-    if synth.device == "cpu" and place.gpus_per_worker is None:
-        place = place.model_copy(update={"gpus_per_worker": 0.0})
-    return place
+    return chosen

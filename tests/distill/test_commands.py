@@ -64,7 +64,11 @@ def test_test_data_of_other_classes_is_refused_before_the_training(dataset, tmp_
     refused = factory(*args).exception
     assert isinstance(refused, DataError)
     assert "3 name no class of the model: a, b, c" in str(refused) and "\n" not in str(refused)
-    assert not (tmp_path / "out/checkpoint.pt").exists()
+    assert not (tmp_path / "out").exists()
+    layers = "loss.student_layers=[nothing]"
+    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--set", "loss.gradcam=1", "--set", layers)
+    assert "nothing" in str(factory(*args).exception)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])

@@ -30,19 +30,19 @@ def recipe_file(tmp_path, **synth):
 def test_a_black_box_selects_what_its_student_learns_from(tmp_path):
     recipe = resolve(recipe_file(tmp_path, method="dmkd", min_confidence=0.2), environ={})
     made = run_synth(recipe, str(tmp_path / "data"), INLINE, quiet=True)
-    assert made["rows"] == 40 and 0 < made["kept"] < 40
-    rows = Manifest.open(made["manifest"]).where(include_rejected=True)
+    assert made.rows == 40 and 0 < made.kept < 40
+    rows = Manifest.open(made.manifest).where(include_rejected=True)
     rejected = [reason for reason in rows.column("reject_reason") if reason]
-    assert len(rejected) == 40 - made["kept"] and all("teacher gives its class" in reason for reason in rejected)
+    assert len(rejected) == 40 - made.kept and all("teacher gives its class" in reason for reason in rejected)
     assert not (tmp_path / "data" / "teacher").exists()  # only ever named
 
     few = ["epochs=1", "min_agreement=0", "students=[digits-cnn-small]"]
     learning = resolve("demo", section="distill", sets=few, environ={})
-    source = [(made["manifest"], 1.0)]
+    source = [(made.manifest, 1.0)]
     with pytest.raises(DataError, match="--teacher"):
         run_distill(learning, source, str(tmp_path / "student"), quiet=True)
     learnt = run_distill(learning, source, str(tmp_path / "student"), teacher=ModelSettings(**TEACHER), quiet=True)
-    assert learnt["teacher_check"]["recorded_agreement"] == 1.0
+    assert learnt.teacher_check.recorded_agreement == 1.0
     assert (tmp_path / "student" / "digits-cnn-small" / "model.safetensors").exists()
 
 

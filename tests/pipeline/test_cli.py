@@ -225,6 +225,7 @@ def test_what_tells_to_retry_takes_the_flag(factory, tmp_path, monkeypatch, comm
 
     monkeypatch.setattr("pipeline.synth.run_synth", look)
     monkeypatch.setattr("pipeline.demo.run_synth", look)
+    monkeypatch.setattr("pipeline.rounds.run_synth", look)
     args = (*command.split(), "--out", tmp_path / "out")
     assert factory(*args)[2].splitlines()[-1] == "retry False"
     assert factory(*args, "--retry-failed")[2].splitlines()[-1] == "retry True"

@@ -8,7 +8,7 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import Failure, quarantine, quarantined
 from pipeline.lease import Lease
-from pipeline.repair import collect
+from pipeline.repair import Leftovers, collect
 
 HEX = "0123456789abcdef" * 2
 WRITE, HALF = f"write-{HEX}", f"tmp/000001-{HEX}.tar"
@@ -26,9 +26,9 @@ def littered(run_folder):
 def test_leftovers_go_and_the_dataset_stays(littered):
     before = Manifest.open(littered).read(3)
     removed = collect(Storage(littered))
-    assert removed["orphans"] == ["shards/000001-0123456789ab.tar"]
-    assert removed["temporary"] == [HALF.removeprefix("tmp/")]
-    assert removed["bytes"] == 1500
+    assert removed.orphans == ["shards/000001-0123456789ab.tar"]
+    assert removed.temporary == [HALF.removeprefix("tmp/")]
+    assert removed.bytes == 1500
     assert len(list((littered / "shards").iterdir())) == 4
     assert not quarantined(Storage(littered))
     assert Manifest.open(littered, verify=True).read(3) == before
@@ -38,11 +38,11 @@ def test_a_copy_that_was_under_way_to_another_disk_goes(run_folder):
     name = f".000001-0123456789ab.tar-{HEX}"
     (run_folder / "shards" / name).write_bytes(b"x" * 70)
     assert verify(str(run_folder)) == []
-    assert collect(Storage(run_folder))["orphans"] == [f"shards/{name}"]
+    assert collect(Storage(run_folder)).orphans == [f"shards/{name}"]
 
 
 def test_dry_run_only_tells(littered):
-    assert collect(Storage(littered), dry_run=True)["bytes"] == 1500
+    assert collect(Storage(littered), dry_run=True).bytes == 1500
     assert (littered / HALF).exists() and (littered / "shards/000001-0123456789ab.tar").exists()
 
 
@@ -64,7 +64,7 @@ def test_after_a_killed_driver_its_workers_may_still_commit(littered, monkeypatc
         slept.append(seconds)
         (littered / "shards/000001-0123456789ab.tar").rename(littered / "late.tar")  # as if it had been committed
 
-    assert collect(storage, sleep=sleep)["orphans"] == []
+    assert collect(storage, sleep=sleep).orphans == []
     assert slept == [30.0]
 
 
@@ -75,16 +75,10 @@ def test_a_folder_of_stage_2_has_no_plan_and_keeps_everything_but_leftovers(tmp_
             storage.write(name, b"kept")
     (tmp_path / f"tmp/{WRITE}").write_bytes(b"x" * 70)  # a checkpoint half written when the process was killed
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert collect(storage, dry_run=True)["temporary"] == [WRITE]
-    assert collect(storage) | {"run": ""} == {
-        "run": "",
-        "orphans": [],
-        "temporary": [WRITE],
-        "foreign": [],
-        "outdated_failures": [],
-        "bytes": 70,
-        "dry_run": False,
-    }
+    assert collect(storage, dry_run=True).temporary == [WRITE]
+    assert collect(storage) == Leftovers(
+        run=storage.url, orphans=[], temporary=[WRITE], foreign=[], outdated_failures=[], bytes=70, dry_run=False
+    )
     before.remove(tmp_path / f"tmp/{WRITE}")
     after = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert [path for path in after if path.parent.name != "lease"] == [p for p in before if p.parent.name != "lease"]

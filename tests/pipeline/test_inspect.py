@@ -11,7 +11,7 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter
 from manifests.storage import Storage
-from pipeline.inspect import lines, metric_lines, metrics, quantiles, samples, summarize
+from pipeline.inspect import ClassCount, metric_lines, metrics, quantiles, samples, summarize
 from tests.distill.drawn import write_dataset
 from tests.pipeline.fake_worker import image, row
 
@@ -30,38 +30,38 @@ def dataset(folder, rows):
 
 def test_counts_and_quantiles_by_hand(tmp_path):
     found = summarize(dataset(tmp_path, [{"cosine": c} for c in (0.0, 0.25, 0.5, 0.75, 1.0)]))
-    assert (found["rows"], found["kept"], found["rejected"]) == (5, 4, {"confidence": 1})
-    assert found["classes"]["4"] == {"rows": 1, "kept": 0}
-    assert found["scores"]["cosine"] == {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
-    assert found["scores"]["entropy"] is None
-    assert found["teacher_label_agreement"] == 0.6  # labels 0, 1 and 3 of 0…4
+    assert (found.rows, found.kept, found.rejected) == (5, 4, {"confidence": 1})
+    assert found.classes["4"] == ClassCount(rows=1, kept=0)
+    assert found.scores["cosine"] == {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
+    assert found.scores["entropy"] is None
+    assert found.teacher_label_agreement == 0.6  # labels 0, 1 and 3 of 0…4
 
 
 def test_where_narrows(tmp_path):
     manifest = dataset(tmp_path, [{"cosine": c} for c in (0.1, 0.2, 0.3)])
-    assert summarize(manifest, "cosine > 0.15")["rows"] == 2
+    assert summarize(manifest, "cosine > 0.15").rows == 2
 
 
 def test_a_manifest_without_scores_or_teacher(tmp_path):
     nothing = {"cosine": None, "confidence": None, "teacher_label": None, "class_name": None}
     found = summarize(dataset(tmp_path, [nothing] * 3))
-    assert found["teacher_label_agreement"] is None
-    assert found["scores"]["cosine"] is None
-    assert len(list(lines(found))) == 1 + 1 + 4 + 1 + 3
+    assert found.teacher_label_agreement is None
+    assert found.scores["cosine"] is None
+    assert len(list(found.lines())) == 1 + 1 + 4 + 1 + 3
 
 
 def test_stored_text_is_defused(tmp_path):
     found = summarize(dataset(tmp_path, [{}, {"kept": False, "reject_reason": "\x1b[2J"}]))
-    text = "".join(lines(found))
+    text = "".join(found.lines())
     assert text.isprintable()
     assert "zero\\x1b]0;x\\x07" in text
 
 
 def test_metrics_come_from_the_carried_teacher(tmp_path):
     manifest = Manifest.open(write_dataset(tmp_path, 9))
-    found = summarize(manifest) | {"metrics": metrics(manifest, quiet=True)}
-    assert json.loads(json.dumps(found)) == found
-    text = list(lines(found))
+    found = dataclasses.replace(summarize(manifest), metrics=metrics(manifest, quiet=True))
+    assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
+    text = list(found.lines())
     assert "9 kept images looked at" in text[-6] and "BatchNorm gap" in text[-6]
     assert "feature cosine > 0.999" in text[-5]
     assert text[-1].split()[:2] == ["top", "3"]
@@ -77,7 +77,7 @@ def test_metrics_without_a_carried_teacher_or_features(tmp_path):
     lone = facts | {"vendi": 1.0, "near_duplicates": 0}
     seen = blind | {"near_duplicates": 0, "near_duplicate_cosine": 0.999, "classes": {"\x1b[2J": lone}}
     assert "".join(metric_lines(seen)).isprintable()
-    assert "–" in metric_lines(seen)[-1]
+    assert "–" in [*metric_lines(seen)][-1]
 
 
 def test_samples_are_spread_over_the_run(tmp_path):

@@ -74,8 +74,8 @@ def test_gc_deletes_names_of_this_program_alone_and_says_what_it_left(run_folder
     link(run_folder / "tmp" / (linked := temporary_name("write")), victim)
     before = contents(victim)
     found = collect(storage)
-    assert found["foreign"] == sorted([*mine, "tmp/folder", f"tmp/{linked}", "tmp/x"])
-    assert (found["orphans"], found["temporary"], found["bytes"]) == ([own[0]], [own[1].removeprefix("tmp/")], 4)
+    assert found.foreign == sorted([*mine, "tmp/folder", f"tmp/{linked}", "tmp/x"])
+    assert (found.orphans, found.temporary, found.bytes) == ([own[0]], [own[1].removeprefix("tmp/")], 4)
     assert all(storage.exists(name) for name in (*mine, "tmp/folder/file")) and contents(victim) == before
     assert not any(storage.exists(name) for name in own)
     code, lines, _ = factory(monkeypatch, capsys, "gc", run_folder)

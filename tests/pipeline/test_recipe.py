@@ -151,5 +151,44 @@ def test_as_many_intermediates_as_are_stored_are_allowed(steps, count):
             SynthSettings.model_validate(asked)
 
 
-def test_set_of_the_other_section_is_unknown_here():
-    assert "--set epochs=3: synth.epochs: unknown key" in refusal("demo", section="synth", sets=["epochs=3"])
+@pytest.mark.parametrize("key", ["guidance.step_size", "synth.guidance.step_size"])
+@pytest.mark.parametrize("section", ["synth", None])
+def test_a_key_is_taken_with_and_without_its_section(key, section):
+    assert resolve("demo", section=section, sets=[f"{key}=0.3"], environ={}).synth.guidance.step_size == 0.3
+
+
+def test_what_both_stages_have_needs_its_section_where_a_command_runs_both():
+    assert "--set seed=1: seed: unknown key; did you mean synth.seed or distill.seed?" in refusal(
+        "demo", sets=["seed=1"]
+    )
+    assert resolve("demo", section="distill", sets=["seed=1"], environ={}).distill.seed == 1
+
+
+def test_a_dataset_carries_the_settings_of_stage_2_but_stage_2_reads_no_others():
+    assert resolve("demo", section="synth", sets=["distill.epochs=3"], environ={}).distill.epochs == 3
+    text = refusal("demo", section="distill", sets=["synth.seed=1"])
+    assert text == "--set synth.seed=1: nothing here reads synth; keys start with distill"
+
+
+@pytest.mark.parametrize(
+    ("section", "assignment", "full"),
+    [
+        ("distill", "lr=0.1", "distill.optimizer.lr"),
+        ("synth", "epochs=3", "distill.epochs"),
+        ("synth", "cfg_scale=2", "synth.prior.cfg_scale"),
+        (None, "step_size=1", "synth.guidance.step_size"),
+    ],
+)
+def test_a_bare_last_part_is_told_its_full_key(section, assignment, full):
+    assert f"unknown key; did you mean {full}?" in refusal("demo", section=section, sets=[assignment])
+
+
+def test_a_recipe_in_python_is_loaded_and_changed_by_the_same_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACTORY_SYNTH__SEED", "7")
+    (tmp_path / "mine.yaml").write_text("synth: {seed: 3}")
+    recipe = Recipe.load(tmp_path / "mine.yaml", "guidance.step_size=0.3", "distill.seed=4")
+    assert (recipe.name, recipe.synth.seed, recipe.synth.guidance.step_size, recipe.distill.seed) == ("mine", 3, 0.3, 4)
+    assert recipe.changed("synth.seed=9").synth == recipe.synth.model_copy(update={"seed": 9})
+    assert recipe.changed() == recipe
+    with pytest.raises(UsageError, match=r"^synth.shards=0: synth.shards: .*greater than 0, got 0$"):
+        recipe.changed("synth.shards=0")

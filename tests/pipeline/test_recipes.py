@@ -7,7 +7,7 @@ import pytest
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from pipeline import distill
-from pipeline.estimate import dry_run, dry_run_lines
+from pipeline.estimate import dry_run
 from pipeline.recipe import packaged, packaged_text, resolve
 from pipeline.synth import run_synth
 from tests.pipeline.conftest import INLINE
@@ -37,8 +37,8 @@ def test_the_readmes_recipe_for_ones_own_teacher_passes_a_dry_run(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     weights = root / "benchmarks/cifar10-teacher/model.safetensors"
     sets = [f"synth.prior.path={root / 'priors/natural32'}", f"synth.teacher.weights={weights}"]
-    found = dry_run(resolve(str(tmp_path / "mine.yaml"), sets=sets, environ={}), str(tmp_path / "run"), INLINE)
-    assert (found["classes"], found["image_size"], found["prior"]["name"][-9:]) == (10, 32, "natural32")
+    found = dry_run(resolve(str(tmp_path / "mine.yaml"), sets=sets, environ={}), str(tmp_path / "run"))
+    assert (found.classes, found.image_size, found.prior["name"][-9:]) == (10, 32, "natural32")
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,18 @@ def test_nothing_is_packaged_untested():
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_recipe_needs_only_paths(tmp_path, paths, name):
     recipe = resolve(name, section="synth", sets=local(name, paths), environ={})
-    found = dry_run(recipe, str(tmp_path / "run"), INLINE)
-    assert (found["images"], found["image_size"]) == PAPER[name]
-    assert found["unknown"] is None and found["classes"] == recipe.synth.teacher.num_classes
+    found = dry_run(recipe, str(tmp_path / "run"))
+    assert (found.images, found.image_size) == PAPER[name]
+    assert found.unknown is None and found.classes == recipe.synth.teacher.num_classes
     prior, dda = recipe.synth.prior, recipe.synth.method == "dda"  # three variants, each from the middle on
     calls = (3 if dda else 1) * sum(1 + (prior.cfg_at(step) != 1) for step in range(25 if dda else 0, prior.steps))
-    assert found["denoiser_calls"] == calls * found["trajectories"]
-    cost, guided = found["cost"], recipe.synth.method == "diffdfkd"
-    assert cost["flop"] > cost["denoiser"] * found["trajectories"] > 0 and cost["weights_bytes"] > 1e6
-    assert (cost["guidance_teacher"] > 0) == guided and (cost["inversion"] > 0) == dda
-    assert (cost["saved_bytes_per_group"] > 0) == (guided or dda)
-    assert found["disk_bytes_at_most"] < 4 * 2**30 * (10 if name == "dmkd-imagenet" else 1)
-    assert any(line.startswith("compute") for line in dry_run_lines(found))
+    assert found.denoiser_calls == calls * found.trajectories
+    cost, guided = found.cost, recipe.synth.method == "diffdfkd"
+    assert cost.flop > cost.denoiser * found.trajectories > 0 and cost.weights_bytes > 1e6
+    assert (cost.guidance_teacher > 0) == guided and (cost.inversion > 0) == dda
+    assert (cost.saved_bytes_per_group > 0) == (guided or dda)
+    assert found.disk_bytes_at_most < 4 * 2**30 * (10 if name == "dmkd-imagenet" else 1)
+    assert any(line.startswith("compute") for line in found.lines())
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -100,16 +100,16 @@ def test_a_paper_recipe_says_what_to_change_and_trains_a_known_student(name):
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_runs_both_stages(tmp_path, name):
     recipe = resolve(name, environ={})
-    planned = dry_run(recipe, str(tmp_path / "run"), INLINE)
-    assert (planned["images"], planned["image_size"]) == TWINS[name] and planned["cost"]["flop"] > 0
+    planned = dry_run(recipe, str(tmp_path / "run"))
+    assert (planned.images, planned.image_size) == TWINS[name] and planned.cost.flop > 0
     made = run_synth(recipe, str(tmp_path / "run"), INLINE, quiet=True)
-    assert made["rows"] == TWINS[name][0]
-    manifest = Manifest.open(made["manifest"])
+    assert made.rows == TWINS[name][0]
+    manifest = Manifest.open(made.manifest)
     assert manifest.info.image_size == 8 and manifest.info.recipe["name"] == name
     students = distill.resolve_distill(manifest, None, [], {})
     assert students.distill == recipe.distill
     result = distill.run_distill(students, [(manifest.url, 1.0)], str(tmp_path / "out"), quiet=True)
-    assert result["images"] + result["val_images"] == made["kept"] > TWINS[name][0] // 2 and not result["parked"]
+    assert result.images + result.val_images == made.kept > TWINS[name][0] // 2 and not result.parked
 
 
 def test_a_recipe_extends_another_and_every_value_knows_its_place(tmp_path):

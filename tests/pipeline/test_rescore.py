@@ -16,7 +16,7 @@ from pipeline.distill import run_distill
 from pipeline.inspect import summarize
 from pipeline.lease import Lease
 from pipeline.recipe import resolve
-from pipeline.rescore import report_lines, rescore
+from pipeline.rescore import rescore
 from stages.models import nets
 from stages.models.loading import save_model
 from tests.distill.drawn import TEACHER, write_dataset
@@ -45,25 +45,25 @@ def test_columns_come_from_the_dataset_teacher_and_nothing_else_changes(tmp_path
     after = files(tmp_path / "d")
     assert {path: after[path] for path in before} == before
     assert {path.name for path in after.keys() - before.keys()} == {"rescored.parquet"}
-    rows = pq.read_table(result["manifest"]).to_pylist()
+    rows = pq.read_table(result.manifest).to_pylist()
     assert all(row["kept"] == (row["reject_reason"] is None) and row["confidence"] > 1 / 3 for row in rows)
-    assert result["kept"] == sum(row["kept"] for row in rows) < result["kept_before"] == 48
-    assert Manifest.open(manifest).info.tars == Manifest.open(result["manifest"]).info.tars
-    assert all(line.isprintable() for line in report_lines(result))
+    assert result.kept == sum(row["kept"] for row in rows) < result.kept_before == 48
+    assert Manifest.open(manifest).info.tars == Manifest.open(result.manifest).info.tars
+    assert all(line.isprintable() for line in result.lines())
 
 
 def test_verify_inspect_and_distill_work_on_it(tmp_path, manifest, other):
     result = rescore(manifest, other, 0.2, "b.parquet", quiet=True)
-    assert verify(result["manifest"]) == verify(manifest) == []
-    assert summarize(Manifest.open(result["manifest"]))["scores"]["confidence"] is not None
+    assert verify(result.manifest) == verify(manifest) == []
+    assert summarize(Manifest.open(result.manifest)).scores["confidence"] is not None
     recipe = resolve("demo", section="distill", sets=["epochs=1", "augment.cutmix=0", "augment.mixup=0"], environ={})
-    done = run_distill(recipe, [(result["manifest"], 1.0)], str(tmp_path / "s"), quiet=True)
-    assert done["teacher_check"]["recorded_agreement"] == 1
-    assert done["images"] + done["val_images"] == result["kept"]
+    done = run_distill(recipe, [(result.manifest, 1.0)], str(tmp_path / "s"), quiet=True)
+    assert done.teacher_check.recorded_agreement == 1
+    assert done.images + done.val_images == result.kept
 
 
 def test_a_second_teacher_lies_beside_the_first(tmp_path, manifest, other):
-    info = Manifest.open(rescore(manifest, other, quiet=True)["manifest"]).info
+    info = Manifest.open(rescore(manifest, other, quiet=True).manifest).info
     assert info.teacher["path"].startswith("teacher-")
     assert (tmp_path / "d" / info.teacher["path"]).read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
     assert info.rescored["from_teacher"] == Manifest.open(manifest).info.teacher["sha256"] != info.teacher["sha256"]
@@ -73,14 +73,14 @@ def test_a_second_teacher_lies_beside_the_first(tmp_path, manifest, other):
 
 def test_again_it_gives_the_same_rows_and_its_threshold_is_inherited(tmp_path, manifest, other):
     first = rescore(manifest, other, 0.4, "b.parquet", quiet=True)
-    back = rescore(first["manifest"], str(tmp_path / "d/teacher"), out="c.parquet", quiet=True)
+    back = rescore(first.manifest, str(tmp_path / "d/teacher"), out="c.parquet", quiet=True)
     again = rescore(manifest, threshold=0.4, out=str(tmp_path / "d/e.parquet"), quiet=True)
-    assert back["threshold"] == 0.4
-    assert pq.read_table(back["manifest"]).equals(pq.read_table(again["manifest"]))
+    assert back.threshold == 0.4
+    assert pq.read_table(back.manifest).equals(pq.read_table(again.manifest))
 
 
 def test_a_published_rescored_manifest_needs_only_the_tars_and_its_rows_are_checked(tmp_path, manifest, other):
-    made = rescore(manifest, other, quiet=True)["manifest"]
+    made = rescore(manifest, other, quiet=True).manifest
     storage = Storage(tmp_path / "d")
     table = pq.read_table(made)
     wrong = table.set_column(
@@ -158,8 +158,8 @@ def test_a_black_box_judges_a_remote_dataset_and_is_only_named(tmp_path, monkeyp
     )
     monkeypatch.syspath_prepend(tmp_path)
     result = rescore(manifest, str(tmp_path / "judge.yaml"), 0.4, quiet=True)
-    assert 0 < result["kept"] < 48
-    assert (result["teacher"]["kind"], "path" in result["teacher"]) == ("external", False)
-    assert verify(result["manifest"]) == []
+    assert 0 < result.kept < 48
+    assert (result.teacher["kind"], "path" in result.teacher) == ("external", False)
+    assert verify(result.manifest) == []
     with pytest.raises(DataError, match="does not carry its teacher"):
-        rescore(result["manifest"], threshold=0.5, out="b.parquet", quiet=True)
+        rescore(result.manifest, threshold=0.5, out="b.parquet", quiet=True)

@@ -1,15 +1,19 @@
 """Rounds on a tiny random prior: who steers whom, what each student saw, and a second call that resumes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.integrity import verify
 from manifests.reader import Manifest
+from pipeline.distill import DistillResult
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
-from pipeline.rounds import SEED_STRIDE, report_lines, round_report, round_settings, run_rounds
+from pipeline.rounds import SEED_STRIDE, round_result, round_settings, run_rounds
+from pipeline.synth import SynthResult
+from pipeline.terminal import show
 from stages.models.source import teacher_identity
 from stages.settings import ModelSettings
 from tests.synth.tiny import save_stable_diffusion
@@ -50,7 +54,7 @@ def test_the_second_round_is_steered_by_the_first_student(done):
     assert "adversary" not in first
     assert second["adversary"]["sha256"] == teacher_identity(ModelSettings(name=str(student)))["sha256"]
     assert second["settings"]["guidance"]["adversarial"] == 0.5
-    assert [found["adversary"] for found in result["rounds"]] == [None, str(student)]
+    assert [found.adversary for found in result.rounds] == [None, str(student)]
     steered = Manifest.open(folder / "round-002").where(include_rejected=True).column("loss_adv")
     plain = Manifest.open(folder / "round-001").where(include_rejected=True).column("loss_adv")
     assert not plain.any() and len(steered) == 20
@@ -61,8 +65,8 @@ def test_each_student_learns_from_all_rounds_so_far(done):
     for number in (1, 2):
         seen = json.loads((folder / f"round-{number:03d}/distill/run.json").read_bytes())["manifests"]
         assert [m["fingerprint"] for m in seen] == [plan(folder, n)["fingerprint"] for n in range(1, number + 1)]
-    assert result["student"] == str(folder / "round-002/distill/digits-cnn-small")
-    assert [verify(url) for url in result["manifests"]] == [[], []]
+    assert result.student == str(folder / "round-002/distill/digits-cnn-small")
+    assert [verify(url) for url in result.manifests] == [[], []]
 
 
 def test_rounds_start_from_different_noise(done):
@@ -81,12 +85,12 @@ def test_again_it_keeps_what_is_there_and_finishes_what_is_not(done):
     for path in sorted((folder / "round-002/distill").rglob("*"), reverse=True):  # as if it had not come to this
         path.rmdir() if path.is_dir() else path.unlink()
     after = run_rounds(recipe(2), str(folder), INLINE, quiet=True)
-    assert after["rounds"] == before["rounds"]
+    assert after.rounds == before.rounds
     assert student.read_bytes() == weights
     assert {p: p.stat().st_mtime_ns for p in folder.glob("round-*/shards/*")} == kept
     grown = run_rounds(recipe(3), str(folder), INLINE, quiet=True)
-    assert grown["rounds"][:2] == before["rounds"]
-    assert grown["rounds"][2]["adversary"] == before["student"]
+    assert grown.rounds[:2] == before.rounds
+    assert grown.rounds[2].adversary == before.student
 
 
 def test_other_settings_are_refused(done):
@@ -97,12 +101,13 @@ def test_other_settings_are_refused(done):
         run_rounds(recipe(2, "rounds.adversarial=2"), str(folder), INLINE, quiet=True)
 
 
-def test_the_table(done):
+def test_the_table(done, capsys):
     _, _, result = done
-    table = list(report_lines(result))
+    table = list(result.lines())
     assert [line.split()[:4] for line in table[1:3]] == [["1", "20", "20", "no"], ["2", "20", "20", "yes"]]
     assert table[1].split()[5] == "–"
-    assert all(line.isprintable() for line in report_lines(result | {"student": "\x1b[2J"}))
+    show(replace(result, student="\x1b[2J"))
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
 
 
 def test_what_cannot_be_steered_is_refused_before_anything_is_written(done, tmp_path):
@@ -125,20 +130,21 @@ def test_a_student_that_is_not_built_in_steers_as_well(done, tmp_path):
     _, recipe, _ = done
     student = "distill.students=[timm:test_resnet]"
     result = run_rounds(recipe(2, student, "synth.group_size=4"), str(tmp_path / "out"), INLINE, quiet=True)
-    assert result["rounds"][1]["adversary"] == str(tmp_path / "out/round-001/distill/timm-test_resnet")
+    assert result.rounds[1].adversary == str(tmp_path / "out/round-001/distill/timm-test_resnet")
 
 
 def test_a_student_of_own_code_steers_as_well(done, tmp_path):
     _, recipe, _ = done
     student = "distill.students=['tests.models.nets:tiny']"
     result = run_rounds(recipe(2, student, "synth.group_size=4"), str(tmp_path / "out"), INLINE, quiet=True)
-    assert result["rounds"][1]["adversary"] == str(tmp_path / "out/round-001/distill/tests.models.nets-tiny")
+    assert result.rounds[1].adversary == str(tmp_path / "out/round-001/distill/tests.models.nets-tiny")
 
 
 def test_a_diverged_student_ends_the_rounds():
-    learnt = {"parked": {"net": "loss is NaN"}, "students": {}}
+    dataset = SynthResult("run", "m.parquet", "f" * 64, 1, 20, 20, 1, 1.0)
+    trained = DistillResult("out", 20, 0, 1.0, {}, {"net": "loss is NaN"}, {})
     with pytest.raises(FactoryError, match="round 3: net was parked: loss is NaN"):
-        round_report(3, {}, learnt, None, "net")
+        round_result(3, dataset, trained, None, "net")
 
 
 def test_no_seed_is_shared_by_runs_with_neighbouring_seeds(done):

@@ -7,7 +7,7 @@ from manifests.storage import Storage
 from pipeline.events import EventLog
 from pipeline.lease import Lease
 from pipeline.plan import make_plan, open_or_create
-from pipeline.status import lines, status
+from pipeline.status import status
 from pipeline.synth import run_synth
 from stages.synth.inputs import inspect_inputs
 from tests.pipeline.conftest import INLINE, small_recipe
@@ -37,9 +37,9 @@ def done(storage, *shards):
 
 def test_a_complete_run(run_folder):
     found = status(Storage(run_folder))
-    assert (found["state"], found["done"], found["shards"], found["missing"]) == ("complete", 2, 2, 0)
-    assert (found["rows"], found["failed"], found["driver"]) == (40, [], None)
-    assert "complete, 2 of 2 shards done" in next(lines(found))
+    assert (found.state, found.done, found.shards, found.missing) == ("complete", 2, 2, 0)
+    assert (found.rows, found.failed, found.driver) == (40, [], None)
+    assert "complete, 2 of 2 shards done" in next(found.lines())
 
 
 def test_a_run_that_grew_is_complete_once_its_manifest_holds_the_new_shards(run_folder, monkeypatch):
@@ -50,12 +50,12 @@ def test_a_run_that_grew_is_complete_once_its_manifest_holds_the_new_shards(run_
     with pytest.raises(FactoryError):
         run_synth(small_recipe("shards=3"), str(run_folder), INLINE, worker=FACTORY, quiet=True)
     found = status(Storage(run_folder))
-    assert (found["state"], found["done"], found["shards"]) == ("stopped", 3, 3)
+    assert (found.state, found.done, found.shards) == ("stopped", 3, 3)
     monkeypatch.undo()
     run_synth(small_recipe("shards=3"), str(run_folder), INLINE, worker=FACTORY, quiet=True)
-    assert status(Storage(run_folder))["state"] == "complete"
+    assert status(Storage(run_folder)).state == "complete"
     (run_folder / "m.parquet").write_bytes(b"PAR1")
-    assert status(Storage(run_folder))["state"] == "stopped"
+    assert status(Storage(run_folder)).state == "stopped"
 
 
 def test_no_run(tmp_path):
@@ -79,28 +79,28 @@ def test_rate_and_time_left_while_a_driver_lives(fresh):
     )
     with Lease(fresh):
         found = status(fresh, now=125.0)
-        assert found["state"] == "running"
-        assert [entry["shard"] for entry in found["running"]] == [2]
-        assert found["shards_per_hour"] == 360
-        assert found["seconds_left"] == 80  # 8 shards of 10 s each
-        assert "running  shard 000002 on w for 5 s" in list(lines(found, now=125.0))
+        assert found.state == "running"
+        assert [entry.shard for entry in found.running] == [2]
+        assert found.shards_per_hour == 360
+        assert found.seconds_left == 80  # 8 shards of 10 s each
+        assert "running  shard 000002 on w for 5 s" in list(found.lines(now=125.0))
         late = status(fresh, now=160.0)  # nothing for 40 s, the longest gap was 10 s
-        assert late["shards_per_hour"] == 120
+        assert late.shards_per_hour == 120
     after = status(fresh, now=200.0)
-    assert (after["state"], after["running"], after["seconds_left"]) == ("stopped", [], None)
+    assert (after.state, after.running, after.seconds_left) == ("stopped", [], None)
 
 
 def test_failures_and_their_last_errors(tmp_path):
     with pytest.raises(FactoryError):
         run_synth(small_recipe("shards=3"), str(tmp_path / "run"), INLINE, worker=POISON, quiet=True)
     found = status(Storage(tmp_path / "run"))
-    assert (found["state"], found["done"], found["failed"], found["missing"]) == ("stopped", 2, [1], 0)
-    assert [error["attempt"] for error in found["last_errors"]] == [1, 2, 3]
-    assert "1 of 3 shards failed" in found["stopped_by"]
-    text = "\n".join(lines(found))
+    assert (found.state, found.done, found.failed, found.missing) == ("stopped", 2, [1], 0)
+    assert [error.attempt for error in found.last_errors] == [1, 2, 3]
+    assert "1 of 3 shards failed" in found.stopped_by
+    text = "\n".join(found.lines())
     assert "poison" in text and "\x1b" not in text
 
 
 def test_a_run_that_has_only_a_plan(fresh):
     found = status(fresh)
-    assert (found["state"], found["done"], found["missing"], found["shards_per_hour"]) == ("stopped", 0, 10, None)
+    assert (found.state, found.done, found.missing, found.shards_per_hour) == ("stopped", 0, 10, None)

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from manifests.errors import DataError, FactoryError
+from manifests.errors import DataError, FactoryError, UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
 from pipeline.events import quarantined, read_events
 from pipeline.executors.pool import WorkerSpec
 from pipeline.lease import Lease
+from pipeline.plan import make_plan, open_or_create, withdraw
 from pipeline.recipe import resolve
 from pipeline.synth import WORKER, run_synth
 from stages.models import nets
 from stages.models.loading import load_model, save_model
 from stages.models.source import resolve as resolve_model
 from stages.settings import ModelSettings
+from stages.synth.inputs import inspect_inputs
 from stages.synth.worker import ShardWorker
 from tests.pipeline.conftest import INLINE, small_recipe
 from tests.pipeline.fake_worker import FACTORY, POISON
@@ -64,8 +66,8 @@ def test_an_inline_run_reads_and_builds_its_teacher_once(tmp_path, monkeypatch):
 
 def test_the_report_counts(tmp_path):
     report = run(tmp_path / "run")
-    assert {key: report[key] for key in ("shards", "rows", "kept")} == {"shards": 2, "rows": 40, "kept": 32}
-    assert report["manifest"] == str(tmp_path / "run/m.parquet")
+    assert (report.shards, report.rows, report.kept) == (2, 40, 32)
+    assert report.manifest == str(tmp_path / "run/m.parquet")
 
 
 def test_the_same_command_again_changes_no_byte(run_folder):
@@ -175,6 +177,35 @@ def test_a_teacher_that_changes_after_the_plan_is_not_used(tmp_path, monkeypatch
 def test_a_second_driver_is_refused(run_folder):
     with Lease(Storage(run_folder)), pytest.raises(FactoryError, match="in use by another driver"):
         run(run_folder, "shards=3")
+
+
+TINY = ("method=diffdfkd", "group_size=10", "groups_per_shard=1", "prior.steps=2", "guidance.decoder=full")
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_what_only_a_worker_can_refuse_leaves_nothing_behind_either(tmp_path, where):
+    out = str(tmp_path / "run") if where == "local" else f"memory://{tmp_path}/run"
+    recipe = resolve("demo", section="synth", sets=[*TINY, "device=tpu"], environ={})
+    with pytest.raises(UsageError, match="device 'tpu' cannot be used"):
+        run_synth(recipe, out, INLINE, quiet=True)
+    storage = Storage(out)
+    assert not any(storage.list(name) for name in ("", "lease", "teacher", "events", "decoder", "shards"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_command_takes_nothing_from_a_run_or_from_the_user(run_folder, tmp_path):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file() and "lease" not in path.parts}
+    with pytest.raises(UsageError, match="shards can only grow"):
+        run(run_folder, "shards=1")
+    assert before.items() <= {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}.items()
+    storage = Storage(tmp_path / "new")
+    recipe = small_recipe()
+    assert open_or_create(storage, make_plan(recipe, inspect_inputs(recipe.synth)))
+    (tmp_path / "new/thesis.tex").write_text("mine")
+    withdraw(storage)
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["thesis.tex"]
+    withdraw(Storage(run_folder))
+    assert (run_folder / "plan.json").exists()
 
 
 def test_unusable_teacher_leaves_nothing_behind(tmp_path):

@@ -46,7 +46,7 @@ def made(prior_folder, tmp_path_factory):
     """(recipe, report, manifest) of 24 sources with two variants each."""
     asked = recipe(prior_folder)
     report = run_synth(asked, str(tmp_path_factory.mktemp("dda") / "run"), PLACE, quiet=True)
-    return asked, report, Manifest.open(report["manifest"])
+    return asked, report, Manifest.open(report.manifest)
 
 
 def all_rows(manifest):
@@ -137,7 +137,7 @@ def test_guidance_below_one_lies_between_the_two_predictions(prior_folder):
 def test_rows_name_their_source_and_follow_the_filter(made):
     _, report, manifest = made
     rows = all_rows(manifest)
-    assert report["rows"] == len(rows) == 2 * 2 * 6 * 3
+    assert report.rows == len(rows) == 2 * 2 * 6 * 3
     images = stored_images(manifest.where(include_rejected=True), range(len(rows)))
     teacher = load_teacher(SynthSettings().teacher, "cpu")
     with torch.no_grad():
@@ -167,39 +167,39 @@ def test_rows_name_their_source_and_follow_the_filter(made):
 
 def test_the_dry_run_counts_what_is_made(made, prior_folder, tmp_path):
     asked, report, _ = made
-    told = dry_run(asked, str(tmp_path / "other"), PLACE)
-    assert told["images"] == report["rows"] == 3 * told["trajectories"] and told["image_size"] == 8
-    assert told["denoiser_calls"] == 2 * 2 * 2 * 24  # variants, steps 3 and 4 (round(0.5 · 5) = 2), CFG, trajectories
-    without = dry_run(recipe("/nowhere", method="cmi"), str(tmp_path / "x"), PLACE)
-    assert (without["denoiser_calls"], without["images"], without["prior"]["name"]) == (0, 24, "none")
+    told = dry_run(asked, str(tmp_path / "other"))
+    assert told.images == report.rows == 3 * told.trajectories and told.image_size == 8
+    assert told.denoiser_calls == 2 * 2 * 2 * 24  # variants, steps 3 and 4 (round(0.5 · 5) = 2), CFG, trajectories
+    without = dry_run(recipe("/nowhere", method="cmi"), str(tmp_path / "x"))
+    assert (without.denoiser_calls, without.images, without.prior["name"]) == (0, 24, "none")
 
 
 def test_equal_plans_give_equal_bytes(made, tmp_path):
     asked, _, manifest = made
     again = run_synth(asked, str(tmp_path / "run"), PLACE, quiet=True)
-    assert Manifest.open(again["manifest"]).info.tars == manifest.info.tars
+    assert Manifest.open(again.manifest).info.tars == manifest.info.tars
 
 
 def test_the_index_is_rebuilt_with_its_sources(made, tmp_path):
     report = run_synth(made[0], str(tmp_path / "run"), PLACE, quiet=True)
-    before = all_rows(Manifest.open(report["manifest"]))
-    assert verify(report["manifest"]) == []
+    before = all_rows(Manifest.open(report.manifest))
+    assert verify(report.manifest) == []
     for name in ("m.parquet", *(f"done/{i:06d}.json" for i in range(2))):
         (tmp_path / "run" / name).unlink()
     rebuild_run(str(tmp_path / "run"))
-    assert all_rows(Manifest.open(report["manifest"])) == before
+    assert all_rows(Manifest.open(report.manifest)) == before
 
 
 def test_rescoring_asks_the_filter_again(made):
     _, _, manifest = made
-    stricter = Manifest.open(rescore(manifest.url, threshold=0.3, out="strict.parquet", quiet=True)["manifest"])
+    stricter = Manifest.open(rescore(manifest.url, threshold=0.3, out="strict.parquet", quiet=True).manifest)
     for old, new in zip(all_rows(manifest), all_rows(stricter), strict=True):
         assert new["source_key"] == old["source_key"] and new["cosine"] == pytest.approx(old["cosine"], abs=1e-4)
         if new["source_key"]:
             sure = "teacher gives" not in (new["reject_reason"] or "")
             assert new["kept"] == (sure and new["cosine"] > 0.5)
     back = rescore(stricter.url, threshold=0.05, out="back.parquet", quiet=True)
-    assert [r["kept"] for r in all_rows(Manifest.open(back["manifest"]))] == [r["kept"] for r in all_rows(manifest)]
+    assert [r["kept"] for r in all_rows(Manifest.open(back.manifest))] == [r["kept"] for r in all_rows(manifest)]
 
 
 def test_stage_two_holds_families_out_together_and_learns_from_derived_images(made, tmp_path):
@@ -211,7 +211,7 @@ def test_stage_two_holds_families_out_together_and_learns_from_derived_images(ma
     train, held = split_validation(rows, 0.3, 0)
     assert len(held) and len(held) % 3 == 0 and not set(train // 3) & set(held // 3)
     done = run_distill(given, [(manifest.url, 1.0)], str(tmp_path / "s"), quiet=True)
-    assert done["val_images"] == len(held)
+    assert done.val_images == len(held)
     (metrics,) = (tmp_path / "s").glob("*/metrics.jsonl")
     assert [json.loads(line)["variants_ce"] > 0 for line in metrics.read_text().splitlines()] == [True, True]
 
@@ -239,11 +239,11 @@ def test_the_contrastive_space_and_steering(prior_folder):
 
 def test_contrastive_cosines_are_recorded_and_survive_another_judge(prior_folder, tmp_path):
     asked = recipe(prior_folder, dda__space="contrastive", shards=1)
-    manifest = Manifest.open(run_synth(asked, str(tmp_path / "run"), PLACE, quiet=True)["manifest"])
+    manifest = Manifest.open(run_synth(asked, str(tmp_path / "run"), PLACE, quiet=True).manifest)
     derived = [row for row in all_rows(manifest) if row["source_key"]]
     assert {row["cosine_space"] for row in derived} == {"contrastive"}
     assert all(("cosine with" in (row["reject_reason"] or "")) == (row["cosine"] <= 0.5) for row in derived)
-    other = Manifest.open(rescore(manifest.url, threshold=0.9, quiet=True)["manifest"])
+    other = Manifest.open(rescore(manifest.url, threshold=0.9, quiet=True).manifest)
     assert [r["cosine"] for r in all_rows(other) if r["source_key"]] == [r["cosine"] for r in derived]
 
 

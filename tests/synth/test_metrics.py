@@ -71,7 +71,7 @@ def test_classes_of_one_name_are_told_apart(tmp_path):
     found = measure(manifest, dataset_teacher(manifest), same=0.0)
     assert {name: f["images"] for name, f in found["classes"].items()} == {"crane (0)": 8, "crane (1)": 8, "top": 8}
     assert found["near_duplicates"] == 24 - 3
-    assert {name: f["rows"] for name, f in summarize(manifest)["classes"].items()} == dict.fromkeys(found["classes"], 8)
+    assert {name: f.rows for name, f in summarize(manifest).classes.items()} == dict.fromkeys(found["classes"], 8)
 
 
 def test_the_teacher_looks_once_at_each_batch(tmp_path, monkeypatch):

@@ -3,13 +3,13 @@
 import pytest
 
 from manifests.errors import UsageError
-from pipeline.executors.settings import synth_place
+from pipeline.executors.settings import executor
 from stages.settings import SynthSettings
 
 
 def place(device="auto", **flags):
     given = {name: (f"--{name.replace('_', '-')}", value) for name, value in flags.items()}
-    return synth_place(SynthSettings(device=device, threads=3), given)
+    return executor(given).for_synth(SynthSettings(device=device, threads=3))
 
 
 def test_workers_on_the_cpu_reserve_no_gpu_unless_told_to():

@@ -147,20 +147,18 @@ def recipe(folder, *more):
 
 def test_dda_from_end_to_end(folder, tmp_path):
     asked = recipe(folder)
-    told = dry_run(asked, str(tmp_path / "one"), PLACE)
-    assert told["denoiser_calls"] == 6 * 2 * 5 * 2  # trajectories, variants, all steps in spite of strength, CFG
+    told = dry_run(asked, str(tmp_path / "one"))
+    assert told.denoiser_calls == 6 * 2 * 5 * 2  # trajectories, variants, all steps in spite of strength, CFG
     report = run_synth(asked, str(tmp_path / "one"), PLACE, quiet=True)
-    manifest = Manifest.open(report["manifest"])
+    manifest = Manifest.open(report.manifest)
     rows = manifest.file.group(0).to_pylist()
-    assert len(rows) == told["images"] == 18
+    assert len(rows) == told.images == 18
     assert [row["source_key"] is None for row in rows] == [True, False, False] * 6
     assert all((row["step"], row["cosine_ref"]) == (5, "source") for row in rows if row["source_key"])
     assert len({row["xxh3"] for row in rows}) == 18
     again = run_synth(asked, str(tmp_path / "two"), PLACE, quiet=True)
-    assert Manifest.open(again["manifest"]).info.tars == manifest.info.tars
-    assert (
-        dry_run(recipe(folder, "dda.noise_level=9"), str(tmp_path / "x"), PLACE)["fingerprint"] != told["fingerprint"]
-    )
+    assert Manifest.open(again.manifest).info.tars == manifest.info.tars
+    assert dry_run(recipe(folder, "dda.noise_level=9"), str(tmp_path / "x")).fingerprint != told.fingerprint
 
 
 @pytest.mark.parametrize(
