@@ -182,7 +182,9 @@ class TarCheck:
             return f"its row is that of another sample ({which})"
         if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
             return "the image was altered (checksum differs)"
-        return None if row_json(row) == sample.json else "its JSON in the tar is not that of its row"
+        if row_json(row) != sample.json:
+            return "its JSON in the tar differs from its row as the factory writes it"
+        return None
 
     def _image_flaw(self, row: dict[str, Any]) -> str | None:
         """Whether the image is intact at its place, whatever lies between; a table may claim any place."""
