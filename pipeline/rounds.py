@@ -10,13 +10,13 @@ OUT/round-001/distill/   the students trained on the manifests of rounds 1 to th
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline import estimate
-from pipeline.distill import DistillResult, run_distill, trained
+from pipeline.distill import run_distill, trained
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
 from pipeline.recipe import Recipe, RoundsSettings
@@ -25,6 +25,9 @@ from pipeline.terminal import duration, pairs, share, table
 from stages.models.folders import WEIGHTS
 from stages.models.source import buildable_from_file, resolve
 from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
+
+if TYPE_CHECKING:
+    from stages.distill.results import DistillResult
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds: each starts from new noise, and runs with seeds 0, 1, 2 … never share any."""
@@ -149,7 +152,7 @@ def round_settings(recipe: Recipe, number: int, adversary: ModelSettings | None)
 
 
 def round_result(
-    number: int, dataset: SynthResult, result: DistillResult, adversary: str | None, name: str
+    number: int, dataset: SynthResult, result: "DistillResult", adversary: str | None, name: str
 ) -> RoundResult:
     """What came of a round. Raises FactoryError where its student diverged, since the next one would need it."""
     student = trained(result, name, f"round {number}")

@@ -32,10 +32,7 @@ def test_type_checkers_see_the_same_names_from_the_same_places():
     tree = ast.parse(Path(dfkd_factory.__file__).read_text())
     (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {
-        alias.name: node.module
-        for node in guarded.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.name: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert seen == dfkd_factory.MODULES
 

@@ -9,8 +9,9 @@ from PIL import Image
 from manifests.errors import FactoryError
 from manifests.reader import Manifest
 from pipeline.demo import run_demo, without_guidance
-from pipeline.distill import DistillResult
 from pipeline.recipe import resolve
+from stages.distill.results import DistillResult
+from stages.distill.teacher_check import TeacherCheck
 from stages.settings import SynthSettings
 from tests.synth.tiny import save_stable_diffusion
 
@@ -73,7 +74,8 @@ def test_a_first_student_that_was_parked_is_one_line(demo, monkeypatch):
     folder, sets, _ = demo
 
     def learn(recipe, sources, out, **_):
-        return DistillResult(out, 40, 0, 1.0, {}, {"digits-cnn-small": "loss is nan at step 0"}, {})
+        check = TeacherCheck(20, 0.9, 0.9, {"zero": 20}, None, None, ("zero", 1.0), None)
+        return DistillResult(out, {}, check, 40, 0, 1, 1.0, 0.0, {}, {"digits-cnn-small": "loss is nan at step 0"})
 
     monkeypatch.setattr("pipeline.demo.run_distill", learn)
     with pytest.raises(FactoryError, match="^guided student: digits-cnn-small was parked: loss is nan at step 0$"):

@@ -8,12 +8,13 @@ import pytest
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.integrity import verify
 from manifests.reader import Manifest
-from pipeline.distill import DistillResult
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.rounds import SEED_STRIDE, round_result, round_settings, run_rounds
 from pipeline.synth import SynthResult
 from pipeline.terminal import show
+from stages.distill.results import DistillResult
+from stages.distill.teacher_check import TeacherCheck
 from stages.models.source import teacher_identity
 from stages.settings import ModelSettings
 from tests.synth.tiny import save_stable_diffusion
@@ -142,7 +143,8 @@ def test_a_student_of_own_code_steers_as_well(done, tmp_path):
 
 def test_a_diverged_student_ends_the_rounds():
     dataset = SynthResult("run", "m.parquet", "f" * 64, 1, 20, 20, 1, 1.0)
-    trained = DistillResult("out", 20, 0, 1.0, {}, {"net": "loss is NaN"}, {})
+    check = TeacherCheck(20, 0.9, 0.9, {"a": 20}, None, None, ("a", 1.0), None)
+    trained = DistillResult("out", {}, check, 20, 0, 1, 1.0, 0.0, {}, {"net": "loss is NaN"})
     with pytest.raises(FactoryError, match="round 3: net was parked: loss is NaN"):
         round_result(3, dataset, trained, None, "net")
 
