@@ -218,7 +218,7 @@ class Manifest:
             "images": f"{self._size()}, {self.info.image_size} × {self.info.image_size} pixels",
             "where": " and ".join(self._conditions) or "kept",
             "classes": self._classes(),
-            "method": synth.get("method") if isinstance(synth, dict) else None,
+            "method": synth.get("method", "") if isinstance(synth, dict) else "",
             "prior": _identity(self.info.prior, "pipeline", "name"),
             "teacher": _identity(self.info.teacher, "kind", "architecture"),
             "fingerprint": self.info.fingerprint[:12],
@@ -233,8 +233,8 @@ class Manifest:
             counts = np.bincount(self.labels, minlength=len(names))
         except FactoryError as error:
             return f"{len(names)}: {error}"
-        some = [f"{name[:40]} ({count:,})" for name, count in zip(names[:most], counts, strict=False)]
-        return f"{len(names)}: {', '.join(some)}{', …' if len(names) > most else ''}"
+        some = [f"{names[label][:40]} ({counts[label]:,})" for label in np.flatnonzero(counts)]
+        return f"{len(names)}: {', '.join(some[:most])}{', …' if len(some) > most else ''}"
 
     def read(self, index: int) -> bytes:
         """The stored image of one sample. Raises :class:`DataError` naming shard and key if it is not intact."""
