@@ -528,7 +528,7 @@ class DistillSettings(Settings):
     memory_gb: float = Field(
         4.0, ge=0, le=2**20, description="decoded images are kept in memory up to this size; more are streamed"
     )
-    checkpoint_seconds: float = Field(30.0, ge=0, le=10**6, description="time between checkpoints; 0: at every step")
+    checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between checkpoints; 0: at every step")
 
     @field_validator("students")
     @classmethod
