@@ -20,10 +20,8 @@ from manifests.errors import DataError, StoreError
 from manifests.storage import Storage
 from pipeline.terminal import say
 
-# Quarantine: shards that failed every attempt (``failed/000012.json``), until ``factory run synth --retry-failed``.
-
-
 FOLDER = "failed"
+"""The quarantine: shards that failed every attempt (``failed/000012.json``), until --retry-failed."""
 
 
 @dataclass(frozen=True)

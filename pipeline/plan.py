@@ -25,8 +25,6 @@ from stages.models.folders import WEIGHTS
 from stages.models.source import ModelSource
 from stages.synth.inputs import SynthInputs, semantics
 
-# Folders that ``--out`` may name.
-
 
 def refuse_file(storage: Storage) -> None:
     """Raises UsageError where ``storage`` is a file, or lies below one."""
@@ -49,13 +47,8 @@ def local_folder(out: str, why: str) -> Storage:
     return storage
 
 
-# The dataset carries its built-in teacher, so that a manifest alone is enough to distil from.
-#
-# Used by ``factory run synth`` when a plan starts, and by ``factory rescore`` for another teacher. Loading the weights
-# once here also finds a damaged file before anything is written.
-
-
 FOLDER = "teacher"
+"""Where a dataset carries its built-in teacher, so that a manifest alone is enough to distil from."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,8 @@ class TeacherCopy:
 
 
 def prepare(source: ModelSource) -> TeacherCopy:
-    """Check and, where its weights are no safetensors file, convert the teacher ``source``.
+    """Check and, where its weights are no safetensors file, convert the teacher ``source``. Loading its weights finds a
+    damaged file before anything is written.
 
     The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
     the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.

@@ -27,6 +27,25 @@ DryRunOption = Annotated[
         "--dry-run", help="Show settings, sizes, cost; make nothing (a hub's prior is fetched).", rich_help_panel=RESULT
     ),
 ]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster: auto, HOST:PORT, ray://…",
+        envvar="FACTORY_ADDRESS",
+        show_default=False,
+        rich_help_panel=PLACE,
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda …", show_default=False, rich_help_panel=PLACE)]
+ActorsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="1 runs in this process (default), more as Ray actors.",
+        envvar="FACTORY_WORKERS",
+        show_default=False,
+        rich_help_panel=PLACE,
+    ),
+]
 RetryOption = Annotated[
     bool, typer.Option("--retry-failed", help="Try quarantined shards again.", rich_help_panel=PLACE)
 ]

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands.options import PLACE, DryRunOption, JsonOption, RecipeOption, RetryOption, SetOption
+from pipeline.commands.options import (
+    PLACE,
+    ActorsOption,
+    AddressOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RetryOption,
+    SetOption,
+)  # fmt: skip
 from pipeline.terminal import show
 
 
@@ -45,16 +55,12 @@ def synth(
     adversary: Annotated[str | None, _made(help="Model folder of a frozen student to disagree with.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the whole dataset.")] = None,
     set_: SetOption = None,
-    workers: Annotated[
-        int | None, _place(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
-    ] = None,
-    address: Annotated[
-        str | None, _place(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
-    ] = None,
+    workers: ActorsOption = None,
+    address: AddressOption = None,
     gpus_per_worker: Annotated[float | None, _place(help="Fractions allowed (default: 1 where there are any).")] = None,
     memory_per_worker: Annotated[float | None, _place(help="GiB that each worker reserves.")] = None,
     time_limit: Annotated[float | None, _place(help="Seconds that a shard may take.")] = None,
-    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -122,10 +128,8 @@ def distill(
             envvar="FACTORY_WORKERS",
         ),
     ] = None,
-    address: Annotated[
-        str | None, _place(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
-    ] = None,
-    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    address: AddressOption = None,
+    device: DeviceOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -166,10 +170,8 @@ def rounds(
         str | None, _made(help="Labelled images to score each round's student: tar, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
-    workers: Annotated[
-        int | None, _place(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
-    ] = None,
-    device: Annotated[str | None, _place(help="auto, cpu, cuda …")] = None,
+    workers: ActorsOption = None,
+    device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,

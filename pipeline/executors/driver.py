@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -22,13 +22,12 @@ from pipeline.events import Failure, failures, quarantine, release
 from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, Pool, WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
-
-# Ctrl-C for long runs: the first SIGINT or SIGTERM drains, the second stops.
+from pipeline.terminal import OnProgress
 
 
 class StopSignals:
-    """Context manager. ``draining`` turns true at the first signal; the second raises ``KeyboardInterrupt`` and sets
-    ``stopping``, for loops to look at: an exception raised inside a callback or a finalizer is swallowed there.
+    """Ctrl-C for long runs, a context manager: the first SIGINT or SIGTERM sets ``draining``, the second ``stopping``
+    and raises ``KeyboardInterrupt`` (both, since an exception raised inside a callback or a finalizer is swallowed).
 
     Outside the main thread, where Python takes no handlers, it changes nothing.
     """
@@ -56,9 +55,6 @@ class StopSignals:
         with contextlib.suppress(OSError):
             os.write(2, self._line)  # not print: the signal may have interrupted one
 
-
-OnProgress = Callable[[float, float, str], None]
-"""Called with (shards done, shards asked for, note); a shard under way in this process counts by its groups."""
 
 TICK = 0.5
 """Seconds after which the loop looks at signals, lease and time limits again."""
@@ -92,46 +88,13 @@ class Outcome:
             )
 
 
-@dataclass
-class _Run:
-    """State of one driver: a few bytes for each shard of the plan, records only for shards in flight or failed."""
-
-    total: int
-    todo: Iterator[int]
-    done: set[int]
-    failed: dict[int, str]
-    running: dict[int, float] = field(default_factory=dict)  # shard → time handed out
-    attempts: dict[int, int] = field(default_factory=dict)
-    retries: list[tuple[float, int]] = field(default_factory=list)  # heap of (not before, shard)
-    images: int = 0
-    failed_in_a_row: int = 0
-    exhausted: bool = False
-
-    def next(self, now: float) -> int | None:
-        """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
-        if self.retries and self.retries[0][0] <= now:
-            return heapq.heappop(self.retries)[1]
-        shard = None if self.exhausted else next(self.todo, None)
-        self.exhausted = shard is None
-        return shard
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self.retries) or not self.exhausted
-
-    @property
-    def note(self) -> str:
-        failed = f", {len(self.failed)} failed" if self.failed else ""
-        return f"{self.images} images, {len(self.running)} running{failed}"
-
-
 def execute(
     spec: WorkerSpec,
     shards: Iterable[int],
     settings: ExecutorSettings,
     events: Events,
     storage: Storage,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda done, total, note: None,
     lease: Lease | None = None,
 ) -> Outcome:
     """Run every shard of ``shards`` that is neither done nor in quarantine.
@@ -142,33 +105,36 @@ def execute(
     """
     wanted = set(shards)
     done = committed(storage) & wanted
-    missing = wanted - done
-    failed = {shard: known.error for shard, known in failures(storage).items() if shard in missing}
+    failed = {shard: known.error for shard, known in failures(storage).items() if shard in wanted - done}
     if settings.retry_failed:
         release(storage, failed)
         failed = {}
-    todo = sorted(missing - failed.keys())
-    run = _Run(len(wanted), iter(todo), done, failed)
-    interrupted = False
-    if todo:
-        driver = _Driver(run, settings, events, storage, on_progress or (lambda done, total, note: None), lease)
-        interrupted = driver.drive(spec)
-    left = frozenset(wanted - run.done - run.failed.keys())
-    return Outcome(frozenset(run.done), dict(sorted(run.failed.items())), left, interrupted and bool(left))
+    todo = sorted(wanted - done - failed.keys())
+    driver = _Driver(settings, events, storage, on_progress, lease, len(wanted), iter(todo), done, failed)
+    interrupted = bool(todo) and driver.drive(spec)
+    left = frozenset(wanted - done - failed.keys())
+    return Outcome(frozenset(done), dict(sorted(failed.items())), left, interrupted and bool(left))
 
 
+@dataclass
 class _Driver:
-    def __init__(
-        self,
-        run: _Run,
-        settings: ExecutorSettings,
-        events: Events,
-        storage: Storage,
-        on_progress: OnProgress,
-        lease: Lease | None,
-    ):
-        self.run, self.settings, self.events, self.storage = run, settings, events, storage
-        self.on_progress, self.lease = on_progress, lease
+    """The loop and its state: a few bytes for each shard of the plan, records only for shards in flight or failed."""
+
+    settings: ExecutorSettings
+    events: Events
+    storage: Storage
+    on_progress: OnProgress
+    lease: Lease | None
+    total: int
+    todo: Iterator[int]
+    done: set[int]
+    failed: dict[int, str]
+    running: dict[int, float] = field(default_factory=dict)  # shard → time handed out
+    attempts: dict[int, int] = field(default_factory=dict)
+    retries: list[tuple[float, int]] = field(default_factory=list)  # heap of (not before, shard)
+    images: int = 0
+    failed_in_a_row: int = 0
+    exhausted: bool = False
 
     def drive(self, spec: WorkerSpec) -> bool:
         """Start the workers, run the loop, stop the workers. True if a signal cut the run short."""
@@ -189,29 +155,40 @@ class _Driver:
                 pool.close()
 
     def _loop(self, pool: Pool, signals: StopSignals) -> None:
-        run = self.run
         self._progress()
-        while run.running or (run.waiting and not signals.draining):
+        while self.running or (self.waiting and not signals.draining):
             if signals.stopping:
                 raise KeyboardInterrupt
             if self.lease is not None:
                 self.lease.check()
-            while not signals.draining and pool.free() and (shard := run.next(time.monotonic())) is not None:
+            while not signals.draining and pool.free() and (shard := self.next(time.monotonic())) is not None:
                 self._start(pool, shard)
-            if run.running or run.waiting:
+            if self.running or self.waiting:
                 for finished in pool.wait(TICK):
                     self._finish(finished)
                 self._progress()
 
+    def next(self, now: float) -> int | None:
+        """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
+        if self.retries and self.retries[0][0] <= now:
+            return heapq.heappop(self.retries)[1]
+        shard = None if self.exhausted else next(self.todo, None)
+        self.exhausted = shard is None
+        return shard
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.retries) or not self.exhausted
+
     def _start(self, pool: Pool, shard: int) -> None:
-        self.run.attempts[shard] = self.run.attempts.get(shard, 0) + 1
-        self.run.running[shard] = time.monotonic()
+        self.attempts[shard] = self.attempts.get(shard, 0) + 1
+        self.running[shard] = time.monotonic()
         worker = pool.submit(shard)
-        self.events.write("shard_started", shard=shard, attempt=self.run.attempts[shard], worker=worker)
+        self.events.write("shard_started", shard=shard, attempt=self.attempts[shard], worker=worker)
 
     def _finish(self, end: Finished) -> None:
-        run, shard = self.run, end.shard
-        seconds = round(time.monotonic() - run.running.pop(shard), 3)
+        shard = end.shard
+        seconds = round(time.monotonic() - self.running.pop(shard), 3)
         if end.worker_lost:
             self.events.write("worker_lost", worker=end.worker, shard=shard, error=end.error)
         report = end.report
@@ -219,10 +196,10 @@ class _Driver:
             # its worker died between commit and answer
             report = {"rows": record.rows, "kept": record.kept, "bytes": record.tar_bytes}
         if report is not None:
-            run.attempts.pop(shard, None)
-            run.done.add(shard)
-            run.failed_in_a_row = 0
-            run.images += report.get("rows") or 0
+            self.attempts.pop(shard, None)
+            self.done.add(shard)
+            self.failed_in_a_row = 0
+            self.images += report.get("rows") or 0
             for message in report.pop("warnings", ()):
                 self.events.write("warning", shard=shard, message=f"shard {shard:06d}: {message}")
             for group, size in report.pop("splits", {}).items():
@@ -232,26 +209,28 @@ class _Driver:
         self._fail(end)
 
     def _fail(self, end: Finished) -> None:
-        run, shard, error = self.run, end.shard, end.error or "no report"
-        attempts = run.attempts[shard]
+        shard, error = end.shard, end.error or "no report"
+        attempts = self.attempts[shard]
         self.events.write("shard_failed", shard=shard, attempt=attempts, error=error, worker=end.worker)
         if end.stops_run or (end.store_failed and attempts >= self.settings.attempts):  # no fault of the shard
             raise FactoryError(f"shard {shard:06d}: {error}; mend that and give the same command, it resumes")
         if attempts < self.settings.attempts:
-            heapq.heappush(run.retries, (time.monotonic() + self.settings.retry_delay * attempts, shard))
+            heapq.heappush(self.retries, (time.monotonic() + self.settings.retry_delay * attempts, shard))
             return
         quarantine(self.storage, Failure(shard, attempts, error, end.worker, end.trace))
         self.events.write("shard_quarantined", shard=shard, attempts=attempts, error=error)
-        run.failed[shard] = error
-        run.failed_in_a_row += 1
-        if run.failed_in_a_row >= self.settings.stop_after:
+        self.failed[shard] = error
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row >= self.settings.stop_after:
             raise FactoryError(
-                f"{run.failed_in_a_row} shards in a row failed {attempts} times each, the last with: {error}; "
+                f"{self.failed_in_a_row} shards in a row failed {attempts} times each, the last with: {error}; "
                 "when that is mended, run again with --retry-failed"
             )
 
     def _progress(self, part: float = 0.0) -> None:
-        self.on_progress(len(self.run.done) + part, self.run.total, self.run.note)
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        note = f"{self.images} images, {len(self.running)} running{failed}"
+        self.on_progress(len(self.done) + part, self.total, note)
 
     def _group_done(self, groups: int, of: int) -> None:
         self._progress(min(groups / of, 1.0) if of else 0.0)

@@ -51,8 +51,10 @@ class Finished:
     report: dict[str, Any] | None = None
     error: str | None = None
     trace: str = ""
+    exit_code: int | None = None
     stops_run: bool = False
     store_failed: bool = False
+    poisoned: bool = False  # the worker's process is of no more use
     worker_lost: bool = False
 
 
@@ -113,9 +115,6 @@ def start_error(record: dict[str, Any]) -> FactoryError:
     return FactoryError(f"workers cannot start: {record['error']}")
 
 
-# One worker in this process: ``factory run synth`` without ``--workers``. Imports no Ray.
-
-
 NAME = "inline"
 
 
@@ -124,7 +123,7 @@ class _Overdue(BaseException):
 
 
 class InlinePool:
-    """Runs the submitted shard inside :meth:`wait`.
+    """One worker in this process: runs the submitted shard inside :meth:`wait`.
 
     The time limit is a timer signal: it ends Python code and interruptible sleeps in the main thread, not a call that
     hangs inside a library. Ray workers are killed from outside and have no such gap.
@@ -165,10 +164,8 @@ class InlinePool:
             record = {"error": f"no result after the time limit of {self._settings.time_limit:g} s"}
         finally:
             self._shard = None
-        poisoned = record.pop("poisoned", False)
-        record.pop("exit_code", None)
         finished = Finished(shard, NAME, **record)
-        if poisoned:
+        if finished.poisoned:
             raise FactoryError(
                 f"shard {shard:06d}: {finished.error}; the GPU needs a new process: the same command resumes"
             )

@@ -139,13 +139,12 @@ class RayPool:
             self._started(slot, record)
             return None
         shard, slot.shard = slot.shard, None
-        poisoned = record.pop("poisoned", False)
-        record.pop("exit_code", None)
-        if poisoned:
+        finished = Finished(shard, slot.name, worker_lost=record.get("poisoned", False), **record)
+        if finished.poisoned:
             self._replace(slot)
         else:
             self._idle.append(slot)
-        return Finished(shard, slot.name, worker_lost=poisoned, **record)
+        return finished
 
     def _started(self, slot: _Slot, record: dict[str, Any]) -> None:
         if "error" in record:
