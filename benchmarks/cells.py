@@ -156,7 +156,7 @@ def surest(manifest: Manifest, where: str, count: int) -> str:
 
 
 def validation(domain: str, out: Path) -> str:
-    """The labelled images that students are scored on."""
+    """The labeled images that students are scored on."""
     path = out / f"{domain}-validation.parquet"
     if not path.exists():
         if domain == "cifar10":

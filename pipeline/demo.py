@@ -1,7 +1,7 @@
 """The demo: what guidance is worth at equal images, measured on real digits that neither stage has seen.
 
 ``factory demo`` makes a guided and an unguided dataset from one recipe (unguided: method ``dmkd``, the same prior,
-seeds and number of images), distils one student from each, and prints teacher and students side by side.
+seeds and number of images), distills one student from each, and prints teacher and students side by side.
 """
 
 import time

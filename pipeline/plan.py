@@ -48,7 +48,7 @@ def local_folder(out: str, why: str) -> Storage:
 
 
 FOLDER = "teacher"
-"""Where a dataset carries its built-in teacher, so that a manifest alone is enough to distil from."""
+"""Where a dataset carries its built-in teacher, so that a manifest alone is enough to distill from."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def demo(
     show(run_demo(out, set_ or [], workers, retry_failed), as_json)
 
 
-app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distil from it; or both in turn.")
+app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
 
 
 _made = partial(typer.Option, show_default=False)  # changes what is made; the default is the recipe's
@@ -116,7 +116,7 @@ def distill(
     epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, _made(help="Images per step, over all workers together.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
-    test_data: Annotated[str | None, _made(help="Labelled images to score at the end: tar, folder or Parquet.")] = None,
+    test_data: Annotated[str | None, _made(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
     skip_bad: Annotated[
         bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
@@ -133,7 +133,7 @@ def distill(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: distil students from manifests. The manifest alone is enough: it names its teacher and recipe."""
+    """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
     from manifests.reader import Manifest
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
@@ -167,7 +167,7 @@ def rounds(
     recipe: RecipeOption = None,
     count: Annotated[int | None, _made("--rounds", help="Rounds in total; may grow later.")] = None,
     test_data: Annotated[
-        str | None, _made(help="Labelled images to score each round's student: tar, folder or Parquet.")
+        str | None, _made(help="Labeled images to score each round's student: tar, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,

@@ -72,7 +72,7 @@ def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
         if selection.info.image_size != side:
             raise DataError(
                 f"{selection.url}: images of {selection.info.image_size} pixels, "
-                f"but {rows.selections[0].url} has {side}; distil from manifests of one size"
+                f"but {rows.selections[0].url} has {side}; distill from manifests of one size"
             )
     fits = len(rows) * side * side * 3 <= memory_gb * 1e9
     return CachedPixels(rows, side, device) if fits else StreamedPixels(rows, side, device)

@@ -1,4 +1,4 @@
-"""Labelled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
+"""Labeled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
 
 import hashlib
 import os

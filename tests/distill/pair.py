@@ -55,7 +55,7 @@ def _serve(rank, meeting, end):
             os._exit(1)
 
 
-def distil(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
+def distill(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
     """A run of one process among ``ranks``: digests of its students' weights, the rows it learned from at each step,
     and what else became of it. ``stop``: the step at which the first process is asked to stop; ``spoil(student, step)``
     is called in the last process before each step of a student."""
@@ -91,7 +91,7 @@ def distil(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
 
 def alone(*args, **kwargs):
     """The same in this process alone."""
-    return distil(ALONE, *args, **kwargs)
+    return distill(ALONE, *args, **kwargs)
 
 
 def _digest(net) -> str:

@@ -183,7 +183,7 @@ class TestParquet:
         with pytest.raises(DataError, match="its list of classes has label 11, but the model has classes 0…10"):
             read(parquet(tmp_path, [0], [str(i + 1) for i in range(11)]), COUNTED)
 
-    def test_class_label_of_unlabelled_rows(self, tmp_path):
+    def test_class_label_of_unlabeled_rows(self, tmp_path):
         with pytest.raises(DataError, match="row 1 has label -1, but the data names classes 0…2"):
             read(parquet(tmp_path, [0, -1], ANIMALS), ANIMALS)
 

@@ -143,7 +143,7 @@ def test_files_that_cannot_be_read_are_named_before_the_training(samples, model,
     assert evaluate(model, path).images == 7
 
 
-def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, model, tmp_path):
+def test_labeled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, model, tmp_path):
     folder = Path(write_folder(tmp_path / "a", samples, NAMES))
     blobs = tmp_path / "blobs"
     blobs.mkdir()
@@ -156,7 +156,7 @@ def test_labelled_files_and_folders_may_be_links_as_in_a_hubs_cache(samples, mod
     assert len([*labeled_images(str(tmp_path / "v.parquet"), tuple(map(str, range(10))))]) > 7
 
 
-def test_our_own_manifest_is_labelled_data_too(dataset, model):
+def test_our_own_manifest_is_labeled_data_too(dataset, model):
     found = evaluate(model, dataset, teacher=ModelSettings(name=model))
     assert found.images == 48
     assert found.model_teacher_agreement == 1.0

@@ -188,7 +188,7 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-class TestLabelledData:
+class TestLabeledData:
     def tar(self, path: Path, *members: tuple[str, bytes, bytes, str]) -> str:
         with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
             for name, kind, data, link in members:

@@ -15,7 +15,7 @@ from stages.distill.batches import Batches, batch_bounds, check_parts, open_pixe
 from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
-from tests.distill.pair import Pair, alone, distil
+from tests.distill.pair import Pair, alone, distill
 from tests.distill.short import TWO, settings, weights
 
 GROUP = "resnet8-gn"
@@ -99,7 +99,7 @@ def test_parts_of_a_batch_laid_end_to_end_are_the_batch(derived, size, memory):
 
 def test_group_norm_two_equal_one_to_rounding_with_every_loss_term(pair, derived, tmp_path):
     one = alone(settings(**EVERY), derived, str(tmp_path / "one"))
-    two = pair(distil, settings(**EVERY), derived, str(tmp_path / "two"))
+    two = pair(distill, settings(**EVERY), derived, str(tmp_path / "two"))
     assert joined(two) == one["rows"]
     assert any(len(rows) % 2 for _, rows in one["rows"])  # parts of unequal size
     assert two[0]["weights"] == two[1]["weights"]
@@ -115,7 +115,7 @@ def test_group_norm_two_equal_one_to_rounding_with_every_loss_term(pair, derived
 def test_batch_norm_two_match_one_by_accuracy(pair, dataset, tmp_path):
     asked = settings(students=["resnet8"], epochs=8, loss={"kd": 0, "ce": 1}, augment={"cutmix": 0, "mixup": 0})
     one = alone(asked, dataset, str(tmp_path / "one"), dataset)["results"].students["resnet8"].test.accuracy
-    found = pair(distil, asked, dataset, str(tmp_path / "two"), dataset)
+    found = pair(distill, asked, dataset, str(tmp_path / "two"), dataset)
     two = found[0]["results"].students["resnet8"].test.accuracy
     assert found[0]["weights"] == found[1]["weights"]  # running statistics included
     assert min(one, two) > 0.9, (one, two)
@@ -123,13 +123,13 @@ def test_batch_norm_two_match_one_by_accuracy(pair, dataset, tmp_path):
 
 def test_stopped_together_two_resume_to_the_same_bits(pair, dataset, tmp_path):
     asked = settings(**TWO, checkpoint_seconds=1e9)
-    whole = pair(distil, asked, dataset, str(tmp_path / "whole"))
+    whole = pair(distill, asked, dataset, str(tmp_path / "whole"))
     steps = []
     for stop in (2, 5):  # inside an epoch, over its end
-        parts = pair(distil, asked, dataset, str(tmp_path / "parts"), None, stop)
+        parts = pair(distill, asked, dataset, str(tmp_path / "parts"), None, stop)
         assert [part["error"] for part in parts] == ["Interrupted", "Interrupted"]
         steps += joined(parts)
-    parts = pair(distil, asked, dataset, str(tmp_path / "parts"))
+    parts = pair(distill, asked, dataset, str(tmp_path / "parts"))
     assert steps + joined(parts) == joined(whole)
     assert parts[0]["weights"] == parts[1]["weights"] == whole[0]["weights"]
     for name in TWO["students"]:
@@ -141,9 +141,9 @@ def test_resumed_with_another_number_no_sample_is_lost_or_repeated(pair, dataset
     asked, where = settings(students=[GROUP]), str(tmp_path / "parts")
     one = alone(asked, dataset, str(tmp_path / "one"))
     if first == 1:
-        begun, ended = [alone(asked, dataset, where, stop=7)], pair(distil, asked, dataset, where)
+        begun, ended = [alone(asked, dataset, where, stop=7)], pair(distill, asked, dataset, where)
     else:
-        begun, ended = pair(distil, asked, dataset, where, None, 7), [alone(asked, dataset, where)]
+        begun, ended = pair(distill, asked, dataset, where, None, 7), [alone(asked, dataset, where)]
     assert {each["error"] for each in begun} == {"Interrupted"}
     assert joined(begun) + joined(ended) == one["rows"]
     found, wanted = (safetensors.torch.load(weights(tmp_path / name, GROUP)) for name in ("parts", "one"))
@@ -152,9 +152,9 @@ def test_resumed_with_another_number_no_sample_is_lost_or_repeated(pair, dataset
 
 
 def test_students_in_one_pass_equal_their_solo_runs(pair, dataset, tmp_path):
-    both = pair(distil, settings(**TWO), dataset, str(tmp_path / "both"))
+    both = pair(distill, settings(**TWO), dataset, str(tmp_path / "both"))
     for name in TWO["students"]:
-        solo = pair(distil, settings(students=[name]), dataset, str(tmp_path / name))
+        solo = pair(distill, settings(students=[name]), dataset, str(tmp_path / name))
         assert solo[0]["weights"][name] == both[0]["weights"][name]
 
 
@@ -186,8 +186,8 @@ def exhausted(*_):
     ],
 )
 def test_a_student_that_fails_in_one_is_parked_in_both(pair, dataset, tmp_path, spoil, reason):
-    solo = pair(distil, settings(), dataset, str(tmp_path / "solo"))
-    found = pair(distil, settings(**TWO), dataset, str(tmp_path / "both"), None, 0, spoil)
+    solo = pair(distill, settings(), dataset, str(tmp_path / "solo"))
+    found = pair(distill, settings(**TWO), dataset, str(tmp_path / "both"), None, 0, spoil)
     for each in found:
         assert each["parked"] == {"resnet8": reason}
         assert each["weights"]["digits-cnn-small"] == solo[0]["weights"]["digits-cnn-small"]
@@ -201,7 +201,7 @@ def test_the_teachers_answers_are_shared_out_and_the_same_bytes(pair, dataset, t
     )
     alone(asked, dataset, str(tmp_path / "one"))
     pair(small_chunks)
-    pair(distil, asked, dataset, str(tmp_path / "two"))
+    pair(distill, asked, dataset, str(tmp_path / "two"))
     one, two = ((tmp_path / name / "teacher-cache" / "logits.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 

@@ -60,7 +60,7 @@ def test_text_bombs_are_refused() -> None:
         decode(data[:33] + chunk + data[33:])
 
 
-def test_formats_that_run_other_programs_are_not_even_recognised(
+def test_formats_that_run_other_programs_are_not_even_recognized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pillow gives EPS to Ghostscript, if it is asked to look for EPS at all."""

@@ -39,7 +39,7 @@ def test_pixels_to_unit_range():
     assert to_unit(pixels).flatten().tolist() == pytest.approx([-1, -1 / 255, 1])
 
 
-def test_input_spec_luminance_and_normalisation():
+def test_input_spec_luminance_and_normalization():
     spec = InputSpec(InputSettings(size=2, channels=1, mean=(0.5,), std=(0.25,)))
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     assert spec(red).flatten().tolist() == pytest.approx([(0.299 - 0.5) / 0.25] * 4)

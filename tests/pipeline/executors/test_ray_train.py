@@ -14,7 +14,7 @@ from pipeline.layers import mapping_layer
 from pipeline.recipe import resolve
 from stages.distill.run import begin, prepare
 from tests.distill.drawn import write_dataset
-from tests.distill.pair import Pair, distil
+from tests.distill.pair import Pair, distill
 from tests.distill.short import settings
 from tests.pipeline.executors.slow import slow_work
 
@@ -48,8 +48,8 @@ def test_a_lost_worker_is_replaced_and_a_stopped_run_resumed_to_the_same_bits(cl
     assert events.count("worker_lost") == 1
     pair = Pair(tmp_path)
     try:
-        resumed = pair(distil, asked, manifest, out)
-        whole = pair(distil, asked, manifest, str(tmp_path / "whole"))
+        resumed = pair(distill, asked, manifest, out)
+        whole = pair(distill, asked, manifest, str(tmp_path / "whole"))
     finally:
         pair.close()
     assert 0 < len(resumed[0]["rows"]) < len(whole[0]["rows"])

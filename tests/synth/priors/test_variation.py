@@ -67,7 +67,7 @@ def test_pixels_are_those_of_the_feature_extractor(folder, side):
 
 @pytest.mark.parametrize("level", [0, 300])
 def test_variants_are_those_of_the_pipeline_itself(folder, level):
-    """Encoder, normaliser, noise, its level, the unconditional half and the whole loop agree."""
+    """Encoder, normalizer, noise, its level, the unconditional half and the whole loop agree."""
     prior, images = load(folder, negative_prompt="b"), tensors(pictures())
     pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -164,7 +164,7 @@ def test_dda_from_end_to_end(folder, tmp_path):
 @pytest.mark.parametrize(
     "part", ["image_encoder/model.safetensors", "image_normalizer/diffusion_pytorch_model.safetensors"]
 )
-def test_the_identity_covers_encoder_and_normaliser(folder, tmp_path, part):
+def test_the_identity_covers_encoder_and_normalizer(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy")
     before = locate_prior(PriorSettings(path=str(copy))).identity
     weights = load_file(copy / part)
