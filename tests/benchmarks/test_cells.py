@@ -84,7 +84,7 @@ def test_the_best_of_a_class_are_those_that_the_teacher_is_surest_of(script):
             return np.array([0.5, 0.75, 0.25, 0.5])
 
     class Manifest:
-        def select(self, where):
+        def where(self, where):
             assert where == "trajectory < 9 and teacher_label == label"
             return Rows()
 

@@ -101,10 +101,11 @@ def test_digits_compares_with_the_unguided_row_in_any_order_and_on_the_cpu(scrip
 
 def test_a_cell_of_digits_is_kept_for_its_own_settings_alone(script, tmp_path, monkeypatch):
     digits = script("digits")
-    learnt = {"students": {"s": {"test": {"accuracy": 0.5}}}, "teacher_check": {"teacher_label_agreement": 1}}
+    scored, checked = SimpleNamespace(test=SimpleNamespace(accuracy=0.5)), SimpleNamespace(teacher_label_agreement=1)
+    learned = SimpleNamespace(students={"s": scored}, teacher_check=checked)
     monkeypatch.setattr(digits, "of_images", lambda _, images, folder: folder.mkdir() or ("m.parquet", 1.0, "kept"))
-    monkeypatch.setattr(digits.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(40)))
-    monkeypatch.setattr(digits, "run_distill", lambda *_, **__: learnt)
+    monkeypatch.setattr(digits.Manifest, "open", lambda _: SimpleNamespace(where=lambda _: range(40)))
+    monkeypatch.setattr(digits, "run_distill", lambda *_, **__: learned)
     asked = ("guided", 0, 40, None, "test.parquet", tmp_path)
     made = digits.cell(*asked)
     assert digits.cell(*asked) == made

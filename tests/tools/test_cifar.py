@@ -119,13 +119,14 @@ def test_a_cell_of_other_settings_is_not_reused_and_steps_are_those_that_are_tak
         prior=SCRIPT.parents[1] / "priors/natural32", students=["resnet8"], out=tmp_path,
         teacher=cifar10.ModelSettings(name=str(SCRIPT.parent / "cifar10-teacher")),
     )  # fmt: skip
-    learnt = {"students": {"resnet8": {"test": {"accuracy": 0.5}}}, "teacher_check": {"teacher_label_agreement": 1}}
+    scored, checked = SimpleNamespace(test=SimpleNamespace(accuracy=0.5)), SimpleNamespace(teacher_label_agreement=1)
+    learned = SimpleNamespace(students={"resnet8": scored}, teacher_check=checked, teacher_accuracy=0.9)
     epochs = []
     monkeypatch.setattr(cifar10, "of_images", lambda *_: ("m.parquet", 1.0, "trajectory < 2155"))
-    monkeypatch.setattr(cifar10.Manifest, "open", lambda _: SimpleNamespace(select=lambda _: range(2155)))
+    monkeypatch.setattr(cifar10.Manifest, "open", lambda _: SimpleNamespace(where=lambda _: range(2155)))
     monkeypatch.setattr(
         cifar10, "run_distill",
-        lambda recipe, *_, **__: epochs.append(recipe.distill.epochs) or learnt | {"teacher_accuracy": 0.9},
+        lambda recipe, *_, **__: epochs.append(recipe.distill.epochs) or learned,
     )  # fmt: skip
     made = cifar10.cell("guided", 0, "test.tar", asked)
     assert (made["steps"], epochs) == (800, [100])  # eight batches an epoch: each image once, none left over
