@@ -94,7 +94,7 @@ def test_relative_paths_mean_to_workers_what_they_mean_here(cluster, recipe, tmp
     found = run_distill(
         recipe(epochs=1), [("d/m.parquet", 1.0)], "out", teacher="d/teacher", test_data="d", place=TWO, quiet=True
     )
-    assert found.results["workers"] == 2 and found.students["digits-cnn-small"].test.teacher_accuracy > 0
+    assert found.workers == 2 and found.students["digits-cnn-small"].test.teacher_accuracy > 0
     assert (tmp_path / "out/digits-cnn-small/model.safetensors").exists()
 
 
