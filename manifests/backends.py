@@ -101,7 +101,7 @@ class RemoteBackend:
         return {}, []  # unfinished uploads are invisible
 
     def drop_temporary(self, name: str) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"a store lists no temporary file, so {name} cannot be one")
 
     def scratch(self) -> Path:
         if self._scratch is None or self._scratch[0] != os.getpid():

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manifests.errors import DataError
-from manifests.images import decode
 from manifests.reader import Manifest
 from manifests.schema import SCHEMA
 from stages.models.inputs import to_unit
@@ -152,14 +150,7 @@ def stored_images(selection: Manifest, indices: Sequence[int]) -> Tensor:
 
     Raises DataError naming the sample that is missing, altered, no image, or not of the dataset's size.
     """
-    side = selection.info.image_size
-    images = []
-    for index, data in zip(indices, selection.read_many(list(indices)), strict=True):
-        try:
-            images.append(decode(data, side))
-        except ValueError as error:
-            raise DataError(f"{selection.url}: sample {selection.row(index)['key']}: {error}") from None
-    return to_unit(torch.from_numpy(np.stack(images)))
+    return to_unit(torch.from_numpy(np.stack(selection.pixels(list(indices)))))
 
 
 def rescored(
