@@ -91,7 +91,8 @@ def evaluate(
     from stages.settings import ModelSettings
 
     scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
-    say(f"class order: {scores.class_order}")
+    for what, how in (scores.decisions | {"class order": scores.class_order}).items():
+        say(f"{what}: {how}")
     if confusion is not None:
         from pipeline.inspect import save
 

@@ -5,7 +5,7 @@ Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from stages.distill.runtime import torch_threads
 from stages.memory import find_device
 from stages.models.inputs import InputSpec, require_finite_weights, to_unit
 from stages.models.loading import check_class_names, load_model, load_teacher
-from stages.models.source import ModelConfig
+from stages.models.source import ModelConfig, resolve
 from stages.models.teacher import Teacher
 from stages.settings import ModelSettings
 
@@ -47,6 +47,7 @@ class Scores:
     ``class_order``: what the labels mean, for people; ``ece``: :func:`calibration_error`; ``per_class``: accuracy by
     class name (None without images); ``confusion[true][predicted]``: counts. With a teacher:
     ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
+    ``decisions``: what else was settled and from what, for people: the model's (:class:`ModelSource`) and the data's.
     """
 
     class_order: str
@@ -58,6 +59,7 @@ class Scores:
     confusion: list[list[int]]
     model_teacher_agreement: Share | None = None
     teacher_accuracy: Share | None = None
+    decisions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
@@ -65,7 +67,7 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; without the comparison with a teacher where there was none."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
 
 def evaluate(
@@ -78,12 +80,14 @@ def evaluate(
     """
     place = find_device(device)
     with torch_threads(threads):
-        net, config = load_model(model)
+        source = resolve(ModelSettings(name=model))
+        net, config = load_model(source)
         require_finite_weights(net, f"model '{model}'")
         judge = load_teacher(teacher, place) if teacher else None
         if judge:
             check_class_names(judge, config.class_names, model)
-        return evaluate_net(net.to(place), config, data, judge)
+        found = evaluate_net(net.to(place), config, data, judge)
+        return replace(found, decisions=source.decisions | found.decisions)
 
 
 def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> Scores:

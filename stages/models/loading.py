@@ -151,16 +151,16 @@ def load_network(source: ModelSource) -> nn.Module | Answer:
     return build_from(config, data, where)
 
 
-def load_model(name: str | Path) -> tuple[nn.Module, ModelConfig]:
+def load_model(name: str | Path | ModelSource) -> tuple[nn.Module, ModelConfig]:
     """The network of a model folder, or of a YAML file that names one, on the CPU in eval mode; its configuration.
 
     Raises UsageError for a black box, and where the folder names code or a hub id: those are loaded by name only.
     """
-    source = resolve(ModelSettings(name=str(name)))
+    source = name if isinstance(name, ModelSource) else resolve(ModelSettings(name=str(name)))
     net = load_network(source)
     if not isinstance(net, nn.Module):
-        name = source.config.architecture
-        raise UsageError(f"'{name}' is a black box: it scores images as a teacher, and nothing else")
+        what = f"'{source.config.architecture}'"
+        raise UsageError(f"{what} is a black box: it scores images as a teacher, and nothing else")
     return net.eval(), source.config
 
 

@@ -150,7 +150,9 @@ class ModelSource:
     """A classifier's configuration and files. The weights are read and hashed once, when first needed.
 
     ``weights`` is None where ``code``, the user's Python file, brings its own. ``folder``: that of a transformers
-    model. ``sha256``: of the weights, as the model folder records it or as they were when first read.
+    model. ``sha256``: of the weights, as the model folder records it or as they were when first read. ``decisions``:
+    what was settled and from what, for people (``architecture``, ``weights``, ``input``, ``classes``); what the loading
+    settles is there once it is done.
     """
 
     config: ModelConfig
@@ -159,6 +161,7 @@ class ModelSource:
     folder: Path | None = None
     half_precision: bool = False
     sha256: str | None = None
+    decisions: dict[str, str] = field(default_factory=dict, compare=False)
     _data: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
