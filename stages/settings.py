@@ -5,9 +5,9 @@ Recipes (:mod:`pipeline.recipe`) hold them by the same names: ``synth.guidance.s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -34,10 +34,16 @@ UNGUIDABLE = {
     "unipc": "its corrector re-does the step before, and with it undoes the guidance",
     "lms": "it remembers slopes, which a moved prediction falsifies",
     "deis": "it remembers slopes, which a moved prediction falsifies",
-    "lcm": "it needs a distilled network",
-    "tcd": "it needs a distilled network",
 }
 """Schedulers that are refused, and why."""
+DISTILLED: dict[str, tuple[str, ...]] = {
+    "lcm": ("lcm",),
+    "tcd": ("tcd",),
+    "turbo": ("euler-ancestral", "euler"),
+    "lightning": ("euler",),
+    "hyper": ("ddim", "tcd"),
+}
+"""Schedulers that few-step priors are made for, by how they were distilled; the first is the default."""
 
 
 class Settings(BaseModel):
@@ -97,12 +103,24 @@ class ModelSettings(Settings):
     )
 
 
+class LoraSettings(Settings):
+    """A LoRA to merge into the prior: a user's own concept, or what makes few steps enough (LCM-LoRA, Hyper-SD)."""
+
+    path: str = Field(description="safetensors file, or FILE of a hub repository: org/name/FILE")
+    weight: float = Field(1.0, ge=-10, le=10)
+
+
 class PriorSettings(Settings):
     """The diffusion prior and how it is sampled."""
 
     path: str = Field("embedded:strokes32", description="diffusers folder, hub id, or embedded:strokes32")
     variant: str | None = Field(None, description="weight variant of the folder, e.g. fp16")
-    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler"] = "ddim"
+    lora: tuple[LoraSettings, ...] = Field((), description="LoRA files to merge at load, with their weights")
+    distilled: Literal["lcm", "tcd", "turbo", "lightning", "hyper"] | None = Field(
+        None, description="how a few-step prior was distilled; without more said: its scheduler, 4 steps, no CFG"
+    )
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "euler-ancestral", "lcm", "tcd"] = "ddim"
+    eta: float = Field(0.3, ge=0, le=1, description="tcd: share of fresh noise in a step (the paper's γ)")
     steps: int = Field(20, gt=0, le=MAX_STEPS)
     cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
     cfg_interval: Interval = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
@@ -124,6 +142,21 @@ class PriorSettings(Settings):
         if isinstance(name, str) and (why := UNGUIDABLE.get(name.lower())):
             raise ValueError(f"{name} cannot be guided safely: {why}; use ddim, ddpm, dpmsolver++ or euler")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_steps(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (schedulers := DISTILLED.get(str(values.get("distilled")))):
+            return {"scheduler": schedulers[0], "steps": 4, "cfg_scale": 1.0} | dict(values)
+        return values
+
+    @model_validator(mode="after")
+    def _made_for(self) -> "PriorSettings":
+        if self.distilled is None and self.scheduler in ("lcm", "tcd"):
+            raise ValueError(f"{self.scheduler} needs a distilled network: say how it was made with distilled")
+        if self.distilled is not None and self.scheduler not in (fitting := DISTILLED[self.distilled]):
+            raise ValueError(f"distilled {self.distilled} is sampled with {' or '.join(fitting)}, not {self.scheduler}")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_label(self) -> "PriorSettings":

@@ -14,6 +14,7 @@ from manifests.errors import DataError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
 from stages.synth.priors.files import PriorSource, loading
+from stages.synth.priors.lora import merge_lora
 from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole
 from stages.synth.priors.schedule import Prediction, Schedule, State
 
@@ -36,6 +37,7 @@ class DiffusionPrior(ABC):
     def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
         logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
         self.source, self.settings, self.device = source, settings, device
+        self.parts: dict[str, Any] = {}  # networks by their names in the pipeline
         self.folder, self.index, self.conditioning = source.folder, source.index, source.family.conditioning
         shape, folder = source.geometry, source.folder
         self.latent_shape, self.image_size, self.classes = shape.latent, shape.image_size, shape.classes
@@ -43,7 +45,7 @@ class DiffusionPrior(ABC):
             config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"prior {folder}: scheduler/scheduler_config.json cannot be read: {error}") from error
-        self.schedule = Schedule(config, settings.scheduler, settings.steps, str(folder))
+        self.schedule = Schedule(config, settings, str(folder))
         self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
         self.times = torch.tensor(self.schedule.times, device=device)  # a number would be copied there at every step
         try:
@@ -53,6 +55,9 @@ class DiffusionPrior(ABC):
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
             detail = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"prior {folder} cannot be loaded: {detail}") from error
+        if device != "meta":
+            for file, weight in source.loras:
+                merge_lora(file, weight, self.parts)
         networks = [frozen(network, device) for network in (self.network, self.vae) if network is not None]
         self.attention = use_attention(networks, settings.attention, device)
         if settings.compile:
@@ -78,7 +83,9 @@ class DiffusionPrior(ABC):
         if kind not in by_name:
             raise DataError(f"prior {self.folder}: {name} is a {kind}, expected {' or '.join(by_name)}")
         where = {"subfolder": name, **loading(self.folder / name, self.settings.variant)}
-        return load_network(by_name[kind], self.folder, DTYPES[self.settings.dtype], self.device, **where)
+        network = load_network(by_name[kind], self.folder, DTYPES[self.settings.dtype], self.device, **where)
+        self.parts[name] = network
+        return network
 
     def encoder(self, name: str, kind: Any) -> Any:
         """Transformers encoder ``name`` of the folder, frozen.
@@ -92,7 +99,8 @@ class DiffusionPrior(ABC):
             with torch.device("meta"):
                 return frozen(kind(config).to(dtype), self.device)
         where |= loading(self.folder / name, self.settings.variant)
-        return frozen(load_whole(kind, self.folder, dtype=dtype, **where), self.device)
+        self.parts[name] = frozen(load_whole(kind, self.folder, dtype=dtype, **where), self.device)
+        return self.parts[name]
 
     def check_type(self, name: str, kind: Any) -> None:
         """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
@@ -148,8 +156,8 @@ class DiffusionPrior(ABC):
 
     def predict(self, state: State, condition: Any) -> Prediction:
         """One evaluation of the network. Differentiable in ``state.z`` where gradients are enabled."""
-        z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step)
-        if scale == 1 and self.settings.cfg_scale != 1:
+        z, scale = self.schedule.network_input(state), self.settings.cfg_at(state.step) if self.two_halves else 1.0
+        if scale == 1 and self.two_halves:
             condition = condition[len(z) :]  # outside the interval: the conditional half alone
         batch = z if scale == 1 else torch.cat([z, z])
         limit = self.batch_limit and self.batch_limit * (len(batch) // len(z))
@@ -171,6 +179,12 @@ class DiffusionPrior(ABC):
     def step(self, state: Prediction, rngs: Sequence[torch.Generator] | None = None) -> State:
         """One step of the scheduler; a ``stochastic`` one draws from ``rngs``, one generator per trajectory."""
         return self.schedule.step(state, rngs)
+
+    @property
+    def two_halves(self) -> bool:
+        """Whether conditions come with their unconditional half: not where the network takes the scale of
+        classifier-free guidance as an input (LCM, equation 13), for which one evaluation is enough."""
+        return self.settings.cfg_scale != 1 and not getattr(self.network.config, "time_cond_proj_dim", None)
 
     @property
     def shift(self) -> float:

@@ -31,6 +31,7 @@ class Family:
 
 FAMILIES = {
     "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
+    "LatentConsistencyModelPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
     "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
     "IFPipeline": Family("text", "unet", None),
     "StableUnCLIPImg2ImgPipeline": Family("text", "unet", "vae", "madebyollin/taesd", "image_encoder"),
@@ -64,9 +65,13 @@ class ModelFolder:
         names = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
         for name in files_read(names, self.variant):
             file = self.folder / name
-            stat = file.stat()
-            digest.update(name.encode() + b"\0" + _sha256(file, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+            digest.update(name.encode() + b"\0" + _file_sha256(file))
         return digest.hexdigest()
+
+
+def _file_sha256(file: Path) -> bytes:
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @lru_cache(4096)
@@ -83,6 +88,7 @@ class PriorSource(ModelFolder):
     name: str  # in the settings
     index: dict[str, Any]
     geometry: Geometry
+    loras: tuple[tuple[Path, float], ...] = ()  # files to merge, with their weights
 
     @property
     def pipeline(self) -> str:
@@ -96,14 +102,16 @@ class PriorSource(ModelFolder):
     @property
     def identity(self) -> dict[str, Any]:
         """What the manifest records: name, pipeline class, conditioning, image size, sha256 over its files (and the
-        number of its classes)."""
+        number of its classes, and sha256 and weight of merged LoRA files)."""
         return {
             "name": self.name,
             "pipeline": self.pipeline,
             "conditioning": self.family.conditioning,
             "image_size": self.geometry.image_size,
             "sha256": self.sha256,
-        } | ({"classes": self.geometry.classes} if self.geometry.classes else {})
+            **({"classes": self.geometry.classes} if self.geometry.classes else {}),
+            **({"lora": [[_file_sha256(file).hex(), weight] for file, weight in self.loras]} if self.loras else {}),
+        }
 
 
 def locate_prior(settings: PriorSettings) -> PriorSource:
@@ -116,7 +124,26 @@ def locate_prior(settings: PriorSettings) -> PriorSource:
         raise UsageError(
             f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
         )
-    return PriorSource(folder, settings.variant, settings.path, index, geometry(folder, family))
+    loras = tuple((_lora_file(lora.path), lora.weight) for lora in settings.lora)
+    return PriorSource(folder, settings.variant, settings.path, index, geometry(folder, family), loras)
+
+
+def _lora_file(path: str) -> Path:
+    """The LoRA file at ``path``, fetched where that is ``org/name/FILE`` of a hub. Raises DataError if there is none."""
+    if Path(path).is_file():
+        return Path(path)
+    what = "expected a safetensors file, or org/name/FILE of a hub repository"
+    if path.startswith((".", "/", "~")) or path.count("/") < 2 or not path.endswith(".safetensors"):
+        raise DataError(f"LoRA {path}: no such file ({what})")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, name, file = path.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"LoRA {path}: neither a file nor one that can be fetched ({reason}); {what}") from None
 
 
 def locate_tiny_decoder(name: str | None, prior: PriorSource) -> ModelFolder:

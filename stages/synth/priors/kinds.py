@@ -55,7 +55,10 @@ class TextPrior(DiffusionPrior):
         return self.load_unet(), self.part("vae", AutoencoderKL, AutoencoderDC)
 
     def load_unet(self) -> Any:
-        return self.part("unet", UNet2DConditionModel)
+        unet = self.part("unet", UNet2DConditionModel)
+        if unet.config.time_cond_proj_dim is not None and self.settings.distilled != "lcm":
+            raise UsageError(f"prior {self.folder} takes the CFG scale as input, as LCMs do: set prior.distilled=lcm")
+        return unet
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
@@ -69,10 +72,18 @@ class TextPrior(DiffusionPrior):
     def encode(self, conditions: Sequence[str]) -> Tensor:
         """``[n, …]``, or ``[2n, …]`` with the negative prompt's half first where CFG is on."""
         embedded = torch.cat([self.row(prompt) for prompt in conditions])
-        return embedded if self.settings.cfg_scale == 1 else torch.cat([self.negative().expand_as(embedded), embedded])
+        return torch.cat([self.negative().expand_as(embedded), embedded]) if self.two_halves else embedded
 
     def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        return self.network(latents, time, condition).sample
+        return self.network(latents, time, condition, timestep_cond=self.scale_embedding(latents)).sample
+
+    def scale_embedding(self, latents: Tensor) -> Tensor | None:
+        """Sinusoids ``[n, d]`` of w = cfg_scale − 1 for a network that was distilled with it as an input."""
+        size = self.network.config.time_cond_proj_dim
+        if size is None:
+            return None
+        w = torch.full((len(latents),), 1000 * (self.settings.cfg_scale - 1), device=latents.device)
+        return get_timestep_embedding(w, size).to(latents.dtype)
 
 
 def token_ids(tokenizer: Any, prompt: str) -> Tensor:
@@ -122,7 +133,8 @@ class TextPriorXL(TextPrior):
         tokens, pooled = condition[:, : -self.pooled], condition[:, -self.pooled :]
         added = {"text_embeds": pooled, "time_ids": self.sizes.to(latents.dtype).expand(n, -1)}
         tokens = tokens.reshape(n, -1, self.network.config.cross_attention_dim)
-        return self.network(latents, time, tokens, added_cond_kwargs=added).sample
+        cfg = self.scale_embedding(latents)
+        return self.network(latents, time, tokens, timestep_cond=cfg, added_cond_kwargs=added).sample
 
 
 TOKENS = 77  # what the network was trained with; T5 itself has no limit
@@ -280,6 +292,7 @@ class FreePrior(DiffusionPrior):
 
 KINDS: dict[str, type[DiffusionPrior]] = {
     "StableDiffusionPipeline": TextPrior,
+    "LatentConsistencyModelPipeline": TextPrior,
     "StableDiffusionXLPipeline": TextPriorXL,
     "IFPipeline": TextPriorIF,
     "StableUnCLIPImg2ImgPipeline": TextPriorUnclip,

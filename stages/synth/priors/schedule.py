@@ -1,7 +1,9 @@
 """The noise schedule of a prior: a diffusers scheduler made a pure function of the state.
 
 z = α·z0 + σ·eps with (α, σ) = (√ᾱ, √(1−ᾱ)) where the variance is preserved (ddim, ddpm, dpmsolver++), (1, σ) where it
-explodes (euler), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps; Salimans & Ho 2022 (appendix D) for v.
+explodes (euler, euler-ancestral), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps; Salimans & Ho 2022
+(appendix D) for v. Few-step priors: consistency functions (``lcm``: Luo et al. 2023, whose ẑ0 is c_skip·z + c_out·z0)
+and consistency trajectories (``tcd``: Zheng et al. 2024).
 """
 
 import math
@@ -14,12 +16,17 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from manifests.errors import DataError, UsageError
+from stages.settings import PriorSettings
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,17 @@ class VariationPrior(Protocol):
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-# Schedulers whose networks see plain (scaled) latents and any number of steps. Distilled (LCM, TCD), EDM-preconditioned
-# and discrete ones are absent: another scheduler over their weights would make noise.
+# Schedulers whose networks see plain (scaled) latents and any number of steps. EDM-preconditioned and discrete ones are
+# absent: another scheduler over their weights would make noise.
 TRAINED_FOR = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
 )
+CONSISTENCY = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
+"""Schedulers of few-step priors, and how those were distilled."""
+EXPLODING = ("euler", "euler-ancestral")
 FLOOR = 1e-5  # least α: pure noise has none, and guidance divides by it
 
 
@@ -107,20 +117,34 @@ def moved(z: Tensor, output: Tensor, delta: Tensor, alpha: float, sigma: float, 
     return z + alpha * delta, output
 
 
-def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
-    """The diffusers scheduler ``name`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
+def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str) -> Any:
+    """The diffusers scheduler of ``settings`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
 
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
     """
-    trained = config.get("_class_name")
-    if trained not in TRAINED_FOR:
+    trained, name = config.get("_class_name"), settings.scheduler
+    if trained in CONSISTENCY:
+        if settings.distilled is None:
+            how = CONSISTENCY[trained]
+            raise UsageError(f"prior {source} is a few-step one, made for {trained}: set prior.distilled={how}")
+    elif trained not in TRAINED_FOR:
         raise DataError(f"prior {source} is made for {trained}, which cannot be guided safely, nor replaced")
     flow = trained.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
     kind = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise DataError(f"prior {source}: prediction type {kind!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
-    if flow and name in ("ddim", "ddpm"):
+    if flow and name not in ("euler", "dpmsolver++"):
         raise UsageError(f"prior {source} predicts a flow, which {name} cannot sample: set prior.scheduler=euler")
+    if settings.distilled in ("turbo", "lightning", "hyper"):
+        config = config | {"timestep_spacing": "trailing"}  # they begin at the last timestep, where training did
+    if settings.distilled == "lightning" and settings.steps == 1:
+        config = config | {"prediction_type": "sample"}
+    if name == "lcm":
+        return LCMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    if name == "tcd":
+        return TCDScheduler.from_config(config, clip_sample=False, thresholding=False)
+    if name == "euler-ancestral":
+        return EulerAncestralDiscreteScheduler.from_config(config)
     if name == "ddim":
         return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
     if name == "ddpm":  # learned variances are dropped with the network's extra channels
@@ -139,13 +163,14 @@ def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
 
 
 class Schedule:
-    """``steps`` denoising steps of scheduler ``name``; ``source`` names the prior in errors.
+    """The denoising steps that ``settings`` ask for; ``source`` names the prior in errors.
 
     ``times`` are the network's input, ``timesteps`` the same rounded for the manifest (noisiest first).
     """
 
-    def __init__(self, config: dict[str, Any], name: str, steps: int, source: str) -> None:
-        self.name, self.scheduler = name, build_scheduler(config, name, source)
+    def __init__(self, config: dict[str, Any], settings: PriorSettings, source: str) -> None:
+        name, steps = settings.scheduler, settings.steps
+        self.name, self.eta, self.scheduler = name, settings.eta, build_scheduler(config, settings, source)
         self.flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or bool(
             getattr(self.scheduler.config, "use_flow_sigmas", False)
         )
@@ -159,18 +184,18 @@ class Schedule:
         if len(self.times) != steps:
             raise UsageError(f"{name} takes {len(self.times)} steps where {steps} are asked for: change prior.steps")
         self.timesteps = [round(t) for t in self.times]
-        self.stochastic = name == "ddpm"
+        self.stochastic = name in ("ddpm", "lcm", "tcd", "euler-ancestral")
         self.levels = [self._level(step) for step in range(steps)]
 
     def _level(self, step: int) -> tuple[float, float]:
-        if self.name in ("ddim", "ddpm"):
+        if self.name in ("ddim", "ddpm", "lcm", "tcd"):
             bar = float(self.scheduler.alphas_cumprod[self.timesteps[step]])
             alpha, sigma = bar**0.5, (1 - bar) ** 0.5
         else:
             sigma = float(self.scheduler.sigmas[step])
             if self.flow:
                 alpha = 1 - sigma
-            elif self.name == "euler":
+            elif self.name in EXPLODING:
                 alpha = 1.0
             else:
                 alpha = 1 / math.hypot(1, sigma)
@@ -179,7 +204,7 @@ class Schedule:
 
     def start(self, noise: Tensor) -> State:
         """Unit noise ``[n, c, h, w]`` as the state before the first step."""
-        scale = float(self.scheduler.init_noise_sigma) if self.name == "euler" and not self.flow else 1.0
+        scale = float(self.scheduler.init_noise_sigma) if self.name in EXPLODING and not self.flow else 1.0
         return State(noise if scale == 1 else noise * scale, 0)
 
     def noised(self, z0: Tensor, noise: Tensor, step: int) -> State:
@@ -192,13 +217,16 @@ class Schedule:
 
     def network_input(self, state: State) -> Tensor:
         """Latents as the network expects them, of unit variance."""
-        if self.name != "euler" or self.flow:
+        if self.name not in EXPLODING or self.flow:
             return state.z
         return state.z / math.hypot(*self.levels[state.step])
 
     def prediction(self, state: State, output: Tensor) -> Prediction:
         """The prediction that the network's ``output`` for ``state`` stands for."""
         z0 = predicted_z0(state.z, output, *self.levels[state.step], self.kind)
+        if self.name == "lcm":
+            skip, out = self.scheduler.get_scalings_for_boundary_condition_discrete(self.times[state.step])
+            z0 = skip * state.z + out * z0
         return Prediction(state.z, state.step, output, z0, before=state.before)
 
     def move(self, state: Prediction, delta: Tensor) -> Prediction:
@@ -214,9 +242,20 @@ class Schedule:
         if self.stochastic:
             if rngs is None:
                 raise ValueError(f"{self.name} draws noise: it needs one generator per trajectory")
-            return State(scheduler.step(state.output, time, state.z, generator=list(rngs)).prev_sample, state.step + 1)
+            if self.name == "lcm":  # with the ẑ0 that guidance moved, not one computed anew from z and the output
+                return self._renoised(state, rngs)
+            given = {"eta": self.eta} if self.name == "tcd" else {}
+            next_z = scheduler.step(state.output, time, state.z, generator=list(rngs), **given).prev_sample
+            return State(next_z, state.step + 1)
         if self.name != "dpmsolver++":
             return State(scheduler.step(state.output, time, state.z).prev_sample, state.step + 1)
         scheduler.model_outputs = [None, state.before]
         scheduler.lower_order_nums = 0 if state.before is None else 1
         return State(scheduler.step(state.output, time, state.z).prev_sample, state.step + 1, before=state.z0)
+
+    def _renoised(self, state: Prediction, rngs: Sequence[torch.Generator]) -> State:
+        """ẑ0 with fresh noise at the next level (Song et al. 2023, algorithm 1); as it is after the last step."""
+        if state.step + 1 == len(self.levels):
+            return State(state.z0, state.step + 1)
+        noise = randn_tensor(state.z0.shape, generator=list(rngs), device=state.z0.device, dtype=state.z0.dtype)
+        return self.noised(state.z0, noise, state.step + 1)

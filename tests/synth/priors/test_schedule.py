@@ -15,6 +15,7 @@ SHAPE = (3, 4, 8, 8)
 KINDS = ("epsilon", "v_prediction", "sample")
 CASES = [(name, kind) for name in ("ddim", "ddpm", "dpmsolver++", "euler") for kind in KINDS]
 CASES += [("dpmsolver++", "flow_prediction"), ("euler", "flow_prediction")]
+CASES += [(name, kind) for name in ("lcm", "tcd", "euler-ancestral") for kind in ("epsilon", "v_prediction")]
 
 
 def config(kind):
@@ -24,10 +25,15 @@ def config(kind):
     return {"_class_name": "PNDMScheduler", "prediction_type": kind, **betas}
 
 
+def scheduled(config, name, steps, **more):
+    distilled = name if name in ("lcm", "tcd") else None
+    return Schedule(config, PriorSettings(scheduler=name, steps=steps, **{"distilled": distilled} | more), "x")
+
+
 @pytest.fixture(params=CASES, ids="-".join)
 def schedule(request):
     name, kind = request.param
-    made = Schedule(config(kind), name, STEPS, "x")
+    made = scheduled(config(kind), name, STEPS)
     assert made.kind == kind and len(made.timesteps) == STEPS and made.timesteps == sorted(made.timesteps)[::-1]
     return made
 
@@ -54,6 +60,13 @@ def test_z0_is_the_schedulers_own(schedule):
             theirs = scheduler.convert_model_output(state.output, sample=state.z)
         elif schedule.kind == "flow_prediction":  # offers none: its step to noise level 0 says the same
             theirs = state.z - scheduler.sigmas[state.step] * state.output
+        elif schedule.name == "lcm":
+            theirs = scheduler.step(state.output, time, state.z).denoised
+        elif schedule.name == "tcd":  # offers none: with all noise fresh its step goes by timestep 0, but for its rest
+            at_0 = scheduler.step(state.output, time, state.z, eta=1).pred_noised_sample
+            alpha, sigma = schedule.levels[state.step]
+            eps, bar = (state.z - alpha * state.z0) / sigma, scheduler.alphas_cumprod[0]
+            theirs = (at_0 - (1 - bar).sqrt() * eps) / bar.sqrt()
         else:
             theirs = scheduler.step(state.output, time, state.z).pred_original_sample
         torch.testing.assert_close(state.z0, theirs, rtol=1e-4, atol=1e-4)
@@ -113,7 +126,7 @@ def test_mixing_before_a_step_equals_mixing_after_it(schedule, kind):
 
 def test_a_walk_equals_the_schedulers_own(schedule):
     """The memory that travels in the state gives the latents that a scheduler with its own memory gives."""
-    fresh = Schedule(config(schedule.kind), schedule.name, STEPS, "x").scheduler
+    fresh = scheduled(config(schedule.kind), schedule.name, STEPS).scheduler
     z = None
     for state in run(schedule, STEPS):
         z = state.z if z is None else z
@@ -123,7 +136,7 @@ def test_a_walk_equals_the_schedulers_own(schedule):
 
 
 def test_ddpm_noise_depends_on_seed_trajectory_and_step_alone():
-    schedule = Schedule(config("epsilon"), "ddpm", STEPS, "x")
+    schedule = scheduled(config("epsilon"), "ddpm", STEPS)
     z, output = torch.randn(SHAPE), torch.randn(SHAPE)
     state = Prediction(z, 1, output, z)
     torch.manual_seed(5)
@@ -136,21 +149,51 @@ def test_ddpm_noise_depends_on_seed_trajectory_and_step_alone():
         schedule.step(state)
 
 
-@pytest.mark.parametrize("name", ["pndm", "heun", "unipc", "deis", "lcm"])
+@pytest.mark.parametrize("name", ["pndm", "heun", "unipc", "deis"])
 def test_schedulers_that_cannot_be_guided_are_refused_by_name(name):
     with pytest.raises(ValidationError, match=f"{name} cannot be guided safely: .*; use ddim, ddpm"):
         PriorSettings(scheduler=name)
 
 
 def test_priors_made_for_another_kind_of_sampling_are_refused_by_name():
-    with pytest.raises(DataError, match="prior x is made for LCMScheduler"):
-        Schedule({"_class_name": "LCMScheduler"}, "ddim", 4, "x")
+    with pytest.raises(DataError, match="prior x is made for EDMEulerScheduler"):
+        scheduled({"_class_name": "EDMEulerScheduler"}, "ddim", 4)
+    with pytest.raises(UsageError, match="few-step one, made for LCMScheduler: set prior.distilled=lcm"):
+        scheduled({"_class_name": "LCMScheduler"}, "ddim", 4)
     with pytest.raises(DataError, match="prediction type 'score' is unknown"):
-        Schedule({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "ddim", 4, "x")
+        scheduled({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "ddim", 4)
     with pytest.raises(UsageError, match="predicts a flow, which ddim cannot sample"):
-        Schedule(config("flow_prediction"), "ddim", 4, "x")
-    with pytest.raises(UsageError, match="cannot be sampled in 2000 steps"):
-        Schedule(config("epsilon"), "ddim", 2000, "x")
+        scheduled(config("flow_prediction"), "ddim", 4)
+    with pytest.raises(UsageError, match="cannot be sampled in 200 steps"):
+        scheduled(config("epsilon") | {"num_train_timesteps": 100}, "ddim", 200)
+
+
+@pytest.mark.parametrize(
+    ("distilled", "scheduler", "first"),
+    [("lcm", "lcm", 999), ("tcd", "tcd", 999), ("turbo", "euler-ancestral", 999), ("lightning", "euler", 999),
+     ("hyper", "ddim", 999)],
+)  # fmt: skip
+def test_how_a_prior_was_distilled_decides_the_rest(distilled, scheduler, first):
+    settings = PriorSettings(distilled=distilled)
+    assert (settings.scheduler, settings.steps, settings.cfg_scale) == (scheduler, 4, 1)
+    assert Schedule(config("epsilon"), settings, "x").timesteps[0] == first
+    kept = PriorSettings(distilled=distilled, steps=2, cfg_scale=1.5)
+    assert (kept.steps, kept.cfg_scale) == (2, 1.5)
+    assert PriorSettings.model_validate(settings.model_dump()) == settings
+
+
+def test_contradictions_are_one_line():
+    with pytest.raises(ValidationError, match="distilled lcm is sampled with lcm, not ddim"):
+        PriorSettings(distilled="lcm", scheduler="ddim")
+    with pytest.raises(ValidationError, match="tcd needs a distilled network"):
+        PriorSettings(scheduler="tcd")
+
+
+def test_lightning_in_one_step_predicts_the_sample():
+    schedule = Schedule(config("epsilon"), PriorSettings(distilled="lightning", steps=1), "x")
+    state = schedule.start(torch.randn(SHAPE))
+    output = torch.randn(SHAPE)
+    torch.testing.assert_close(schedule.step(schedule.prediction(state, output)).z, output, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
@@ -158,7 +201,7 @@ def test_pure_noise_divides_by_nothing(kind):
     """Zero terminal SNR and flow matching begin at α = 0."""
     name = "euler" if kind == "flow_prediction" else "ddim"
     given = config(kind) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    schedule = Schedule(given, name, 4, "x")
+    schedule = scheduled(given, name, 4)
     assert schedule.levels[0][0] == pytest.approx(1e-5) and schedule.levels[0][1] == pytest.approx(1.0)
     for state in run(schedule, 4):
         assert torch.isfinite(state.z0).all()
