@@ -70,6 +70,7 @@ TEACHER = {
     "input": {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
 }
 FEW = {"steps": 20, "scheduler": "dpmsolver++"}
+DISTILLED = {"distilled": "lcm", "scheduler": "lcm", "steps": 4, "cfg_scale": 1.0}
 LATE = {"interval": [0.6, 1.0]}  # 8 of 20 steps
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gradient through the denoiser, full VAE, 50 steps", {}, {"gradient_at": "xt"}),
@@ -85,6 +86,9 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         FEW | {"cfg_interval": [0.5, 1.0]},
         {"decoder": "tiny", **LATE},
     ),
+    ("distilled prior (LCM, Turbo), 4 steps, 2 guided", DISTILLED, {"decoder": "tiny", "interval": [0.5, 1.0]}),
+    ("distilled prior, 4 steps, all guided", DISTILLED, {"decoder": "tiny"}),
+    ("distilled prior, 4 steps, all guided, fitted decoder", DISTILLED, {"decoder": "fitted"}),
 ]
 
 

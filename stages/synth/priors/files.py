@@ -129,7 +129,7 @@ def locate_prior(settings: PriorSettings) -> PriorSource:
 
 
 def _lora_file(path: str) -> Path:
-    """The LoRA file at ``path``, fetched where that is ``org/name/FILE`` of a hub. Raises DataError if there is none."""
+    """The LoRA file at ``path``, fetched where that is ``org/name/FILE`` of a hub. Raises DataError where none is."""
     if Path(path).is_file():
         return Path(path)
     what = "expected a safetensors file, or org/name/FILE of a hub repository"
