@@ -4,11 +4,13 @@ z = α·z0 + σ·eps with (α, σ) = (√ᾱ, √(1−ᾱ)) where the variance i
 explodes (euler), (1−σ, σ) for flow matching. Equation 4 of DiffDFKD for eps; Salimans & Ho 2022 (appendix D) for v.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -73,14 +75,10 @@ class VariationPrior(Protocol):
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-# Schedulers whose networks see plain (scaled) latents and any number of steps. Distilled (LCM, TCD), EDM-preconditioned
-# and discrete ones are absent: another scheduler over their weights would make noise.
-TRAINED_FOR = (
-    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
-    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-)
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+PLAIN = {"beta_schedule", "trained_betas", "prediction_type"}
+DISTILLED_OR_SHIFTED = {"original_inference_steps", "snr_shift_scale"}
+MAX_TRAIN_STEPS = 100_000
 FLOOR = 1e-5  # least α: pure noise has none, and guidance divides by it
 
 
@@ -107,25 +105,81 @@ def moved(z: Tensor, output: Tensor, delta: Tensor, alpha: float, sigma: float, 
     return z + alpha * delta, output
 
 
+def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """``config`` (a ``scheduler_config.json``) with the ``trained_betas [T]`` that its own class gives it.
+
+    What a class is made for shows in its parameters: betas and a type of prediction mean plain latents and any number
+    of steps. Distilled networks (LCM, TCD), shifted signal-to-noise ratios (CogVideoX), preconditioned (EDM),
+    consistency and discrete ones have other parameters: another scheduler over their weights would make noise.
+
+    Raises DataError for those, and for values that give no noise schedule.
+    """
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    lacks = kind is not None and kind.__module__.startswith("diffusers.utils.dummy")  # a package for its steps
+    given = {"beta_start", "beta_end", *PLAIN}
+    if lacks and given <= config.keys():
+        kind = DDPMScheduler  # computes betas alike; only defaults differ by class
+    parameters = set(inspect.signature(kind.__init__).parameters) if isinstance(kind, type) else set()
+    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or config.get("timestep_type") == "continuous":
+        raise DataError(
+            f"prior {source} is made for {name}, which does not sample plain latents over a noise schedule of betas, "
+            "and so cannot be guided safely, nor replaced; if the network was trained with such a schedule, save that "
+            "scheduler (e.g. DDPMScheduler) in its place"
+            + (f", or write {', '.join(sorted(given - config.keys()))} into its config" if lacks else "")
+        )
+    known = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if key in config}
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
+        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
+    try:
+        betas = kind(num_train_timesteps=count, **known).betas
+    except Exception as error:  # whatever a value of another type leads to
+        raise DataError(f"prior {source}: {name} makes no noise schedule of {known}: {one_line(error)}") from error
+    if len(betas) != count:
+        raise DataError(f"prior {source}: trained_betas has {len(betas)} values, num_train_timesteps is {count}")
+    if not (betas.min() >= 0 and betas.max() <= 1 and betas.max() > 0):  # false for NaN, too
+        raise DataError(
+            f"prior {source}: betas from {betas.min():g} to {betas.max():g} are no noise schedule: expected 0 to 1 "
+            f"(beta_start {config.get('beta_start')!r}, beta_end {config.get('beta_end')!r})"
+        )
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}  # would drop these
+    return config | {"num_train_timesteps": count, "trained_betas": betas.tolist()}
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
     """The diffusers scheduler ``name`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
 
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
+    Raises DataError as :func:`read_noise_schedule`, and where the settings contradict each other.
     """
-    trained = config.get("_class_name")
-    if trained not in TRAINED_FOR:
-        raise DataError(f"prior {source} is made for {trained}, which cannot be guided safely, nor replaced")
-    flow = trained.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    flow = config.get("_class_name") in FLOWS or config.get("prediction_type") == "flow_prediction"
+    if config.get("_class_name") not in FLOWS:
+        config = read_noise_schedule(config, source)
     kind = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise DataError(f"prior {source}: prediction type {kind!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
+    if config.get("use_flow_sigmas") and not flow:
+        raise DataError(f"prior {source}: use_flow_sigmas is true, but prediction_type is {kind}: one of them is wrong")
+    zero_snr = config.get("rescale_betas_zero_snr") or config.get("trained_betas", [0])[-1] == 1
+    if zero_snr and kind == "epsilon":
+        raise DataError(
+            f"prior {source}: with rescale_betas_zero_snr (zero terminal SNR) the last step is noise alone, of which "
+            "prediction_type epsilon predicts no image: one of them is wrong (v_prediction, or rescale_betas_zero_snr "
+            "false)"
+        )
     if flow and name in ("ddim", "ddpm"):
         raise UsageError(f"prior {source} predicts a flow, which {name} cannot sample: set prior.scheduler=euler")
     if name == "ddim":
         return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
     if name == "ddpm":  # learned variances are dropped with the network's extra channels
-        linear = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
-        return DDPMScheduler.from_config(config, **linear)
+        fixed = config.get("variance_type") in ("fixed_small_log", "fixed_large", "fixed_large_log")
+        linear = {"clip_sample": False, "thresholding": False}
+        return DDPMScheduler.from_config(config, **linear, **({} if fixed else {"variance_type": "fixed_small"}))
     if name == "dpmsolver++":
         second_order = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
         linear = {"thresholding": False, "variance_type": None, "prediction_type": kind}
@@ -145,15 +199,22 @@ class Schedule:
     """
 
     def __init__(self, config: dict[str, Any], name: str, steps: int, source: str) -> None:
-        self.name, self.scheduler = name, build_scheduler(config, name, source)
+        try:
+            self.name, self.scheduler = name, build_scheduler(config, name, source)
+        except (DataError, UsageError):
+            raise
+        except Exception as error:  # diffusers checks few of the values in a config
+            raise DataError(
+                f"prior {source}: {name} cannot be built from scheduler_config.json: {one_line(error)}"
+            ) from error
         self.flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or bool(
             getattr(self.scheduler.config, "use_flow_sigmas", False)
         )
         self.kind = "flow_prediction" if self.flow else self.scheduler.config.prediction_type
         try:
             self.scheduler.set_timesteps(steps)
-        except ValueError as error:
-            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {error}") from error
+        except Exception as error:
+            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {one_line(error)}") from error
         self.scheduler.is_scale_input_called = True  # ``network_input`` does it; silences a warning
         self.times = [t.item() for t in self.scheduler.timesteps]
         if len(self.times) != steps:
