@@ -14,7 +14,7 @@ from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
 from stages.synth.priors.files import PriorSource, class_of, loading, read_json
 from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole, quiet
-from stages.synth.priors.schedule import Prediction, Schedule, State, one_line
+from stages.synth.priors.schedule import Prediction, Schedule, State, one_line, parameters_of, scheduler_class
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,15 @@ class DiffusionPrior(ABC):
         self.folder, self.index, self.conditioning = source.folder, source.index, source.family.conditioning
         shape, folder = source.geometry, source.folder
         self.latent_shape, self.image_size, self.classes = shape.latent, shape.image_size, shape.classes
-        config = source.scheduler | ({"steps_offset": 1} if source.family.mended else {})
+        config = source.scheduler
+        if source.family.mended and "steps_offset" in parameters_of(scheduler_class(config)):
+            config = config | {"steps_offset": 1}  # as the pipeline of diffusers sets it
         self.schedule = Schedule(config, settings.scheduler, settings.steps, str(folder))
         self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
         self.times = torch.tensor(self.schedule.times, device=device)  # a number would be copied there at every step
         try:
             self.network, self.vae = self.load()
-            self.mean, self.std = self.latent_statistics()
+            self.latent_mean, self.latent_std = self.latent_statistics()
         except DataError:
             raise
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
@@ -129,7 +131,7 @@ class DiffusionPrior(ABC):
         if self.vae is None:
             return images if self.latent_shape[0] == 3 else images.mean(1, keepdim=True)
         latents: Tensor = in_micro_batches(self._encode, self.batch_limit, images.to(self.vae.dtype)).float()
-        return (latents - self.mean) / self.std * self.vae.config.scaling_factor
+        return (latents - self.latent_mean) / self.latent_std * self.vae.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
         slices = images.split(1) if self.settings.vae_slicing else (images,)
@@ -179,7 +181,7 @@ class DiffusionPrior(ABC):
         """Clean latents to images (not clamped). Differentiable."""
         if self.vae is None:
             return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
-        latents = (z0 * self.std / self.vae.config.scaling_factor + self.mean).to(self.vae.dtype)
+        latents = (z0 * self.latent_std / self.vae.config.scaling_factor + self.latent_mean).to(self.vae.dtype)
         images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
         return images
 

@@ -105,6 +105,18 @@ def moved(z: Tensor, output: Tensor, delta: Tensor, alpha: float, sigma: float, 
     return z + alpha * delta, output
 
 
+def scheduler_class(config: dict[str, Any]) -> Any:
+    """The class of diffusers that ``config`` names, or None."""
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    return kind if isinstance(kind, type) else None
+
+
+def parameters_of(kind: Any) -> set[str]:
+    """What the scheduler class ``kind`` is built with."""
+    return set(inspect.signature(kind.__init__).parameters) if kind else set()
+
+
 def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
     """``config`` (a ``scheduler_config.json``) with the ``trained_betas [T]`` that its own class gives it.
 
@@ -114,13 +126,12 @@ def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
 
     Raises DataError for those, and for values that give no noise schedule.
     """
-    name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    name, given = config.get("_class_name"), {"beta_start", "beta_end", *PLAIN}
+    kind = scheduler_class(config)
     lacks = kind is not None and kind.__module__.startswith("diffusers.utils.dummy")  # a package for its steps
-    given = {"beta_start", "beta_end", *PLAIN}
     if lacks and given <= config.keys():
         kind = DDPMScheduler  # computes betas alike; only defaults differ by class
-    parameters = set(inspect.signature(kind.__init__).parameters) if isinstance(kind, type) else set()
+    parameters = parameters_of(kind)
     if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or config.get("timestep_type") == "continuous":
         raise DataError(
             f"prior {source} is made for {name}, which does not sample plain latents over a noise schedule of betas, "
@@ -135,7 +146,8 @@ def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
     try:
         betas = kind(num_train_timesteps=count, **known).betas
     except Exception as error:  # whatever a value of another type leads to
-        raise DataError(f"prior {source}: {name} makes no noise schedule of {known}: {one_line(error)}") from error
+        values = ", ".join(f"{key} {value!r}"[:80] for key, value in known.items())
+        raise DataError(f"prior {source}: {name} makes no noise schedule of {values}: {one_line(error)}") from error
     if len(betas) != count:
         raise DataError(f"prior {source}: trained_betas has {len(betas)} values, num_train_timesteps is {count}")
     if not (betas.min() >= 0 and betas.max() <= 1 and betas.max() > 0):  # false for NaN, too
@@ -152,7 +164,7 @@ def one_line(error: Exception) -> str:
 
 
 def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
-    """The diffusers scheduler ``name`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
+    """The diffusers scheduler ``name`` over the noise schedule of ``config``.
 
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
     Raises DataError as :func:`read_noise_schedule`, and where the settings contradict each other.
@@ -178,12 +190,15 @@ def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
         return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
     if name == "ddpm":  # learned variances are dropped with the network's extra channels
         fixed = config.get("variance_type") in ("fixed_small_log", "fixed_large", "fixed_large_log")
-        linear = {"clip_sample": False, "thresholding": False}
-        return DDPMScheduler.from_config(config, **linear, **({} if fixed else {"variance_type": "fixed_small"}))
+        variance = config["variance_type"] if fixed else "fixed_small"
+        return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False, variance_type=variance)
     if name == "dpmsolver++":
         second_order = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
-        linear = {"thresholding": False, "variance_type": None, "prediction_type": kind}
-        flows = {"use_flow_sigmas": True, "flow_shift": config.get("flow_shift", config.get("shift", 1.0))}
+        linear: dict[str, Any] = {"thresholding": False, "variance_type": None, "prediction_type": kind}
+        flows: dict[str, Any] = {
+            "use_flow_sigmas": True,
+            "flow_shift": config.get("flow_shift", config.get("shift", 1.0)),
+        }
         return DPMSolverMultistepScheduler.from_config(config, **second_order, **linear, **(flows if flow else {}))
     if flow:
         plain = {"stochastic_sampling": False, "use_dynamic_shifting": False, "invert_sigmas": False}
