@@ -317,8 +317,7 @@ def _side(network: dict[str, Any], family: Family, what: str) -> tuple[int, str]
         if family.side is None:
             raise DataError(f"{what} has no sample_size: write the side of what it denoises there")
         return family.side, f"its configuration has no sample_size: {family.side} is the pipeline's"
-    sides = set(given) if isinstance(given, list) and all(isinstance(side, int) for side in given) else {given}
-    side = sides.pop() if len(sides) == 1 else None
+    side = given[0] if isinstance(given, list) and len(given) == 2 and given[0] == given[1] else given
     if not isinstance(side, int) or isinstance(side, bool) or side <= 0:
         raise DataError(f"{what} has sample_size {given!r}: only squares are sampled, so it must be one number > 0")
     if family.mended and side < 64 and isinstance(given, int) and _before_0_9(network, what):
