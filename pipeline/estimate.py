@@ -1,7 +1,7 @@
 """``factory run synth --dry-run``: what a run would make and cost. No run is written and no weight loaded; a prior
 that a hub holds is fetched into its cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ from manifests.storage import Storage
 from pipeline.plan import make_plan, refuse_file
 from pipeline.recipe import Recipe
 from pipeline.terminal import flop, pairs, size
+from stages.hub import NotFetched
 from stages.settings import SynthSettings
 from stages.synth.inputs import SynthInputs, inspect_inputs, varies
-from stages.synth.priors.files import NotFetched
 
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
 RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy images need about this much
@@ -75,6 +75,7 @@ class SynthEstimate:
     disk_bytes_at_most: int | None
     cost: Cost | None
     prior: dict[str, Any] | None
+    prior_decisions: Mapping[str, str]
     teacher: dict[str, Any] | None
     versions: dict[str, str] | None
     unknown: str | None
@@ -90,6 +91,7 @@ class SynthEstimate:
         if self.prior and self.teacher:
             entries += [
                 ("prior", f"{self.prior.get('name')}, sha256 {str(self.prior.get('sha256'))[:12]}"),
+                ("", "; ".join(f"{what} {how}" for what, how in self.prior_decisions.items()) or None),
                 ("teacher", f"{self.teacher.get('architecture')}, sha256 {self.teacher['sha256'][:12]}"),
                 ("classes", str(self.classes)),
             ]
@@ -140,6 +142,7 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
         disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
         cost=cost(synth, inputs) if inputs else None,
         prior=inputs.prior if inputs else None,
+        prior_decisions=inputs.decisions if inputs else {},
         teacher=inputs.teacher if inputs else None,
         versions=plan.versions if plan else None,
         unknown=unknown,

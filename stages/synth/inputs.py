@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from manifests.errors import DataError, UsageError
@@ -28,6 +28,7 @@ class SynthInputs:
     image_size: int
     sources: Mapping[str, ModelSource]
     tiny_decoder: str | None = None  # sha256
+    decisions: Mapping[str, str] = field(default_factory=dict)  # what was settled of the prior, and from what
 
 
 def inspect_inputs(settings: SynthSettings) -> SynthInputs:
@@ -43,6 +44,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     prior = source.identity if source else NO_PRIOR
     if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
         log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
+    if source and source.geometry.note:
+        log.warning("prior %s: %s", source.folder, source.geometry.note)
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
     if settings.method == "dda":
@@ -51,7 +54,8 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if source and settings.guides and settings.guidance.decoder == "tiny":
         tiny = locate_tiny_decoder(settings.guidance.tiny_decoder, source).sha256
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
-    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, sources, tiny)
+    decisions = source.decisions if source else {}
+    return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, sources, tiny, decisions)
 
 
 def model_sources(settings: SynthSettings) -> dict[str, ModelSource]:

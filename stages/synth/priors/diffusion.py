@@ -1,6 +1,5 @@
 """What the kinds of priors share: a denoising network, an optional VAE, a schedule, classifier-free guidance."""
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -13,10 +12,10 @@ from torch import Tensor
 from manifests.errors import DataError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
-from stages.synth.priors.files import PriorSource, loading
+from stages.synth.priors.files import PriorSource, class_of, loading, read_json
 from stages.synth.priors.lora import merge_lora
-from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole
-from stages.synth.priors.schedule import Prediction, Schedule, State
+from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole, quiet
+from stages.synth.priors.schedule import Prediction, Schedule, State, one_line, parameters_of, scheduler_class
 
 log = logging.getLogger(__name__)
 
@@ -34,27 +33,26 @@ class DiffusionPrior(ABC):
     encoders: Sequence[Any] = ()  # of prompts, and of images
     batch_limit: int | None = None  # most trajectories that a network sees at once
 
+    @quiet()
     def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
-        logging.getLogger("diffusers.configuration_utils").setLevel(logging.ERROR)  # a config may hold more than asked
         self.source, self.settings, self.device = source, settings, device
         self.parts: dict[str, Any] = {}  # networks by their names in the pipeline
         self.folder, self.index, self.conditioning = source.folder, source.index, source.family.conditioning
         shape, folder = source.geometry, source.folder
         self.latent_shape, self.image_size, self.classes = shape.latent, shape.image_size, shape.classes
-        try:
-            config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"prior {folder}: scheduler/scheduler_config.json cannot be read: {error}") from error
+        config = source.scheduler
+        if source.family.mended and "steps_offset" in parameters_of(scheduler_class(config)):
+            config = config | {"steps_offset": 1}  # as the pipeline of diffusers sets it
         self.schedule = Schedule(config, settings, str(folder))
         self.timesteps, self.stochastic = self.schedule.timesteps, self.schedule.stochastic
         self.times = torch.tensor(self.schedule.times, device=device)  # a number would be copied there at every step
         try:
             self.network, self.vae = self.load()
+            self.latent_mean, self.latent_std = self.latent_statistics()
         except DataError:
             raise
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
-            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"prior {folder} cannot be loaded: {detail}") from error
+            raise DataError(f"prior {folder} cannot be loaded: {one_line(error)}") from error
         if device != "meta":
             for file, weight in source.loras:
                 merge_lora(file, weight, self.parts)
@@ -78,34 +76,36 @@ class DiffusionPrior(ABC):
 
     def part(self, name: str, *classes: type) -> Any:
         """Network ``name`` of the folder, if ``model_index.json`` gives it one of the diffusers ``classes``."""
-        _, kind = self.index.get(name) or (None, None)
+        place, kind = self.source.part(name), class_of(self.index, name)
+        if kind == "Transformer2DModel":  # an earlier class, of which diffusers makes others by their normalization
+            norm = read_json(place, "config.json", f"prior {self.folder}: {name}").get("norm_type")
+            kind = "DiTTransformer2DModel" if norm == "ada_norm_zero" else f"{kind} with norm_type {norm!r}"
         by_name = {cls.__name__: cls for cls in classes}
         if kind not in by_name:
             raise DataError(f"prior {self.folder}: {name} is a {kind}, expected {' or '.join(by_name)}")
-        where = {"subfolder": name, **loading(self.folder / name, self.settings.variant)}
-        network = load_network(by_name[kind], self.folder, DTYPES[self.settings.dtype], self.device, **where)
-        self.parts[name] = network
-        return network
+        how = loading(place, self.settings.variant)
+        self.parts[name] = load_network(by_name[kind], place, DTYPES[self.settings.dtype], self.device, **how)
+        return self.parts[name]
 
     def encoder(self, name: str, kind: Any) -> Any:
         """Transformers encoder ``name`` of the folder, frozen.
 
         Raises DataError for another model type than that of ``kind``; another class of the same type is logged.
         """
-        dtype, where = DTYPES[self.settings.dtype], {"subfolder": name, "local_files_only": True}
+        dtype, place = DTYPES[self.settings.dtype], self.source.part(name)
         self.check_type(name, kind)
         if self.device == "meta":
-            config = kind.config_class.from_pretrained(str(self.folder), **where)
+            config = kind.config_class.from_pretrained(str(place), local_files_only=True)
             with torch.device("meta"):
                 return frozen(kind(config).to(dtype), self.device)
-        where |= loading(self.folder / name, self.settings.variant)
-        self.parts[name] = frozen(load_whole(kind, self.folder, dtype=dtype, **where), self.device)
+        how = loading(place, self.settings.variant)
+        self.parts[name] = frozen(load_whole(kind, place, dtype=dtype, local_files_only=True, **how), self.device)
         return self.parts[name]
 
     def check_type(self, name: str, kind: Any) -> None:
         """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
-        place, type_ = self.folder / name, kind.config_class
-        config, _ = type_.get_config_dict(str(self.folder), subfolder=name, local_files_only=True)
+        place, type_ = self.source.part(name), kind.config_class
+        config, _ = type_.get_config_dict(str(place), local_files_only=True)
         section = config.get(type_.base_config_key)  # of a CLIPConfig the half that is loaded
         model_type = (section if isinstance(section, dict) else config).get("model_type", type_.model_type)
         if model_type != type_.model_type:
@@ -113,15 +113,14 @@ class DiffusionPrior(ABC):
                 f"{place}: config.json describes a model of type {model_type!r}, but {kind.__name__} is of type "
                 f"{type_.model_type!r}"
             )
-        _, indexed = self.index.get(name) or (None, None)
         classes = config.get("architectures")
-        named = [indexed, *(classes if isinstance(classes, list) else [])]
+        named = [class_of(self.index, name), *(classes if isinstance(classes, list) else [])]
         if others := sorted({other for other in named if isinstance(other, str) and other != kind.__name__}):
             log.warning("%s is a %s by its configuration, loaded as %s", place, " or ".join(others), kind.__name__)
 
     def tokens(self, name: str, kind: Any) -> Any:
         """Tokenizer ``name`` of the folder."""
-        return kind.from_pretrained(str(self.folder), subfolder=name, local_files_only=True)
+        return kind.from_pretrained(str(self.source.part(name)), local_files_only=True)
 
     def start(self, noise: Tensor) -> State:
         """Unit noise ``[n, *latent_shape]`` as the state before step 0."""
@@ -139,7 +138,7 @@ class DiffusionPrior(ABC):
         if self.vae is None:
             return images if self.latent_shape[0] == 3 else images.mean(1, keepdim=True)
         latents: Tensor = in_micro_batches(self._encode, self.batch_limit, images.to(self.vae.dtype)).float()
-        return (latents - self.shift) * self.vae.config.scaling_factor
+        return (latents - self.latent_mean) / self.latent_std * self.vae.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
         slices = images.split(1) if self.settings.vae_slicing else (images,)
@@ -186,16 +185,16 @@ class DiffusionPrior(ABC):
         classifier-free guidance as an input (LCM, equation 13), for which one evaluation is enough."""
         return self.settings.cfg_scale != 1 and not getattr(self.network.config, "time_cond_proj_dim", None)
 
-    @property
-    def shift(self) -> float:
-        """What the VAE's latents are off zero by, before scaling."""
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+    def latent_statistics(self) -> tuple[Any, Any]:
+        """Mean and standard deviation by which the pipeline normalizes the VAE's latents before scaling: numbers, or
+        ``[1, c, 1, 1]``. Most use neither, whatever the VAE's configuration holds."""
+        return 0.0, 1.0
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents to images (not clamped). Differentiable."""
         if self.vae is None:
             return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
-        latents = (z0 / self.vae.config.scaling_factor + self.shift).to(self.vae.dtype)
+        latents = (z0 * self.latent_std / self.vae.config.scaling_factor + self.latent_mean).to(self.vae.dtype)
         images: Tensor = in_micro_batches(self._decode, self.batch_limit, latents).float()
         return images
 

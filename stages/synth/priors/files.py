@@ -4,35 +4,38 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.errors import DataError, UsageError
+from stages.hub import snapshot
 from stages.settings import PriorSettings
-
-
-class NotFetched(DataError):
-    """A prior on the hub that is not in the cache and cannot be downloaded now."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of diffusers pipeline: what it is conditioned on, and which of its folders hold the networks."""
+    """A kind of diffusers pipeline: what it is conditioned on, and which of its folders hold the networks.
+
+    ``side``: of what the network denoises, where its configuration has none. ``mended``: the pipeline corrects
+    configurations of before diffusers 0.9 when it is loaded.
+    """
 
     conditioning: str
     network: str
     vae: str | None
     tiny: str | None = None  # hub id of the AutoencoderTiny that was distilled from this VAE
     image_encoder: str | None = None  # what makes it a :class:`~stages.synth.priors.schedule.VariationPrior`
+    side: int | None = None
+    mended: bool = False
 
 
 FAMILIES = {
-    "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
-    "LatentConsistencyModelPipeline": Family("text", "unet", "vae", "madebyollin/taesd"),
-    "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl"),
+    "StableDiffusionPipeline": Family("text", "unet", "vae", "madebyollin/taesd", side=64, mended=True),
+    "LatentConsistencyModelPipeline": Family("text", "unet", "vae", "madebyollin/taesd", side=64),
+    "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl", side=128),
     "IFPipeline": Family("text", "unet", None),
     "StableUnCLIPImg2ImgPipeline": Family("text", "unet", "vae", "madebyollin/taesd", "image_encoder"),
     "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
@@ -44,11 +47,15 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Latents (or pixels) ``[c, h, w]``, image side, and how many classes the prior knows (0: not conditional)."""
+    """Latents (or pixels) ``[c, h, w]``, image side, and how many classes the prior knows (0: not conditional).
+
+    ``note``: how the side was settled where the configuration alone does not do so.
+    """
 
     latent: tuple[int, int, int]
     image_size: int
     classes: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,16 @@ class ModelFolder:
     variant: str | None
 
     @cached_property
+    def names(self) -> list[str]:
+        """Of its files those that decide what the model computes, relative to the folder."""
+        found = (file for pattern in ("*", "*/*") for file in self.folder.glob(pattern) if file.is_file())
+        return files_read([file.relative_to(self.folder).as_posix() for file in found], self.variant)
+
+    @cached_property
     def sha256(self) -> str:
         """Over names and contents of the files that decide what the model computes."""
         digest = hashlib.sha256()
-        names = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
-        for name in files_read(names, self.variant):
+        for name in self.names:
             file = self.folder / name
             digest.update(name.encode() + b"\0" + _file_sha256(file))
         return digest.hexdigest()
@@ -83,11 +95,15 @@ def _sha256(file: Path, size: int, mtime: int, inode: int) -> bytes:
 
 @dataclass(frozen=True)
 class PriorSource(ModelFolder):
-    """A prior, found once: what ``model_index.json`` and the configurations in its folder say."""
+    """A prior, found once: what ``model_index.json`` and the configurations in its folder say.
+
+    ``scheduler``: ``scheduler_config.json``, its ``_class_name`` that of ``model_index.json``.
+    """
 
     name: str  # in the settings
     index: dict[str, Any]
     geometry: Geometry
+    scheduler: dict[str, Any] = field(compare=False)
     loras: tuple[tuple[Path, float], ...] = ()  # files to merge, with their weights
 
     @property
@@ -98,6 +114,22 @@ class PriorSource(ModelFolder):
     @property
     def family(self) -> Family:
         return FAMILIES[self.pipeline]
+
+    def part(self, name: str) -> Path:
+        """The folder of part ``name``; raises DataError where ``model_index.json`` has no such part."""
+        if class_of(self.index, name) is None:
+            raise DataError(f"prior {self.folder}: model_index.json has no {name}, which {self.pipeline} needs")
+        return part_folder(self.folder, name)
+
+    @property
+    def weights(self) -> dict[str | None, list[str]]:
+        """The parts of which each variant is read (None: no variant)."""
+        found: dict[str | None, list[str]] = {}
+        for file in map(PurePosixPath, self.names):
+            if match := _WEIGHTS.fullmatch(file.name):
+                parts = found.setdefault(match["variant"] or match["legacy"], [])
+                parts += {file.parent.name or "the folder itself"} - set(parts)
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,6 +145,32 @@ class PriorSource(ModelFolder):
             **({"lora": [[_file_sha256(file).hex(), weight] for file, weight in self.loras]} if self.loras else {}),
         }
 
+    @property
+    def decisions(self) -> dict[str, str]:
+        """What was settled and from what, for people."""
+        config, shape = self.scheduler, "×".join(map(str, self.geometry.latent))
+        kinds = {variant or "plain": ", ".join(parts) for variant, parts in self.weights.items()}
+        return {
+            "weights": "; ".join(f"{kind} of {parts}" for kind, parts in kinds.items())
+            if len(kinds) > 1
+            else next(iter(kinds), "none"),
+            "noise schedule": f"of its {config['_class_name']}, predicts {config.get('prediction_type', 'epsilon')}",
+            "size": f"{shape} for {self.geometry.image_size} px" + (self.geometry.note and f" ({self.geometry.note})"),
+        }
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """Where diffusers reads part ``name`` of a pipeline: its own folder, or, as early repositories have it, the
+    pipeline's."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def class_of(index: dict[str, Any], name: str) -> str | None:
+    """The class that ``model_index.json`` gives part ``name``."""
+    entry = index.get(name)
+    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return kind if isinstance(kind, str) else None
+
 
 def locate_prior(settings: PriorSettings) -> PriorSource:
     """The prior that ``settings`` name. Errors as :func:`locate`; DataError where the folder holds no supported
@@ -124,8 +182,12 @@ def locate_prior(settings: PriorSettings) -> PriorSource:
         raise UsageError(
             f"prior {folder} is unconditional, so prior.cfg_scale={settings.cfg_scale:g} does nothing: leave it out"
         )
+    shape, scheduler = geometry(folder, family), read_scheduler(folder, index)
     loras = tuple((_lora_file(lora.path), lora.weight) for lora in settings.lora)
-    return PriorSource(folder, settings.variant, settings.path, index, geometry(folder, family), loras)
+    source = PriorSource(folder, settings.variant, settings.path, index, shape, scheduler, loras)
+    if settings.variant and settings.variant not in source.weights:
+        raise DataError(f"prior {folder} has no weights of the variant {settings.variant!r}: leave prior.variant out")
+    return source
 
 
 def _lora_file(path: str) -> Path:
@@ -165,8 +227,7 @@ def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
 
     Raises:
         UsageError: unknown ``embedded:`` name.
-        NotFetched: a hub id that neither the cache nor the hub gives.
-        DataError: no such folder, or a folder that is no diffusers pipeline.
+        DataError: a single file, or as :func:`~stages.hub.snapshot`.
     """
     if path.startswith("embedded:"):
         folder = Path(str(files("stages"))) / "assets" / path.removeprefix("embedded:")
@@ -174,77 +235,131 @@ def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
             known = sorted(f.parent.name for f in (folder.parent).glob("*/model_index.json"))
             raise UsageError(f"no embedded prior {path!r}; there is: " + ", ".join(f"embedded:{k}" for k in known))
         return folder
-    if Path(path).is_dir():
-        return Path(path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DataError(
-            f"{what} {path}: no such folder (expected a diffusers folder, org/name on the hub, embedded:NAME)"
-        )
+    if Path(path).is_file() or path.endswith(SINGLE_FILES):
+        raise DataError(f"{what} {path}: no folder as diffusers saves it{_convert(path)}")
+    return snapshot(path, what, lambda names: files_read(names, variant))
+
+
+SINGLE_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def _convert(file: str) -> str:
+    """How to make a folder of the single-file checkpoint ``file``."""
+    return (
+        "; convert a single-file checkpoint once, in Python: diffusers.StableDiffusionPipeline (or …XLPipeline)"
+        f'.from_single_file("{file}").save_pretrained("FOLDER")'
+    )
+
+
+MAX_CONFIG = 16 * 2**20
+
+
+def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
+    """The JSON object ``name`` in ``folder``; raises DataError, beginning with ``what``, where there is none."""
+    file = folder / name
+    if not file.is_file():
+        raise DataError(f"{what}: {name} is missing")
     try:
-        return _download(path, variant)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise NotFetched(
-            f"{what} {path}: neither a local folder nor a hub id that can be fetched ({reason})"
-        ) from error
-
-
-def _download(name: str, variant: str | None) -> Path:
-    """What is read of hub repository ``name``, in the hub's cache; as cached where the hub gives no answer."""
-    from huggingface_hub import model_info, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        files = [file.rfilename for file in model_info(name).siblings or ()]
-    except Exception as error:  # no such repository, no access, or any error of the HTTP library that the hub uses
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise OSError(str(error) or type(error).__name__) from error
-    return Path(snapshot_download(name, allow_patterns=files_read(files, variant)))
+        if file.stat().st_size > MAX_CONFIG:
+            raise ValueError(f"it is larger than {MAX_CONFIG} bytes")
+        content = json.loads(file.read_bytes())  # infinite numbers too, which solvers have
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{what}: {name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{what}: {name} holds no JSON object")
+    return content
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The pipeline's ``model_index.json``; raises :class:`DataError` where it is absent, damaged or unsupported."""
-    index = folder / "model_index.json"
-    try:
-        content = json.loads(index.read_text())
-    except FileNotFoundError:
-        raise DataError(f"prior {folder}: no model_index.json, so this is no diffusers pipeline folder") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"prior {folder}: model_index.json cannot be read: {error}") from error
-    name = content.get("_class_name") if isinstance(content, dict) else None
-    if name not in FAMILIES:
-        raise DataError(f"prior {folder}: pipeline {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    what = f"prior {folder}"
+    if not (folder / "model_index.json").exists():
+        single = sorted(f.name for f in folder.iterdir() if f.suffix in SINGLE_FILES and not _WEIGHTS.fullmatch(f.name))
+        raise DataError(
+            f"{what}: no model_index.json, so this is no diffusers pipeline folder"
+            + (_convert(str(folder / single[0])) if single else "")
+        )
+    content = read_json(folder, "model_index.json", what)
+    name = content.get("_class_name")
+    if isinstance(name, list):  # [file in the repository, class]
+        raise DataError(
+            f"{what}: its pipeline {name!r} is code of its own, which is not run; if the parts are those of one of "
+            f"{', '.join(FAMILIES)}, write that name into model_index.json as _class_name"
+        )
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise DataError(f"{what}: pipeline {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     return content
+
+
+def read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """``scheduler_config.json`` with the class that ``model_index.json`` names, if it does."""
+    try:
+        config = read_json(part_folder(folder, "scheduler"), "scheduler_config.json", f"prior {folder}: scheduler")
+    except DataError as error:
+        raise DataError(
+            f"{error}; sampling needs the noise schedule that the network was trained with: save that scheduler there"
+        ) from error
+    return config | {"_class_name": class_of(index, "scheduler") or config.get("_class_name")}
 
 
 def geometry(folder: Path, family: Family) -> Geometry:
     """Sizes from the configs alone; raises :class:`DataError` where the parts do not fit each other."""
+    what = f"prior {folder}"
 
     def config(name: str) -> dict[str, Any]:
-        return json.loads((folder / name / "config.json").read_text())
+        return read_json(part_folder(folder, name), "config.json", f"{what}: {name}")
 
-    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae, family.image_encoder) if name)
+    network, vae = config(family.network), config(family.vae) if family.vae else {}
+    if family.image_encoder:
+        config(family.image_encoder)
+    side, note = _side(network, family, f"{what}: {family.network}/config.json")
+    names = " or ".join(f"{name}/config.json" for name in (family.network, family.vae) if name)
     try:
-        network, vae = config(family.network), config(family.vae) if family.vae else {}
-        if family.image_encoder:
-            config(family.image_encoder)
-        channels, side = int(network["in_channels"]), int(network["sample_size"])
+        channels = int(network["in_channels"])
         widths = "decoder_block_out_channels" if "decoder_block_out_channels" in vae else "block_out_channels"
         pixels = side * 2 ** (len(vae[widths]) - 1) if vae else side
         classes = int(network["num_embeds_ada_norm"]) if family.conditioning == "class" else 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"prior {folder}: damaged or missing {names} ({error})") from error
-    what = f"prior {folder}: {family.network} takes {channels} channels"
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DataError(f"{what}: damaged {names} ({type(error).__name__}: {error})") from error
+    if not (0 < channels <= MAX_CHANNELS and 0 < pixels <= MAX_SIDE):
+        raise DataError(f"{what}: {names} make {channels} channels and {pixels} pixels, which no prior has")
+    takes = f"{what}: {family.network} takes {channels} channels"
     if vae and channels != vae.get("latent_channels"):  # an inpainting model, or parts of two models
-        raise DataError(f"{what}, but {family.vae} makes {vae.get('latent_channels')}: they do not belong together")
+        raise DataError(f"{takes}, but {family.vae} makes {vae.get('latent_channels')}: they do not belong together")
     if not vae and channels not in (1, 3):
-        raise DataError(f"{what}, but images have 1 or 3")
+        raise DataError(f"{takes}, but images have 1 or 3")
     out = network.get("out_channels")
     if out is not None and out not in (channels, 2 * channels):
-        raise DataError(f"{what} and returns {out}: expected {channels}, or {2 * channels} with a learned sigma")
-    return Geometry((channels, side, side), pixels, classes)
+        raise DataError(f"{takes} and returns {out}: expected {channels}, or {2 * channels} with a learned sigma")
+    return Geometry((channels, side, side), pixels, classes, note)
+
+
+MAX_CHANNELS, MAX_SIDE = 1024, 8192
+
+
+def _side(network: dict[str, Any], family: Family, what: str) -> tuple[int, str]:
+    """The side of what a network denoises, and how it was settled; as the pipelines of diffusers settle it."""
+    given = network.get("sample_size")
+    if given is None:
+        if family.side is None:
+            raise DataError(f"{what} has no sample_size: write the side of what it denoises there")
+        return family.side, f"its configuration has no sample_size: {family.side} is the pipeline's"
+    side = given[0] if isinstance(given, list) and len(given) == 2 and given[0] == given[1] else given
+    if not isinstance(side, int) or isinstance(side, bool) or side <= 0:
+        raise DataError(f"{what} has sample_size {given!r}: only squares are sampled, so it must be one number > 0")
+    if family.mended and side < 64 and isinstance(given, int) and _before_0_9(network, what):
+        return 64, f"of before diffusers 0.9, whose sample_size {side} diffusers corrects to 64"
+    return side, ""
+
+
+def _before_0_9(config: dict[str, Any], what: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    written = config.get("_diffusers_version", "0.9")
+    try:
+        return Version(Version(written).base_version) < Version("0.9.0.dev0")
+    except (InvalidVersion, TypeError):
+        raise DataError(f"{what} has _diffusers_version {written!r}, which is no version") from None
 
 
 def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequence[str]) -> None:
@@ -277,36 +392,55 @@ def check_labels(settings: PriorSettings, source: str, classes: int, names: Sequ
 
 CONFIGS = (".json", ".txt", ".model")
 UNREAD = ("safety_checker", "watermarker")  # parts of a pipeline that no prior here has
+NETWORKS = {family.network for family in FAMILIES.values()}
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"
-    r"(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?P<format>safetensors|bin)"
+    r"(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5}(?:\.(?P<legacy>[^.]+))?)?\.(?P<format>safetensors|bin)"
 )
+
+_INDEX = re.compile(r".+\.(?:safetensors|bin)(?:\.[^.]+)?\.index(?:\.[^.]+)?\.json")
 
 
 def files_read(names: Iterable[str], variant: str | None) -> list[str]:
     """Of the files ``names`` of a pipeline (relative, with ``/``) those that decide what it computes, sorted.
 
-    Configurations, and for each sub-folder one format and variant of its weights; in the folder itself only where it
-    holds a network and no pipeline.
+    Configurations, and for each part one format and variant of its weights; in the folder itself only where it holds a
+    network: alone, or of a pipeline as early repositories have it, without a folder for its network.
 
     >>> files_read(["model_index.json", "v1-5.safetensors", "unet/config.json", "unet/model.fp16.safetensors",
     ...             "unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/model.bin"], None)
     ['model_index.json', 'unet/config.json', 'unet/model.safetensors']
     """
-    files = {PurePosixPath(name) for name in names}
-    pipeline = PurePosixPath("model_index.json") in files
-    read = [file for file in files if file.suffix in CONFIGS]
-    for folder in {file.parent for file in files}:
-        if not (pipeline and folder == PurePosixPath(".")):
+    files = {file for name in names if len((file := PurePosixPath(name)).parts) <= 2}
+    folders = {file.parent for file in files} - {PurePosixPath(part) for part in UNREAD}
+    read = [file for file in files if file.suffix in CONFIGS and file.parent in folders]
+    for folder in folders:
+        if folder != PurePosixPath(".") or not any(str(other) in NETWORKS for other in folders):
             weights = _chosen([file.name for file in files if file.parent == folder], variant)
             read += [folder / match.string for match in weights]
-    return sorted(str(file) for file in read if file.parts[0] not in UNREAD)
+    return sorted(map(str, read))
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files in ``folder`` that hold its network, as :func:`files_read` chooses them."""
+    """The files in ``folder`` that hold its network, as :func:`files_read` chooses them.
+
+    Raises DataError where an index of shards lists others, or where git has left pointers for them.
+    """
     names = sorted(file.name for file in folder.glob("*") if file.is_file())
-    return [folder / match.string for match in _chosen(names, variant)]
+    chosen = [match.string for match in _chosen(names, variant)]
+    for index in (name for name in names if _INDEX.fullmatch(name)):
+        shards = read_json(folder, index, str(folder)).get("weight_map")
+        listed = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+        if listed & set(chosen) and (others := sorted(listed - set(chosen))):
+            raise DataError(f"{folder}: {index} lists {others[0]!r}, which is absent or none of the files read")
+    for name in chosen:
+        with (folder / name).open("rb") as stream:
+            if stream.read(len(LFS)) == LFS:
+                raise DataError(f"{folder / name} is a pointer of git-lfs, not weights: run `git lfs pull` there")
+    return [folder / name for name in chosen]
+
+
+LFS = b"version https://git-lfs"
 
 
 def loading(folder: Path, variant: str | None) -> dict[str, Any]:
@@ -316,10 +450,11 @@ def loading(folder: Path, variant: str | None) -> dict[str, Any]:
     """
     names = [file.name for file in folder.glob("*") if file.is_file()]
     if weights := _chosen(names, variant):
-        return {"variant": weights[0]["variant"], "use_safetensors": weights[0]["format"] == "safetensors"}
-    if others := sorted({match["variant"] for match in _weights(names)}):
+        match = weights[0]
+        return {"variant": match["variant"] or match["legacy"], "use_safetensors": match["format"] == "safetensors"}
+    if others := sorted({match["variant"] or match["legacy"] for match in _weights(names)}):
         raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
-    return {"variant": variant, "use_safetensors": True}  # the error of a folder without weights
+    raise DataError(f"{folder} holds no weights (expected .safetensors or .bin, as diffusers names them)")
 
 
 def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
@@ -328,7 +463,8 @@ def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
     weights = _weights(names)
     for choice in dict.fromkeys((variant, None)):
         for kind in ("safetensors", "bin"):
-            if matches := [match for match in weights if (match["variant"], match["format"]) == (choice, kind)]:
+            of = (match for match in weights if match["format"] == kind)
+            if matches := [match for match in of if (match["variant"] or match["legacy"]) == choice]:
                 return matches
     return []
 

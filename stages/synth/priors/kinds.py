@@ -62,7 +62,7 @@ class TextPrior(DiffusionPrior):
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""
-        return self.encoders[0](token_ids(self.tokenizer, prompt).to(self.device))[0]
+        return self.encoders[0](token_ids(self.tokenizer, prompt, self.encoders[0]).to(self.device))[0]
 
     def negative(self) -> Tensor:
         """The condition of the unconditional half, one row."""
@@ -86,9 +86,9 @@ class TextPrior(DiffusionPrior):
         return get_timestep_embedding(w, size).to(latents.dtype)
 
 
-def token_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """``[1, tokens]``, padded to what the text encoder takes; longer prompts are cut."""
-    length = tokenizer.model_max_length
+def token_ids(tokenizer: Any, prompt: str, encoder: Any) -> Tensor:
+    """``[1, tokens]``, padded to what tokenizer and text encoder take; longer prompts are cut."""
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)  # the former may be open: 1e30
     padded = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return padded.input_ids
 
@@ -115,10 +115,26 @@ class TextPriorXL(TextPrior):
             vae.float()  # SDXL's own VAE overflows in half precision
         return self.load_unet(), vae
 
+    def latent_statistics(self) -> tuple[Any, Any]:
+        """Those of the VAE's configuration, if it has both."""
+        values = [self.vae.config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in values:
+            return super().latent_statistics()
+        mean, std = (torch.tensor(value, dtype=torch.float32, device=self.device).view(1, -1, 1, 1) for value in values)
+        channels = self.latent_shape[0]
+        if not mean.shape[1] == std.shape[1] == channels or (
+            self.device != "meta" and not (mean.isfinite().all() and std.isfinite().all() and std.min() > 0)
+        ):
+            raise DataError(
+                f"prior {self.folder}: latents_mean {values[0]} and latents_std {values[1]} of its vae are not "
+                f"{channels} finite numbers each, the latter above 0"
+            )
+        return mean, std
+
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens·d + pooled]``: both encoders' last but one layer, and what the second makes of the whole."""
         outputs = [
-            encoder(token_ids(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            encoder(token_ids(tokenizer, prompt, encoder).to(self.device), output_hidden_states=True)
             for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
         ]
         tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
@@ -178,10 +194,8 @@ class TextPriorUnclip(TextPrior):
         self.encoders = [*self.encoders, encoder]
         normalizer = self.part("image_normalizer", StableUnCLIPImageNormalizer)
         self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
-        self.noising = DDPMScheduler.from_pretrained(str(self.folder), subfolder="image_noising_scheduler")
-        self.processor = CLIPImageProcessor.from_pretrained(
-            str(self.folder), subfolder="feature_extractor", local_files_only=True
-        )
+        self.noising = DDPMScheduler.from_pretrained(str(self.source.part("image_noising_scheduler")))
+        self.processor = self.tokens("feature_extractor", CLIPImageProcessor)
         seen = (self.processor.crop_size["height"], 2 * encoder.config.projection_dim)
         if seen != (encoder.config.image_size, unet.config.projection_class_embeddings_input_dim):
             raise DataError(

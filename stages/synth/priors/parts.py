@@ -1,6 +1,7 @@
 """The networks in a prior's folder: loaded with every weight that their configuration calls for, or refused."""
 
 import logging
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -29,6 +30,25 @@ def frozen(network: Any, device: str) -> Any:
     return network.to(device).eval().requires_grad_(False)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that diffusers and transformers log, warn of or draw is shown: this module reports what matters of it,
+    and their lines may hold what stands in a file."""
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+
+
+@quiet()
 def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **where: Any) -> Any:
     """A diffusers network of class ``kind`` from its folder; on the device ``meta`` shapes alone, from the config.
 
@@ -42,6 +62,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, device: str, **whe
     return load_whole(kind, folder, torch_dtype=dtype, low_cpu_mem_usage=True, **where)
 
 
+@quiet()
 def load_whole(kind: Any, folder: Path, **arguments: Any) -> Any:
     """``kind.from_pretrained`` of diffusers or transformers, where the files hold each weight in its shape.
 
@@ -51,11 +72,10 @@ def load_whole(kind: Any, folder: Path, **arguments: Any) -> Any:
     Raises:
         DataError: weights that are absent, of another shape, or no floating-point numbers.
     """
-    place = folder / arguments.get("subfolder", "")
-    with _quiet():
-        network, found = kind.from_pretrained(
-            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
+    files = weight_files(folder, arguments.get("variant"))
+    network, found = kind.from_pretrained(
+        str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    )
     expected = network.state_dict().keys()
     mismatched = sorted(found["mismatched_keys"])
     tensors = chain(network.named_parameters(), network.named_buffers())
@@ -63,7 +83,7 @@ def load_whole(kind: Any, folder: Path, **arguments: Any) -> Any:
     without_storage = {key for key, tensor in tensors if tensor.is_meta}
     missing = (without_storage | set(found["missing_keys"])) - {key for key, _, _ in mismatched}
     unused = found["unexpected_keys"]
-    integer = _no_floats(weight_files(place, arguments.get("variant")), network) - set(unused)
+    integer = _no_floats(files, network) - set(unused)
     faults = []
     if missing:
         faults.append(f"lack {len(missing)} of {len(expected)} keys of {kind.__name__}, e.g. {_some(missing)}")
@@ -80,11 +100,11 @@ def load_whole(kind: Any, folder: Path, **arguments: Any) -> Any:
             faults.append(f"hold {len(unused)} keys that it does not have, e.g. {_some(unused)}")
         if missing and len(unused) > len(expected) - len(missing):
             faults.append("are those of another network")
-        raise DataError(f"{place}: weights {'; '.join(faults)}{_lora(unused)}")
+        raise DataError(f"{folder}: weights {'; '.join(faults)}{_lora(unused)}")
     if unused:
         log.warning(
             "%s: %d keys of the weights are not used by %s, e.g. %s%s",
-            place, len(unused), kind.__name__, _some(unused), _lora(unused),
+            folder, len(unused), kind.__name__, _some(unused), _lora(unused),
         )  # fmt: skip
     return network
 
@@ -111,18 +131,3 @@ def _some(keys: Collection[str]) -> str:
 def _lora(keys: Collection[str]) -> str:
     layers = any("lora" in key.lower() for key in keys)
     return " (LoRA layers do not apply: merge them and save again)" if layers else ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' tables of keys and progress bars are not shown: :func:`load_whole` reports, progress is images."""
-    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, before, strict=True):
-            library.set_verbosity(level)

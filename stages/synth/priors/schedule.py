@@ -6,11 +6,13 @@ explodes (euler, euler-ancestral), (1−σ, σ) for flow matching. Equation 4 of
 and consistency trajectories (``tcd``: Zheng et al. 2024).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -80,17 +82,13 @@ class VariationPrior(Protocol):
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-# Schedulers whose networks see plain (scaled) latents and any number of steps. EDM-preconditioned and discrete ones are
-# absent: another scheduler over their weights would make noise.
-TRAINED_FOR = (
-    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
-    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-)
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+PLAIN = {"beta_schedule", "trained_betas", "prediction_type"}
+DISTILLED_OR_SHIFTED = {"original_inference_steps", "snr_shift_scale"}
 CONSISTENCY = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}
 """Schedulers of few-step priors, and how those were distilled."""
 EXPLODING = ("euler", "euler-ancestral")
+MAX_TRAIN_STEPS = 100_000
 FLOOR = 1e-5  # least α: pure noise has none, and guidance divides by it
 
 
@@ -117,22 +115,90 @@ def moved(z: Tensor, output: Tensor, delta: Tensor, alpha: float, sigma: float, 
     return z + alpha * delta, output
 
 
+def scheduler_class(config: dict[str, Any]) -> Any:
+    """The class of diffusers that ``config`` names, or None."""
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    return kind if isinstance(kind, type) else None
+
+
+def parameters_of(kind: Any) -> set[str]:
+    """What the scheduler class ``kind`` is built with."""
+    return set(inspect.signature(kind.__init__).parameters) if kind else set()
+
+
+def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = False) -> dict[str, Any]:
+    """``config`` (a ``scheduler_config.json``) with the ``trained_betas [T]`` that its own class gives it.
+
+    What a class is made for shows in its parameters: betas and a type of prediction mean plain latents and any number
+    of steps. Shifted signal-to-noise ratios (CogVideoX), preconditioned (EDM), consistency and discrete ones have other
+    parameters: another scheduler over their weights would make noise. So it would over networks ``distilled`` to few
+    steps (LCM, TCD) that are not called so.
+
+    Raises DataError for those, UsageError for the last, and DataError for values that give no noise schedule.
+    """
+    name, given = config.get("_class_name"), {"beta_start", "beta_end", *PLAIN}
+    kind = scheduler_class(config)
+    lacks = kind is not None and kind.__module__.startswith("diffusers.utils.dummy")  # a package for its steps
+    if lacks and given <= config.keys():
+        kind = DDPMScheduler  # computes betas alike; only defaults differ by class
+    consistency = CONSISTENCY.get(str(name))
+    if consistency and not distilled:
+        raise UsageError(f"prior {source} is a few-step one, made for {name}: set prior.distilled={consistency}")
+    parameters = parameters_of(kind) - ({"original_inference_steps"} if consistency else set())
+    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or config.get("timestep_type") == "continuous":
+        raise DataError(
+            f"prior {source} is made for {name}, which does not sample plain latents over a noise schedule of betas, "
+            "and so cannot be guided safely, nor replaced; if the network was trained with such a schedule, save that "
+            "scheduler (e.g. DDPMScheduler) in its place"
+            + (f", or write {', '.join(sorted(given - config.keys()))} into its config" if lacks else "")
+        )
+    known = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if key in config}
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
+        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
+    try:
+        betas = kind(num_train_timesteps=count, **known).betas
+    except Exception as error:  # whatever a value of another type leads to
+        values = ", ".join(f"{key} {value!r}"[:80] for key, value in known.items())
+        raise DataError(f"prior {source}: {name} makes no noise schedule of {values}: {one_line(error)}") from error
+    if len(betas) != count:
+        raise DataError(f"prior {source}: trained_betas has {len(betas)} values, num_train_timesteps is {count}")
+    if not (betas.min() >= 0 and betas.max() <= 1 and betas.max() > 0):  # false for NaN, too
+        raise DataError(
+            f"prior {source}: betas from {betas.min():g} to {betas.max():g} are no noise schedule: expected 0 to 1 "
+            f"(beta_start {config.get('beta_start')!r}, beta_end {config.get('beta_end')!r})"
+        )
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}  # would drop these
+    return config | {"num_train_timesteps": count, "trained_betas": betas.tolist()}
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str) -> Any:
-    """The diffusers scheduler of ``settings`` over the noise schedule of ``config`` (a ``scheduler_config.json``).
+    """The diffusers scheduler of ``settings`` over the noise schedule of ``config``.
 
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
+    Raises DataError as :func:`read_noise_schedule`, and where the settings contradict each other.
     """
-    trained, name = config.get("_class_name"), settings.scheduler
-    if trained in CONSISTENCY:
-        if settings.distilled is None:
-            how = CONSISTENCY[trained]
-            raise UsageError(f"prior {source} is a few-step one, made for {trained}: set prior.distilled={how}")
-    elif trained not in TRAINED_FOR:
-        raise DataError(f"prior {source} is made for {trained}, which cannot be guided safely, nor replaced")
-    flow = trained.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    flow = config.get("_class_name") in FLOWS or config.get("prediction_type") == "flow_prediction"
+    if config.get("_class_name") not in FLOWS:
+        config = read_noise_schedule(config, source, settings.distilled is not None)
     kind = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise DataError(f"prior {source}: prediction type {kind!r} is unknown; known: {', '.join(PREDICTION_TYPES)}")
+    if config.get("use_flow_sigmas") and not flow:
+        raise DataError(f"prior {source}: use_flow_sigmas is true, but prediction_type is {kind}: one of them is wrong")
+    zero_snr = config.get("rescale_betas_zero_snr") or config.get("trained_betas", [0])[-1] == 1
+    if zero_snr and kind == "epsilon":
+        raise DataError(
+            f"prior {source}: with rescale_betas_zero_snr (zero terminal SNR) the last step is noise alone, of which "
+            "prediction_type epsilon predicts no image: one of them is wrong (v_prediction, or rescale_betas_zero_snr "
+            "false)"
+        )
+    name = settings.scheduler
     if flow and name not in ("euler", "dpmsolver++"):
         raise UsageError(f"prior {source} predicts a flow, which {name} cannot sample: set prior.scheduler=euler")
     if settings.distilled in ("turbo", "lightning", "hyper"):
@@ -148,12 +214,16 @@ def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str
     if name == "ddim":
         return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
     if name == "ddpm":  # learned variances are dropped with the network's extra channels
-        linear = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
-        return DDPMScheduler.from_config(config, **linear)
+        fixed = config.get("variance_type") in ("fixed_small_log", "fixed_large", "fixed_large_log")
+        variance = config["variance_type"] if fixed else "fixed_small"
+        return DDPMScheduler.from_config(config, clip_sample=False, thresholding=False, variance_type=variance)
     if name == "dpmsolver++":
         second_order = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
-        linear = {"thresholding": False, "variance_type": None, "prediction_type": kind}
-        flows = {"use_flow_sigmas": True, "flow_shift": config.get("flow_shift", config.get("shift", 1.0))}
+        linear: dict[str, Any] = {"thresholding": False, "variance_type": None, "prediction_type": kind}
+        flows: dict[str, Any] = {
+            "use_flow_sigmas": True,
+            "flow_shift": config.get("flow_shift", config.get("shift", 1.0)),
+        }
         return DPMSolverMultistepScheduler.from_config(config, **second_order, **linear, **(flows if flow else {}))
     if flow:
         plain = {"stochastic_sampling": False, "use_dynamic_shifting": False, "invert_sigmas": False}
@@ -170,15 +240,22 @@ class Schedule:
 
     def __init__(self, config: dict[str, Any], settings: PriorSettings, source: str) -> None:
         name, steps = settings.scheduler, settings.steps
-        self.name, self.eta, self.scheduler = name, settings.eta, build_scheduler(config, settings, source)
+        try:
+            self.name, self.eta, self.scheduler = name, settings.eta, build_scheduler(config, settings, source)
+        except (DataError, UsageError):
+            raise
+        except Exception as error:  # diffusers checks few of the values in a config
+            raise DataError(
+                f"prior {source}: {name} cannot be built from scheduler_config.json: {one_line(error)}"
+            ) from error
         self.flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or bool(
             getattr(self.scheduler.config, "use_flow_sigmas", False)
         )
         self.kind = "flow_prediction" if self.flow else self.scheduler.config.prediction_type
         try:
             self.scheduler.set_timesteps(steps)
-        except ValueError as error:
-            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {error}") from error
+        except Exception as error:
+            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {one_line(error)}") from error
         self.scheduler.is_scale_input_called = True  # ``network_input`` does it; silences a warning
         self.times = [t.item() for t in self.scheduler.timesteps]
         if len(self.times) != steps:

@@ -63,7 +63,7 @@ def test_a_hub_is_asked_for_no_more(monkeypatch, prior_folder):
     siblings = [SimpleNamespace(rfilename=name) for name in HUB]
     monkeypatch.setattr("huggingface_hub.model_info", lambda _: SimpleNamespace(siblings=siblings))
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    locate_prior(PriorSettings(path="org/name", variant="fp16"))
+    assert files.locate("org/name", variant="fp16") == prior_folder
     assert asked == {"org/name": files_read(HUB, "fp16")}
 
 

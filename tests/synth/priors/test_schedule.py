@@ -1,5 +1,6 @@
 """Every scheduler over every prediction type: ẑ0 is the scheduler's own, moves keep eps, cuts cover the memory."""
 
+import diffusers
 import pytest
 import torch
 from pydantic import ValidationError
@@ -8,7 +9,7 @@ from manifests.errors import DataError, UsageError
 from stages.seeds import torch_rng
 from stages.settings import PriorSettings
 from stages.synth.latent_mix import Mix, mixing
-from stages.synth.priors.schedule import Prediction, Schedule
+from stages.synth.priors.schedule import CONSISTENCY, Prediction, Schedule
 
 STEPS = 6
 SHAPE = (3, 4, 8, 8)
@@ -205,3 +206,86 @@ def test_pure_noise_divides_by_nothing(kind):
     assert schedule.levels[0][0] == pytest.approx(1e-5) and schedule.levels[0][1] == pytest.approx(1.0)
     for state in run(schedule, 4):
         assert torch.isfinite(state.z0).all()
+
+
+PLAIN = {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "linear", "trained_betas": None}
+
+
+@pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.endswith("Scheduler")])
+def test_every_scheduler_of_diffusers_is_read_or_refused_by_name(name):
+    """By the defaults of the class, which differ, and by what its own file would hold."""
+    kind = getattr(diffusers, name)
+    try:
+        own = kind()
+        bars = own.alphas_cumprod
+    except (AttributeError, ImportError, TypeError):  # none, a package of which it needs, or no defaults
+        bars = None
+    sampled = CONSISTENCY.get(name, "euler" if name.startswith("FlowMatch") else "ddim")
+    try:
+        read = scheduled({"_class_name": name}, sampled, 4)
+    except DataError as error:
+        line = str(error)
+        assert line.startswith(f"prior x is made for {name}") and "\n" not in line and "save that scheduler" in line
+        return
+    if not read.flow:
+        torch.testing.assert_close(read.scheduler.alphas_cumprod, bars, rtol=0, atol=1e-6)
+        saved = {key: value for key, value in own.config.items() if key != "_use_default_values"}
+        again = scheduled(saved | {"_class_name": name}, sampled, 4)
+        assert torch.equal(again.scheduler.alphas_cumprod, read.scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", ["DDIMParallelScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"])
+@pytest.mark.parametrize("sampled", ["ddim", "ddpm", "dpmsolver++", "euler"])
+def test_plain_schedulers_are_sampled_with_every_other(name, sampled):
+    assert scheduled({"_class_name": name} | PLAIN, sampled, 4).scheduler.betas[-1] == pytest.approx(0.01)
+
+
+def test_a_scheduler_whose_package_is_missing_is_read_from_its_file(monkeypatch):
+    missing = type("SDEScheduler", (), {"__module__": "diffusers.utils.dummy_torch_objects"})
+    monkeypatch.setattr(diffusers, "SDEScheduler", missing, raising=False)
+    given = {"_class_name": "SDEScheduler", "prediction_type": "v_prediction"} | PLAIN
+    assert scheduled(given, "ddim", 4).scheduler.betas[0] == pytest.approx(0.001)
+    del given["beta_end"]
+    with pytest.raises(DataError, match="made for SDEScheduler.* or write beta_end into its config"):
+        scheduled(given, "ddim", 4)
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_betas_that_only_ddpm_knows(schedule):
+    own = diffusers.DDPMScheduler(beta_schedule=schedule)
+    read = scheduled({"_class_name": "DDPMScheduler", "beta_schedule": schedule}, "ddim", 4)
+    assert torch.equal(read.scheduler.alphas_cumprod, own.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr .* prediction_type epsilon"),
+        ({"trained_betas": [0.1, 0.5, 1.0], "num_train_timesteps": 3}, "zero terminal SNR.* prediction_type epsilon"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is true, but prediction_type is epsilon"),
+        ({"prediction_type": ["epsilon"]}, r"prediction type \['epsilon'\] is unknown"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0, expected 1 to"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000, expected 1 to"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values, num_train_timesteps is 1000"),
+        ({"trained_betas": "many"}, "DDPMScheduler makes no noise schedule of trained_betas 'many'"),
+        ({"beta_schedule": "wave"}, "makes no noise schedule of beta_schedule 'wave'"),
+        ({"beta_start": -0.1}, "betas from -0.1 to 0.02 are no noise schedule"),
+        ({"beta_end": 20.0}, r"betas from 0.0001 to 20 are no noise schedule: .*beta_end 20.0"),
+        ({"beta_end": float("nan")}, "are no noise schedule"),
+        ({"beta_start": 0, "beta_end": 0}, "betas from 0 to 0 are no noise schedule"),
+        ({"timestep_type": "continuous"}, "does not sample plain latents"),
+        ({"_class_name": "NoScheduler"}, "made for NoScheduler"),
+        ({"_class_name": ["DDPMScheduler"]}, r"made for \['DDPMScheduler'\]"),
+        ({"_class_name": None}, "made for None"),
+        ({"timestep_spacing": "wide"}, "cannot be sampled in 4 steps"),
+        ({"steps_offset": "one"}, "cannot be sampled in 4 steps"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused_before_sampling(values, message):
+    for name in ("ddim", "euler"):
+        if name == "euler" and values.keys() & {"steps_offset"}:
+            continue  # which it does not use here
+        with pytest.raises((DataError, UsageError), match=message) as error:
+            scheduled({"_class_name": "DDPMScheduler"} | values, name, 4)
+        assert "\n" not in str(error.value)

@@ -184,7 +184,7 @@ def test_a_folder_without_its_image_encoder_is_refused_in_one_line(folder, tmp_p
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "image_encoder")
     for line in refused(PriorSettings(path=str(copy)), locate_prior, lambda s: load_prior(s, "cpu")):
-        assert "missing unet/config.json or vae/config.json or image_encoder/config.json" in line
+        assert line == f"prior {copy}: image_encoder: config.json is missing"
 
 
 @pytest.mark.parametrize("part", ["image_normalizer", "image_noising_scheduler", "feature_extractor"])
@@ -192,7 +192,7 @@ def test_other_missing_parts_are_refused_when_loading(folder, tmp_path, part):
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / part)
     (line,) = refused(PriorSettings(path=str(copy)), lambda s: load_prior(s, "cpu"))
-    assert line.startswith(f"prior {copy} cannot be loaded")
+    assert str(copy) in line and ("cannot be loaded" in line or "holds no weights" in line)
 
 
 @pytest.mark.parametrize(
