@@ -168,28 +168,6 @@ def test_pure_noise_divides_by_nothing(kind):
 PLAIN = {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "linear", "trained_betas": None}
 
 
-@pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.endswith("Scheduler")])
-def test_every_scheduler_of_diffusers_is_read_or_refused_by_name(name):
-    """By the defaults of the class, which differ, and by what its own file would hold."""
-    kind = getattr(diffusers, name)
-    try:
-        own = kind()
-        bars = own.alphas_cumprod
-    except (AttributeError, ImportError, TypeError):  # none, a package of which it needs, or no defaults
-        bars = None
-    try:
-        read = Schedule({"_class_name": name}, "euler" if name.startswith("FlowMatch") else "ddim", 4, "x")
-    except DataError as error:
-        assert str(error).startswith(f"prior x is made for {name}") and "\n" not in str(error)
-        assert "save that scheduler" in str(error)
-        return
-    if not read.flow:
-        torch.testing.assert_close(read.scheduler.alphas_cumprod, bars, rtol=0, atol=1e-6)
-        saved = {key: value for key, value in own.config.items() if key != "_use_default_values"}
-        again = Schedule(saved | {"_class_name": name}, "ddim", 4, "x")
-        assert torch.equal(again.scheduler.alphas_cumprod, read.scheduler.alphas_cumprod)
-
-
 @pytest.mark.parametrize("name", ["DDIMParallelScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"])
 @pytest.mark.parametrize("sampled", ["ddim", "ddpm", "dpmsolver++", "euler"])
 def test_plain_schedulers_are_sampled_with_every_other(name, sampled):
