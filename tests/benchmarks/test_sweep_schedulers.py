@@ -20,7 +20,8 @@ def test_noise_schedules_are_read_exactly_or_refused_by_name():
 def test_a_schedule_that_is_read_wrongly_is_seen(monkeypatch):
     class OtherScheduler(diffusers.DDIMScheduler):
         def __init__(self, beta_schedule="linear", trained_betas=None, prediction_type="epsilon", **others):
-            super().__init__()
+            others |= {"beta_schedule": beta_schedule, "trained_betas": trained_betas}
+            super().__init__(prediction_type=prediction_type, **others)
             self.alphas_cumprod = self.alphas_cumprod**2
 
     monkeypatch.setattr(diffusers, "OtherScheduler", OtherScheduler, raising=False)

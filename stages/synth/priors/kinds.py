@@ -55,7 +55,13 @@ class TextPrior(DiffusionPrior):
         return self.load_unet(), self.part("vae", AutoencoderKL, AutoencoderDC)
 
     def load_unet(self) -> Any:
-        return self.part("unet", UNet2DConditionModel)
+        unet = self.part("unet", UNet2DConditionModel)
+        if unet.config.time_cond_proj_dim is not None:
+            raise DataError(
+                f"prior {self.folder}: its unet is distilled (time_cond_proj_dim {unet.config.time_cond_proj_dim}): it "
+                "expects the scale of guidance as an input, which it is not given here"
+            )
+        return unet
 
     def embed(self, prompt: str) -> Tensor:
         """``[1, tokens, d]``. One at a time: an embedding must not depend on which others it was batched with."""

@@ -132,9 +132,10 @@ def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
     if lacks and given <= config.keys():
         kind = DDPMScheduler  # computes betas alike; only defaults differ by class
     parameters = parameters_of(kind)
-    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or config.get("timestep_type") == "continuous":
+    edm = " with timestep_type continuous" if config.get("timestep_type") == "continuous" else ""
+    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or edm:
         raise DataError(
-            f"prior {source} is made for {name}, which does not sample plain latents over a noise schedule of betas, "
+            f"prior {source} is made for {name}{edm}, which samples no plain latents over a noise schedule of betas, "
             "and so cannot be guided safely, nor replaced; if the network was trained with such a schedule, save that "
             "scheduler (e.g. DDPMScheduler) in its place"
             + (f", or write {', '.join(sorted(given - config.keys()))} into its config" if lacks else "")
@@ -234,6 +235,12 @@ class Schedule:
         self.times = [t.item() for t in self.scheduler.timesteps]
         if len(self.times) != steps:
             raise UsageError(f"{name} takes {len(self.times)} steps where {steps} are asked for: change prior.steps")
+        last = self.scheduler.config.num_train_timesteps - 1
+        if not self.flow and not 0 <= min(self.times) <= max(self.times) <= last:
+            raise UsageError(
+                f"prior {source}: {steps} steps end outside of its {last + 1} timesteps (steps_offset "
+                f"{self.scheduler.config.get('steps_offset')}): lower prior.steps, or correct scheduler_config.json"
+            )
         self.timesteps = [round(t) for t in self.times]
         self.stochastic = name == "ddpm"
         self.levels = [self._level(step) for step in range(steps)]
