@@ -142,8 +142,6 @@ def read_noise_schedule(config: dict[str, Any], source: str) -> dict[str, Any]:
         )
     known = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if key in config}
     count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
-        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
     try:
         betas = kind(num_train_timesteps=count, **known).betas
     except Exception as error:  # whatever a value of another type leads to
@@ -170,6 +168,9 @@ def build_scheduler(config: dict[str, Any], name: str, source: str) -> Any:
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
     Raises DataError as :func:`read_noise_schedule`, and where the settings contradict each other.
     """
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
+        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
     flow = config.get("_class_name") in FLOWS or config.get("prediction_type") == "flow_prediction"
     if config.get("_class_name") not in FLOWS:
         config = read_noise_schedule(config, source)
