@@ -115,7 +115,7 @@ class DiffusionPrior(ABC):
             )
         classes = config.get("architectures")
         named = [class_of(self.index, name), *(classes if isinstance(classes, list) else [])]
-        if others := sorted({other for other in named if isinstance(other, str) and other != kind.__name__}):
+        if others := sorted({repr(other)[1:-1] for other in named if other not in (None, kind.__name__)}):
             log.warning("%s is a %s by its configuration, loaded as %s", place, " or ".join(others), kind.__name__)
 
     def tokens(self, name: str, kind: Any) -> Any:

@@ -127,8 +127,8 @@ class PriorSource(ModelFolder):
         found: dict[str | None, list[str]] = {}
         for file in map(PurePosixPath, self.names):
             if match := _WEIGHTS.fullmatch(file.name):
-                parts = found.setdefault(match["variant"] or match["legacy"], [])
-                parts += {file.parent.name or "the folder itself"} - set(parts)
+                parts, part = found.setdefault(_variant(match), []), file.parent.name or "the folder itself"
+                parts += [part] if part not in parts else []
         return found
 
     @property
@@ -149,11 +149,9 @@ class PriorSource(ModelFolder):
     def decisions(self) -> dict[str, str]:
         """What was settled and from what, for people."""
         config, shape = self.scheduler, "×".join(map(str, self.geometry.latent))
-        kinds = {variant or "plain": ", ".join(parts) for variant, parts in self.weights.items()}
+        weights = [f"{variant or 'no'} variant of {', '.join(parts)}" for variant, parts in self.weights.items()]
         return {
-            "weights": "; ".join(f"{kind} of {parts}" for kind, parts in kinds.items())
-            if len(kinds) > 1
-            else next(iter(kinds), "none"),
+            "weights": "; ".join(weights),
             "noise schedule": f"of its {config['_class_name']}, predicts {config.get('prediction_type', 'epsilon')}",
             "size": f"{shape} for {self.geometry.image_size} px" + (self.geometry.note and f" ({self.geometry.note})"),
         }
@@ -450,9 +448,8 @@ def loading(folder: Path, variant: str | None) -> dict[str, Any]:
     """
     names = [file.name for file in folder.glob("*") if file.is_file()]
     if weights := _chosen(names, variant):
-        match = weights[0]
-        return {"variant": match["variant"] or match["legacy"], "use_safetensors": match["format"] == "safetensors"}
-    if others := sorted({match["variant"] or match["legacy"] for match in _weights(names)}):
+        return {"variant": _variant(weights[0]), "use_safetensors": weights[0]["format"] == "safetensors"}
+    if others := sorted({_variant(match) or "" for match in _weights(names)}):
         raise DataError(f"{folder} holds only weights of the variant {' or '.join(others)}: name it, prior.variant")
     raise DataError(f"{folder} holds no weights (expected .safetensors or .bin, as diffusers names them)")
 
@@ -463,10 +460,13 @@ def _chosen(names: Iterable[str], variant: str | None) -> list[re.Match[str]]:
     weights = _weights(names)
     for choice in dict.fromkeys((variant, None)):
         for kind in ("safetensors", "bin"):
-            of = (match for match in weights if match["format"] == kind)
-            if matches := [match for match in of if (match["variant"] or match["legacy"]) == choice]:
+            if matches := [match for match in weights if (_variant(match), match["format"]) == (choice, kind)]:
                 return matches
     return []
+
+
+def _variant(match: re.Match[str]) -> str | None:
+    return match["variant"] or match["legacy"]
 
 
 def _weights(names: Iterable[str]) -> list[re.Match[str]]:

@@ -146,17 +146,16 @@ def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = F
     if consistency and not distilled:
         raise UsageError(f"prior {source} is a few-step one, made for {name}: set prior.distilled={consistency}")
     parameters = parameters_of(kind) - ({"original_inference_steps"} if consistency else set())
-    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or config.get("timestep_type") == "continuous":
+    edm = " with timestep_type continuous" if config.get("timestep_type") == "continuous" else ""
+    if not parameters >= PLAIN or parameters & DISTILLED_OR_SHIFTED or edm:
         raise DataError(
-            f"prior {source} is made for {name}, which does not sample plain latents over a noise schedule of betas, "
+            f"prior {source} is made for {name}{edm}, which samples no plain latents over a noise schedule of betas, "
             "and so cannot be guided safely, nor replaced; if the network was trained with such a schedule, save that "
             "scheduler (e.g. DDPMScheduler) in its place"
             + (f", or write {', '.join(sorted(given - config.keys()))} into its config" if lacks else "")
         )
     known = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas") if key in config}
     count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
-        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
     try:
         betas = kind(num_train_timesteps=count, **known).betas
     except Exception as error:  # whatever a value of another type leads to
@@ -183,6 +182,9 @@ def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str
     Nothing that is not linear in ẑ0 is left on (clipping, thresholding): guidance moves ẑ0 and expects it to stay.
     Raises DataError as :func:`read_noise_schedule`, and where the settings contradict each other.
     """
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_TRAIN_STEPS:
+        raise DataError(f"prior {source}: num_train_timesteps is {count!r}, expected 1 to {MAX_TRAIN_STEPS}")
     flow = config.get("_class_name") in FLOWS or config.get("prediction_type") == "flow_prediction"
     if config.get("_class_name") not in FLOWS:
         config = read_noise_schedule(config, source, settings.distilled is not None)
@@ -260,6 +262,12 @@ class Schedule:
         self.times = [t.item() for t in self.scheduler.timesteps]
         if len(self.times) != steps:
             raise UsageError(f"{name} takes {len(self.times)} steps where {steps} are asked for: change prior.steps")
+        last = self.scheduler.config.num_train_timesteps - 1
+        if not self.flow and not 0 <= min(self.times) <= max(self.times) <= last:
+            raise UsageError(
+                f"prior {source}: {steps} steps end outside of its {last + 1} timesteps (steps_offset "
+                f"{self.scheduler.config.get('steps_offset')}): lower prior.steps, or correct scheduler_config.json"
+            )
         self.timesteps = [round(t) for t in self.times]
         self.stochastic = name in ("ddpm", "lcm", "tcd", "euler-ancestral")
         self.levels = [self._level(step) for step in range(steps)]

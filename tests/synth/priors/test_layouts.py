@@ -107,7 +107,7 @@ def test_a_variant_in_parts_by_names_old_and_new(copy, prior_folder, shards, ind
     prior = load_prior(settings(copy, variant="fp16"), "cpu")
     assert_equal_weights(prior.network, load_prior(settings(prior_folder), "cpu").network)
     assert {f"unet/{shards.format(part)}" for part in (1, 2)} < set(prior.source.names)
-    assert prior.source.decisions["weights"] == "plain of text_encoder, vae; fp16 of unet"
+    assert prior.source.decisions["weights"] == "no variant of text_encoder, vae; fp16 variant of unet"
     assert "holds only weights of the variant fp16: name it, prior.variant" in refused(copy)
 
 
@@ -202,7 +202,7 @@ def test_what_the_libraries_warn_of_is_not_shown(copy, capfd, caplog, recwarn):
 
 def test_decisions(prior_folder):
     assert locate_prior(settings(prior_folder)).decisions == {
-        "weights": "plain",
+        "weights": "no variant of text_encoder, unet, vae",
         "noise schedule": "of its DDIMScheduler, predicts epsilon",
         "size": "4×8×8 for 16 px",
     }
