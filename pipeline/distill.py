@@ -24,6 +24,7 @@ from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
 if TYPE_CHECKING:
+    from stages.cost import DistillCost
     from stages.distill.results import DistillResult, StudentResult
     from stages.distill.run import Prepared
 
@@ -231,17 +232,6 @@ def check_line(check: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Counted FLOPs of a whole training, and bytes of memory."""
-
-    teacher: int
-    students: dict[str, int]
-    flop: int
-    weights_bytes: int
-    saved_bytes_per_batch: int
-
-
-@dataclass(frozen=True)
 class SourceRows:
     manifest: str
     weight: float
@@ -262,7 +252,7 @@ class DistillEstimate:
     steps: int
     students: list[str]
     workers: int
-    cost: Cost | None
+    cost: "DistillCost | None"
 
     def lines(self) -> Iterator[str]:
         import yaml
@@ -324,7 +314,9 @@ def dry_run(
     )
 
 
-def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int) -> Cost | None:
+def cost(
+    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
+) -> "DistillCost | None":
     """The cost of training on ``images`` of ``rows`` an epoch (the cache answers to every row); None where the teacher
     is not at hand or a black box."""
     from stages.cost import distill_cost
@@ -338,14 +330,6 @@ def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, ima
         return None
     if shape is None:
         return None
-    found = distill_cost(settings, shape, manifest.info.image_size)
-    seen = images * settings.epochs
-    asked = rows * settings.augment.num_views if settings.teacher_cache.enabled else seen
-    students = {name: value * seen for name, value in found.students.items()}
-    return Cost(
-        teacher=found.teacher * asked,
-        students=students,
-        flop=found.teacher * asked + sum(students.values()),
-        weights_bytes=found.weights,
-        saved_bytes_per_batch=found.saved * settings.batch_size,
-    )
+    views = images * settings.epochs
+    answers = rows * settings.augment.num_views if settings.teacher_cache.enabled else views
+    return distill_cost(settings, shape, manifest.info.image_size, views, answers)

@@ -3,7 +3,7 @@ that a hub holds is fetched into its cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifests.shard import committed
 from manifests.storage import Storage
@@ -14,46 +14,11 @@ from stages.settings import SynthSettings
 from stages.synth.inputs import SynthInputs, inspect_inputs, varies
 from stages.synth.priors.files import NotFetched
 
+if TYPE_CHECKING:
+    from stages.cost import SynthCost
+
 JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
 RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy images need about this much
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Counted FLOPs, of a trajectory by purpose and of the whole run (``flop``), and a worker's bytes of memory."""
-
-    flop_per_trajectory: int
-    denoiser: int
-    guidance_decoder: int
-    guidance_teacher: int
-    inversion: int
-    stored_decodes: int
-    scores: int
-    fit_decoder_once: int
-    flop: int
-    weights_bytes: int
-    saved_bytes_per_trajectory: int
-    saved_bytes_per_group: int
-
-    def lines(self, images: int, group: int) -> Iterator[tuple[str, str | None]]:
-        parts = {
-            "denoiser": self.denoiser,
-            "guidance decoder": self.guidance_decoder,
-            "guiding teacher": self.guidance_teacher,
-            "inversion": self.inversion,
-            "stored images": self.stored_decodes,
-            "their scores": self.scores,
-        }
-        named = ", ".join(f"{name} {flop(value)}" for name, value in parts.items() if value)
-        fit = f"first a decoder is fitted, {flop(self.fit_decoder_once)}, unless an earlier run left one"
-        yield "compute", f"{flop(self.flop)} in all, {flop(self.flop / images)} an image (counted)"
-        yield "", f"a trajectory: {named}"
-        yield "", fit if self.fit_decoder_once else None
-        yield (
-            "memory",
-            f"{size(self.weights_bytes)} of weights, {size(self.saved_bytes_per_group)} saved for backward passes "
-            f"({size(self.saved_bytes_per_trajectory)} × {group}); working memory comes on top",
-        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +38,7 @@ class SynthEstimate:
     classes: int | None
     denoiser_calls: int
     disk_bytes_at_most: int | None
-    cost: Cost | None
+    cost: "SynthCost | None"
     prior: dict[str, Any] | None
     teacher: dict[str, Any] | None
     versions: dict[str, str] | None
@@ -84,27 +49,38 @@ class SynthEstimate:
         import yaml
 
         yield yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=110)
-        entries: list[tuple[str, str | None]] = [
-            ("out", f"{self.out} ({self.shards_done} of {self.shards} shards done)")
-        ]
+        known: list[tuple[str, str | None]]
+        known = [("unknown", f"{self.unknown}; so classes, compute, memory and fingerprint are not known")]
         if self.prior and self.teacher:
-            entries += [
+            known = [
                 ("prior", f"{self.prior.get('name')}, sha256 {str(self.prior.get('sha256'))[:12]}"),
                 ("teacher", f"{self.teacher.get('architecture')}, sha256 {self.teacher['sha256'][:12]}"),
                 ("classes", str(self.classes)),
             ]
-        else:
-            entries.append(("unknown", f"{self.unknown}; so classes, compute, memory and fingerprint are not known"))
         pixels = f"{self.image_size} px" if self.image_size else "the prior's size"
-        disk = self.disk_bytes_at_most and f"at most about {size(self.disk_bytes_at_most)}"
-        entries += [
+        yield from pairs(
+            16,
+            ("out", f"{self.out} ({self.shards_done} of {self.shards} shards done)"),
+            *known,
             ("images", f"{self.images} of {pixels}, from {self.trajectories} trajectories"),
             ("denoiser calls", f"{self.denoiser_calls} still to make (a batch of one each; CFG included)"),
-            *(self.cost.lines(self.images, self.recipe["synth"]["group_size"]) if self.cost else ()),
-            ("disk", disk or None),
+            *(self._cost_lines(self.cost) if self.cost else ()),
+            ("disk", f"at most about {size(self.disk_bytes_at_most)}" if self.disk_bytes_at_most else None),
             ("fingerprint", self.fingerprint),
-        ]
-        yield from pairs(16, *entries)
+        )
+
+    def _cost_lines(self, cost: "SynthCost") -> Iterator[tuple[str, str | None]]:
+        parts = ", ".join(f"{name} {flop(value)}" for name, value in cost.parts.items() if value)
+        fit = f"first a decoder is fitted, {flop(cost.fit_decoder_once)}, unless an earlier run left one"
+        yield "compute", f"{flop(cost.flop)} in all, {flop(cost.flop / self.images)} an image (counted)"
+        yield "", f"a trajectory: {parts}"
+        yield "", fit if cost.fit_decoder_once else None
+        yield (
+            "memory",
+            f"{size(cost.weights_bytes)} of weights, {size(cost.saved_bytes_per_group)} saved for backward passes "
+            f"({size(cost.saved_bytes_per_trajectory)} × {self.recipe['synth']['group_size']}); "
+            "working memory comes on top",
+        )
 
 
 def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
@@ -112,8 +88,9 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
     fetched."""
     synth, storage = recipe.synth, Storage(out)
     refuse_file(storage)
-    inputs: SynthInputs | None = None
-    unknown = None
+    from stages.cost import synth_cost
+
+    inputs, unknown = None, None
     try:
         inputs = inspect_inputs(synth)
     except NotFetched as error:
@@ -138,36 +115,11 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
         classes=len(inputs.class_names) if inputs else None,
         denoiser_calls=denoiser_calls(synth, inputs) * trajectories * max(0, synth.shards - done),
         disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
-        cost=cost(synth, inputs) if inputs else None,
+        cost=synth_cost(synth, inputs.sources) if inputs else None,
         prior=inputs.prior if inputs else None,
         teacher=inputs.teacher if inputs else None,
         versions=plan.versions if plan else None,
         unknown=unknown,
-    )
-
-
-def cost(synth: SynthSettings, inputs: SynthInputs) -> Cost | None:
-    """What ``synth`` costs; None for ``noise``, which runs no model, and where it cannot be counted."""
-    if synth.method == "noise":
-        return None
-    from stages.cost import synth_cost
-
-    found = synth_cost(synth, inputs.sources)
-    if found is None:
-        return None
-    return Cost(
-        flop_per_trajectory=found.flops,
-        denoiser=found.denoiser,
-        guidance_decoder=found.guidance_decoder,
-        guidance_teacher=found.guidance_teacher,
-        inversion=found.inversion,
-        stored_decodes=found.stored,
-        scores=found.score,
-        fit_decoder_once=found.fit,
-        flop=found.flops * synth.shards * synth.groups_per_shard * synth.group_size,
-        weights_bytes=found.weights,
-        saved_bytes_per_trajectory=found.saved,
-        saved_bytes_per_group=found.saved * synth.group_size,
     )
 
 
