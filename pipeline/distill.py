@@ -6,7 +6,7 @@ A manifest alone is enough: its metadata holds the recipe, whose ``distill`` sec
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
@@ -42,32 +42,23 @@ def trained(result: "DistillResult", name: str, title: str) -> "StudentResult":
     return result.students[name]
 
 
-@dataclass(frozen=True)
-class DistillReport:
-    """A result for people."""
-
-    result: "DistillResult"
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.result.to_dict()
-
-    def lines(self) -> Iterator[str]:
-        yield check_line(self.to_dict()["teacher_check"])
-        for name, student in self.result.students.items():
-            scores = []
-            if student.val_agreement is not None:
-                scores.append(f"{share(student.val_agreement)} agreement with the teacher on validation images")
-            if student.test:
-                scores.append(f"{share(student.test.accuracy)} on the test data")
-            yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
-        for name, reason in self.result.parked.items():
-            yield f"{plain(name)}: parked, {reason}"
-        tests = [student.test for student in self.result.students.values() if student.test]
-        for order in dict.fromkeys(test.class_order for test in tests):
-            yield f"test data: {order}"
-        if tests:
-            yield f"teacher: {share(tests[-1].teacher_accuracy)} on the test data"
-        yield f"{self.result.images} images, {duration(self.result.seconds)}"
+def result_lines(result: "DistillResult") -> Iterator[str]:
+    """What people read of a run's result."""
+    yield check_line(asdict(result.teacher_check))
+    for name, student in result.students.items():
+        scores = []
+        if student.val_agreement is not None:
+            scores.append(f"{share(student.val_agreement)} agreement with the teacher on validation images")
+        if student.test:
+            scores.append(f"{share(student.test.accuracy)} on the test data")
+        yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
+    for name, reason in result.parked.items():
+        yield f"{plain(name)}: parked, {reason}"
+    for order in dict.fromkeys(student.test.class_order for student in result.students.values() if student.test):
+        yield f"test data: {order}"
+    if result.teacher_accuracy is not None:
+        yield f"teacher: {share(result.teacher_accuracy)} on the test data"
+    yield f"{result.images} images, {duration(result.seconds)}"
 
 
 def resolve_distill(

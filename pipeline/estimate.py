@@ -88,13 +88,15 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
     fetched."""
     synth, storage = recipe.synth, Storage(out)
     refuse_file(storage)
-    from stages.cost import synth_cost
-
-    inputs, unknown = None, None
+    inputs, cost, unknown = None, None, None
     try:
         inputs = inspect_inputs(synth)
     except NotFetched as error:
         unknown = str(error)
+    if inputs and synth.method != "noise":  # which runs no model
+        from stages.cost import synth_cost
+
+        cost = synth_cost(synth, inputs.sources)
     trajectories = synth.groups_per_shard * synth.group_size
     images = trajectories * synth.images_per_trajectory
     image_size = inputs.image_size if inputs else synth.images.size
@@ -115,7 +117,7 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
         classes=len(inputs.class_names) if inputs else None,
         denoiser_calls=denoiser_calls(synth, inputs) * trajectories * max(0, synth.shards - done),
         disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
-        cost=synth_cost(synth, inputs.sources) if inputs else None,
+        cost=cost,
         prior=inputs.prior if inputs else None,
         teacher=inputs.teacher if inputs else None,
         versions=plan.versions if plan else None,

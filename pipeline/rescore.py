@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
 from manifests.merge import MANIFEST, write_manifest
@@ -92,8 +90,8 @@ def rescore(
         teacher=info.teacher,
         threshold=least,
         rows=made.num_rows,
-        kept_before=kept_rows(manifest),
-        kept=kept_rows(made),
+        kept_before=manifest.num_kept,
+        kept=made.num_kept,
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -132,8 +130,3 @@ def described(manifest: Manifest, copy: TeacherCopy | None, threshold: float) ->
             "from_teacher": manifest.info.teacher.get("sha256"),
         },
     )
-
-
-def kept_rows(manifest: Manifest) -> int:
-    """How many rows are kept; 0 is no error here."""
-    return int(np.sum(manifest.where(include_rejected=True).column("kept")))

@@ -43,6 +43,8 @@ class SynthResult:
             f"{duration(self.seconds)}"
         )
         yield f"manifest: {self.manifest}"
+        if not self.kept:
+            yield "no image was kept: factory inspect counts the reasons, factory rescore --threshold judges again"
 
 
 def run_synth(
@@ -157,7 +159,7 @@ def finished(storage: Storage, seconds: float) -> SynthResult:
         fingerprint=manifest.info.fingerprint,
         shards=len(manifest.info.tars),
         rows=manifest.num_rows,
-        kept=len(manifest),
+        kept=manifest.num_kept,
         bytes=sum(tar.bytes for tar in manifest.info.tars),
         seconds=round(seconds, 3),
     )

@@ -8,31 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Protocol, TextIO
+from dataclasses import asdict, is_dataclass
+from typing import Any, TextIO
 
 from manifests.checked_json import dump_json
 
 
-class Report(Protocol):
-    """The result of a command: a dataclass that knows how people read it."""
-
-    def lines(self) -> Iterable[str]: ...
-
-
-def show(report: Report, as_json: bool = False) -> None:
-    """Print ``report`` on stdout: its lines, or one JSON document of its fields (its ``to_dict()``, if it has one)."""
+def show(result: Any, as_json: bool = False, lines: Iterable[str] | None = None) -> None:
+    """Print what a command found on stdout: ``lines`` (default: the result's own), or one JSON document of its fields
+    (its ``to_dict()``, if it has one). Whatever could steer a terminal is escaped."""
     if as_json:
-        print_json(report.to_dict() if hasattr(report, "to_dict") else asdict(report))  # type: ignore[call-overload]
+        values = result.to_dict() if hasattr(result, "to_dict") else asdict(result) if is_dataclass(result) else result
+        text = dump_json(values, indent=1, ensure_ascii=False)
+        print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
         return
-    for line in report.lines():
-        print(plain_block(line))
-
-
-def print_json(values: object) -> None:
-    """``values`` on stdout, with escapes for whatever could steer a terminal."""
-    text = dump_json(values, indent=1, ensure_ascii=False)
-    print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
+    for block in result.lines() if lines is None else lines:
+        for line in block.removesuffix("\n").split("\n"):
+            print(plain(line))
 
 
 def table(widths: Sequence[int], *rows: Sequence[object]) -> Iterator[str]:
@@ -69,11 +61,6 @@ def number(value: float | None, digits: int) -> str | None:
 def plain(value: object) -> str:
     """``value`` without what could steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
-
-
-def plain_block(text: str) -> str:
-    """Several lines, each made safe to print."""
-    return "\n".join(plain(line) for line in text.removesuffix("\n").split("\n"))
 
 
 def duration(seconds: float) -> str:

@@ -152,14 +152,12 @@ class SynthCost:
 
 
 @torch.no_grad()
-def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | None = None) -> SynthCost | None:
-    """The cost of ``settings``, by trajectory and in all; None for ``noise``, which runs no model.
+def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | None = None) -> SynthCost:
+    """The cost of ``settings``, by trajectory and in all; not of ``noise``, which runs no model.
 
     ``sources``: of teacher and adversary, where they are resolved already. Raises what loading prior and teacher
     raises (their weights are not read), UsageError for a black box that would have to give gradients.
     """
-    if settings.method == "noise":
-        return None
     sources = sources or model_sources(settings)
     models = {role: untrained_teacher(source) for role, source in sources.items()}
     teacher, adversary = models["teacher"], models.get("adversary")

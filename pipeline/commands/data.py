@@ -1,18 +1,14 @@
 """``factory status``, ``inspect``, ``verify``, ``gc``, ``rebuild`` and ``rescore``: look at a run and keep it."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline.commands.options import JsonOption, RunArgument
 from pipeline.terminal import plain, show
-
-if TYPE_CHECKING:
-    from manifests.integrity import Problem
 
 SHEET = "sheet.png"
 ManifestArgument = Annotated[
@@ -82,22 +78,6 @@ def inspect(
     show(summary, as_json)
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What :func:`manifests.integrity.verify` found in ``run``."""
-
-    run: str
-    problems: "list[Problem]"
-
-    def to_dict(self) -> dict[str, object]:
-        return {"run": self.run, "ok": not self.problems, "problems": [asdict(problem) for problem in self.problems]}
-
-    def lines(self) -> Iterator[str]:
-        yield from (f"{plain(problem.where)}: {plain(problem.what)}" for problem in self.problems)
-        if not self.problems:
-            yield f"{plain(self.run)}: intact"
-
-
 def verify(
     run: Annotated[str, typer.Argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.", show_default=False)],
     quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
@@ -107,9 +87,10 @@ def verify(
     from manifests.errors import DataError
     from manifests.integrity import verify as check
 
-    report = VerifyReport(run, check(run, deep=not quick))
-    show(report, as_json)
-    if report.problems:
+    problems = check(run, deep=not quick)
+    report = {"run": run, "ok": not problems, "problems": [asdict(problem) for problem in problems]}
+    show(report, as_json, map(plain, problems or [f"{run}: intact"]))
+    if problems:
         raise typer.Exit(DataError.exit_code)
 
 

@@ -1,32 +1,17 @@
 """``factory eval``, ``export`` and ``recipes``."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption
-from pipeline.terminal import pairs, plain, print_json, say, share, show, size, table
+from pipeline.terminal import pairs, plain, say, share, show, size, table
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What :func:`stages.distill.export.export_onnx` and ``export_torch`` say of the files they wrote."""
-
-    files: Sequence[dict[str, Any]]
-
-    def lines(self) -> Iterator[str]:
-        for file in self.files:
-            shape = " × ".join(map(str, file["input"]))
-            yield (
-                f"{plain(file['file'])}: {file['format']}, {size(file['bytes'])}, images {shape} in [0, 1] to "
-                f"{file['classes']} logits, within {file['largest_difference']:.1g} of PyTorch's"
-            )
+SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
 
 
 def export(
@@ -44,31 +29,12 @@ def export(
 
     files = [export_onnx(student, onnx)] if onnx else []
     files += [export_torch(student, torch_export)] if torch_export else []
-    show(ExportReport([asdict(file) for file in files]), as_json)
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Scores of :func:`stages.distill.evaluate.evaluate`, and the file of the confusion matrix where one was asked
-    for."""
-
-    scores: dict[str, Any]
-    picture: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.scores | ({"picture": self.picture} if self.picture else {})
-
-    def lines(self) -> Iterator[str]:
-        shares = [
-            name for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece") if name in self.scores
-        ]
-        yield from table(
-            (24, 8),
-            ("images", self.scores["images"]),
-            *((name.replace("_", " "), share(self.scores[name])) for name in shares),
-            *((name, share(accuracy)) for name, accuracy in self.scores["per_class"].items()),
-        )
-        yield from pairs(18, ("confusion matrix:", self.picture))
+    lines = (
+        f"{plain(file.file)}: {file.format}, {size(file.bytes)}, images {' × '.join(map(str, file.input))} in [0, 1] "
+        f"to {file.classes} logits, within {file.largest_difference:.1g} of PyTorch's"
+        for file in files
+    )
+    show({"files": [asdict(file) for file in files]}, as_json, lines)
 
 
 def evaluate(
@@ -97,20 +63,15 @@ def evaluate(
         from pipeline.inspect import save
 
         save(confusion_picture(scores.confusion, [plain(name) for name in scores.per_class]), confusion)
-    show(EvalReport(scores.to_dict(), str(confusion) if confusion else None), as_json)
-
-
-@dataclass(frozen=True)
-class RecipeList:
-    """Descriptions by name."""
-
-    recipes: dict[str, str]
-
-    def to_dict(self) -> dict[str, str]:
-        return self.recipes
-
-    def lines(self) -> Iterator[str]:
-        return pairs(max(map(len, self.recipes)) + 2, *self.recipes.items())
+    shares = {name: getattr(scores, name) for name in SHARES}
+    rows = (
+        ("images", scores.images),
+        *((name.replace("_", " "), share(value)) for name, value in shares.items() if value is not None),
+        *((name, share(accuracy)) for name, accuracy in scores.per_class.items()),
+    )
+    picture = str(confusion) if confusion else None
+    lines = [*table((24, 8), *rows), *pairs(18, ("confusion matrix:", picture))]
+    show(scores.to_dict() | ({"picture": picture} if picture else {}), as_json, lines)
 
 
 def recipes(
@@ -124,10 +85,11 @@ def recipes(
     from pipeline.recipe import packaged, packaged_text, resolve
 
     if name is None:
-        show(RecipeList({each: resolve(each, environ={}).description for each in packaged()}), as_json)
+        found = {each: resolve(each, environ={}).description for each in packaged()}
+        show(found, as_json, pairs(max(map(len, found)) + 2, *found.items()))
     elif name not in packaged():
         raise UsageError(f"no recipe {name!r}; {suggest(name, packaged())}")
     elif as_json:
-        print_json(resolve(name, environ={}).model_dump(mode="json"))
+        show(resolve(name, environ={}).model_dump(mode="json"), as_json)
     else:
         print(packaged_text(name), end="")

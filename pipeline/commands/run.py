@@ -156,7 +156,7 @@ def distill(
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers), as_json)
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
-    show(stage.DistillReport(result), as_json)
+    show(result, as_json, stage.result_lines(result))
     if result.parked:
         raise typer.Exit(FactoryError.exit_code)
 
