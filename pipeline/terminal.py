@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from manifests.checked_json import dump_json
@@ -18,7 +18,9 @@ def show(result: Any, as_json: bool = False, lines: Iterable[str] | None = None)
     """Print what a command found on stdout: ``lines`` (default: the result's own), or one JSON document of its fields
     (its ``to_dict()``, if it has one). Whatever could steer a terminal is escaped."""
     if as_json:
-        values = result.to_dict() if hasattr(result, "to_dict") else asdict(result) if is_dataclass(result) else result
+        values = (
+            result.to_dict() if hasattr(result, "to_dict") else result if isinstance(result, dict) else asdict(result)
+        )
         text = dump_json(values, indent=1, ensure_ascii=False)
         print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
         return

@@ -5,8 +5,10 @@ import importlib
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -56,22 +58,6 @@ class Finished:
     store_failed: bool = False
     poisoned: bool = False  # the worker's process is of no more use
     worker_lost: bool = False
-
-
-class Pool(Protocol):
-    """Workers behind the driver loop, each with at most one shard in flight."""
-
-    def free(self) -> int:
-        """How many shards :meth:`submit` would take now."""
-
-    def submit(self, shard: int) -> str:
-        """Give ``shard`` to a free worker; returns the worker's name."""
-
-    def wait(self, timeout: float) -> list[Finished]:
-        """Attempts that ended, after at most about ``timeout`` seconds where workers run elsewhere."""
-
-    def close(self) -> None:
-        """Stop every worker at once."""
 
 
 def enter(folder: str) -> None:
@@ -137,33 +123,31 @@ class InlinePool:
     def _build(self) -> Worker:
         try:
             return self._spec.build()
-        except FactoryError:
-            raise
         except Exception as error:
             raise start_error(failure(error)) from error
 
-    def free(self) -> int:
-        return 1 if self._shard is None else 0
+    def free(self) -> bool:
+        """Whether :meth:`submit` would take a shard now."""
+        return self._shard is None
 
     def submit(self, shard: int) -> str:
+        """Give ``shard`` to a free worker; returns the worker's name."""
         self._shard = shard
         return NAME
 
     def wait(self, timeout: float) -> list[Finished]:
-        shard = self._shard
+        """Attempts that ended, after at most about ``timeout`` seconds where workers run elsewhere."""
+        shard, self._shard = self._shard, None
         if shard is None:
-            threading.Event().wait(timeout)
+            time.sleep(timeout)
             return []
-        if self._worker is None:
-            self._worker = self._build()
+        self._worker = self._worker or self._build()
         try:
-            with _Timer(self._settings.time_limit):
+            with _time_limit(self._settings.time_limit):
                 record = attempt(self._worker, shard, self._on_group)
         except _Overdue:
             self._worker = None  # stopped anywhere: its state is not to be trusted
             record = {"error": f"no result after the time limit of {self._settings.time_limit:g} s"}
-        finally:
-            self._shard = None
         finished = Finished(shard, NAME, **record)
         if finished.poisoned:
             raise FactoryError(
@@ -172,26 +156,24 @@ class InlinePool:
         return [finished]
 
     def close(self) -> None:
+        """Stop every worker at once."""
         self._worker = None
 
 
-class _Timer:
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
     """Raises :class:`_Overdue` in the main thread after ``seconds``; does nothing elsewhere or without a limit."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def __init__(self, seconds: float | None):
-        main = threading.current_thread() is threading.main_thread()
-        self._seconds = seconds if main and hasattr(signal, "setitimer") else None
-
-    def __enter__(self) -> None:
-        if self._seconds:
-            self._previous = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
-
-    def __exit__(self, *_: object) -> None:
-        if self._seconds:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-
-    @staticmethod
-    def _ring(number: int, frame: FrameType | None) -> None:
+    def ring(number: int, frame: FrameType | None) -> None:
         raise _Overdue
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
