@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from stages.distill.results import DistillResult, StudentResult
     from stages.distill.run import Prepared
 
-NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
-"""Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
+NOT_STORED = (("loggers",), ("skip_bad",), ("allow_other_teacher",), ("teacher_cache", "folder"))
+"""Settings that are the user's own: never taken from the recipe in a manifest."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]
 """A manifest: path or URL, ``PATH@WEIGHT``, or ``(PATH, weight)``."""
@@ -69,13 +69,12 @@ def resolve_distill(
     Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
     is let through, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
     """
-    stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
-    if isinstance(stored.get("distill"), dict):
-        stored["distill"] = {key: value for key, value in stored["distill"].items() if key not in NOT_STORED}
-        if isinstance(cache := stored["distill"].get("teacher_cache"), dict):
-            stored["distill"]["teacher_cache"] = {key: value for key, value in cache.items() if key != "folder"}
+    known = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
+    stored = mapping_layer(known, f"recipe stored in {manifest.url}")
+    for path in NOT_STORED:
+        stored = stored.without(("distill", *path))
     mine = given(source, "distill", sets, flags)
-    recipe = validate(Recipe, mine.over(mapping_layer(stored, f"recipe stored in {manifest.url}")))
+    recipe = validate(Recipe, mine.over(stored))
     if "students" not in mine.values.get("distill", {}):
         for name in recipe.distill.students:
             if split_name(name)[0] in ("code", "hf", "onnx"):

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import yaml
@@ -23,40 +24,55 @@ ENV_NESTING = "__"
 
 @dataclass(frozen=True)
 class Layer:
-    """Nested settings and, for each key path, the place that set it (``recipe.yaml:12``, ``--set seed=x``).
+    """Settings in the order in which they were set: key path, value, and the place that set it (``recipe.yaml:12``,
+    ``--set seed=x``). Mappings are spelled out key by key and merge; every other value replaces."""
 
-    ``origins`` is ordered: what was set later comes later.
-    """
-
-    values: dict[str, Any]
-    origins: dict[Path, str]
+    entries: tuple[tuple[Path, Any, str], ...] = ()
 
     def over(self, lower: "Layer") -> "Layer":
-        """This layer laid over ``lower``: mappings merge key by key, everything else replaces."""
-        below = {path: origin for path, origin in lower.origins.items() if path not in self.origins}
-        return Layer(_merge(lower.values, self.values), {**below, **self.origins})
+        """This layer laid over ``lower``."""
+        return Layer(lower.entries + self.entries)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings, nested."""
+        root: dict[str, Any] = {}
+        for path, value, _ in self.entries:
+            at = root
+            for part in path if value == {} else path[:-1]:
+                if not isinstance(at.get(part), dict):
+                    at[part] = {}
+                at = at[part]
+            if value != {}:
+                at[path[-1]] = value
+        return root
 
     def value(self, path: Path) -> Any:
         """What ``path`` is set to, None where it is not."""
-        found: Any = self.values
-        for part in path:
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
+        return next((value for key, value, _ in reversed(self.entries) if key == path), None)
 
     def without(self, path: Path) -> "Layer":
         """This layer without ``path`` and what lies below it."""
-        kept = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
-        return Layer(_without(self.values, path), kept)
+        return Layer(tuple(entry for entry in self.entries if entry[0][: len(path)] != path))
 
     def origin(self, path: Path) -> str:
         """The place that last set ``path`` or something below it, or else the nearest key above it."""
-        inside = [origin for key, origin in self.origins.items() if key[: len(path)] == path]
-        if path and inside:
-            return inside[-1]
-        return next((self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins), "defaults")
+        places = [(tuple(map(str, key)), place) for key, _, place in self.entries]
+        inside = [place for key, place in places if path and key[: len(path)] == path]
+        above = sorted((len(key), at) for at, (key, _) in enumerate(places) if key == path[: len(key)])
+        return inside[-1] if inside else places[above[-1][1]][1] if above else "defaults"
 
 
-EMPTY = Layer({}, {})
+EMPTY = Layer()
+
+
+def nested_layer(path: Path, value: Any, place: str, lines: Mapping[Path, str] | None = None) -> Layer:
+    """``value`` at ``path``, mappings key by key, all set by ``place``, or by what ``lines`` says of a key."""
+    where = (lines or {}).get(tuple(map(str, path)), place)
+    if not isinstance(value, Mapping):
+        return Layer(((path, value, where),))
+    inner = (nested_layer((*path, key), value[key], place, lines).entries for key in value)
+    return Layer(((path, {}, where), *chain.from_iterable(inner)))
 
 
 def yaml_layer(text: str, name: str) -> Layer:
@@ -80,23 +96,14 @@ def yaml_layer(text: str, name: str) -> Layer:
         return EMPTY
     if not isinstance(values, dict):
         raise UsageError(f"{name}: a recipe is a mapping of keys, found {_kind(values)}")
-    origins: dict[Path, str] = {(): name}
-    _marks(node, (), name, origins)
-    return Layer(values, origins)
+    lines: dict[Path, str] = {}
+    _mark(node, (), name, lines)
+    return nested_layer((), values, name, lines)
 
 
 def mapping_layer(values: Mapping[str, Any], name: str) -> Layer:
     """Settings that were stored elsewhere, such as in a manifest."""
-    origins: dict[Path, str] = {(): name}
-
-    def visit(inner: Mapping[str, Any], path: Path) -> None:
-        for key, value in inner.items():
-            origins[(*path, key)] = name
-            if isinstance(value, Mapping):
-                visit(value, (*path, key))
-
-    visit(values, ())
-    return Layer(dict(values), origins)
+    return nested_layer((), values, name)
 
 
 def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
@@ -151,8 +158,7 @@ def flag_layer(flags: Mapping[str, tuple[str, Any]]) -> Layer:
     layer = EMPTY
     for key, (flag, value) in flags.items():
         if value is not None:
-            path = tuple(key.split("."))
-            layer = Layer(_nested(path, value), {path: flag}).over(layer)
+            layer = nested_layer(tuple(key.split(".")), value, flag).over(layer)
     return layer
 
 
@@ -167,7 +173,7 @@ def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> La
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             value = text  # pydantic then names the type that it wants
-    return Layer(_nested(path, value), {path: origin})
+    return nested_layer(path, value, origin)
 
 
 def validate(model: type[Model], layer: Layer) -> Model:
@@ -245,40 +251,15 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(lower)
-    for key, value in upper.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _without(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    head, *rest = path
-    left = {key: value for key, value in values.items() if key != head}
-    if rest and isinstance(inner := values.get(head), dict):
-        return {**left, head: _without(inner, tuple(rest))}
-    return left
-
-
-def _nested(path: Path, value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return value
-
-
-def _marks(node: Any, path: Path, name: str, origins: dict[Path, str]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        where = f"{name}:{key.start_mark.line + 1}"
+def _mark(node: Any, path: Path, name: str, lines: dict[Path, str]) -> None:
+    """Note the line of each key; refuse repeated ones."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         assert isinstance(key, yaml.ScalarNode), "safe_load refuses keys that cannot be hashed"
-        if key.value in seen:
-            raise UsageError(f"{where}: {'.'.join((*path, key.value))} is given twice")
-        seen.add(key.value)
-        origins[(*path, key.value)] = where
-        _marks(value, (*path, key.value), name, origins)
+        at, where = (*path, key.value), f"{name}:{key.start_mark.line + 1}"
+        if at in lines:
+            raise UsageError(f"{where}: {'.'.join(at)} is given twice")
+        lines[at] = where
+        _mark(value, at, name, lines)
 
 
 def _kind(value: Any) -> str:
