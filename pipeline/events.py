@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from manifests.checked_json import dump_json
+from manifests.checked_json import dump_json, load_as, load_json
 from manifests.errors import DataError, StoreError
 from manifests.storage import Storage
 from pipeline.terminal import say
@@ -56,8 +56,8 @@ def failures(storage: Storage) -> dict[int, Failure]:
     names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
     for name, data in zip(names, storage.read_many(names), strict=True):
         try:
-            failure = Failure(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            failure = load_as(Failure, load_json(data))
+        except ValueError as error:
             raise DataError(f"{storage.path(name)}: no quarantine record ({error}); delete it") from None
         found[failure.shard] = failure
     return dict(sorted(found.items()))
@@ -152,7 +152,7 @@ def read_events(storage: Storage) -> list[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = load_json(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str) or event.get("time") is None:

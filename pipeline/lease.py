@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from manifests.checked_json import load_as, load_json
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 
@@ -150,8 +151,8 @@ def current(storage: Storage) -> tuple[int, Holder] | None:
                 continue  # taken over and dropped since the listing
             raise
         try:
-            return int(names[-1].removeprefix(f"{FOLDER}/").removesuffix(".json")), Holder(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            return int(names[-1].removeprefix(f"{FOLDER}/").removesuffix(".json")), load_as(Holder, load_json(data))
+        except ValueError as error:
             where = storage.path(names[-1])
             raise DataError(f"{where}: no lease record ({error}); delete it if no driver runs") from None
     return None

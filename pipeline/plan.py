@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from manifests.checked_json import dump_checked, load_checked
-from manifests.dataset import DATASET, MAX_SHARD, is_count, is_sha256
+from pydantic import ConfigDict, Field
+
+from manifests.checked_json import dump_checked, load_as, load_checked
+from manifests.dataset import DATASET, MAX_SHARD
 from manifests.errors import DataError, UsageError
 from manifests.schema import FORMAT_VERSION
 from manifests.storage import Storage
@@ -109,19 +111,14 @@ RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "nump
 class Plan:
     """``fingerprint`` covers ``semantics`` only: not the number of shards, nor versions (recorded, not compared)."""
 
-    fingerprint: str
-    shards: int
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARD + 1)]
     recipe: dict[str, Any]
     semantics: dict[str, Any]
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self) -> None:
-        if not is_sha256(self.fingerprint) or not is_count(self.shards, MAX_SHARD + 1) or not self.shards:
-            raise ValueError("fingerprint or number of shards malformed")
-        for name in ("recipe", "semantics", "versions"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} is no object")
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def to_json(self) -> bytes:
         """Readable, with its own checksum."""
@@ -134,8 +131,8 @@ class Plan:
             values = load_checked(data)
             if "recipe" in values and (version := values.get("format_version", 1)) != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version}, this program's {FORMAT_VERSION}: use another --out")
-            return cls(**values)
-        except (ValueError, TypeError) as error:
+            return load_as(cls, values)
+        except ValueError as error:
             raise DataError(f"{where} is not a plan of this program ({error})") from None
 
 
@@ -271,10 +268,8 @@ def versions() -> dict[str, str]:
     """Versions of what makes the bytes, without importing any of it."""
     found = {}
     for name in RECORDED_VERSIONS:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
