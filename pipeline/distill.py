@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
-from pipeline.events import EventLog
+from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer, validate
@@ -137,20 +137,15 @@ def run_distill(
         ExitStack() as stack,
     ):
         signals = stack.enter_context(StopSignals(UNTIL))
-        lease = Lease(storage, on_event=events.write, on_line=say)
+        lease, loud = Lease(storage, on_event=events.write, on_line=say), Loud(events)
 
         def on_event(kind: str, **fields: Any) -> None:
             if kind == "run_started":  # data and teacher fit; nothing was written yet
                 stack.enter_context(lease)
             if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder
                 storage.write(RESOLVED, to_yaml(recipe, ("name", "description", "distill")))
-            events.write(kind, **fields)
-            if kind == "teacher_checked":
                 say(check_line(fields))
-            if kind in ("note", "warning"):
-                say(fields["message"])
-            if kind == "worker_lost":
-                say(f"{fields['error']}; all workers start again from the last checkpoint")
+            loud.write(kind, **fields)
 
         def should_stop() -> bool:
             lease.check()

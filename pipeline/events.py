@@ -128,11 +128,13 @@ class Loud:
     def write(self, kind: str, **fields: Any) -> None:
         """Record one event; failures and warnings go to stderr too."""
         self.log.write(kind, **fields)
-        if kind == "warning":
-            say(str(fields.get("message")))
+        if kind in ("warning", "note"):
+            say(str(fields["message"]))
         elif kind == "group_split" and not self._split:  # once: usually every group is as large
             self._split = True
             say(f"out of memory: group {fields.get('group')} was done in micro-batches of {fields.get('micro_batch')}")
+        elif kind == "worker_lost" and "shard" not in fields:
+            say(f"{fields['error']}; all workers start again from the last checkpoint")
         elif kind in ("shard_failed", "worker_lost", "shard_quarantined"):
             say(f"{kind.replace('_', ' ')}: shard {fields.get('shard')}: {fields.get('error')}")
 

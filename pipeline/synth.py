@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from manifests.dataset import DATASET, DatasetInfo
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.merge import MANIFEST, merge
+from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
@@ -70,70 +71,57 @@ def run_synth(
         recipe = recipe.changed(f"synth.shards={shards}")
     place = (place or executor({"workers": ("workers", workers)})).for_synth(recipe.synth)
     inputs = inspect_inputs(recipe.synth)
-    plan = make_plan(recipe, inputs)
-    storage = Storage(out)
-    teacher = teacher_copy(recipe, inputs)
+    plan, storage = make_plan(recipe, inputs), Storage(out)
+    is_noise = recipe.synth.method == "noise"  # a load test: no model is loaded, so none is checked or copied
+    teacher = TeacherCopy({}, inputs.teacher) if is_noise else prepare(inputs.sources["teacher"])
+    factory = worker or (NOISE_WORKER if is_noise else WORKER)
     is_new = open_or_create(storage, plan)
     try:
-        return carry_out(storage, plan, inputs, teacher, place, worker, title, quiet)
+        storage.folder("shards")  # a link there is found now, not by the first shard
+        with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
+            loud = Loud(events)
+            stored = resume_plan(storage, plan, lambda line: loud.write("note", message=line))
+            publish(storage, teacher)
+            info = dataset_info(stored, inputs, teacher)
+            del teacher  # its weights
+            storage.write(DATASET, info.to_json())
+            started = time.monotonic()
+            events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
+            settings, planned = plan.recipe["synth"], pinned_models(plan.semantics)
+            spec = WorkerSpec(
+                factory,
+                {"settings": settings, "storage": storage.url, "fingerprint": stored.fingerprint, "planned": planned},
+                {"sources": inputs.sources} if factory == WORKER and place.inline else {},
+            )
+            try:
+                with progress(title, quiet=quiet) as shown:
+                    outcome = execute(spec, range(stored.shards), place, loud, storage, shown, lease)
+                state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
+                outcome.check()
+                merge(storage, info, range(stored.shards))
+            except Interrupted:
+                events.write("run_interrupted", **state)
+                raise
+            except FactoryError as error:
+                events.write("run_failed", error=str(error))
+                raise
+            seconds = time.monotonic() - started
+            events.write("run_finished", **state, seconds=round(seconds, 3))
     except (UsageError, DataError):
         if is_new:  # nothing was made: a refused command leaves nothing behind
             withdraw(storage)
         raise
-
-
-def carry_out(
-    storage: Storage,
-    plan: Plan,
-    inputs: SynthInputs,
-    teacher: TeacherCopy,
-    place: ExecutorSettings,
-    worker: str | None,
-    title: str,
-    quiet: bool,
-) -> SynthResult:
-    """Make the missing shards of ``plan`` in its folder, and the manifest."""
-    storage.folder("shards")  # a link there is found now, not by the first shard
-    with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
-
-        def note(line: str) -> None:
-            events.write("note", message=line)
-            say(line)
-
-        stored = resume_plan(storage, plan, note)
-        publish(storage, teacher)
-        info = dataset_info(stored, inputs, teacher)
-        del teacher  # its weights
-        storage.write(DATASET, info.to_json())
-        started = time.monotonic()
-        events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
-        settings = plan.recipe["synth"]
-        factory = worker or (NOISE_WORKER if settings["method"] == "noise" else WORKER)
-        spec = WorkerSpec(
-            factory,
-            {
-                "settings": settings,
-                "storage": storage.url,
-                "fingerprint": stored.fingerprint,
-                "planned": pinned_models(plan.semantics),
-            },
-            {"sources": inputs.sources} if factory == WORKER and place.inline else {},
-        )
-        try:
-            with progress(title, quiet=quiet) as shown:
-                outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
-            state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
-            outcome.check()
-            merge(storage, info, range(stored.shards))
-        except Interrupted:
-            events.write("run_interrupted", **state)
-            raise
-        except FactoryError as error:
-            events.write("run_failed", error=str(error))
-            raise
-        seconds = time.monotonic() - started
-        events.write("run_finished", **state, seconds=round(seconds, 3))
-    return finished(storage, seconds)
+    manifest = Manifest.open(storage.path(MANIFEST))
+    return SynthResult(
+        run=storage.url,
+        manifest=manifest.url,
+        fingerprint=manifest.info.fingerprint,
+        shards=len(manifest.info.tars),
+        rows=manifest.num_rows,
+        kept=manifest.num_kept,
+        bytes=sum(tar.bytes for tar in manifest.info.tars),
+        seconds=round(seconds, 3),
+    )
 
 
 def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> DatasetInfo:
@@ -146,27 +134,3 @@ def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> Datas
         image_size=inputs.image_size,
         class_names=inputs.class_names,
     )
-
-
-def finished(storage: Storage, seconds: float) -> SynthResult:
-    """The result of a finished run. ``seconds`` are this command's own."""
-    from manifests.reader import Manifest
-
-    manifest = Manifest.open(storage.path(MANIFEST))
-    return SynthResult(
-        run=storage.url,
-        manifest=storage.path(MANIFEST),
-        fingerprint=manifest.info.fingerprint,
-        shards=len(manifest.info.tars),
-        rows=manifest.num_rows,
-        kept=manifest.num_kept,
-        bytes=sum(tar.bytes for tar in manifest.info.tars),
-        seconds=round(seconds, 3),
-    )
-
-
-def teacher_copy(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
-    """The copy of the teacher that the dataset carries. Raises DataError where its weights are damaged."""
-    if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
-        return TeacherCopy({}, inputs.teacher)
-    return prepare(inputs.sources["teacher"])
