@@ -14,17 +14,7 @@ import yaml
 from pydantic import Field
 
 from manifests.errors import UsageError
-from pipeline.layers import (
-    EMPTY,
-    Layer,
-    env_layer,
-    flag_layer,
-    mapping_layer,
-    set_layer,
-    suggest,
-    validate,
-    yaml_layer,
-)
+from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, suggest, validate, yaml_layer
 from stages.models.source import is_self_contained
 from stages.settings import DistillSettings, Settings, SynthSettings
 

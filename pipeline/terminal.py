@@ -87,11 +87,7 @@ def size(count: float) -> str:
     >>> size(812), size(1_500_000)
     ('812 B', '1.5 MB')
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return _scaled(count, "B")
 
 
 def flop(count: float) -> str:
@@ -100,11 +96,15 @@ def flop(count: float) -> str:
     >>> flop(812), flop(98.2e12), flop(3.1e21)
     ('812 FLOP', '98.2 TFLOP', '3100.0 EFLOP')
     """
-    for unit in ("", "k", "M", "G", "T", "P"):
+    return _scaled(count, "FLOP")
+
+
+def _scaled(count: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
         if count < 1000:
-            return f"{count:.0f} FLOP" if not unit else f"{count:.1f} {unit}FLOP"
+            return f"{count:.1f} {prefix}{unit}" if prefix else f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} EFLOP"
+    return f"{count:.1f} E{unit}"
 
 
 LINE_SECONDS = 30.0

@@ -45,11 +45,10 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The end of one attempt. Exactly one of ``report`` and ``error`` is set."""
+class Attempt:
+    """What became of a shard or of a worker's start, as it crosses processes. ``error``: one line, ``trace``: the end
+    of the traceback; ``exit_code``: of a :class:`FactoryError`."""
 
-    shard: int
-    worker: str
     report: dict[str, Any] | None = None
     error: str | None = None
     trace: str = ""
@@ -57,6 +56,14 @@ class Finished:
     stops_run: bool = False
     store_failed: bool = False
     poisoned: bool = False  # the worker's process is of no more use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Attempt):
+    """The end of one attempt at ``shard``."""
+
+    shard: int
+    worker: str
     worker_lost: bool = False
 
 
@@ -66,39 +73,38 @@ def enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> Attempt:
     """Run one shard; what it raises becomes a plain record, so that no exception has to cross a process."""
     try:
-        return {"report": worker.run(shard, on_group)}
+        return Attempt(worker.run(shard, on_group))
     except Exception as error:
         return failure(error)
 
 
-def failure(error: Exception) -> dict[str, Any]:
-    """``error`` as a record: one line, the traceback's tail, and what it means for run and worker."""
+def failure(error: Exception) -> Attempt:
+    """``error`` and what it means for run and worker."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     line = " ".join(str(error).split())
-    return {
-        "error": line[:2000] if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}"[:2000],
-        "trace": "".join(traceback.format_exception(error))[-4000:],
-        "exit_code": error.exit_code if isinstance(error, FactoryError) else None,
-        "stops_run": getattr(error, "stops_run", False)
+    known = isinstance(error, FactoryError)
+    return Attempt(
+        error=(line if known else f"{type(error).__name__}: {line}")[:2000],
+        trace="".join(traceback.format_exception(error))[-4000:],
+        exit_code=error.exit_code if known else None,
+        stops_run=getattr(error, "stops_run", False)
         or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
-        "store_failed": any(isinstance(e, StoreError) for e in chain),
+        store_failed=any(isinstance(e, StoreError) for e in chain),
         # after such an error every later CUDA call of the process fails too, unless cuBLAS only found no memory
-        "poisoned": type(error).__name__ == "AcceleratorError"
+        poisoned=type(error).__name__ == "AcceleratorError"
         or ("CUDA error" in line and "CUBLAS_STATUS_ALLOC_FAILED" not in line),
-    }
+    )
 
 
-def start_error(record: dict[str, Any]) -> FactoryError:
+def start_error(error: str | None, exit_code: int | None) -> FactoryError:
     """The exception to raise for a worker that could not be built."""
-    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, Interrupted)}
-    if record["exit_code"] is not None:
-        return kinds.get(record["exit_code"], FactoryError)(record["error"])
-    return FactoryError(f"workers cannot start: {record['error']}")
+    kinds = {kind.exit_code: kind for kind in (FactoryError, UsageError, DataError, Interrupted)}
+    return kinds[exit_code](error) if exit_code is not None else FactoryError(f"workers cannot start: {error}")
 
 
 NAME = "inline"
@@ -124,7 +130,8 @@ class InlinePool:
         try:
             return self._spec.build()
         except Exception as error:
-            raise start_error(failure(error)) from error
+            record = failure(error)
+            raise start_error(record.error, record.exit_code) from error
 
     def free(self) -> bool:
         """Whether :meth:`submit` would take a shard now."""
@@ -147,8 +154,8 @@ class InlinePool:
                 record = attempt(self._worker, shard, self._on_group)
         except _Overdue:
             self._worker = None  # stopped anywhere: its state is not to be trusted
-            record = {"error": f"no result after the time limit of {self._settings.time_limit:g} s"}
-        finished = Finished(shard, NAME, **record)
+            record = Attempt(error=f"no result after the time limit of {self._settings.time_limit:g} s")
+        finished = Finished(shard=shard, worker=NAME, **vars(record))
         if finished.poisoned:
             raise FactoryError(
                 f"shard {shard:06d}: {finished.error}; the GPU needs a new process: the same command resumes"

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from manifests.errors import FactoryError, UsageError
-from pipeline.executors.pool import Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
+from pipeline.executors.pool import Attempt, Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
 from pipeline.executors.settings import ExecutorSettings
 
 for _name, _value in {
@@ -48,14 +48,14 @@ class _Actor:
         enter(folder)
         self._worker: Worker | None = None
 
-    def start(self, factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def start(self, factory: str, kwargs: dict[str, Any]) -> Attempt:
         try:
             self._worker = WorkerSpec(factory, kwargs).build()
         except Exception as error:
             return failure(error)
-        return {"name": f"{socket.gethostname()}:{os.getpid()}"}
+        return Attempt({"name": f"{socket.gethostname()}:{os.getpid()}"})
 
-    def run(self, shard: int) -> dict[str, Any]:
+    def run(self, shard: int) -> Attempt:
         assert self._worker is not None, "start() comes first"
         return attempt(self._worker, shard)
 
@@ -135,18 +135,18 @@ class RayPool:
     def _answer(self, reference: Any) -> Finished | None:
         slot = self._calls.pop(reference)
         try:
-            record = ray.get(reference)
+            record: Attempt = ray.get(reference)
         except ray.exceptions.RayError as error:
             return self._lost(slot, f"worker {slot.name} died: {reason(error)}")
         if slot.shard is None:
-            if "error" in record:
-                self._start_failed(slot, record, record["exit_code"] is not None or record["stops_run"])
+            if record.report is None:
+                self._start_failed(slot, record)
                 return None
             self._failed_starts = 0
-            slot.ready, slot.name = True, f"w{slot.number}@{record['name']}"
+            slot.ready, slot.name = True, f"w{slot.number}@{record.report['name']}"
             self._idle.append(slot)
             return None
-        finished = Finished(slot.shard, slot.name, worker_lost=record.get("poisoned", False), **record)
+        finished = Finished(shard=slot.shard, worker=slot.name, worker_lost=record.poisoned, **vars(record))
         slot.shard = None
         if finished.poisoned:
             self._replace(slot)
@@ -154,18 +154,18 @@ class RayPool:
             self._idle.append(slot)
         return finished
 
-    def _start_failed(self, slot: _Slot, record: dict[str, Any], lasting: bool = False) -> None:
+    def _start_failed(self, slot: _Slot, record: Attempt) -> None:
         self._failed_starts += 1
-        if lasting or self._failed_starts >= START_ATTEMPTS:
-            raise start_error(record)
+        if record.exit_code is not None or record.stops_run or self._failed_starts >= START_ATTEMPTS:
+            raise start_error(record.error, record.exit_code)
         self._replace(slot)
 
     def _lost(self, slot: _Slot, error: str) -> Finished | None:
         if slot.shard is None:
-            self._start_failed(slot, {"error": error, "exit_code": None})
+            self._start_failed(slot, Attempt(error=error))
             return None
         self._replace(slot)
-        return Finished(slot.shard, slot.name, error=error, worker_lost=True)
+        return Finished(shard=slot.shard, worker=slot.name, error=error, worker_lost=True)
 
     def _check_starts(self) -> None:
         if self._idle or any(slot.ready for slot in self._calls.values()):
