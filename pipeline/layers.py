@@ -66,12 +66,12 @@ class Layer:
 EMPTY = Layer()
 
 
-def nested_layer(path: Path, value: Any, place: str, lines: Mapping[Path, str] | None = None) -> Layer:
-    """``value`` at ``path``, mappings key by key, all set by ``place``, or by what ``lines`` says of a key."""
-    where = (lines or {}).get(tuple(map(str, path)), place)
-    if not isinstance(value, Mapping):
-        return Layer(((path, value, where),))
-    inner = (nested_layer((*path, key), value[key], place, lines).entries for key in value)
+def mapping_layer(values: Any, name: str, path: Path = (), lines: Mapping[Path, str] | None = None) -> Layer:
+    """``values``, stored in a manifest, say, at ``path``: all set by ``name``, or by what ``lines`` says of a key."""
+    where = (lines or {}).get(tuple(map(str, path)), name)
+    if not isinstance(values, Mapping):
+        return Layer(((path, values, where),))
+    inner = (mapping_layer(values[key], name, (*path, key), lines).entries for key in values)
     return Layer(((path, {}, where), *chain.from_iterable(inner)))
 
 
@@ -98,12 +98,7 @@ def yaml_layer(text: str, name: str) -> Layer:
         raise UsageError(f"{name}: a recipe is a mapping of keys, found {_kind(values)}")
     lines: dict[Path, str] = {}
     _mark(node, (), name, lines)
-    return nested_layer((), values, name, lines)
-
-
-def mapping_layer(values: Mapping[str, Any], name: str) -> Layer:
-    """Settings that were stored elsewhere, such as in a manifest."""
-    return nested_layer((), values, name)
+    return mapping_layer(values, name, lines=lines)
 
 
 def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
@@ -158,7 +153,7 @@ def flag_layer(flags: Mapping[str, tuple[str, Any]]) -> Layer:
     layer = EMPTY
     for key, (flag, value) in flags.items():
         if value is not None:
-            layer = nested_layer(tuple(key.split(".")), value, flag).over(layer)
+            layer = mapping_layer(value, flag, tuple(key.split("."))).over(layer)
     return layer
 
 
@@ -173,7 +168,7 @@ def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> La
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             value = text  # pydantic then names the type that it wants
-    return nested_layer(path, value, origin)
+    return mapping_layer(value, origin, path)
 
 
 def validate(model: type[Model], layer: Layer) -> Model:

@@ -89,7 +89,7 @@ def verify(
 
     problems = check(run, deep=not quick)
     report = {"run": run, "ok": not problems, "problems": [asdict(problem) for problem in problems]}
-    show(report, as_json, map(plain, problems or [f"{run}: intact"]))
+    show(report, as_json, map(plain, problems) if problems else [f"{plain(run)}: intact"])
     if problems:
         raise typer.Exit(DataError.exit_code)
 

@@ -1,5 +1,6 @@
 """``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -190,6 +191,8 @@ def rounds(
     places = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
     place = executor(places)
     if dry_run:
-        show(stages.dry_run(resolved, out, place.workers), as_json)
+        first, rounds = stages.dry_run(resolved, out, place.workers), resolved.rounds
+        lines = (*first.lines(), stages.rounds_line(rounds))
+        show(asdict(first) | {"rounds": rounds.model_dump(mode="json")}, as_json, lines)
     else:
         show(stages.run_rounds(resolved, out, place, test_data=test_data), as_json)

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import FactoryError, Interrupted
 from manifests.shard import committed, done_record
 from manifests.storage import Storage
-from pipeline.events import Failure, failures, quarantine, release
+from pipeline.events import EventLog, Failure, Loud, failures, quarantine, release
 from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
@@ -64,12 +64,6 @@ TICK = 0.5
 """Seconds after which the loop looks at signals, lease and time limits again."""
 
 
-class Events(Protocol):
-    """Where events go: :class:`pipeline.events.EventLog`."""
-
-    def write(self, kind: str, **fields: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What became of the shards asked for. ``failed`` maps those in quarantine to their last error."""
@@ -96,7 +90,7 @@ def execute(
     spec: WorkerSpec,
     shards: Iterable[int],
     settings: ExecutorSettings,
-    events: Events,
+    events: EventLog | Loud,
     storage: Storage,
     on_progress: OnProgress = lambda done, total, note: None,
     lease: Lease | None = None,
@@ -125,7 +119,7 @@ class _Driver:
     """The loop and its state: a few bytes for each shard of the plan, records only for shards in flight or failed."""
 
     settings: ExecutorSettings
-    events: Events
+    events: EventLog | Loud
     storage: Storage
     on_progress: OnProgress
     lease: Lease | None
@@ -143,7 +137,7 @@ class _Driver:
         """Start the workers, run the loop, stop the workers. True if a signal cut the run short."""
         try:
             with (
-                closing(_open_pool(spec, self.settings, self._group_done)) as pool,
+                closing(_open_pool(spec, self.settings, self._progress)) as pool,
                 StopSignals() as signals,  # after the pool: starting Ray installs a handler of its own
             ):
                 self._loop(pool, signals)
@@ -223,13 +217,11 @@ class _Driver:
                 "when that is mended, run again with --retry-failed"
             )
 
-    def _progress(self, part: float = 0.0) -> None:
+    def _progress(self, groups: int = 0, of: int = 0) -> None:
+        part = min(groups / of, 1.0) if of else 0.0
         failed = f", {len(self.failed)} failed" if self.failed else ""
         note = f"{self.images} images, {len(self.running)} running{failed}"
         self.on_progress(len(self.done) + part, self.total, note)
-
-    def _group_done(self, groups: int, of: int) -> None:
-        self._progress(min(groups / of, 1.0) if of else 0.0)
 
 
 def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup) -> "InlinePool | RayPool":

@@ -87,11 +87,10 @@ def failure(error: Exception) -> Attempt:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     line = " ".join(str(error).split())
-    known = isinstance(error, FactoryError)
     return Attempt(
-        error=(line if known else f"{type(error).__name__}: {line}")[:2000],
+        error=(line if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}")[:2000],
         trace="".join(traceback.format_exception(error))[-4000:],
-        exit_code=error.exit_code if known else None,
+        exit_code=error.exit_code if isinstance(error, FactoryError) else None,
         stops_run=getattr(error, "stops_run", False)
         or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
         store_failed=any(isinstance(e, StoreError) for e in chain),
