@@ -26,7 +26,6 @@ from stages.settings import DistillSettings, ModelSettings
 if TYPE_CHECKING:
     from stages.cost import DistillCost
     from stages.distill.results import DistillResult, StudentResult
-    from stages.distill.run import Prepared
 
 NOT_STORED = (("loggers",), ("skip_bad",), ("allow_other_teacher",), ("teacher_cache", "folder"))
 """Settings that are the user's own: never taken from the recipe in a manifest."""
@@ -127,8 +126,7 @@ def run_distill(
     refuse_file(storage)
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
-    from stages.distill.run import begin, prepare, train_students
-    from stages.distill.runtime import Callbacks
+    from stages.distill import run as stage
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
@@ -152,12 +150,8 @@ def run_distill(
             return signals.draining
 
         if place.inline:
-            prepared = prepare(recipe.distill, sources, chosen)
-            check(prepared, test_data)
-            begin(prepared, storage, on_event)
-            result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
-            assert result is not None  # of the first rank
-            return result
+            settings = recipe.distill
+            return stage.run_distill(settings, sources, storage, chosen, test_data, on_event, shown, should_stop)
 
         import torch
 
@@ -168,9 +162,8 @@ def run_distill(
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
-        prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
-        check(prepared, test_data)
-        begin(prepared, storage, on_event, place.workers)
+        prepared = stage.prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
+        stage.begin(prepared, storage, on_event, place.workers, test_data)
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
@@ -183,18 +176,6 @@ def run_distill(
             "test_data": test_data,
         }
         return DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
-
-
-def check(prepared: "Prepared", test_data: str | None) -> None:
-    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit."""
-    from stages.distill.evaluate import check_data
-    from stages.distill.losses import paired_layers
-
-    if test_data:
-        check_data(test_data, prepared.teacher.class_names)
-    if prepared.settings.loss.gradcam:
-        for student in prepared.students:
-            paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:
