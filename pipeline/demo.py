@@ -75,7 +75,7 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     FactoryError where a student was parked or could not be scored.
     """
     guided = resolve("demo", sets=sets)
-    place = executor({"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)})
+    place = executor(workers=workers, retry_failed=retry_failed)
     root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()

@@ -116,7 +116,7 @@ def run_distill(
     Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
     Interrupted (after a checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
-    place = place or executor({"workers": ("workers", workers)})
+    place = place or executor(workers=workers)
     sources = parse_sources(manifests)
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
@@ -288,13 +288,10 @@ def cost(
     from stages.cost import distill_cost
     from stages.models.loading import dataset_teacher_config, untrained_teacher
 
-    if teacher:
-        shape = untrained_teacher(resolve(ModelSettings(name=teacher)))
-    elif manifest.info.teacher.get("kind") == "builtin":
-        shape = untrained_teacher(dataset_teacher_config(manifest))
-    else:
+    if not teacher and manifest.info.teacher.get("kind") != "builtin":
         return None
-    if shape is None:
+    known = resolve(ModelSettings(name=teacher)) if teacher else dataset_teacher_config(manifest)
+    if (shape := untrained_teacher(known)) is None:
         return None
     views = images * settings.epochs
     answers = rows * settings.augment.num_views if settings.teacher_cache.enabled else views

@@ -84,18 +84,16 @@ def yaml_layer(text: str, name: str) -> Layer:
             raise UsageError(f"{name}: a recipe has no aliases: write out what *{aliases[0].anchor} stands for")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # ValueError: the date 2020-13-45
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # e.g. the date 2020-13-45
-        raise UsageError(f"{name}: not valid YAML: {error}") from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        raise UsageError(f"{where}: not valid YAML: {why}") from None
     if values is None:
         return EMPTY
     if not isinstance(values, dict):
-        raise UsageError(f"{name}: a recipe is a mapping of keys, found {_kind(values)}")
+        kind = {list: "a list", str: "text"}.get(type(values), type(values).__name__)
+        raise UsageError(f"{name}: a recipe is a mapping of keys, found {kind}")
     lines: dict[Path, str] = {}
     _mark(node, (), name, lines)
     return mapping_layer(values, name, lines=lines)
@@ -196,9 +194,8 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
-    if isinstance(given, str | int | float | bool) and problem["type"] != "value_error":
-        return f"{head}: {_lower(message)}, got {given!r}"
-    return f"{head}: {_lower(message)}"
+    shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
+    return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r}" if shown else "")
 
 
 def fields_at(model: type[BaseModel], path: Path) -> list[str]:
@@ -255,11 +252,3 @@ def _mark(node: Any, path: Path, name: str, lines: dict[Path, str]) -> None:
             raise UsageError(f"{where}: {'.'.join(at)} is given twice")
         lines[at] = where
         _mark(value, at, name, lines)
-
-
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

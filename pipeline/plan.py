@@ -227,10 +227,10 @@ def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = l
 
 def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
     if stored.fingerprint != plan.fingerprint:
-        if storage.list("done"):
-            raise _another_plan(storage, stored, plan)
-        if storage.list("shards"):  # a tar does not tell its plan: beside this one's it could be taken for one of them
-            raise _another_plan(storage, stored, plan, " (or delete its unfinished shards with factory gc)")
+        is_begun = bool(storage.list("done"))
+        if is_begun or storage.list("shards"):  # a tar does not tell its plan: it could be taken for one of this one's
+            way_out = "" if is_begun else " (or delete its unfinished shards with factory gc)"
+            raise _another_plan(storage, stored, plan, way_out)
     elif plan.shards < stored.shards:
         raise UsageError(
             f"{storage.url} is planned for {stored.shards} shards, {plan.shards} asked for: shards can only grow "

@@ -69,7 +69,7 @@ def run_synth(
     """
     if shards is not None:
         recipe = recipe.changed(f"synth.shards={shards}")
-    place = (place or executor({"workers": ("workers", workers)})).for_synth(recipe.synth)
+    place = (place or executor(workers=workers)).for_synth(recipe.synth)
     inputs = inspect_inputs(recipe.synth)
     plan, storage = make_plan(recipe, inputs), Storage(out)
     is_noise = recipe.synth.method == "noise"  # a load test: no model is loaded, so none is checked or copied

@@ -82,15 +82,9 @@ def synth(
         "synth.device": ("--device", device),
     }
     resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
-    places = {
-        "workers": ("--workers", workers),
-        "address": ("--address", address),
-        "gpus_per_worker": ("--gpus-per-worker", gpus_per_worker),
-        "memory_per_worker": ("--memory-per-worker", memory_per_worker),
-        "time_limit": ("--time-limit", time_limit),
-        "retry_failed": ("--retry-failed", retry_failed),
-    }
-    place, folder = executor(places), out or f"runs/{resolved.name}"
+    reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
+    place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
+    folder = out or f"runs/{resolved.name}"
     show(estimate(resolved, folder, place.workers) if dry_run else run_synth(resolved, folder, place), as_json)
 
 
@@ -152,7 +146,7 @@ def distill(
     first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = out or stage.default_out(first, resolved)
-    place = executor({"workers": ("--workers", workers), "address": ("--address", address)})
+    place = executor(workers=workers, address=address)
     if dry_run:
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers), as_json)
         return
@@ -188,8 +182,7 @@ def rounds(
         "distill.device": ("--device", device),
     }
     resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
-    places = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
-    place = executor(places)
+    place = executor(workers=workers, retry_failed=retry_failed)
     if dry_run:
         first, rounds = stages.dry_run(resolved, out, place.workers), resolved.rounds
         lines = (*first.lines(), stages.rounds_line(rounds))

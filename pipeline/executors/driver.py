@@ -151,7 +151,7 @@ class _Driver:
 
     def _loop(self, pool: "InlinePool | RayPool", signals: StopSignals) -> None:
         self._progress()
-        while self.running or (self.waiting and not signals.draining):
+        while self.running or ((self.todo or self.retries) and not signals.draining):
             if signals.stopping:
                 raise KeyboardInterrupt
             if self.lease is not None:
@@ -161,20 +161,15 @@ class _Driver:
                 self.running[shard] = time.monotonic()
                 worker = pool.submit(shard)
                 self.events.write("shard_started", shard=shard, attempt=self.attempts[shard], worker=worker)
-            if self.running or self.waiting:
-                for finished in pool.wait(TICK):
-                    self._finish(finished)
-                self._progress()
+            for finished in pool.wait(TICK):
+                self._finish(finished)
+            self._progress()
 
     def next(self, now: float) -> int | None:
         """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
         if self.retries and self.retries[0][0] <= now:
             return heapq.heappop(self.retries)[1]
         return self.todo.pop() if self.todo else None
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self.retries or self.todo)
 
     def _finish(self, end: Finished) -> None:
         shard = end.shard
