@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import JsonOption, RunArgument
+from pipeline.commands.options import JsonOption, RunArgument, argument, option
 from pipeline.terminal import plain, show
 
 SHEET = "sheet.png"
-ManifestArgument = Annotated[
-    str, typer.Argument(metavar="MANIFEST", help="m.parquet (path or URL).", show_default=False)
-]
+ManifestArgument = Annotated[str, argument(metavar="MANIFEST", help="m.parquet (path or URL).")]
 
 
 def status(
@@ -39,12 +37,9 @@ def status(
 
 def inspect(
     manifest: ManifestArgument,
-    where: Annotated[
-        str | None, typer.Option(help='Rows to look at, e.g. "confidence > 0.9".', show_default=False)
-    ] = None,
+    where: Annotated[str | None, option(help='Rows to look at, e.g. "confidence > 0.9".')] = None,
     sheet: Annotated[
-        Path | None,
-        typer.Option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).", show_default=False),
+        Path | None, option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).")
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
     metrics: Annotated[
@@ -79,7 +74,7 @@ def inspect(
 
 
 def verify(
-    run: Annotated[str, typer.Argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.", show_default=False)],
+    run: Annotated[str, argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.")],
     quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,9 +90,7 @@ def verify(
 
 
 def gc(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).", show_default=False)
-    ],
+    run: Annotated[str, argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,22 +115,13 @@ def rebuild(run: RunArgument, as_json: JsonOption = False) -> None:
 def rescore(
     manifest: ManifestArgument,
     teacher: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER|NAME", help="Judge of the images (default: the dataset's).", show_default=False),
+        str | None, option(metavar="FOLDER|NAME", help="Judge of the images (default: the dataset's).")
     ] = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(help="Keep images whose class gets at least this (default: as before).", show_default=False),
+        float | None, option(help="Keep images whose class gets at least this (default: as before).")
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE",
-            help="In the dataset's folder (default: rescored.parquet).",
-            show_default=False,
-        ),
+        str | None, option("--out", "-o", metavar="FILE", help="In the dataset's folder (default: rescored.parquet).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import UsageError
-from pipeline.commands.options import JsonOption
+from pipeline.commands.options import JsonOption, argument, option
 from pipeline.terminal import pairs, plain, say, share, show, size, table
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
@@ -15,11 +15,9 @@ SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
 
 
 def export(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help=MODEL_HELP, show_default=False)],
-    onnx: Annotated[str | None, typer.Option(metavar="FILE", help="Write ONNX.", show_default=False)] = None,
-    torch_export: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a torch.export program (.pt2).", show_default=False)
-    ] = None,
+    student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
+    onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
+    torch_export: Annotated[str | None, option(metavar="FILE", help="Write a torch.export program (.pt2).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
@@ -38,16 +36,10 @@ def export(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="Model folder or embedded:NAME, to compare with.", show_default=False)
-    ] = None,
-    confusion: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Confusion matrix to write (PNG).", show_default=False)
-    ] = None,
+    model: Annotated[str, argument(metavar="MODEL", help=MODEL_HELP)],
+    data: Annotated[str, argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.")],
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME, to compare with.")] = None,
+    confusion: Annotated[Path | None, option(metavar="FILE", help="Confusion matrix to write (PNG).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -75,9 +67,7 @@ def evaluate(
 
 
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one, to be edited.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, argument(metavar="NAME", help="Print this one, to be edited.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the packaged recipes, or print one: `factory recipes NAME > mine.yaml`, then `-c mine.yaml`."""

@@ -1,14 +1,12 @@
 """``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from manifests.errors import FactoryError
 from pipeline.commands.options import (
-    PLACE,
     ActorsOption,
     AddressOption,
     DeviceOption,
@@ -17,7 +15,9 @@ from pipeline.commands.options import (
     RecipeOption,
     RetryOption,
     SetOption,
-)  # fmt: skip
+    option,
+    place_option,
+)
 from pipeline.terminal import show
 
 
@@ -39,28 +39,26 @@ def demo(
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
 
 
-_made = partial(typer.Option, show_default=False)  # changes what is made; the default is the recipe's
-_place = partial(typer.Option, show_default=False, rich_help_panel=PLACE)  # changes where, not what
-
-
 @app.command()
 def synth(
     recipe: RecipeOption = None,
     out: Annotated[
-        str | None, _made("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
+        str | None, option("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
     ] = None,
-    shards: Annotated[int | None, _made(help="Shards in total; may grow later.")] = None,
-    method: Annotated[str | None, _made(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
-    prior: Annotated[str | None, _made(help="Diffusers folder, hub id or embedded:NAME.")] = None,
-    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME.")] = None,
-    adversary: Annotated[str | None, _made(help="Model folder of a frozen student to disagree with.")] = None,
-    seed: Annotated[int | None, _made(help="Seed of the whole dataset.")] = None,
+    shards: Annotated[int | None, option(help="Shards in total; may grow later.")] = None,
+    method: Annotated[str | None, option(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
+    prior: Annotated[str | None, option(help="Diffusers folder, hub id or embedded:NAME.")] = None,
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME.")] = None,
+    adversary: Annotated[str | None, option(help="Model folder of a frozen student to disagree with.")] = None,
+    seed: Annotated[int | None, option(help="Seed of the whole dataset.")] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
     address: AddressOption = None,
-    gpus_per_worker: Annotated[float | None, _place(help="Fractions allowed (default: 1 where there are any).")] = None,
-    memory_per_worker: Annotated[float | None, _place(help="GiB that each worker reserves.")] = None,
-    time_limit: Annotated[float | None, _place(help="Seconds that a shard may take.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, place_option(help="Fractions allowed (default: 1 where there are any).")
+    ] = None,
+    memory_per_worker: Annotated[float | None, place_option(help="GiB that each worker reserves.")] = None,
+    time_limit: Annotated[float | None, place_option(help="Seconds that a shard may take.")] = None,
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
@@ -91,12 +89,12 @@ def synth(
 @app.command()
 def distill(
     manifest: Annotated[
-        list[str], _made("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
+        list[str], option("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
     ],
     recipe: RecipeOption = None,
     out: Annotated[
         str | None,
-        _made(
+        option(
             "--out",
             "-o",
             metavar="FOLDER",
@@ -104,21 +102,21 @@ def distill(
         ),
     ] = None,
     student: Annotated[
-        list[str] | None, _made("--student", help="Architecture; repeatable, trained in one pass.")
+        list[str] | None, option("--student", help="Architecture; repeatable, trained in one pass.")
     ] = None,
-    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
-    where: Annotated[str | None, _made(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
-    epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, _made(help="Images per step, over all workers together.")] = None,
-    seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
-    test_data: Annotated[str | None, _made(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
+    where: Annotated[str | None, option(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
+    epochs: Annotated[int | None, option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, option(help="Images per step, over all workers together.")] = None,
+    seed: Annotated[int | None, option(help="Seed of the training.")] = None,
+    test_data: Annotated[str | None, option(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
     skip_bad: Annotated[
-        bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
+        bool, option("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
     set_: SetOption = None,
     workers: Annotated[
         int | None,
-        _place(
+        place_option(
             help="1 trains in this process (default), more through Ray Train, each with a GPU if any.",
             envvar="FACTORY_WORKERS",
         ),
@@ -158,11 +156,11 @@ def distill(
 
 @app.command()
 def rounds(
-    out: Annotated[str, _made("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
+    out: Annotated[str, option("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
     recipe: RecipeOption = None,
-    count: Annotated[int | None, _made("--rounds", help="Rounds in total; may grow later.")] = None,
+    count: Annotated[int | None, option("--rounds", help="Rounds in total; may grow later.")] = None,
     test_data: Annotated[
-        str | None, _made(help="Labeled images to score each round's student: tar, folder or Parquet.")
+        str | None, option(help="Labeled images to score each round's student: tar, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
