@@ -84,11 +84,6 @@ def resolve_distill(
     return recipe
 
 
-def parse_sources(sources: Sequence[Source]) -> list[tuple[str, float]]:
-    """``(URL, weight)`` of every source."""
-    return [parse_source(source) if isinstance(source, str) else source for source in sources]
-
-
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
     """Beside the manifest where that is a local folder, since checkpoints are rewritten often."""
     return manifest.storage.folder("distill") if manifest.storage.is_local else f"runs/{recipe.name}-distill"
@@ -117,7 +112,7 @@ def run_distill(
     Interrupted (after a checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
     place = place or executor(workers=workers)
-    sources = parse_sources(manifests)
+    sources = [parse_source(source) if isinstance(source, str) else source for source in manifests]
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     if out is None:

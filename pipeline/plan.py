@@ -103,7 +103,6 @@ PLAN = "plan.json"
 BEFORE_SHARDS = (FOLDER, "decoder", "events", "lease", "failed")
 """Folders that stage 1 may write into before its first shard."""
 RESOLVED = "resolved.yaml"
-STAGE_2 = "distill"  # its section of a recipe
 RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow", "ray")
 
 
@@ -209,8 +208,7 @@ def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = l
     stored = read_plan(storage)
     _check(storage, stored, plan)
     settled = stored
-    there, here = ({STAGE_2: recipe.get(STAGE_2)} for recipe in (stored.recipe, plan.recipe))
-    edited = differences(there, here)
+    edited = differences(*({"distill": recipe.get("distill")} for recipe in (stored.recipe, plan.recipe)))
     if stored.fingerprint != plan.fingerprint:
         release(storage, quarantined(storage))
         settled = plan

@@ -58,16 +58,15 @@ def inspect(
     if metrics and summary.kept:
         summary = replace(summary, metrics=look.metrics(opened, where))
     if summary.kept:
-        picture = look.sheet(opened, where, columns)
-        target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
+        picture = look.png(look.contact_sheet(look.samples(opened, where, columns)))
         try:
-            if sheet is not None:
+            if sheet:
                 look.save(picture, sheet)
             else:
                 opened.storage.write(SHEET, picture, beside=True)
-            summary = replace(summary, sheet=target)
+            summary = replace(summary, sheet=str(sheet or opened.storage.path(SHEET)))
         except (StoreError, DataError) as error:
-            if sheet is not None:
+            if sheet:
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
     show(summary, as_json)

@@ -127,7 +127,7 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
-    from manifests.reader import Manifest
+    from manifests.reader import Manifest, parse_source
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
 
@@ -140,7 +140,7 @@ def distill(
         "distill.skip_bad": ("--skip-bad", skip_bad or None),
         "distill.device": ("--device", device),
     }
-    sources = stage.parse_sources(manifest)
+    sources = [parse_source(text) for text in manifest]
     first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = out or stage.default_out(first, resolved)
