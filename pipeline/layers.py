@@ -92,7 +92,7 @@ def yaml_layer(text: str, name: str) -> Layer:
     if values is None:
         return EMPTY
     if not isinstance(values, dict):
-        kind = {list: "a list", str: "text"}.get(type(values), type(values).__name__)
+        kind = "a list" if isinstance(values, list) else "text" if isinstance(values, str) else type(values).__name__
         raise UsageError(f"{name}: a recipe is a mapping of keys, found {kind}")
     lines: dict[Path, str] = {}
     _mark(node, (), name, lines)

@@ -61,21 +61,14 @@ class TeacherCopy:
     identity: dict[str, Any]
     folder: str = FOLDER
 
-    def content_addressed(self) -> "TeacherCopy":
-        """The same in a folder named after its content, so that it never replaces another teacher's."""
-        if not self.files:
-            return self
-        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
-        folder = f"{FOLDER}-{digest[:12]}"
-        return replace(self, identity=self.identity | {"path": f"{folder}/{WEIGHTS}"}, folder=folder)
 
-
-def prepare(source: ModelSource) -> TeacherCopy:
+def prepare(source: ModelSource, content_addressed: bool = False) -> TeacherCopy:
     """Check and, where its weights are no safetensors file, convert the teacher ``source``. Loading its weights finds a
     damaged file before anything is written.
 
     The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
-    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.
+    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it. With
+    ``content_addressed`` the folder is named after its files, so that it never replaces another teacher's.
 
     Raises DataError where the weights are damaged or do not fit.
     """
@@ -84,11 +77,13 @@ def prepare(source: ModelSource) -> TeacherCopy:
         return TeacherCopy({}, identity)
     from stages.models.loading import source_files
 
-    files = source_files(source)
-    stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
+    files, folder = source_files(source), FOLDER
+    if content_addressed:
+        folder += f"-{hashlib.sha256(b''.join(files[name] for name in sorted(files))).hexdigest()[:12]}"
+    stored = identity | {"path": f"{folder}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
     if stored["sha256"] != identity["sha256"]:
         stored["source_sha256"] = identity["sha256"]
-    return TeacherCopy(files, stored)
+    return TeacherCopy(files, stored, folder)
 
 
 def publish(storage: Storage, copy: TeacherCopy) -> None:

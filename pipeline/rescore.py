@@ -68,7 +68,7 @@ def rescore(
     storage, name = manifest.storage, target(manifest, out)
     started = time.monotonic()
     source = resolve(ModelSettings(name=teacher)) if teacher else None
-    copy = prepare(source).content_addressed() if source else None
+    copy = prepare(source, content_addressed=True) if source else None
     least = own_threshold(manifest.info) if threshold is None else threshold
     from stages.memory import find_device
     from stages.models.loading import check_classes, dataset_teacher, load_teacher
