@@ -17,7 +17,7 @@ from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
-from pipeline.plan import PLAN, RESOLVED, refuse_file
+from pipeline.plan import PLAN, RESOLVED
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import resolve, split_name
@@ -118,7 +118,7 @@ def run_distill(
     if out is None:
         out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
-    refuse_file(storage)
+    storage.refuse_file()
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
     from stages.distill import run as stage

@@ -28,15 +28,6 @@ from stages.models.source import ModelSource
 from stages.synth.inputs import SynthInputs, semantics
 
 
-def refuse_file(storage: Storage) -> None:
-    """Raises UsageError where ``storage`` is a file, or lies below one."""
-    path = storage.url
-    while storage.is_local and not os.path.exists(path):
-        path = os.path.dirname(path)
-    if storage.is_local and not os.path.isdir(path):
-        raise UsageError(f"{path} is a file; --out names a folder")
-
-
 def local_folder(out: str, why: str) -> Storage:
     """``out`` as a folder of this machine, there already or not.
 
@@ -45,7 +36,7 @@ def local_folder(out: str, why: str) -> Storage:
     storage = Storage(out)
     if not storage.is_local:
         raise UsageError(f"--out {out}: {why}")
-    refuse_file(storage)
+    storage.refuse_file()
     return storage
 
 
@@ -162,7 +153,7 @@ def open_or_create(storage: Storage, plan: Plan) -> bool:
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
     if not storage.exists(PLAN):
-        refuse_file(storage)
+        storage.refuse_file()
         _refuse_foreign(storage)
         if storage.create(PLAN, plan.to_json()):
             return True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from pipeline import estimate
+from pipeline import synth
 from pipeline.distill import run_distill, trained
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
@@ -168,10 +168,10 @@ def round_result(
     )
 
 
-def dry_run(recipe: Recipe, out: str, workers: int = 1) -> estimate.SynthEstimate:
+def dry_run(recipe: Recipe, out: str, workers: int = 1) -> synth.SynthEstimate:
     """What the first round would do, for the others are like it; writes nothing."""
     check(recipe, out)
-    return estimate.dry_run(recipe, Storage(out).folder(round_name(1)), workers)
+    return synth.dry_run(recipe, Storage(out).folder(round_name(1)), workers)
 
 
 def rounds_line(rounds: RoundsSettings) -> str:

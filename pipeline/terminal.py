@@ -118,17 +118,13 @@ def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> I
     """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
     stream = stream or sys.stderr
     if quiet:
-        yield _nothing
+        yield lambda done, total, note="": None
     elif stream.isatty():
         yield from _bar(title, stream)
     else:
         lines = Lines(title, stream)
         yield lines
         lines.finish()
-
-
-def _nothing(done: float, total: float, note: str = "") -> None:
-    """Shows nothing."""
 
 
 def say(line: str) -> None:

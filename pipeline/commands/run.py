@@ -65,10 +65,9 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
-    from pipeline.estimate import dry_run as estimate
+    from pipeline import synth as stage
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
-    from pipeline.synth import run_synth
 
     flags = {
         "synth.shards": ("--shards", shards),
@@ -83,7 +82,10 @@ def synth(
     reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
     place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
     folder = out or f"runs/{resolved.name}"
-    show(estimate(resolved, folder, place.workers) if dry_run else run_synth(resolved, folder, place), as_json)
+    if dry_run:
+        show(stage.dry_run(resolved, folder, place.workers), as_json)
+    else:
+        show(stage.run_synth(resolved, folder, place), as_json)
 
 
 @app.command()

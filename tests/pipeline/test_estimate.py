@@ -5,8 +5,8 @@ import pytest
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from pipeline import distill
-from pipeline.estimate import dry_run
 from pipeline.recipe import resolve
+from pipeline.synth import dry_run
 from pipeline.terminal import flop
 from stages.cost import synth_cost
 from tests.pipeline.conftest import small_recipe
