@@ -186,24 +186,18 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     where = layer.origin(path[:-1] if problem["type"] == "missing" else path)  # what is missing was set nowhere
     head = f"{where}: {key}" if key else where
     if problem["type"] == "extra_forbidden":
-        elsewhere = [key for key in dotted_keys(model) if key.rpartition(".")[2] == path[-1]]
-        near = [key for key in elsewhere if key.startswith(f"{path[0]}.")] or elsewhere
+        keys = [tuple(known.split(".")) for known in dotted_keys(model)]
+        elsewhere = [".".join(known) for known in keys if known[-1] == path[-1]]
+        near = [known for known in elsewhere if known.startswith(f"{path[0]}.")] or elsewhere
         meant = f"did you mean {' or '.join(near[:4])}?" if near else ""
-        return f"{head}: unknown key; {meant or suggest(path[-1], fields_at(model, path[:-1]))}"
+        beside = [known[-1] for known in keys if known[:-1] == path[:-1]]
+        return f"{head}: unknown key; {meant or suggest(path[-1], beside)}"
     if problem["type"] == "missing":
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
     return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r}" if shown else "")
-
-
-def fields_at(model: type[BaseModel], path: Path) -> list[str]:
-    """Names of the settings below ``path``; empty where ``path`` holds no settings class."""
-    for found in _types_at(model, path):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return list(found.model_fields)
-    return []
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
