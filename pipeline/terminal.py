@@ -118,7 +118,7 @@ def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> I
     """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
     stream = stream or sys.stderr
     if quiet:
-        yield lambda done, total, note="": None
+        yield lambda done, total, note: None
     elif stream.isatty():
         yield from _bar(title, stream)
     else:
