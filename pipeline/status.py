@@ -129,10 +129,11 @@ def _running(latest: Sequence[dict[str, Any]], done: set[int]) -> list[RunningSh
     """Shards of the latest run that were started and have not ended."""
     running: dict[int, RunningShard] = {}
     for event in latest:
-        if event["kind"] == "shard_started":
-            running[event["shard"]] = RunningShard(event["shard"], event.get("worker"), event["time"])
+        shard = event.get("shard")
+        if event["kind"] == "shard_started" and isinstance(shard, int):
+            running[shard] = RunningShard(shard, event.get("worker"), event["time"])
         elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined"):
-            running.pop(event["shard"], None)
+            running.pop(shard, None)
     return [running[shard] for shard in sorted(running.keys() - done)]
 
 
