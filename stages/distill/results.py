@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from manifests.checked_json import dump_checked, load_checked
+from manifests.checked_json import dump_checked, load_as, load_checked
 from manifests.errors import DataError
 from manifests.storage import Storage
 from stages.distill.checkpoint import damage_reported
@@ -78,11 +78,7 @@ class DistillResult:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DistillResult":
         """The inverse of :meth:`to_dict`. Raises ValueError for anything else."""
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return load_as(cls, values)
 
 
 def write_results(storage: Storage, result: DistillResult) -> None:

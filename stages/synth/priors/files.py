@@ -49,13 +49,15 @@ FAMILIES = {
 class Geometry:
     """Latents (or pixels) ``[c, h, w]``, image side, and how many classes the prior knows (0: not conditional).
 
-    ``note``: how the side was settled where the configuration alone does not do so.
+    ``note``: how the side was settled where the configuration alone does not do so. ``scale_input``: the network was
+    distilled with the scale of classifier-free guidance as an input.
     """
 
     latent: tuple[int, int, int]
     image_size: int
     classes: int
     note: str = ""
+    scale_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class PriorSource(ModelFolder):
             "image_size": self.geometry.image_size,
             "sha256": self.sha256,
             **({"classes": self.geometry.classes} if self.geometry.classes else {}),
+            **({"cfg_scale_input": True} if self.geometry.scale_input else {}),
             **({"lora": [[_file_sha256(file).hex(), weight] for file, weight in self.loras]} if self.loras else {}),
         }
 
@@ -329,7 +332,7 @@ def geometry(folder: Path, family: Family) -> Geometry:
     out = network.get("out_channels")
     if out is not None and out not in (channels, 2 * channels):
         raise DataError(f"{takes} and returns {out}: expected {channels}, or {2 * channels} with a learned sigma")
-    return Geometry((channels, side, side), pixels, classes, note)
+    return Geometry((channels, side, side), pixels, classes, note, bool(network.get("time_cond_proj_dim")))
 
 
 MAX_CHANNELS, MAX_SIDE = 1024, 8192
