@@ -60,9 +60,6 @@ class LocalBackend:
         finally:
             os.close(handle)
 
-    def read_many(self, paths: list[str]) -> list[bytes]:
-        return [self.read(path) for path in paths]
-
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb", opener=lambda *_: self._file(path, os.O_RDONLY))
 
@@ -99,7 +96,7 @@ class LocalBackend:
             _sync(folder)
         return True
 
-    def put_file(self, local: Path, path: str) -> None:
+    def put_file(self, path: str, local: Path) -> None:
         with open(local, "rb") as file:
             os.fsync(file.fileno())
             try:
@@ -157,9 +154,9 @@ class LocalBackend:
                         own[entry.name] = _tree_size(entry.name, handle)
         return dict(sorted(own.items())), sorted(foreign)
 
-    def drop_temporary(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._parent(f"{TMP}/{name}") as (folder, _):
-            if stat.S_ISDIR(self._stat(folder, name, f"{TMP}/{name}").st_mode):
+    def drop(self, path: str) -> None:
+        with suppress(FileNotFoundError), self._parent(path) as (folder, name):
+            if stat.S_ISDIR(self._stat(folder, name, path).st_mode):
                 shutil.rmtree(name, dir_fd=folder)  # follows no link either
             else:
                 os.unlink(name, dir_fd=folder)
