@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, one_line
 from manifests.schema import SCHEMA, open_table, parquet_errors
 from manifests.storage import Storage
 from manifests.where import columns_of, compile_where
@@ -115,7 +115,7 @@ class ManifestFile:
             try:
                 table = table.filter(compile_where(condition, table.schema))
             except pa.ArrowException as error:
-                raise UsageError(f"--where {condition!r}: {' '.join(str(error).split())[:200]}") from None
+                raise UsageError(f"--where {condition!r}: {one_line(error, 200)}") from None
         return np.asarray(table[_ROW].to_numpy(), dtype=np.int64)
 
     def read_columns(self, names: list[str], rows: Integers) -> pa.Table:
@@ -150,10 +150,6 @@ class ManifestFile:
                 table = self._read_group(group).replace_schema_metadata(None)
                 self._held = held = (group, table.cast(SCHEMA))
         return held[1]
-
-    def groups(self) -> Iterator[pa.Table]:
-        """Every row, in tables of one row group."""
-        return map(self.group, range(self.num_groups))
 
     def row(self, number: int) -> dict[str, Any]:
         """One row as a dict with every column; the row group it lies in is kept for the next call."""

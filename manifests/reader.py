@@ -68,8 +68,8 @@ class Manifest:
     """Selected rows of a manifest, addressed ``0..len-1`` in its order, and their images. Can be pickled and used after
     a fork.
 
-    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise
-    :class:`DataError` where nothing is left. ``file`` holds every row whatever is selected; ``info`` describes the
+    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise :class:`DataError` where
+    nothing is left. ``file`` holds every row whatever is selected, ``num_rows`` of them; ``info`` describes the
     dataset; ``problems`` lists the tars that :meth:`open` passed over.
     """
 
@@ -81,7 +81,7 @@ class Manifest:
         base: Integers | None = None,
     ) -> None:
         self.file, self.info, self.url, self.storage = file, file.info, file.url, file.storage
-        self.problems: list[str] = []
+        self.num_rows, self.problems = file.num_rows, list[str]()
         self._conditions, self._include_rejected, self._base = (*conditions,), include_rejected, base
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,11 +135,6 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the file, selected or not."""
-        return self.file.num_rows
 
     @property
     def digest(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"
+REMEDY = "delete it to start over"
 TRAILER = b"\nsha256:"
 """Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
 
@@ -91,20 +92,10 @@ def without_digest(data: bytes) -> bytes:
     return content
 
 
-def read(storage: Storage) -> bytes | None:
-    """The last checkpoint's bytes, None where there is none yet; there is never an older one."""
-    return storage.read(STATE) if storage.exists(STATE) else None
-
-
-def state_damage(storage: Storage) -> AbstractContextManager[None]:
-    """:func:`damage_reported`, of the checkpoint."""
-    return damage_reported(storage, STATE, "delete it to start over")
-
-
 def parse(data: bytes, storage: Storage, device: torch.device) -> dict[str, Any]:
-    """What :func:`save` was given, from what :func:`read` returned. Raises DataError where that is damaged, before
+    """What :func:`save` was given, from the bytes of :data:`STATE`. Raises DataError where that is damaged, before
     anything of it is used."""
-    with state_damage(storage):
+    with damage_reported(storage, STATE, REMEDY):
         state: dict[str, Any] = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
         for name, kind in {"step": int, "seconds": float, "waited": float, "students": dict}.items():
             if not isinstance(state[name], kind) or (kind is int and state[name] < 0):

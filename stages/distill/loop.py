@@ -211,11 +211,12 @@ def save(run: Training) -> None:
 
 def resume(run: Training) -> None:
     """Go on from the checkpoint, if there is one: all processes from the first one's. Raises DataError if damaged."""
-    data = run.ranks.share(checkpoint.read(run.storage) if run.ranks.first else None)
+    written = run.ranks.first and run.storage.exists(checkpoint.STATE)
+    data = run.ranks.share(run.storage.read(checkpoint.STATE) if written else None)
     if data is None:
         return
     state = checkpoint.parse(data, run.storage, run.device)
-    with checkpoint.state_damage(run.storage):
+    with checkpoint.damage_reported(run.storage, checkpoint.STATE, checkpoint.REMEDY):
         run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
         for student in run.students:
             student.load(state["students"][student.name])

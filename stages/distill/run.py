@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
+from manifests.checked_json import dump_checked
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import checkpoint, export
-from stages.distill.batches import Batches, check_parts, open_pixels
+from stages.distill.batches import Batches, Pixels, check_parts
 from stages.distill.evaluate import check_data
 from stages.distill.loop import Prepared, Training, test_scores, train
-from stages.distill.results import DistillResult, StudentResult, keep_score, previous_results, write_results
+from stages.distill.results import RESULTS, DistillResult, StudentResult, keep_score, previous_results
 from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
 from stages.distill.student import Student
@@ -127,7 +128,7 @@ def train_students(
     before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
         announce(prepared, test_data, callbacks)
-        pixels = open_pixels(prepared.rows, settings.memory_gb, prepared.device)
+        pixels = Pixels(prepared.rows, settings.memory_gb, prepared.device)
         batches = Batches(prepared.rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.train_rows) if ranks.first else None
         if check:
@@ -199,7 +200,7 @@ def finish(run: Training, check: TeacherCheck, before: Mapping[str, StudentResul
         students=students,
         parked={student.name: student.parked for student in run.students if student.parked is not None},
     )
-    write_results(run.storage, result)
+    run.storage.write(RESULTS, dump_checked(result.to_dict()))
     return result
 
 

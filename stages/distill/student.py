@@ -157,20 +157,11 @@ class Student:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`. Raises what torch raises, or TypeError, for anything else."""
-        kinds: dict[str, Any] = {
-            "net": dict,
-            "optimizer": dict,
-            "sums": dict,
-            "metrics": list,
-            "best": float,
-            "best_weights": dict,
-        }
-        kinds["parked"] = str | None
-        fits = {name: isinstance(state[name], kind) for name, kind in kinds.items()}
-        fits |= {"metrics": fits["metrics"] and all(map(_is_metrics, state["metrics"]))}
-        if not all(fits.values()):
-            names = ", ".join(name for name, fit in fits.items() if not fit)
-            raise TypeError(f"{names} of {self.name} has another type")
+        kinds: dict[str, Any] = dict.fromkeys(("net", "optimizer", "sums", "best_weights"), dict)
+        kinds |= {"metrics": list, "best": float, "parked": str | None}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        if wrong or not all(map(_is_metrics, state["metrics"])):
+            raise TypeError(f"{', '.join(wrong) or 'metrics'} of {self.name} has another type")
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -146,6 +146,5 @@ def batchnorm_gap(teacher: Teacher, batches: Batches, rows: Ints) -> float | Non
 
 def recorded_predictions(rows: Rows, chosen: Ints) -> Ints:
     """``teacher_label`` of the manifests for the row numbers ``chosen``; −1 where there is none."""
-    columns = [selection.column("teacher_label") for selection in rows.selections]
-    labels = [-1 if value is None or value != value else int(value) for column in columns for value in column]
-    return np.array(labels, np.int64)[chosen]
+    labels = (label for selection in rows.selections for label in selection.column("teacher_label"))
+    return np.array([-1 if label is None else label for label in labels], np.int64)[chosen]

@@ -27,7 +27,6 @@ from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
-from stages.synth.latent_mix import Mix
 from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
 from stages.synth.scores import FINAL, SOURCE, judge, score
@@ -236,7 +235,7 @@ class ShardWorker:
                         "source_key": None if frame.source is None else keys[frame.source],
                         "step": frame.step,
                         "timestep": frame.timestep,
-                        "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[i]],
+                        "lca": [asdict(m) | {"partner": group.trajectories[m.partner]} for m in frame.mixes[i]],
                         "loss_ce": losses.ce[i].item() if losses else None,
                         "loss_adv": losses.adversarial[i].item() if losses else None,
                         "loss_bn": losses.bn.item() if losses else None,
@@ -279,8 +278,3 @@ def check_skipped(counters: Counters, settings: SynthSettings, share: float) -> 
         half = settings.prior.dtype == "fp16"
         remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
         raise NumericsError(f"{skipped_line(counters, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
-
-
-def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:
-    """A mix as the manifest stores it: the partner by its trajectory number, not its position."""
-    return asdict(mix) | {"partner": trajectories[mix.partner]}

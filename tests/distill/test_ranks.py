@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from stages.distill import loop
-from stages.distill.batches import Batches, batch_bounds, check_parts, open_pixels
+from stages.distill.batches import Batches, Pixels, batch_bounds, check_parts
 from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
@@ -85,7 +85,7 @@ def test_parts_of_a_batch_laid_end_to_end_are_the_batch(derived, size, memory):
     """Mixed views included: a view's partner may lie in another process's part."""
     asked, cpu = settings(batch_size=7), torch.device("cpu")
     rows = select_rows([(Manifest.open(derived), 1.0)], asked)
-    order, pixels = EpochOrder(rows, np.arange(len(rows)), asked), open_pixels(rows, memory, cpu)
+    order, pixels = EpochOrder(rows, np.arange(len(rows)), asked), Pixels(rows, memory, cpu)
     whole = Batches(rows, order, pixels, asked, cpu)
     parts = [Batches(rows, order, pixels, asked, cpu, Ranks(rank, size)) for rank in range(size)]
     for step in range(2 * whole.steps):
