@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 
@@ -24,7 +23,7 @@ from manifests.errors import DataError, LinkError
 from manifests.manifest_file import ManifestFile
 from manifests.merge import load_shard_table, merge
 from manifests.reader import manifest_url
-from manifests.schema import SCHEMA, SCORED, make_key, to_table
+from manifests.schema import SCHEMA, SCORED, Row, make_key, to_table
 from manifests.shard import (
     DoneRecord,
     committed,
@@ -157,7 +156,7 @@ class _Verification:
             free = _free(self.manifest)
             with suppress(DataError):
                 table = self.manifest.shard_rows(tar.shard)
-        rows: list[dict[str, Any]] | None = None
+        rows: list[Row] | None = None
         try:
             rows = table.to_pylist() if table is not None else None
         except UnicodeDecodeError:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError, one_line
-from manifests.schema import SCHEMA, open_table, parquet_errors
+from manifests.schema import SCHEMA, Row, open_table, parquet_errors
 from manifests.storage import Storage
 from manifests.where import columns_of, compile_where
 
@@ -151,10 +151,10 @@ class ManifestFile:
                 self._held = held = (group, table.cast(SCHEMA))
         return held[1]
 
-    def row(self, number: int) -> dict[str, Any]:
+    def row(self, number: int) -> Row:
         """One row as a dict with every column; the row group it lies in is kept for the next call."""
         group = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row: dict[str, Any] = self.group(group).slice(number - int(self._starts[group]), 1).to_pylist()[0]
+        row: Row = self.group(group).slice(number - int(self._starts[group]), 1).to_pylist()[0]
         return row
 
     def shard_rows(self, shard: int) -> pa.Table:

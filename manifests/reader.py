@@ -29,7 +29,7 @@ from manifests.errors import DataError, FactoryError, UsageError
 from manifests.images import decode
 from manifests.manifest_file import Integers, ManifestFile
 from manifests.order import spread
-from manifests.schema import MAX_IMAGE, SCHEMA
+from manifests.schema import MAX_IMAGE, SCHEMA, Row
 from manifests.storage import split
 
 GAP_LOCAL, GAP_REMOTE = 64 << 10, 1 << 20
@@ -163,7 +163,7 @@ class Manifest:
             raise DataError(f"{self.url}: {found}, but its classes are {classes}")
         return values
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> Row:
         """Every column of one sample."""
         try:
             return self.file.row(int(self.rows[index]))

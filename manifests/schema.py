@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from manifests.checked_json import load_json
 from manifests.errors import DataError, one_line
 
+Row = dict[str, Any]
+"""A row by column name, in plain types as :data:`SCHEMA` has them (lists, dicts of a cut, None for null)."""
 FORMAT_VERSION = 2  # raise when files of an earlier version can no longer be read
 KEY = "^[0-9]{6,}-[0-9]{6,}$"
 EXTENSIONS = ("png", "jpg", "webp")
@@ -170,7 +172,7 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
 _CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
 
 
-def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
+def normalize(row: Mapping[str, Any]) -> Row:
     """``row`` with exactly the stored values: every column present, in order, null where it was missing.
 
     Raises ``ValueError`` naming the column for an unknown column, a wrong type or a missing required value.
@@ -178,7 +180,7 @@ def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(map(str, row)) - set(_CONVERT))
     if unknown:
         raise ValueError(f"unknown column {unknown[0]!r}")
-    full: dict[str, Any] = {}
+    full: Row = {}
     for name, convert in _CONVERT.items():
         value = row.get(name)
         try:
@@ -197,7 +199,7 @@ def row_json(row: Mapping[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_row(data: bytes, offset: int, size: int) -> dict[str, Any]:
+def parse_row(data: bytes, offset: int, size: int) -> Row:
     """The normalized row of a ``KEY.json`` whose image lies at ``offset``. Raises ``ValueError`` for anything else."""
     if len(data) > MAX_ROW_JSON:
         raise ValueError(f"{len(data)} bytes, at most {MAX_ROW_JSON} are read")
@@ -207,7 +209,7 @@ def parse_row(data: bytes, offset: int, size: int) -> dict[str, Any]:
     return normalize({**values, "offset": offset, "size": size})
 
 
-def to_table(rows: list[dict[str, Any]]) -> pa.Table:
+def to_table(rows: list[Row]) -> pa.Table:
     """Normalized rows as a table of :data:`SCHEMA`."""
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 

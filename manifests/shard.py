@@ -28,6 +28,7 @@ from manifests.schema import (
     FORMAT_VERSION,
     MAX_IMAGE,
     MAX_ROW_JSON,
+    Row,
     make_key,
     normalize,
     read_table,
@@ -149,7 +150,7 @@ class ShardWriter:
 
     def __init__(self, storage: Storage, shard: int, fingerprint: str) -> None:
         self.storage, self.shard, self.fingerprint = storage, shard, fingerprint
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
         stem = f"{shard:06d}"
         self._tar_path = storage.scratch() / temporary_name(stem, ".tar")
         self._table_path = storage.scratch() / temporary_name(stem, ".parquet")
@@ -235,7 +236,7 @@ def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str)
 
 
 def make_record(
-    shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
+    shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[Row], fingerprint: str
 ) -> DoneRecord:
     """The done record of a finished tar and a finished local table."""
     with open(table_path, "rb") as file:

@@ -3,7 +3,7 @@
 Stored images are also read here for ``factory inspect --metrics``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifests.reader import Manifest
-from manifests.schema import SCHEMA
+from manifests.schema import SCHEMA, Row
 from stages.models.inputs import to_unit
 from stages.models.loading import check_classes
 from stages.models.teacher import Teacher
 from stages.settings import DdaSettings
-
-Row = Mapping[str, Any]
 
 REJECTED = "teacher gives its class"
 """How the reason of a rejection by the threshold begins."""
@@ -48,7 +46,7 @@ def score(
     min_cosine: float,
     *,
     embeddings: Tensor | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The columns that the teacher decides, one dict for each of ``rows``, which hold whole trajectories.
 
     ``logits [n, C]`` and ``features [n, D]`` are of the stored images, ``weights [C, D]`` of the teacher's last layer
@@ -120,7 +118,7 @@ def cosines(rows: Sequence[Row], features: Tensor, weights: Tensor | None = None
     return [value if there else None for value, there in zip(values, known, strict=True)]
 
 
-def filtered(row: Row, min_cosine: float) -> dict[str, Any]:
+def filtered(row: Row, min_cosine: float) -> Row:
     """``kept`` and ``reject_reason`` of a derived sample after DDA's filter, cos > ω (equation 8)."""
     if row["cosine"] > min_cosine:
         return {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import DataError, NumericsError, UsageError
-from manifests.schema import make_key
+from manifests.schema import Row, make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
@@ -210,7 +210,7 @@ class ShardWorker:
         files = [frame_files[i] for i in range(len(group.trajectories)) for _, frame_files in stored]
         return [(row | column, file) for row, column, file in zip(rows, columns, files, strict=True)], counters
 
-    def rows(self, group: Group, frames: Sequence[DecodedGroup], shard: int, position: int) -> list[dict[str, Any]]:
+    def rows(self, group: Group, frames: Sequence[DecodedGroup], shard: int, position: int) -> list[Row]:
         """The columns of each sample that say how it was made, and what its cosine is with."""
         settings, made = self.settings, []
         first = position * len(group.trajectories) * len(frames)
