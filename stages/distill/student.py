@@ -12,6 +12,7 @@ from stages.distill.batches import Batch
 from stages.distill.losses import Targets, student_terms, weighted
 from stages.distill.runtime import ALONE, Ranks, autocast
 from stages.models import build
+from stages.models.inputs import finite
 from stages.models.source import ModelConfig
 from stages.seeds import derive
 from stages.settings import DistillSettings, OptimizerSettings, student_name
@@ -84,8 +85,7 @@ class Student:
     @property
     def finite(self) -> bool:
         """Whether every weight and running statistic is finite."""
-        values = (v for net in (self.net, self.average) if net is not None for v in net.state_dict().values())
-        return all(bool(value.isfinite().all()) for value in values)
+        return finite(self.net) and (self.average is None or finite(self.average))
 
     def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
         """One optimizer step on ``x``, this process's part of the batch as the student's input.

@@ -57,7 +57,8 @@ def load_models(
     for source in (sources or {}).values():
         source.release()
     teacher, adversary = models["teacher"], models.get("adversary")
-    check_network(planned, "teacher", settings.teacher.name, teacher.identity)
+    for role, model in models.items():
+        check_network(planned, role, getattr(settings, role).name, model.identity)
     if settings.method != "dmkd":
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
@@ -67,8 +68,7 @@ def load_models(
             log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
-    if settings.adversary and adversary:
-        check_network(planned, "adversary", settings.adversary.name, adversary.identity)
+    if adversary:
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
