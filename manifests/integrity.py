@@ -58,7 +58,7 @@ def verify(url: str | os.PathLike[str], deep: bool = True) -> list[Problem]:
     storage, name = split(manifest_url(url))
     if not any(storage.exists(file) for file in (name, "plan.json")) and not storage.list("done"):
         raise DataError(f"{storage.url}: no dataset here (no {name}, plan.json or done records)")
-    return _Verification(storage, name, deep).problems
+    return [*_Verification(storage, name, deep).problems]
 
 
 class _Verification:
@@ -66,7 +66,7 @@ class _Verification:
 
     def __init__(self, storage: Storage, name: str, deep: bool) -> None:
         self.storage, self.name, self.deep = storage, name, deep
-        self.problems: list[Problem] = []
+        self.problems: dict[Problem, None] = {}  # in order, each once: many shards may meet the same one
         self.records: dict[int, DoneRecord] = {}
         self.manifest: ManifestFile | None = None
         for record in storage.list("done"):
@@ -83,16 +83,15 @@ class _Verification:
         self.check_shards({tar.shard: tar for tar in info.tars} if info else {})
 
     def note(self, where: str, what: str) -> None:
-        self.problems.append(Problem(where, what))
+        self.problems[Problem(where, what)] = None
 
     @contextmanager
     def noted(self, where: str) -> Iterator[None]:
-        """A :class:`DataError` within is a problem of ``where``, named once."""
+        """A :class:`DataError` within is a problem of ``where``."""
         try:
             yield
         except DataError as error:
-            problem = Problem(where, str(error).removeprefix(f"{self.storage.path(where)}: "))
-            self.problems += [problem] if problem not in self.problems else []
+            self.note(where, str(error).removeprefix(f"{self.storage.path(where)}: "))
 
     def check_plan(self) -> str | None:
         """The plan's fingerprint, None without a readable plan."""
@@ -166,7 +165,7 @@ class _Verification:
             flaws = [Problem(sample.where, sample.flaw) for sample in check if sample.flaw]
         if not flaws and check.samples != tar.rows:
             flaws = [Problem(f"shard {tar.shard}", f"{tar.name} holds {check.samples} samples, expected {tar.rows}")]
-        self.problems += flaws
+        self.problems |= dict.fromkeys(flaws)
         if check.sha256 != tar.sha256:
             intact = "" if flaws else ", though its samples are intact"
             self.note(f"shard {tar.shard}", f"{tar.name} was altered: its sha256 differs{intact}")

@@ -15,6 +15,7 @@ from manifests.storage import Storage
 
 RUN, STATE = "run.json", "checkpoint.pt"
 REMEDY = "delete it to start over"
+ABSENT = object()
 TRAILER = b"\nsha256:"
 """Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
 
@@ -58,16 +59,10 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     ['b.c: 2 -> 3', 'd: absent -> null']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        changes = []
-        for key in sorted({*old, *new}):
-            name = f"{where}.{key}" if where else str(key)
-            if key in old and key in new:
-                changes += differences(old[key], new[key], name)
-            else:
-                before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
-                changes.append(f"{name}: {before} -> {after}")
-        return changes
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+        pairs = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in sorted({*old, *new}))
+        return [line for key, a, b in pairs for line in differences(a, b, f"{where}.{key}".lstrip("."))]
+    before, after = ("absent" if side is ABSENT else json.dumps(side) for side in (old, new))
+    return [] if old == new else [f"{where}: {before} -> {after}"]
 
 
 def save(storage: Storage, state: Mapping[str, Any]) -> None:
