@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
@@ -97,25 +98,23 @@ class ManifestFile:
 
         Raises :class:`UsageError` for a bad expression or unknown column.
         """
-        for condition in conditions:
-            compile_where(condition, SCHEMA)
-        kept = [] if include_rejected else ["kept"]
-        columns = sorted({*kept, *(name for condition in conditions for name in columns_of(condition))})
-        if not columns and not conditions:
+        filters = {text: compile_where(text, SCHEMA) for text in (*([] if include_rejected else ["kept"]), *conditions)}
+        if not filters:
             with parquet_errors(self.url):  # a number of rows is only a claim
                 return np.arange(self.num_rows, dtype=np.int64)
-        found = [self._matching(group, columns, [*kept, *conditions]) for group in range(self.num_groups)]
+        columns = sorted({name for text in filters for name in columns_of(text)})
+        found = [self._matching(group, columns, filters) for group in range(self.num_groups)]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
-    def _matching(self, group: int, columns: list[str], conditions: list[str]) -> Integers:
+    def _matching(self, group: int, columns: list[str], filters: dict[str, pc.Expression]) -> Integers:
         with parquet_errors(self.url):
             table = self._read_group(group, columns)
             table = table.append_column(_ROW, pa.array(np.arange(*self._starts[group : group + 2])))
-        for condition in conditions:
+        for text, expression in filters.items():
             try:
-                table = table.filter(compile_where(condition, table.schema))
+                table = table.filter(expression)
             except pa.ArrowException as error:
-                raise UsageError(f"--where {condition!r}: {one_line(error, 200)}") from None
+                raise UsageError(f"--where {text!r}: {one_line(error, 200)}") from None
         return np.asarray(table[_ROW].to_numpy(), dtype=np.int64)
 
     def read_columns(self, names: list[str], rows: Integers) -> pa.Table:

@@ -6,7 +6,6 @@ evaluated. A comparison with a missing value is unknown, and an unknown row is n
 
 import ast
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -28,11 +27,6 @@ _COMPARE = {
     ast.GtE: pc.greater_equal,
 }
 _ARITHMETIC = {ast.Add: pc.add_checked, ast.Sub: pc.subtract_checked, ast.Mult: pc.multiply_checked, ast.Div: pc.divide}
-_KINDS: dict[Kind, tuple[Callable[[pa.DataType], bool], ...]] = {
-    "number": (pa.types.is_integer, pa.types.is_floating),
-    "text": (pa.types.is_string,),
-    "condition": (pa.types.is_boolean,),
-}
 _ALLOWED = "comparisons, and, or, not, in, is None, + - * /, column names and constants"
 
 
@@ -121,12 +115,14 @@ class _Compiler:
             near = difflib.get_close_matches(name, self.schema.names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise self.fail(f"unknown column {name!r}{hint}; columns: {', '.join(self.schema.names)}")
-        column, stored = pc.field(name), self.schema.field(name).type
-        if pa.types.is_dictionary(stored):
-            column, stored = column.cast(stored.value_type), stored.value_type
-        for kind, checks in _KINDS.items():
-            if any(check(stored) for check in checks):
-                return _Term(kind, column, stored)
+        stored = self.schema.field(name).type
+        stored = stored.value_type if pa.types.is_dictionary(stored) else stored
+        if pa.types.is_string(stored):  # where it is read as an Arrow dictionary, it must be cast
+            return _Term("text", pc.field(name).cast(stored), stored)
+        if pa.types.is_boolean(stored):
+            return _Term("condition", pc.field(name), stored)
+        if pa.types.is_integer(stored) or pa.types.is_floating(stored):
+            return _Term("number", pc.field(name), stored)
         raise self.fail(f"column {name!r} holds {stored}: only numbers, text and true/false can be selected on")
 
     def constant(self, value: Any) -> _Term:
