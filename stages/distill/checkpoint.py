@@ -12,6 +12,7 @@ import torch
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
+from stages.memory import out_of_memory
 
 RUN, STATE = "run.json", "checkpoint.pt"
 REMEDY = "delete it to start over"
@@ -28,6 +29,8 @@ def damage_reported(storage: Storage, name: str, remedy: str) -> Iterator[None]:
     except FactoryError:
         raise
     except Exception as error:  # JSON, zip, pickle, safetensors, torch and type errors alike
+        if out_of_memory(error):  # says nothing about the file
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise DataError(f"{storage.path(name)} is damaged ({reason[:200]}): {remedy}") from None
 

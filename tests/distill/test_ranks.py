@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests.errors import UsageError
+from manifests.errors import FactoryError, UsageError
 from manifests.reader import Manifest
-from stages.distill import loop
 from stages.distill.batches import Batches, Pixels, batch_bounds, check_parts
 from stages.distill.rows import EpochOrder, select_rows
+from stages.distill.run import run_distill
 from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, alone, distill
@@ -169,7 +169,7 @@ def spoil_forward(student, step):
         student.forward = exhausted
 
 
-def exhausted(*_):
+def exhausted(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
 
 
@@ -225,8 +225,29 @@ def test_a_lack_of_memory_ends_in_a_line_and_the_same_command_resumes(dataset, t
     assert again["weights"] == whole["weights"]
 
 
-@pytest.mark.parametrize("where", ["teacher_targets", "validate"])
-def test_a_lack_of_memory_elsewhere_is_the_same_line(dataset, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(loop, where, exhausted)
-    found = alone(settings(), dataset, str(tmp_path / "run"))
-    assert found["message"].startswith("the training does not fit the memory (CUDA out of memory.")
+CACHED = {"augment": {"num_views": 2, "cutmix": 0, "mixup": 0}, "teacher_cache": {"enabled": True, "top_k": 2}}
+
+
+@pytest.mark.parametrize(
+    ("where", "extra"),
+    [
+        ("loop.teacher_targets", {}),
+        ("loop.validate", {}),
+        ("batches.Pixels.take", {}),
+        ("teacher_cache.to_top", CACHED),
+        ("export.measure", {}),
+        ("run.Student", {}),
+    ],
+)
+def test_a_lack_of_memory_elsewhere_is_the_same_line(dataset, tmp_path, monkeypatch, where, extra):
+    monkeypatch.setattr(f"stages.distill.{where}", exhausted)
+    with pytest.raises(FactoryError, match=r"^the training does not fit the memory \(CUDA out of memory\. Tried"):
+        run_distill(settings(**extra), [(dataset, 1.0)], str(tmp_path / "run"))
+
+
+def test_a_checkpoint_that_does_not_fit_the_memory_is_not_called_damaged(dataset, tmp_path):
+    alone(settings(), dataset, str(tmp_path / "run"))
+    for name in ("torch.load", "stages.distill.student.Student.load"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, exhausted)
+            assert "does not fit the memory" in alone(settings(), dataset, str(tmp_path / "run"))["message"]
