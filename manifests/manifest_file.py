@@ -156,13 +156,17 @@ class ManifestFile:
         row: Row = self.group(group).slice(number - int(self._starts[group]), 1).to_pylist()[0]
         return row
 
+    @cached_property
+    def _shards(self) -> dict[int, tuple[int, int]]:
+        """The first row of each shard, and the one after its last: rows lie in the order of the tars."""
+        stops = np.cumsum([tar.rows for tar in self.info.tars]).tolist()
+        return {tar.shard: (stop - tar.rows, stop) for tar, stop in zip(self.info.tars, stops, strict=True)}
+
     def shard_rows(self, shard: int) -> pa.Table:
-        """Every row of a shard's tar, in order; the rows of a manifest lie in the order of its tars."""
-        tars = [tar for tar in self.info.tars if tar.shard <= shard]
-        if not tars or tars[-1].shard != shard:
+        """Every row of a shard's tar, in order."""
+        if shard not in self._shards:
             raise DataError(f"{self.url}: shard {shard} is not in it")
-        stop = sum(tar.rows for tar in tars)
-        start = stop - tars[-1].rows
+        start, stop = self._shards[shard]
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = [self.group(group) for group in range(first, int(np.searchsorted(self._starts, stop)))]
         return pa.concat_tables([SCHEMA.empty_table(), *parts]).slice(start - int(self._starts[first]), stop - start)
