@@ -236,14 +236,13 @@ def tensorboard(run: Training) -> Iterator[Log]:
         raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
     if not run.storage.is_local:
         raise UsageError(f"loggers: tensorboard writes to a local folder only, not {run.storage.url}")
+    first, writers = run.step + 1, dict[str, Any]()
     with ExitStack() as stack:
-        folders = {student.name: run.storage.folder(f"{TENSORBOARD}/{student.name}") for student in run.active}
-        writers = {
-            name: stack.enter_context(SummaryWriter(folder, purge_step=run.step + 1))
-            for name, folder in folders.items()
-        }
 
         def log(student: str, step: int, metrics: dict[str, float]) -> None:
+            if student not in writers:
+                folder = run.storage.folder(f"{TENSORBOARD}/{student}")
+                writers[student] = stack.enter_context(SummaryWriter(folder, purge_step=first))
             for name, value in metrics.items():
                 writers[student].add_scalar(name, value, step)
             writers[student].flush()
