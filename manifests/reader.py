@@ -312,18 +312,19 @@ class Manifest:
             if image and xxhash.xxh3_128_digest(image) == digests[index].tobytes():
                 images[position] = image
                 continue
-            bad = self._bad(index, reason if block is None else "was altered (checksum differs)")
+            reason = reason if block is None else "was altered (checksum differs)"
+            bad = DataError(f"{self.name(index)} {reason}")
             if on_bad is None:
                 raise bad
             on_bad(index, bad)
 
-    def _bad(self, index: int, reason: str) -> DataError:
+    def name(self, index: int) -> str:
+        """One sample as messages name it."""
         try:
             found = self.file.read_columns(["shard", "key"], self.rows[index : index + 1]).to_pylist()[0]
-            which = f"shard {found['shard']}, sample {found['key']!r}"
+            return f"{self.url}: shard {found['shard']}, sample {found['key']!r}"
         except (FactoryError, UnicodeDecodeError):
-            which = f"row {int(self.rows[index])}"
-        return DataError(f"{self.url}: {which} {reason}")
+            return f"{self.url}: row {int(self.rows[index])}"
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,7 @@ class Rows:
     def name(self, row: int) -> str:
         """The row as an error message names it."""
         number = int(self.source[row])
-        values = self.selections[number].row(int(row - self.starts[number]))
-        return f"{self.selections[number].url}: shard {values['shard']}, sample {values['key']!r}"
+        return self.selections[number].name(int(row - self.starts[number]))
 
 
 def intact(selection: Manifest) -> tuple[Manifest, list[str]]:
