@@ -29,7 +29,7 @@ from manifests.errors import DataError, FactoryError, UsageError
 from manifests.images import decode
 from manifests.manifest_file import Integers, ManifestFile
 from manifests.order import spread
-from manifests.schema import MAX_IMAGE, SCHEMA
+from manifests.schema import MAX_IMAGE, SCHEMA, Row
 from manifests.storage import split
 
 GAP_LOCAL, GAP_REMOTE = 64 << 10, 1 << 20
@@ -68,8 +68,8 @@ class Manifest:
     """Selected rows of a manifest, addressed ``0..len-1`` in its order, and their images. Can be pickled and used after
     a fork.
 
-    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise
-    :class:`DataError` where nothing is left. ``file`` holds every row whatever is selected; ``info`` describes the
+    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise :class:`DataError` where
+    nothing is left. ``file`` holds every row whatever is selected, ``num_rows`` of them; ``info`` describes the
     dataset; ``problems`` lists the tars that :meth:`open` passed over.
     """
 
@@ -81,7 +81,7 @@ class Manifest:
         base: Integers | None = None,
     ) -> None:
         self.file, self.info, self.url, self.storage = file, file.info, file.url, file.storage
-        self.problems: list[str] = []
+        self.num_rows, self.problems = file.num_rows, list[str]()
         self._conditions, self._include_rejected, self._base = (*conditions,), include_rejected, base
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,11 +137,6 @@ class Manifest:
         return len(self.rows)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the file, selected or not."""
-        return self.file.num_rows
-
-    @property
     def num_kept(self) -> int:
         """Rows of the file that no filter of stage 1 rejected, selected or not."""
         return len(self.file.matching((), False))
@@ -173,7 +168,7 @@ class Manifest:
             raise DataError(f"{self.url}: {found}, but its classes are {classes}")
         return values
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> Row:
         """Every column of one sample."""
         try:
             return self.file.row(int(self.rows[index]))
@@ -322,18 +317,19 @@ class Manifest:
             if image and xxhash.xxh3_128_digest(image) == digests[index].tobytes():
                 images[position] = image
                 continue
-            bad = self._bad(index, reason if block is None else "was altered (checksum differs)")
+            reason = reason if block is None else "was altered (checksum differs)"
+            bad = DataError(f"{self.name(index)} {reason}")
             if on_bad is None:
                 raise bad
             on_bad(index, bad)
 
-    def _bad(self, index: int, reason: str) -> DataError:
+    def name(self, index: int) -> str:
+        """One sample as messages name it."""
         try:
             found = self.file.read_columns(["shard", "key"], self.rows[index : index + 1]).to_pylist()[0]
-            which = f"shard {found['shard']}, sample {found['key']!r}"
+            return f"{self.url}: shard {found['shard']}, sample {found['key']!r}"
         except (FactoryError, UnicodeDecodeError):
-            which = f"row {int(self.rows[index])}"
-        return DataError(f"{self.url}: {which} {reason}")
+            return f"{self.url}: row {int(self.rows[index])}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,64 +24,46 @@ AHEAD = 2
 """Batches prepared before they are needed."""
 
 
-class Pixels(Protocol):
-    """Stored images by row number: decoded once and kept, or decoded as they are needed."""
+class Pixels:
+    """Stored images by row number: decoded once and kept on ``device`` where all fit ``memory_gb``, else decoded as
+    they are needed; in as many threads as there are cores. Raises DataError for manifests whose images differ in size.
+    """
+
+    def __init__(self, rows: Rows, memory_gb: float, device: torch.device):
+        self.rows, self.device, self.side = rows, device, rows.selections[0].info.image_size
+        for selection in rows.selections:
+            if selection.info.image_size != self.side:
+                raise DataError(
+                    f"{selection.url}: images of {selection.info.image_size} pixels, "
+                    f"but {rows.selections[0].url} has {self.side}; distill from manifests of one size"
+                )
+        self._pool = ThreadPoolExecutor(thread_name_prefix="decode")
+        self._kept: Tensor | None = None
+        if len(rows) * self.side**2 * 3 <= memory_gb * 1e9:
+            kept = torch.empty(len(rows), self.side, self.side, 3, dtype=torch.uint8)
+            for start in range(0, len(rows), CHUNK):
+                kept[start : start + CHUNK] = self._decoded(np.arange(start, min(start + CHUNK, len(rows))))
+            self._kept = kept.to(device)
 
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
+        if self._kept is None:
+            return self._decoded(rows).to(self.device)
+        return self._kept.index_select(0, torch.from_numpy(rows).to(self.device))
 
+    def _decoded(self, rows: Ints) -> Tensor:
+        def pixels(row: int, data: bytes) -> np.ndarray:
+            try:
+                return decode(data, self.side)
+            except ValueError as error:
+                raise DataError(f"{self.rows.name(row)}: {error}") from None
 
-class CachedPixels:
-    """Every image decoded once, kept as one uint8 tensor on ``device``."""
-
-    def __init__(self, rows: Rows, side: int, device: torch.device):
-        self.pixels = torch.empty(len(rows), side, side, 3, dtype=torch.uint8)
-        for start in range(0, len(rows), CHUNK):
-            chunk = np.arange(start, min(start + CHUNK, len(rows)))
-            for row, data in zip(chunk.tolist(), rows.read(chunk), strict=True):
-                self.pixels[row] = torch.from_numpy(_checked(rows, row, data, side).copy())
-        self.pixels = self.pixels.to(device)
-
-    def take(self, rows: Ints) -> Tensor:
-        return self.pixels.index_select(0, torch.from_numpy(rows).to(self.pixels.device))
-
-
-class StreamedPixels:
-    """Nothing kept: images are read and decoded, in ``threads`` threads, whenever they are asked for."""
-
-    def __init__(self, rows: Rows, side: int, device: torch.device, threads: int = 2):
-        self.rows, self.side, self.device = rows, side, device
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    def take(self, rows: Ints) -> Tensor:
-        encoded = zip(rows.tolist(), self.rows.read(rows), strict=True)
-        images = self._pool.map(lambda pair: _checked(self.rows, pair[0], pair[1], self.side), encoded)
-        return torch.from_numpy(np.stack(list(images))).to(self.device)
+        return torch.from_numpy(np.stack(list(self._pool.map(pixels, rows.tolist(), self.rows.read(rows)))))
 
 
 def images_at_once(most: int, size: int) -> int:
     """How many images of ``size`` bytes, decoded, a network is shown at once: ``most``, fewer where they are large."""
     return min(most, max(1, AT_ONCE // size))
-
-
-def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
-    """Cached where all images fit ``memory_gb``, else streamed. Raises DataError for images of unequal size."""
-    side = rows.selections[0].info.image_size
-    for selection in rows.selections:
-        if selection.info.image_size != side:
-            raise DataError(
-                f"{selection.url}: images of {selection.info.image_size} pixels, "
-                f"but {rows.selections[0].url} has {side}; distill from manifests of one size"
-            )
-    fits = len(rows) * side * side * 3 <= memory_gb * 1e9
-    return CachedPixels(rows, side, device) if fits else StreamedPixels(rows, side, device)
-
-
-def _checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
-    try:
-        return decode(data, side)
-    except ValueError as error:
-        raise DataError(f"{rows.name(row)}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -107,17 +88,6 @@ class Batch:
     def share(self) -> float:
         """This part of the whole batch, 0 … 1."""
         return len(self.rows) / self.count
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """Everything about an epoch but its pixels, drawn at once: the rows in order, their views."""
-
-    number: int
-    order: Ints
-    turns: Ints
-    views: Views
-    mixes: bool
 
 
 def batch_bounds(length: int, batch_size: int) -> Ints:
@@ -157,9 +127,10 @@ class Batches:
         self.side = rows.selections[0].info.image_size
         self.bounds = batch_bounds(order.length, settings.batch_size)
         self.steps = len(self.bounds) - 1
+        self._mixes = settings.augment.cutmix + settings.augment.mixup > 0
         self._labels = torch.from_numpy(rows.label).to(device)
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
-        self._epoch: _Epoch | None = None
+        self._epoch: tuple[int, Ints, Ints, Views] | None = None  # number, its order, turns and views
 
     def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
@@ -174,30 +145,30 @@ class Batches:
     def make(self, step: int) -> Batch:
         """The batch of one step of the run. A view's partner is the sample that follows it in the epoch's order."""
         number, place = divmod(step, self.steps)
-        if self._epoch is None or self._epoch.number != number:
+        if self._epoch is None or self._epoch[0] != number:
             self._epoch = self._drawn(number)
-        epoch = self._epoch
+        _, order, taken, every = self._epoch
         whole = np.arange(self.bounds[place], self.bounds[place + 1])
         here = whole[self.ranks.part(len(whole))]
-        if epoch.mixes:  # the last one's partner is seen as well
-            here = np.append(here, (here[-1] + 1) % len(epoch.order))
-        views = epoch.views.at(here).to(self.device)
-        x = to_unit(apply_views(self.pixels.take(epoch.order[here]), views))
-        following = epoch.order[(here + 1) % len(epoch.order)]
-        if epoch.mixes:
+        if self._mixes:  # the last one's partner is seen as well
+            here = np.append(here, (here[-1] + 1) % len(order))
+        views = every.at(here).to(self.device)
+        x = to_unit(apply_views(self.pixels.take(order[here]), views))
+        following = order[(here + 1) % len(order)]
+        if self._mixes:
             here, following, views = here[:-1], following[:-1], views.at(slice(-1))
             x = mix(x[:-1], x[1:], views)
-        rows = epoch.order[here]
+        rows = order[here]
         index, other = (torch.from_numpy(each).to(self.device) for each in (rows, following))
         labels, partners = self._labels[index], self._labels[other]
-        derived = int(self.rows.derived[epoch.order[whole]].sum())
-        return Batch(x, labels, partners, views.lam, self._derived[index], rows, epoch.turns[here], len(whole), derived)
+        derived = int(self.rows.derived[order[whole]].sum())
+        return Batch(x, labels, partners, views.lam, self._derived[index], rows, taken[here], len(whole), derived)
 
-    def _drawn(self, number: int) -> _Epoch:
+    def _drawn(self, number: int) -> tuple[int, Ints, Ints, Views]:
         settings, order = self.settings, self.order(number)
         taken = turns(settings.augment, number, repeats(order))
         views = draw_views(settings.augment, self.side, settings.seed, number, self.rows.ids[order], taken)
-        return _Epoch(number, order, taken.astype(np.int64), views, views.mixes)
+        return number, order, taken.astype(np.int64), views
 
     def fixed(self, rows: Ints, turn: int) -> Tensor:
         """View number ``turn`` of ``rows`` where views are fixed, ``[n, 3, h, w]`` in [−1, 1]."""
