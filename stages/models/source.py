@@ -6,6 +6,7 @@ A run resolves each name once (:func:`resolve`) and passes the source on: it rea
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.machinery import PathFinder
@@ -17,7 +18,17 @@ from pydantic import ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
-from stages.models.folders import CONFIG, WEIGHTS, FolderFacts, fetch, hf_facts, timm_facts
+from stages.models.folders import (
+    CONFIG,
+    WEIGHTS,
+    FolderFacts,
+    fetch,
+    hf_facts,
+    read_weights,
+    timm_facts,
+    weight_files,
+    weights_in,
+)
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
 
 Scheme = Literal["builtin", "timm", "torchvision", "hf", "onnx", "code"]
@@ -149,10 +160,11 @@ def check_class_count(value: Any, where: str) -> int:
 class ModelSource:
     """A classifier's configuration and files. The weights are read and hashed once, when first needed.
 
-    ``weights`` is None where ``code``, the user's Python file, brings its own. ``folder``: that of a transformers
-    model. ``sha256``: of the weights, as the model folder records it or as they were when first read. ``decisions``:
-    what was settled and from what, for people (``architecture``, ``weights``, ``input``, ``classes``); what the loading
-    settles is there once it is done.
+    ``weights``, a file or the index of shards, is None where ``code``, the user's Python file, brings its own.
+    ``folder``: that of a transformers model. ``checkpoint_key``: the table in the weights that the user named.
+    ``sha256``: of the weights, as the model folder records it or as they were when first read. ``decisions``: what was
+    settled and from what, for people (``architecture``, ``weights``, ``input``, ``classes``); what the loading settles
+    is there once it is done.
     """
 
     config: ModelConfig
@@ -161,25 +173,23 @@ class ModelSource:
     folder: Path | None = None
     half_precision: bool = False
     sha256: str | None = None
+    checkpoint_key: str | None = None
     decisions: dict[str, str] = field(default_factory=dict, compare=False)
-    _data: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    _data: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def where(self) -> str:
         """The file that errors name."""
         return str(self.weights or self.code)
 
-    def read(self) -> bytes:
-        """The weights file, b"" where code brings its own; kept until :meth:`release`.
+    def read(self) -> dict[str, bytes]:
+        """The weights files by name, none where code brings its own; kept until :meth:`release`.
 
-        Raises DataError if it cannot be read, or is not what the folder records or what was read before.
+        Raises DataError if they cannot be read, or are not what the folder records or what was read before.
         """
         if self._data is None:
-            try:
-                data = self.weights.read_bytes() if self.weights else b""
-            except OSError as error:
-                raise DataError(f"cannot read teacher weights {self.weights}: {error.strerror}") from None
-            sha256 = hashlib.sha256(data).hexdigest()
+            data = {path.name: read_weights(path) for path in weight_files(self.weights)} if self.weights else {}
+            sha256 = content_sha256(data)
             if self.sha256 not in (None, sha256):
                 raise DataError(
                     f"{self.weights} is truncated or was altered: its sha256 is {sha256}, expected {self.sha256}"
@@ -194,8 +204,8 @@ class ModelSource:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, the
-        user's code, and the change of precision where there is one."""
-        found = identity_of(self.config, self.read())
+        user's code, and the change of precision or the table among others where there is one."""
+        found = identity_of(self.config, content_sha256(self.read()))
         if self.code:
             try:
                 code = hashlib.sha256(self.code.read_bytes()).hexdigest()
@@ -204,18 +214,28 @@ class ModelSource:
             found["sha256"] = hashlib.sha256(f"{code} {found['sha256']}".encode()).hexdigest()
         if self.half_precision:  # data made in the precision of the files is another teacher's
             found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
+        if self.checkpoint_key is not None:
+            found["sha256"] = hashlib.sha256(f"{self.checkpoint_key} of {found['sha256']}".encode()).hexdigest()
         return found
 
 
-def identity_of(config: ModelConfig, weights: bytes) -> dict[str, Any]:
-    """JSON-able identity of an architecture with these weights.
+def content_sha256(files: Mapping[str, bytes]) -> str:
+    """Of one file its sha256, of several that over their names and checksums."""
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    if len(sums) < 2:
+        return next(iter(sums.values()), hashlib.sha256().hexdigest())
+    return hashlib.sha256("".join(f"{sums[name]} {name}\n" for name in sorted(sums)).encode()).hexdigest()
+
+
+def identity_of(config: ModelConfig, sha256: str) -> dict[str, Any]:
+    """JSON-able identity of an architecture with the weights of this checksum.
 
     ``builtin``: a copy travels with the dataset and is loaded after a hash check; ``external``: only ever named.
     """
     return {
         "kind": "builtin" if split_name(config.architecture)[0] == "builtin" else "external",
         "architecture": config.architecture,
-        "sha256": hashlib.sha256(weights).hexdigest(),
+        "sha256": sha256,
         "config": config.model_dump(mode="json"),
     }
 
@@ -240,7 +260,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
         raise UsageError(f"unknown model '{settings.name}': embedded are {', '.join(EMBEDDED)}")
     if scheme == "builtin" and ("/" in rest or rest.startswith(".")):
         raise DataError(f"model folder {rest} does not exist")
-    weights = Path(settings.weights) if settings.weights else None
+    weights = _weights(settings)
     home, facts = None, FolderFacts()
     if scheme == "hf":
         home = fetch(rest, "classifier")
@@ -252,7 +272,8 @@ def resolve(settings: ModelSettings) -> ModelSource:
         weights = Path(rest)
     if settings.weights and settings.num_classes not in (None, facts.num_classes or settings.num_classes):
         facts = replace(facts, num_classes=None, class_names=None)  # those of other weights
-    weights = weights or (home / WEIGHTS if home else None)
+    if weights is None and home:
+        weights = weights_in(home)
     needed = {
         "weights": weights or scheme == "code",
         "input": settings.input or facts.input,
@@ -266,7 +287,20 @@ def resolve(settings: ModelSettings) -> ModelSource:
         raise UsageError(f"model '{settings.name}' {why}")
     config = _overridden(_named_config(settings, facts), settings)
     code = source_file(rest) if scheme == "code" else None
-    return ModelSource(config, weights, code, home if scheme == "hf" else None, facts.half_precision)
+    return ModelSource(
+        config,
+        weights,
+        code,
+        folder=home if scheme == "hf" else None,
+        half_precision=facts.half_precision,
+        checkpoint_key=settings.checkpoint_key,
+    )
+
+
+def _weights(settings: ModelSettings) -> Path | None:
+    """The file that the user named, or that in the folder that the user named."""
+    path = Path(settings.weights) if settings.weights else None
+    return weights_in(path) if path and path.is_dir() else path
 
 
 def _from_yaml(settings: ModelSettings) -> ModelSettings:
@@ -292,9 +326,9 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     except OSError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     config = _overridden(config, settings)
-    if settings.weights:
-        return ModelSource(config, Path(settings.weights))
-    return ModelSource(config, folder / WEIGHTS, sha256=recorded)
+    if weights := _weights(settings):
+        return ModelSource(config, weights, checkpoint_key=settings.checkpoint_key)
+    return ModelSource(config, folder / WEIGHTS, sha256=recorded, checkpoint_key=settings.checkpoint_key)
 
 
 def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:

@@ -1,0 +1,481 @@
+"""Weights files of any origin: their tables of named tensors, and which of these a network takes. Nothing in them runs.
+
+A training loop saves one table or several (raw and averaged weights), nested, with prefixes before the names, beside
+options, metrics and an optimizer. :func:`read_checkpoint` lists all tables of a file; :func:`find_weights` finds the
+one that holds every parameter and statistic of a network. Names are compared with the network's own.
+"""
+
+import io
+import pickletools
+import re
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # of Python 2, as pickle itself renames them
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from manifests.errors import DataError, UsageError
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of modules."""
+TRAINING_ONLY = re.compile(r"(?:.*\.)?total_(?:ops|params)|(?:aux|criterion|loss)\w*\..*", re.IGNORECASE)
+"""Names that no logit depends on: thop's counters, auxiliary classifiers, weights of the loss."""
+AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|averaged?)(?:$|[/._])", re.IGNORECASE)
+"""In the name of a table: moving averages of the weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds. ``tables``: named tensors by the path of keys to them (``model``, ``ckpt/ema``; "" is
+    the top level). ``contents``: every top-level entry that is no tensor, in words."""
+
+    where: str
+    tables: dict[str, dict[str, Tensor]]
+    contents: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The largest table, without wrappers, for networks that rename parameters themselves. Raises DataError where
+        there is none."""
+        return _without(WRAPPERS, max(self.named_tables().values(), key=len))
+
+    def named_tables(self, key: str | None = None) -> dict[str, dict[str, Tensor]]:
+        """All tables, or the one that ``key`` is or begins with. Raises DataError saying what is there instead, or
+        UsageError."""
+        if not self.tables:
+            held = _listed([f"{key}: {what}" for key, what in self.contents.items()], 8)
+            raise DataError(f"{self.where} holds no table of named tensors ({held or 'nothing'}){self._remedy()}")
+        if key is None:
+            return self.tables
+        paths = [path for path in self.tables if not path or path == key or key.startswith(f"{path}/")]
+        return {path: self.tables[path] for path in sorted(paths, key=len)[-1:]}
+
+    def _remedy(self) -> str:
+        for key, what in self.contents.items():
+            if what.startswith(MODEL):
+                entry = "" if key == WHOLE else f"[{key!r}]"
+                model = f"torch.load({self.where!r}, weights_only=False){entry}"
+                return f"; if you trust it, run once: torch.save({model}.state_dict(), 'weights.pt')"
+        return ""
+
+
+WHOLE = "the file"
+MODEL = "a whole pickled model of class"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Every tensor of a network, by its name there. ``line``: what was read, for people; "" where the file is just
+    these tensors under these names."""
+
+    state: dict[str, Tensor]
+    line: str
+
+
+# From bytes to tables.
+
+
+class _Items:
+    """Stands for a class in a file, which is not imported: its objects become dicts of what they hold."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        items: Any = OrderedDict()  # exactly this type: torch puts items and attributes into no other
+        items.pickled_class = cls.__name__
+        return items
+
+
+class _Opaque:
+    """The same for objects that are keys or members of sets, or have a state of another form."""
+
+    @property
+    def pickled_class(self) -> str:
+        return type(self).__name__
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read_checkpoint(files: Mapping[str, bytes], where: str) -> Checkpoint:
+    """The tables in the weights ``files``: one of safetensors or ``torch.save``, told apart by content, or the shards
+    of one table. Raises DataError where they are damaged, or cannot be read without running what they hold."""
+    if len(files) == 1:
+        return _checkpoint(_parse(next(iter(files.values())), where), where)
+    table: dict[str, Tensor] = {}
+    for name, data in files.items():
+        shard = _checkpoint(_parse(data, name), name)
+        if twice := shard.state.keys() & table.keys():
+            raise DataError(f"{where}: {min(twice)} is in {name} and in a shard before it")
+        table |= shard.state
+    return Checkpoint(where, {"": table})
+
+
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        if data[8:9] == b"{" or where.endswith(".safetensors"):  # a JSON object after its length, as no pickle or zip
+            return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise DataError(f"{where} is truncated or no safetensors file: {error}") from None
+    if not data:
+        raise DataError(f"{where} is empty")
+    if data[:64].lstrip()[:1] == b"<":
+        raise DataError(f"{where} is a web page: download the file itself")
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                members = archive.infolist()
+            if sum(member.file_size for member in members) > len(data):
+                raise DataError(f"{where} is compressed, which torch.save never does: save it again")
+            if any(member.filename.endswith("/constants.pkl") for member in members):
+                remedy = "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+                raise DataError(f"{where} is a TorchScript program, not weights; if you trust it: {remedy}")
+        names = _unknown_classes(data)
+        return _unpickled(data, names)
+    except DataError:
+        raise
+    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
+        if names:
+            raise DataError(f"{where} cannot be read without running what it holds: {_listed(names)}") from None
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])[:120]
+        reason = "" if "eights" in reason else f" ({reason})"  # torch's own advice
+        raise DataError(f"{where} is damaged, or no file of torch.save or safetensors{reason}") from None
+
+
+def _unknown_classes(data: bytes) -> list[str]:
+    """The classes and functions that a ``torch.save`` file names and torch does not know as harmless."""
+    if data.startswith(b"PK"):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    stream, names = io.BytesIO(data), set()
+    for _ in range(4):  # the format before 1.6: magic number, protocol, machine, content, each a pickle
+        for op, argument, _position in pickletools.genops(stream):
+            if op.name == "GLOBAL":
+                module, name = str(argument).split(" ", 1)
+                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                names.add(f"{module}.{name}")
+    return sorted(names)  # torch's own among them: it prefers them to any stand-in
+
+
+def _unpickled(data: bytes, names: Sequence[str]) -> Any:
+    """The content by torch's restricted unpickler, with stand-ins for the classes ``names``: none of them is imported
+    or called. Raises what torch raises."""
+    for last, kind in enumerate((_Items, _Opaque)):
+        stand_ins: list[Any] = [(_stand_in(name, kind), name) for name in names]
+        try:
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception:
+            if last or not names:
+                raise
+    raise AssertionError
+
+
+def _stand_in(name: str, kind: type) -> Callable[..., Any]:
+    if name == "collections.defaultdict":
+        return lambda *_: {}
+    if name == "collections.deque":
+        return lambda *_: []
+    return type(name, (_Opaque if name.startswith(("numpy.", "functools.")) else kind,), {})
+
+
+def _checkpoint(root: Any, where: str) -> Checkpoint:
+    tables: dict[str, dict[str, Tensor]] = {}
+    waiting, seen = [("", root)], set()
+    for path, node in waiting:  # breadth first; a hostile file may contain itself
+        if not isinstance(node, Mapping) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        tensors = {name: value for name, value in node.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        if tensors:
+            tables[path] = tensors
+        waiting += [(f"{path}/{key}".removeprefix("/"), value) for key, value in node.items()]
+    if not isinstance(root, Mapping) or _is_model(root):
+        return Checkpoint(where, tables, {WHOLE: _kind(root)})
+    contents = {str(key)[:60]: _kind(value) for key, value in root.items() if not isinstance(value, Tensor)}
+    return Checkpoint(where, tables, contents)
+
+
+def _is_model(value: Any) -> bool:
+    return "_modules" in getattr(value, "__dict__", {})
+
+
+def _kind(value: Any) -> str:
+    name = getattr(value, "pickled_class", None)
+    if name is None:
+        return f"{len(value)} entries" if isinstance(value, Mapping | list | tuple) else type(value).__name__
+    return f"{MODEL} {name}" if _is_model(value) else str(name)
+
+
+# From tables to a network.
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The network's names found in a table below ``prefix``; ``problems`` by kind."""
+
+    label: str
+    table: str
+    prefix: str
+    state: dict[str, Tensor]
+    left_out: list[str]
+    notes: list[str]
+    problems: dict[str, list[str]]
+
+    @property
+    def fits(self) -> bool:
+        return not any(self.problems.values())
+
+
+class Misfit(DataError):
+    """No table holds all that the network needs; ``state`` is what the closest one holds of it."""
+
+    def __init__(self, text: str, state: dict[str, Tensor]):
+        super().__init__(text)
+        self.state = state
+
+
+def find_weights(
+    checkpoint: Checkpoint,
+    net: nn.Module,
+    key: str | None = None,
+    biases: Mapping[str, str] | None = None,
+) -> Weights:
+    """The tensors of ``checkpoint`` that ``net`` needs: all of them, from one table, below one prefix.
+
+    Where several tables hold them, that named ``key`` is read; else averaged weights (``ema``, ``swa``) before others,
+    as timm does, but mmengine's own order, which keeps them under ``state_dict``.
+
+    Args:
+        net: compared by names and shapes; may be on the meta device.
+        key: path of a table, or of a table and a prefix (``state_dict/ema_model``).
+        biases: for a bias that the file may have and ``net`` has not, the running mean of the BatchNorm behind it, from
+            which it is subtracted: BN(y + b) with mean m is BN(y) with mean m − b.
+
+    Raises:
+        DataError: none fits (naming keys and shapes of the one that comes closest), or several do.
+        UsageError: there is no ``key``.
+    """
+    expected = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+    drop = WRAPPERS - {part for name in expected for part in name.split(".")}
+    aliases = list(_aliases(net, [*expected, *(biases or {})]))
+    key = "" if key == "." else key
+    tables = checkpoint.named_tables(key)
+    tried = [
+        fit
+        for path, table in tables.items()
+        for names in aliases
+        for fit in _fits(path, _without(drop, table), names, expected, biases or {})
+        if key in (None, fit.table, fit.label)
+    ]
+    if not tried:
+        has = _listed(map(_label, checkpoint.tables), 8)
+        raise UsageError(f"{checkpoint.where} holds no '{key}' that checkpoint_key names: it has {has}")
+    fits = [fit for fit in tried if fit.fits]
+    if not fits:
+        raise _misfit(checkpoint, max(tried, key=lambda fit: len(fit.state)), net)
+    return _choose(fits, checkpoint, type(net).__name__)
+
+
+def _without(wrappers: set[str], table: dict[str, Tensor]) -> dict[str, Tensor]:
+    clean = {".".join(part for part in name.split(".") if part not in wrappers): v for name, v in table.items()}
+    return clean if len(clean) == len(table) else table  # both of two names are needed to tell them apart
+
+
+def _fits(
+    path: str,
+    table: dict[str, Tensor],
+    names: Mapping[str, str],
+    expected: Mapping[str, Tensor],
+    biases: Mapping[str, str],
+) -> Iterator[_Fit]:
+    """The network's names below every prefix that has half of them, or below none. ``names``: in the file, to those of
+    the network."""
+    hits: Counter[str] = Counter()
+    for name in table:
+        parts = name.split(".")
+        hits.update(name[: len(name) - len(rest)] for i in range(len(parts)) if (rest := ".".join(parts[i:])) in names)
+    many = [prefix for prefix, count in hits.most_common(16) if 2 * count >= len(expected) - len(biases)]
+    for prefix in many or [""]:
+        yield _fit(path, table, prefix, names, expected, biases)
+
+
+def _fit(
+    path: str,
+    table: dict[str, Tensor],
+    prefix: str,
+    names: Mapping[str, str],
+    expected: Mapping[str, Tensor],
+    biases: Mapping[str, str],
+) -> _Fit:
+    source = {name: prefix + alias for alias, name in names.items() if prefix + alias in table}
+    missing = [name for name in names.values() if name not in source and not _optional(name, biases)]
+    if 0 < len(missing) <= 4:  # the head lies beside the rest: backbone. and head. of OpenMMLab
+        own = {name: alias for alias, name in names.items()}
+        others = [{n[: -len(own[m])] for n in table if n.endswith(f".{own[m]}")} for m in missing]
+        if len(common := set.intersection(*others)) == 1:
+            source |= {name: min(common) + own[name] for name in missing}
+            missing, prefix = [], f"{prefix} and {min(common)}" if prefix else prefix
+    state = {name: table[origin] for name, origin in source.items()}
+    left = sorted(table.keys() - set(source.values()))
+    inside = [name for name in left if name.startswith(prefix) and not TRAINING_ONLY.fullmatch(name[len(prefix) :])]
+    problems = {
+        "missing": missing,
+        "unexpected": inside,
+        "of another shape": [
+            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
+            for name, value in state.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+        "not plain numbers": [
+            f"{name} ({what})" for name, value in state.items() if (what := _special(value, expected.get(name)))
+        ],
+    }
+    notes = []
+    if not any(problems.values()):
+        folded = [name for name in biases if name in state]
+        for name in folded:
+            mean = state[biases[name]]
+            state[biases[name]] = mean - state.pop(name).to(mean.dtype)
+        if folded:
+            notes.append(f"biases of {len(folded)} convolutions subtracted from the BatchNorm means behind them")
+        if renamed := sum(alias != name for alias, name in names.items() if name in state):
+            notes.append(f"{renamed} names translated")
+    label = "/".join(filter(None, (path, prefix.rstrip("."))))
+    return _Fit(label, path, prefix, state, left, notes, problems)
+
+
+def _optional(name: str, biases: Mapping[str, str]) -> bool:
+    return name in biases or name.endswith("num_batches_tracked")  # old files lack it
+
+
+def _special(value: Tensor, wanted: Tensor | None) -> str:
+    """What keeps ``value`` from being copied number by number."""
+    if value.is_meta:
+        return "on the meta device: without values"
+    if value.is_quantized:
+        return "quantized"
+    if value.layout != torch.strided or value.is_nested:
+        return "sparse"
+    if wanted is not None and value.is_floating_point() != wanted.is_floating_point():
+        return str(value.dtype).removeprefix("torch.")
+    return ""
+
+
+def _misfit(checkpoint: Checkpoint, best: _Fit, net: nn.Module) -> Misfit:
+    what, keys = next((what, keys) for what, keys in best.problems.items() if keys)
+    unused = f"; the file has {_listed(best.left_out)}" if what == "missing" and best.left_out else ""
+    place = f" ({best.label})" if best.label else ""
+    text = f"{checkpoint.where}{place} does not fit {type(net).__name__}: {what}: {_listed(keys)}{unused}"
+    return Misfit(text, best.state)
+
+
+def _choose(fits: list[_Fit], checkpoint: Checkpoint, net: str) -> Weights:
+    distinct: list[_Fit] = []
+    for fit in fits:
+        if not any(_equal(fit.state, other.state) for other in distinct):
+            distinct.append(fit)
+    if len(distinct) > 1:
+        averaged = [fit for fit in distinct if bool(AVERAGED.search(fit.label)) != _is_mmengine(checkpoint)]
+        if len(averaged) != 1:
+            labels = " and ".join(_label(fit.label) for fit in distinct)
+            raise DataError(
+                f"{checkpoint.where} holds several tables that fit {net}, {labels}: name one with checkpoint_key"
+            )
+        distinct = averaged
+    return Weights(distinct[0].state, _line(distinct[0], checkpoint))
+
+
+def _is_mmengine(checkpoint: Checkpoint) -> bool:
+    """Whether its EMAHook may have written the file: it swaps the names of raw and averaged weights."""
+    return "message_hub" in checkpoint.contents
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def _line(fit: _Fit, checkpoint: Checkpoint) -> str:
+    top = fit.table.split("/")[0]
+    beside = [key for key in checkpoint.contents if key != top]
+    parts = [f"prefix {fit.prefix} removed"] if fit.prefix else []
+    parts += [f"left out: {_grouped(fit.left_out)}"] if fit.left_out else []
+    parts += fit.notes
+    if not (top or beside or parts):
+        return ""
+    name = checkpoint.where.rsplit("/", 1)[-1]
+    place = f"{_label(fit.table)} of {name}" if fit.table else name
+    return ", ".join([place + (f" (beside it: {_listed(beside, 6)})" if beside else ""), *parts])
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """``names``, those of one counter or branch together: ``criterion.weight, 12 × total_ops, 10 × AuxLogits``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
+        groups.setdefault(last if last.startswith("total_") else first, []).append(name)
+    return _listed([each[0] if len(each) == 1 else f"{len(each)} × {group}" for group, each in groups.items()])
+
+
+def _label(path: str) -> str:
+    return path or ". (the top level)"
+
+
+def _listed(names: Any, most: int = 4) -> str:
+    names = [str(name)[:80] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# The same layers under other names.
+
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+
+
+def _aliases(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, str]]:
+    """What files may call the parameters ``names`` of ``net``: to their names in ``net``, its own first."""
+    seen: list[dict[str, str]] = []
+    for rules in ((), *_namings(net)):
+        aliases = {}
+        for name in names:
+            alias = name
+            for pattern, replacement in rules:
+                alias = re.sub(pattern, replacement, alias)
+            aliases[alias] = name
+        if aliases not in seen:
+            seen.append(aliases)
+            yield aliases
+
+
+def _namings(net: nn.Module) -> list[list[Rule]]:
+    """By class of network, what turns its names into those of code bases that have the same layers."""
+    kind = type(net).__name__
+    if kind == "ResNet":  # shortcut, linear: kuangliu/pytorch-cifar
+        shortcut, head = (r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear.")
+        cifar100: list[Rule] = [  # weiaicunzai/pytorch-cifar100
+            *((rf"^layer{stage}\.", f"conv{stage + 1}_x.") for stage in (1, 2, 3, 4)), shortcut,
+            (r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."),
+            (r"\.conv1\.", ".residual_function.0."), (r"\.bn1\.", ".residual_function.1."),
+            (r"\.conv2\.", ".residual_function.3."), (r"\.bn2\.", ".residual_function.4."),
+        ]  # fmt: skip
+        return [[shortcut, head], [shortcut], [head], cifar100]
+    if kind == "ResNetCifar":  # RepDistiller, chenyaofo/pytorch-cifar-models
+        return [[(r"^linear\.", "fc.")], [(r"\.downsample\.", ".shortcut.")]]
+    if kind == "Vgg11":  # kuangliu/pytorch-cifar, pytorch-cifar-models: one list, whose numbers count poolings, too
+        lengths = [sum(1 for _ in net.get_submodule(f"block{block}").children()) for block in range(5)]
+        starts = [sum(lengths[:block]) for block in range(5)]
+        return [[(r"^block(\d)\.(\d+)\.", lambda m: f"features.{starts[int(m[1])] + int(m[2])}.")]]
+    if kind == "DenseNet":  # torchvision's own weights, which its builder renames
+        return [[(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")]]
+    if kind == "VisionTransformer":  # torchvision before 0.12
+        return [[(r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2.")]]
+    return []
