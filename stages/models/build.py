@@ -75,6 +75,10 @@ def _timm(config: ModelConfig) -> nn.Module:
     return _with_small_stem(net, config)
 
 
+TRANSFORMED = ("torchvision:googlenet", "torchvision:inception_v3")
+"""Whose builders, given torchvision's own weights, map ImageNet's normalization to these weights' (transform_input)."""
+
+
 def _torchvision(config: ModelConfig) -> nn.Module:
     from torchvision import models
 

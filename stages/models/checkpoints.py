@@ -25,9 +25,12 @@ from manifests.errors import DataError, UsageError
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of modules."""
-TRAINING_ONLY = re.compile(r"(?:.*\.)?total_(?:ops|params)|(?:aux|criterion|loss)\w*\..*", re.IGNORECASE)
-"""Names that no logit depends on: thop's counters, auxiliary classifiers, weights of the loss."""
-AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|averaged?)(?:$|[/._])", re.IGNORECASE)
+TRAINING_ONLY = re.compile(
+    r"(?:.*\.)?total_(?:ops|params)|n_averaged|num_updates|steps?|initted|decay|(?:aux|criterion|loss)\w*\..*",
+    re.IGNORECASE,
+)
+"""Names that no logit depends on: counters of thop and of averaging, auxiliary classifiers, weights of the loss."""
+AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|avg|averaged?)(?:$|[/._])", re.IGNORECASE)
 """In the name of a table: moving averages of the weights."""
 
 
@@ -50,7 +53,7 @@ class Checkpoint:
         """All tables, or the one that ``key`` is or begins with. Raises DataError saying what is there instead, or
         UsageError."""
         if not self.tables:
-            held = _listed([f"{key}: {what}" for key, what in self.contents.items()], 8)
+            held = _listed(f"{key}: {what}" for key, what in self.contents.items())
             raise DataError(f"{self.where} holds no table of named tensors ({held or 'nothing'}){self._remedy()}")
         if key is None:
             return self.tables
@@ -130,26 +133,48 @@ def _parse(data: bytes, where: str) -> Any:
         raise DataError(f"{where} is empty")
     if data[:64].lstrip()[:1] == b"<":
         raise DataError(f"{where} is a web page: download the file itself")
+    _require_torch_save(data, where)
     names: list[str] = []
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                members = archive.infolist()
-            if sum(member.file_size for member in members) > len(data):
-                raise DataError(f"{where} is compressed, which torch.save never does: save it again")
-            if any(member.filename.endswith("/constants.pkl") for member in members):
-                remedy = "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
-                raise DataError(f"{where} is a TorchScript program, not weights; if you trust it: {remedy}")
         names = _unknown_classes(data)
         return _unpickled(data, names)
-    except DataError:
-        raise
     except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
+        if "Unsupported operand" in str(error):
+            raise DataError(f"{where} has another pickle_protocol than torch.save's own: save it again") from None
         if names:
-            raise DataError(f"{where} cannot be read without running what it holds: {_listed(names)}") from None
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])[:120]
-        reason = "" if "eights" in reason else f" ({reason})"  # torch's own advice
-        raise DataError(f"{where} is damaged, or no file of torch.save or safetensors{reason}") from None
+            foreign = [name for name in names if name.split(".")[0] not in ("torch", "collections", "builtins")]
+            what = f"running what it holds: {_listed(foreign or names)}"
+            remedy = f"the state_dict() of the network in torch.load({where!r}, weights_only=False)"
+            remedy = "" if _HOSTILE.intersection(name.split(".")[0] for name in names) else f"; save {remedy}"
+            raise DataError(f"{where} cannot be read without {what}{remedy}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise DataError(f"{where} is damaged, or no file of torch.save or safetensors ({reason})") from None
+
+
+def _require_torch_save(data: bytes, where: str) -> None:
+    """Raises DataError where ``data`` is something else, or expands to more than its own size."""
+    if data.startswith(b"\x80") and _MAGIC not in data[:32]:
+        remedy = f"torch.save(pickle.load(open({where!r}, 'rb')), 'weights.pt')"
+        raise DataError(f"{where} is a plain pickle, which may run anything; if you trust it: {remedy}")
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {member.filename.rpartition("/")[2]: member.file_size for member in archive.infolist()}
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise DataError(f"{where} is damaged: {error}") from None
+    if "constants.pkl" in members:
+        remedy = f"torch.save(torch.jit.load({where!r}).state_dict(), 'weights.pt')"
+        raise DataError(f"{where} is a TorchScript program, not weights; if you trust it: {remedy}")
+    if "data.pkl" not in members:
+        raise DataError(f"{where} is a zip archive, but none of torch.save: it holds {_listed(members)}")
+    if size > len(data):
+        raise DataError(f"{where} is compressed, which torch.save never does: save it again")
+
+
+_HOSTILE = {"os", "posix", "nt", "sys", "subprocess"}  # no training loop saves these
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of torch.save before 1.6
 
 
 def _unknown_classes(data: bytes) -> list[str]:
@@ -193,16 +218,18 @@ def _checkpoint(root: Any, where: str) -> Checkpoint:
     tables: dict[str, dict[str, Tensor]] = {}
     waiting, seen = [("", root)], set()
     for path, node in waiting:  # breadth first; a hostile file may contain itself
-        if not isinstance(node, Mapping) or id(node) in seen:
+        if not isinstance(node, Mapping | list | tuple) or id(node) in seen:
             continue
         seen.add(id(node))
+        if not isinstance(node, Mapping):
+            node = dict(enumerate(node))
         tensors = {name: value for name, value in node.items() if isinstance(name, str) and isinstance(value, Tensor)}
         if tensors:
             tables[path] = tensors
-        waiting += [(f"{path}/{key}".removeprefix("/"), value) for key, value in node.items()]
+        waiting += [(f"{path}/{_key(key)}".removeprefix("/"), value) for key, value in node.items()]
     if not isinstance(root, Mapping) or _is_model(root):
         return Checkpoint(where, tables, {WHOLE: _kind(root)})
-    contents = {str(key)[:60]: _kind(value) for key, value in root.items() if not isinstance(value, Tensor)}
+    contents = {_key(key)[:60]: _kind(value) for key, value in root.items() if not isinstance(value, Tensor)}
     return Checkpoint(where, tables, contents)
 
 
@@ -210,11 +237,16 @@ def _is_model(value: Any) -> bool:
     return "_modules" in getattr(value, "__dict__", {})
 
 
+def _key(key: Any) -> str:
+    return str(key) if isinstance(key, str | int | float | None) else _kind(key)
+
+
 def _kind(value: Any) -> str:
     name = getattr(value, "pickled_class", None)
     if name is None:
-        return f"{len(value)} entries" if isinstance(value, Mapping | list | tuple) else type(value).__name__
-    return f"{MODEL} {name}" if _is_model(value) else str(name)
+        count = f" of {len(value)}" if isinstance(value, Mapping | list | tuple) else ""
+        return f"{type(value).__name__}{count}"
+    return f"{MODEL} {name}" if _is_model(value) else "numpy array" if name.endswith("._reconstruct") else str(name)
 
 
 # From tables to a network.
@@ -235,6 +267,10 @@ class _Fit:
     @property
     def fits(self) -> bool:
         return not any(self.problems.values())
+
+    @property
+    def problem(self) -> str:
+        return next(f"{what}: {_listed(keys)}" for what, keys in self.problems.items() if keys)
 
 
 class Misfit(DataError):
@@ -279,12 +315,17 @@ def find_weights(
         if key in (None, fit.table, fit.label)
     ]
     if not tried:
-        has = _listed(map(_label, checkpoint.tables), 8)
+        largest = sorted(checkpoint.tables, key=lambda path: -len(checkpoint.tables[path]))
+        has = _listed(map(_label, largest))
         raise UsageError(f"{checkpoint.where} holds no '{key}' that checkpoint_key names: it has {has}")
     fits = [fit for fit in tried if fit.fits]
     if not fits:
         raise _misfit(checkpoint, max(tried, key=lambda fit: len(fit.state)), net)
-    return _choose(fits, checkpoint, type(net).__name__)
+    chosen = _choose(fits, checkpoint, type(net).__name__)
+    for fit in tried if key is None and not _averaged(chosen, checkpoint) else ():
+        if _averaged(fit, checkpoint) and not fit.fits and 2 * len(fit.state) > len(expected):
+            chosen.notes.append(f"averaged weights {fit.label} do not fit ({fit.problem})")
+    return Weights(chosen.state, _line(chosen, checkpoint))
 
 
 def _without(wrappers: set[str], table: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -373,32 +414,31 @@ def _special(value: Tensor, wanted: Tensor | None) -> str:
 
 
 def _misfit(checkpoint: Checkpoint, best: _Fit, net: nn.Module) -> Misfit:
-    what, keys = next((what, keys) for what, keys in best.problems.items() if keys)
-    unused = f"; the file has {_listed(best.left_out)}" if what == "missing" and best.left_out else ""
+    unused = f"; the file has {_listed(best.left_out)}" if best.problems["missing"] and best.left_out else ""
     place = f" ({best.label})" if best.label else ""
-    text = f"{checkpoint.where}{place} does not fit {type(net).__name__}: {what}: {_listed(keys)}{unused}"
+    text = f"{checkpoint.where}{place} does not fit {type(net).__name__}: {best.problem}{unused}"
     return Misfit(text, best.state)
 
 
-def _choose(fits: list[_Fit], checkpoint: Checkpoint, net: str) -> Weights:
+def _choose(fits: list[_Fit], checkpoint: Checkpoint, net: str) -> _Fit:
     distinct: list[_Fit] = []
     for fit in fits:
         if not any(_equal(fit.state, other.state) for other in distinct):
             distinct.append(fit)
     if len(distinct) > 1:
-        averaged = [fit for fit in distinct if bool(AVERAGED.search(fit.label)) != _is_mmengine(checkpoint)]
+        averaged = [fit for fit in distinct if _averaged(fit, checkpoint)]
         if len(averaged) != 1:
             labels = " and ".join(_label(fit.label) for fit in distinct)
             raise DataError(
                 f"{checkpoint.where} holds several tables that fit {net}, {labels}: name one with checkpoint_key"
             )
         distinct = averaged
-    return Weights(distinct[0].state, _line(distinct[0], checkpoint))
+    return distinct[0]
 
 
-def _is_mmengine(checkpoint: Checkpoint) -> bool:
-    """Whether its EMAHook may have written the file: it swaps the names of raw and averaged weights."""
-    return "message_hub" in checkpoint.contents
+def _averaged(fit: _Fit, checkpoint: Checkpoint) -> bool:
+    """By its name, a moving average; mmengine's EMAHook swaps the names of raw and averaged weights."""
+    return bool(AVERAGED.search(fit.label)) != ("message_hub" in checkpoint.contents)
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -407,7 +447,7 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _line(fit: _Fit, checkpoint: Checkpoint) -> str:
     top = fit.table.split("/")[0]
-    beside = [key for key in checkpoint.contents if key != top]
+    beside = [key for key in checkpoint.contents if key not in (top, WHOLE)]
     parts = [f"prefix {fit.prefix} removed"] if fit.prefix else []
     parts += [f"left out: {_grouped(fit.left_out)}"] if fit.left_out else []
     parts += fit.notes

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.reader import Manifest
 from stages.models import nets
-from stages.models.build import build_hf, build_net, call_code, finish, require_buildable
+from stages.models.build import TRANSFORMED, build_hf, build_net, call_code, finish, require_buildable
 from stages.models.checkpoints import Checkpoint, Misfit, Weights, find_weights, read_checkpoint
 from stages.models.folders import CONFIG, WEIGHTS, fetch
 from stages.models.hooks import head_path
@@ -97,13 +98,13 @@ def _fitting_stem(config: ModelConfig, checkpoint: Checkpoint, key: str | None) 
     if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
         return None
     stem: Stem = "native" if config.stem == "small" else "small"
-    try:
-        with torch.device("meta"):
-            net = build_net(config.model_copy(update={"stem": stem}))
-        find_weights(checkpoint, net, key, _biases(net, config))
-    except FactoryError:
-        return None
-    return stem
+    for variant in {False, config.architecture in nets.VARIANTS}:
+        with suppress(FactoryError):
+            with torch.device("meta"):
+                net = build_net(config.model_copy(update={"stem": stem}), variant)
+            find_weights(checkpoint, net, key, _biases(net, config))
+            return stem
+    return None
 
 
 def build_from(
@@ -151,8 +152,11 @@ def load_network(source: ModelSource) -> nn.Module | Answer:
         net, weights = _hf(config, source.folder, read_checkpoint(files, where), key)
     else:
         net, weights = build_from(config, files, where, key)
-    if weights.line:
-        source.decisions["weights"] = weights.line
+    lines = [weights.line] if weights.line else []
+    if config.architecture in TRANSFORMED and config.input.mean != (0.5,) * 3:
+        lines.append("weights that began as torchvision's own take mean and std of 0.5 here (its transform_input)")
+    if lines:
+        source.decisions["weights"] = "; ".join(lines)
     return net
 
 

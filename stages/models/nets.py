@@ -179,8 +179,8 @@ VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 class Vgg11(nn.Module):
     """VGG-11 with BatchNorm (Simonyan and Zisserman 2015) as used on small images: five blocks of 3×3 convolutions,
-    global average, one linear layer, or three (``mlp``). A ``small`` one pools after the first three blocks only: total stride
-    8, not 32.
+    global average, one linear layer, or three (``mlp``). A ``small`` one pools after the first three blocks only: total
+    stride 8, not 32.
     """
 
     stages = ("block2", "block3", "block4")
