@@ -1,37 +1,25 @@
-"""Weights files of any origin: their tables of named tensors, and which of these a network takes. Nothing in them runs.
+"""What weights files hold: tables of named tensors, and what a training loop saved beside them. Nothing in them runs.
 
-A training loop saves one table or several (raw and averaged weights), nested, with prefixes before the names, beside
-options, metrics and an optimizer. :func:`read_checkpoint` lists all tables of a file; :func:`find_weights` finds the
-one that holds every parameter and statistic of a network. Names are compared with the network's own.
+Files are safetensors, or of ``torch.save``: read by torch's restricted unpickler with stand-ins for every class that it
+does not know, so that a table is found beside options, metrics and other objects without importing what made them.
 """
 
 import io
 import pickletools
-import re
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # of Python 2, as pickle itself renames them
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from manifests.errors import DataError, UsageError
-
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of modules."""
-TRAINING_ONLY = re.compile(
-    r"(?:.*\.)?total_(?:ops|params)|n_averaged|num_updates|steps?|initted|decay|(?:aux|criterion|loss)\w*\..*",
-    re.IGNORECASE,
-)
-"""Names that no logit depends on: counters of thop and of averaging, auxiliary classifiers, weights of the loss."""
-AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|avg|averaged?)(?:$|[/._])", re.IGNORECASE)
-"""In the name of a table: moving averages of the weights."""
+from manifests.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -43,17 +31,10 @@ class Checkpoint:
     tables: dict[str, dict[str, Tensor]]
     contents: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The largest table, without wrappers, for networks that rename parameters themselves. Raises DataError where
-        there is none."""
-        return _without(WRAPPERS, max(self.named_tables().values(), key=len))
-
     def named_tables(self, key: str | None = None) -> dict[str, dict[str, Tensor]]:
-        """All tables, or the one that ``key`` is or begins with. Raises DataError saying what is there instead, or
-        UsageError."""
+        """All tables, or the one that ``key`` is or begins with. Raises DataError saying what is there instead."""
         if not self.tables:
-            held = _listed(f"{key}: {what}" for key, what in self.contents.items())
+            held = listed(f"{key}: {what}" for key, what in self.contents.items())
             raise DataError(f"{self.where} holds no table of named tensors ({held or 'nothing'}){self._remedy()}")
         if key is None:
             return self.tables
@@ -71,18 +52,6 @@ class Checkpoint:
 
 WHOLE = "the file"
 MODEL = "a whole pickled model of class"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Every tensor of a network, by its name there. ``line``: what was read, for people; "" where the file is just
-    these tensors under these names."""
-
-    state: dict[str, Tensor]
-    line: str
-
-
-# From bytes to tables.
 
 
 class _Items:
@@ -116,10 +85,10 @@ def read_checkpoint(files: Mapping[str, bytes], where: str) -> Checkpoint:
         return _checkpoint(_parse(next(iter(files.values())), where), where)
     table: dict[str, Tensor] = {}
     for name, data in files.items():
-        shard = _checkpoint(_parse(data, name), name)
-        if twice := shard.state.keys() & table.keys():
+        shard = max(_checkpoint(_parse(data, name), name).named_tables().values(), key=len)
+        if twice := shard.keys() & table.keys():
             raise DataError(f"{where}: {min(twice)} is in {name} and in a shard before it")
-        table |= shard.state
+        table |= shard
     return Checkpoint(where, {"": table})
 
 
@@ -143,7 +112,7 @@ def _parse(data: bytes, where: str) -> Any:
             raise DataError(f"{where} has another pickle_protocol than torch.save's own: save it again") from None
         if names:
             foreign = [name for name in names if name.split(".")[0] not in ("torch", "collections", "builtins")]
-            what = f"running what it holds: {_listed(foreign or names)}"
+            what = f"running what it holds: {listed(foreign or names)}"
             remedy = f"the state_dict() of the network in torch.load({where!r}, weights_only=False)"
             remedy = "" if _HOSTILE.intersection(name.split(".")[0] for name in names) else f"; save {remedy}"
             raise DataError(f"{where} cannot be read without {what}{remedy}") from None
@@ -168,11 +137,12 @@ def _require_torch_save(data: bytes, where: str) -> None:
         remedy = f"torch.save(torch.jit.load({where!r}).state_dict(), 'weights.pt')"
         raise DataError(f"{where} is a TorchScript program, not weights; if you trust it: {remedy}")
     if "data.pkl" not in members:
-        raise DataError(f"{where} is a zip archive, but none of torch.save: it holds {_listed(members)}")
+        raise DataError(f"{where} is a zip archive, but none of torch.save: it holds {listed(members)}")
     if size > len(data):
         raise DataError(f"{where} is compressed, which torch.save never does: save it again")
 
 
+_DEEPEST = 8
 _HOSTILE = {"os", "posix", "nt", "sys", "subprocess"}  # no training loop saves these
 _MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of torch.save before 1.6
 
@@ -218,7 +188,7 @@ def _checkpoint(root: Any, where: str) -> Checkpoint:
     tables: dict[str, dict[str, Tensor]] = {}
     waiting, seen = [("", root)], set()
     for path, node in waiting:  # breadth first; a hostile file may contain itself
-        if not isinstance(node, Mapping | list | tuple) or id(node) in seen:
+        if not isinstance(node, Mapping | list | tuple) or id(node) in seen or path.count("/") > _DEEPEST:
             continue
         seen.add(id(node))
         if not isinstance(node, Mapping):
@@ -226,7 +196,8 @@ def _checkpoint(root: Any, where: str) -> Checkpoint:
         tensors = {name: value for name, value in node.items() if isinstance(name, str) and isinstance(value, Tensor)}
         if tensors:
             tables[path] = tensors
-        waiting += [(f"{path}/{_key(key)}".removeprefix("/"), value) for key, value in node.items()]
+        deeper = [(key, value) for key, value in node.items() if isinstance(value, Mapping | list | tuple)]
+        waiting += [(f"{path}/{_key(key)[:160]}".removeprefix("/"), value) for key, value in deeper]
     if not isinstance(root, Mapping) or _is_model(root):
         return Checkpoint(where, tables, {WHOLE: _kind(root)})
     contents = {_key(key)[:60]: _kind(value) for key, value in root.items() if not isinstance(value, Tensor)}
@@ -249,273 +220,7 @@ def _kind(value: Any) -> str:
     return f"{MODEL} {name}" if _is_model(value) else "numpy array" if name.endswith("._reconstruct") else str(name)
 
 
-# From tables to a network.
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The network's names found in a table below ``prefix``; ``problems`` by kind."""
-
-    label: str
-    table: str
-    prefix: str
-    state: dict[str, Tensor]
-    left_out: list[str]
-    notes: list[str]
-    problems: dict[str, list[str]]
-
-    @property
-    def fits(self) -> bool:
-        return not any(self.problems.values())
-
-    @property
-    def problem(self) -> str:
-        return next(f"{what}: {_listed(keys)}" for what, keys in self.problems.items() if keys)
-
-
-class Misfit(DataError):
-    """No table holds all that the network needs; ``state`` is what the closest one holds of it."""
-
-    def __init__(self, text: str, state: dict[str, Tensor]):
-        super().__init__(text)
-        self.state = state
-
-
-def find_weights(
-    checkpoint: Checkpoint,
-    net: nn.Module,
-    key: str | None = None,
-    biases: Mapping[str, str] | None = None,
-) -> Weights:
-    """The tensors of ``checkpoint`` that ``net`` needs: all of them, from one table, below one prefix.
-
-    Where several tables hold them, that named ``key`` is read; else averaged weights (``ema``, ``swa``) before others,
-    as timm does, but mmengine's own order, which keeps them under ``state_dict``.
-
-    Args:
-        net: compared by names and shapes; may be on the meta device.
-        key: path of a table, or of a table and a prefix (``state_dict/ema_model``).
-        biases: for a bias that the file may have and ``net`` has not, the running mean of the BatchNorm behind it, from
-            which it is subtracted: BN(y + b) with mean m is BN(y) with mean m − b.
-
-    Raises:
-        DataError: none fits (naming keys and shapes of the one that comes closest), or several do.
-        UsageError: there is no ``key``.
-    """
-    expected = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
-    drop = WRAPPERS - {part for name in expected for part in name.split(".")}
-    aliases = list(_aliases(net, [*expected, *(biases or {})]))
-    key = "" if key == "." else key
-    tables = checkpoint.named_tables(key)
-    tried = [
-        fit
-        for path, table in tables.items()
-        for names in aliases
-        for fit in _fits(path, _without(drop, table), names, expected, biases or {})
-        if key in (None, fit.table, fit.label)
-    ]
-    if not tried:
-        largest = sorted(checkpoint.tables, key=lambda path: -len(checkpoint.tables[path]))
-        has = _listed(map(_label, largest))
-        raise UsageError(f"{checkpoint.where} holds no '{key}' that checkpoint_key names: it has {has}")
-    fits = [fit for fit in tried if fit.fits]
-    if not fits:
-        raise _misfit(checkpoint, max(tried, key=lambda fit: len(fit.state)), net)
-    chosen = _choose(fits, checkpoint, type(net).__name__)
-    for fit in tried if key is None and not _averaged(chosen, checkpoint) else ():
-        if _averaged(fit, checkpoint) and not fit.fits and 2 * len(fit.state) > len(expected):
-            chosen.notes.append(f"averaged weights {fit.label} do not fit ({fit.problem})")
-    return Weights(chosen.state, _line(chosen, checkpoint))
-
-
-def _without(wrappers: set[str], table: dict[str, Tensor]) -> dict[str, Tensor]:
-    clean = {".".join(part for part in name.split(".") if part not in wrappers): v for name, v in table.items()}
-    return clean if len(clean) == len(table) else table  # both of two names are needed to tell them apart
-
-
-def _fits(
-    path: str,
-    table: dict[str, Tensor],
-    names: Mapping[str, str],
-    expected: Mapping[str, Tensor],
-    biases: Mapping[str, str],
-) -> Iterator[_Fit]:
-    """The network's names below every prefix that has half of them, or below none. ``names``: in the file, to those of
-    the network."""
-    hits: Counter[str] = Counter()
-    for name in table:
-        parts = name.split(".")
-        hits.update(name[: len(name) - len(rest)] for i in range(len(parts)) if (rest := ".".join(parts[i:])) in names)
-    many = [prefix for prefix, count in hits.most_common(16) if 2 * count >= len(expected) - len(biases)]
-    for prefix in many or [""]:
-        yield _fit(path, table, prefix, names, expected, biases)
-
-
-def _fit(
-    path: str,
-    table: dict[str, Tensor],
-    prefix: str,
-    names: Mapping[str, str],
-    expected: Mapping[str, Tensor],
-    biases: Mapping[str, str],
-) -> _Fit:
-    source = {name: prefix + alias for alias, name in names.items() if prefix + alias in table}
-    missing = [name for name in names.values() if name not in source and not _optional(name, biases)]
-    if 0 < len(missing) <= 4:  # the head lies beside the rest: backbone. and head. of OpenMMLab
-        own = {name: alias for alias, name in names.items()}
-        others = [{n[: -len(own[m])] for n in table if n.endswith(f".{own[m]}")} for m in missing]
-        if len(common := set.intersection(*others)) == 1:
-            source |= {name: min(common) + own[name] for name in missing}
-            missing, prefix = [], f"{prefix} and {min(common)}" if prefix else prefix
-    state = {name: table[origin] for name, origin in source.items()}
-    left = sorted(table.keys() - set(source.values()))
-    inside = [name for name in left if name.startswith(prefix) and not TRAINING_ONLY.fullmatch(name[len(prefix) :])]
-    problems = {
-        "missing": missing,
-        "unexpected": inside,
-        "of another shape": [
-            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
-            for name, value in state.items()
-            if name in expected and value.shape != expected[name].shape
-        ],
-        "not plain numbers": [
-            f"{name} ({what})" for name, value in state.items() if (what := _special(value, expected.get(name)))
-        ],
-    }
-    notes = []
-    if not any(problems.values()):
-        folded = [name for name in biases if name in state]
-        for name in folded:
-            mean = state[biases[name]]
-            state[biases[name]] = mean - state.pop(name).to(mean.dtype)
-        if folded:
-            notes.append(f"biases of {len(folded)} convolutions subtracted from the BatchNorm means behind them")
-        if renamed := sum(alias != name for alias, name in names.items() if name in state):
-            notes.append(f"{renamed} names translated")
-    label = "/".join(filter(None, (path, prefix.rstrip("."))))
-    return _Fit(label, path, prefix, state, left, notes, problems)
-
-
-def _optional(name: str, biases: Mapping[str, str]) -> bool:
-    return name in biases or name.endswith("num_batches_tracked")  # old files lack it
-
-
-def _special(value: Tensor, wanted: Tensor | None) -> str:
-    """What keeps ``value`` from being copied number by number."""
-    if value.is_meta:
-        return "on the meta device: without values"
-    if value.is_quantized:
-        return "quantized"
-    if value.layout != torch.strided or value.is_nested:
-        return "sparse"
-    if wanted is not None and value.is_floating_point() != wanted.is_floating_point():
-        return str(value.dtype).removeprefix("torch.")
-    return ""
-
-
-def _misfit(checkpoint: Checkpoint, best: _Fit, net: nn.Module) -> Misfit:
-    unused = f"; the file has {_listed(best.left_out)}" if best.problems["missing"] and best.left_out else ""
-    place = f" ({best.label})" if best.label else ""
-    text = f"{checkpoint.where}{place} does not fit {type(net).__name__}: {best.problem}{unused}"
-    return Misfit(text, best.state)
-
-
-def _choose(fits: list[_Fit], checkpoint: Checkpoint, net: str) -> _Fit:
-    distinct: list[_Fit] = []
-    for fit in fits:
-        if not any(_equal(fit.state, other.state) for other in distinct):
-            distinct.append(fit)
-    if len(distinct) > 1:
-        averaged = [fit for fit in distinct if _averaged(fit, checkpoint)]
-        if len(averaged) != 1:
-            labels = " and ".join(_label(fit.label) for fit in distinct)
-            raise DataError(
-                f"{checkpoint.where} holds several tables that fit {net}, {labels}: name one with checkpoint_key"
-            )
-        distinct = averaged
-    return distinct[0]
-
-
-def _averaged(fit: _Fit, checkpoint: Checkpoint) -> bool:
-    """By its name, a moving average; mmengine's EMAHook swaps the names of raw and averaged weights."""
-    return bool(AVERAGED.search(fit.label)) != ("message_hub" in checkpoint.contents)
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-def _line(fit: _Fit, checkpoint: Checkpoint) -> str:
-    top = fit.table.split("/")[0]
-    beside = [key for key in checkpoint.contents if key not in (top, WHOLE)]
-    parts = [f"prefix {fit.prefix} removed"] if fit.prefix else []
-    parts += [f"left out: {_grouped(fit.left_out)}"] if fit.left_out else []
-    parts += fit.notes
-    if not (top or beside or parts):
-        return ""
-    name = checkpoint.where.rsplit("/", 1)[-1]
-    place = f"{_label(fit.table)} of {name}" if fit.table else name
-    return ", ".join([place + (f" (beside it: {_listed(beside, 6)})" if beside else ""), *parts])
-
-
-def _grouped(names: Sequence[str]) -> str:
-    """``names``, those of one counter or branch together: ``criterion.weight, 12 × total_ops, 10 × AuxLogits``."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
-        groups.setdefault(last if last.startswith("total_") else first, []).append(name)
-    return _listed([each[0] if len(each) == 1 else f"{len(each)} × {group}" for group, each in groups.items()])
-
-
-def _label(path: str) -> str:
-    return path or ". (the top level)"
-
-
-def _listed(names: Any, most: int = 4) -> str:
-    names = [str(name)[:80] for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# The same layers under other names.
-
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]
-
-
-def _aliases(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, str]]:
-    """What files may call the parameters ``names`` of ``net``: to their names in ``net``, its own first."""
-    seen: list[dict[str, str]] = []
-    for rules in ((), *_namings(net)):
-        aliases = {}
-        for name in names:
-            alias = name
-            for pattern, replacement in rules:
-                alias = re.sub(pattern, replacement, alias)
-            aliases[alias] = name
-        if aliases not in seen:
-            seen.append(aliases)
-            yield aliases
-
-
-def _namings(net: nn.Module) -> list[list[Rule]]:
-    """By class of network, what turns its names into those of code bases that have the same layers."""
-    kind = type(net).__name__
-    if kind == "ResNet":  # shortcut, linear: kuangliu/pytorch-cifar
-        shortcut, head = (r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear.")
-        cifar100: list[Rule] = [  # weiaicunzai/pytorch-cifar100
-            *((rf"^layer{stage}\.", f"conv{stage + 1}_x.") for stage in (1, 2, 3, 4)), shortcut,
-            (r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."),
-            (r"\.conv1\.", ".residual_function.0."), (r"\.bn1\.", ".residual_function.1."),
-            (r"\.conv2\.", ".residual_function.3."), (r"\.bn2\.", ".residual_function.4."),
-        ]  # fmt: skip
-        return [[shortcut, head], [shortcut], [head], cifar100]
-    if kind == "ResNetCifar":  # RepDistiller, chenyaofo/pytorch-cifar-models
-        return [[(r"^linear\.", "fc.")], [(r"\.downsample\.", ".shortcut.")]]
-    if kind == "Vgg11":  # kuangliu/pytorch-cifar, pytorch-cifar-models: one list, whose numbers count poolings, too
-        lengths = [sum(1 for _ in net.get_submodule(f"block{block}").children()) for block in range(5)]
-        starts = [sum(lengths[:block]) for block in range(5)]
-        return [[(r"^block(\d)\.(\d+)\.", lambda m: f"features.{starts[int(m[1])] + int(m[2])}.")]]
-    if kind == "DenseNet":  # torchvision's own weights, which its builder renames
-        return [[(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")]]
-    if kind == "VisionTransformer":  # torchvision before 0.12
-        return [[(r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2.")]]
-    return []
+def listed(names: Iterable[object], most: int = 4) -> str:
+    """The first ``most`` of ``names``, and how many more."""
+    texts = [str(name)[:160] for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -60,17 +60,17 @@ def weights_in(folder: Path) -> Path:
     raise DataError(f"{folder} holds no {WEIGHTS} or {BIN}, whole or as shards with {INDEX}: it has {there}")
 
 
-def weight_files(path: Path) -> list[Path]:
-    """``path``, or the shards that it lists as an index. Raises DataError where it is damaged or leaves its folder."""
+def shards(path: Path) -> list[Path]:
+    """The files that ``path`` lists, if it is an index. Raises DataError where it is damaged or leaves its folder."""
     if not path.name.endswith(INDEX):
-        return [path]
+        return []
     names = read_json(path).get("weight_map")
     if not isinstance(names, Mapping) or not names:
         raise DataError(f"{path} has no weight_map that names the shards")
-    shards = sorted(set(map(str, names.values())))
-    if outside := [name for name in shards if Path(name).name != name]:
+    files = sorted(set(map(str, names.values())))
+    if outside := [name for name in files if Path(name).name != name or name == ".."]:
         raise DataError(f"{path} names {outside[0]!r}: expected the names of files beside it")
-    return [path.with_name(name) for name in shards]
+    return [path.with_name(name) for name in files]
 
 
 def read_weights(path: Path) -> bytes:

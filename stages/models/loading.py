@@ -17,9 +17,10 @@ from manifests.errors import DataError, FactoryError, UsageError
 from manifests.reader import Manifest
 from stages.models import nets
 from stages.models.build import TRANSFORMED, build_hf, build_net, call_code, finish, require_buildable
-from stages.models.checkpoints import Checkpoint, Misfit, Weights, find_weights, read_checkpoint
+from stages.models.checkpoints import Checkpoint, read_checkpoint
 from stages.models.folders import CONFIG, WEIGHTS, fetch
 from stages.models.hooks import head_path
+from stages.models.matching import Misfit, Weights, find_weights, largest_table
 from stages.models.source import (
     IMAGENET_NETS,
     ModelConfig,
@@ -124,7 +125,7 @@ def build_from(
 
 def _hf(config: ModelConfig, folder: Path, checkpoint: Checkpoint, key: str | None) -> tuple[nn.Module, Weights]:
     """A transformers network, which renames parameters of older versions itself: only other tables are searched."""
-    weights = Weights(checkpoint.state, "")
+    weights = Weights(largest_table(checkpoint), "")
     if key is not None or len(checkpoint.tables) > 1 or checkpoint.contents:
         with torch.device("meta"):
             weights = find_weights(checkpoint, build_hf(config, folder), key)
@@ -133,19 +134,20 @@ def _hf(config: ModelConfig, folder: Path, checkpoint: Checkpoint, key: str | No
 
 def load_network(source: ModelSource) -> nn.Module | Answer:
     """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers."""
-    config, files, where, key = source.config, source.read(), source.where, source.checkpoint_key
+    config, data, where, key = source.config, source.read(), source.where, source.checkpoint_key
+    files = source.external() or {where: data}
     scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else None
     if scheme == "onnx":
-        return onnx_answer(next(iter(files.values())), where)
+        return onnx_answer(data, where)
     if scheme == "code":
         made = call_code(config)
         if not isinstance(made, nn.Module):
-            if not callable(made) or files:
-                what = "weights cannot be loaded into it" if files else "expected a network or a function"
+            if not callable(made) or data:
+                what = "weights cannot be loaded into it" if data else "expected a network or a function"
                 raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
             return made
         net = finish(made, config)
-        if not files:
+        if source.weights is None:
             return net
         net, weights = filled(net, config, read_checkpoint(files, where), key)
     elif scheme and source.folder:
@@ -214,11 +216,11 @@ def source_files(source: ModelSource) -> dict[str, bytes]:
 
     Raises DataError where the weights are damaged or do not fit.
     """
-    config, files = source.config, source.read()
-    net, weights = build_from(config, files, source.where, source.checkpoint_key)
-    if weights.line or len(files) != 1 or not source.where.endswith(".safetensors"):
+    config, data = source.config, source.read()
+    files = source.external()
+    net, weights = build_from(config, files or {source.where: data}, source.where, source.checkpoint_key)
+    if weights.line or files or not source.where.endswith(".safetensors"):
         return model_files(net, config)
-    (data,) = files.values()
     return {WEIGHTS: data, CONFIG: config_json(config, data)}
 
 
@@ -254,7 +256,7 @@ def dataset_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
     if actual != sha256:  # before anything is built from them
         raise DataError(f"{where} was altered: sha256 {actual}, expected {sha256}; restore it, or {ask}")
     net, _ = build_from(config, {WEIGHTS: weights}, where)
-    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, actual)).check()
+    return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights)).check()
 
 
 def dataset_teacher_config(manifest: Manifest, ask: str = ASK) -> ModelConfig:

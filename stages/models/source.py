@@ -6,7 +6,6 @@ A run resolves each name once (:func:`resolve`) and passes the source on: it rea
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.machinery import PathFinder
@@ -25,8 +24,8 @@ from stages.models.folders import (
     fetch,
     hf_facts,
     read_weights,
+    shards,
     timm_facts,
-    weight_files,
     weights_in,
 )
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
@@ -175,21 +174,23 @@ class ModelSource:
     sha256: str | None = None
     checkpoint_key: str | None = None
     decisions: dict[str, str] = field(default_factory=dict, compare=False)
-    _data: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    _data: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    _external: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    _external_sha256: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def where(self) -> str:
         """The file that errors name."""
         return str(self.weights or self.code)
 
-    def read(self) -> dict[str, bytes]:
-        """The weights files by name, none where code brings its own; kept until :meth:`release`.
+    def read(self) -> bytes:
+        """The weights file, b"" where code brings its own; kept until :meth:`release`.
 
-        Raises DataError if they cannot be read, or are not what the folder records or what was read before.
+        Raises DataError if it cannot be read, or is not what the folder records or what was read before.
         """
         if self._data is None:
-            data = {path.name: read_weights(path) for path in weight_files(self.weights)} if self.weights else {}
-            sha256 = content_sha256(data)
+            data = read_weights(self.weights) if self.weights else b""
+            sha256 = hashlib.sha256(data).hexdigest()
             if self.sha256 not in (None, sha256):
                 raise DataError(
                     f"{self.weights} is truncated or was altered: its sha256 is {sha256}, expected {self.sha256}"
@@ -197,21 +198,33 @@ class ModelSource:
             self._data, self.sha256 = data, sha256
         return self._data
 
+    def external(self) -> dict[str, bytes]:
+        """The shards that the weights file lists, by name: read, kept and compared like it."""
+        if self._external is None:
+            found = {path.name: read_weights(path) for path in shards(self.weights)} if self.weights else {}
+            digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in found.items())
+            if self._external_sha256 not in (None, digests):
+                raise DataError(f"{self.weights}: its shards were altered while in use")
+            self._external, self._external_sha256 = found, digests
+        return self._external
+
     def release(self) -> None:
         """Free the memory of what was read; a later :meth:`read` must find the same bytes."""
-        self._data = None
+        self._data = self._external = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, the
-        user's code, and the change of precision or the table among others where there is one."""
-        found = identity_of(self.config, content_sha256(self.read()))
+        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, their
+        shards, the user's code, and the change of precision or the table among others where there is one."""
+        found = identity_of(self.config, self.read())
         if self.code:
             try:
                 code = hashlib.sha256(self.code.read_bytes()).hexdigest()
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{code} {found['sha256']}".encode()).hexdigest()
+        if self.external():
+            found["sha256"] = hashlib.sha256(f"{found['sha256']}{self._external_sha256}".encode()).hexdigest()
         if self.half_precision:  # data made in the precision of the files is another teacher's
             found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
         if self.checkpoint_key is not None:
@@ -219,23 +232,15 @@ class ModelSource:
         return found
 
 
-def content_sha256(files: Mapping[str, bytes]) -> str:
-    """Of one file its sha256, of several that over their names and checksums."""
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    if len(sums) < 2:
-        return next(iter(sums.values()), hashlib.sha256().hexdigest())
-    return hashlib.sha256("".join(f"{sums[name]} {name}\n" for name in sorted(sums)).encode()).hexdigest()
-
-
-def identity_of(config: ModelConfig, sha256: str) -> dict[str, Any]:
-    """JSON-able identity of an architecture with the weights of this checksum.
+def identity_of(config: ModelConfig, weights: bytes) -> dict[str, Any]:
+    """JSON-able identity of an architecture with these weights.
 
     ``builtin``: a copy travels with the dataset and is loaded after a hash check; ``external``: only ever named.
     """
     return {
         "kind": "builtin" if split_name(config.architecture)[0] == "builtin" else "external",
         "architecture": config.architecture,
-        "sha256": sha256,
+        "sha256": hashlib.sha256(weights).hexdigest(),
         "config": config.model_dump(mode="json"),
     }
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.storage import Storage
 from stages.memory import in_micro_batches, retry_with_smaller_batches
-from stages.models.checkpoints import find_weights, read_checkpoint
+from stages.models.checkpoints import read_checkpoint
 from stages.models.inputs import resized
 from stages.models.loading import fill
+from stages.models.matching import find_weights
 from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
 from stages.settings import ALGORITHM_VERSION, GuidanceSettings, SynthSettings
