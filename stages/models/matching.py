@@ -298,8 +298,22 @@ def _namings(net: nn.Module) -> list[list[Rule]]:
         lengths = [sum(1 for _ in net.get_submodule(f"block{block}").children()) for block in range(5)]
         starts = [sum(lengths[:block]) for block in range(5)]
         return [[(r"^block(\d)\.(\d+)\.", lambda m: f"features.{starts[int(m[1])] + int(m[2])}.")]]
+    if kind == "ShuffleNetV2":  # kuangliu/pytorch-cifar, RepDistiller
+        return [[
+            (r"^conv1\.0\.", "conv1."), (r"^conv1\.1\.", "bn1."),
+            (r"^conv5\.0\.", "conv2."), (r"^conv5\.1\.", "bn2."), (r"^fc\.", "linear."),
+            (r"^stage(\d)\.(\d+)\.branch(\d)\.(\d)\.", _shuffle_layer),
+        ]]  # fmt: skip
     if kind == "DenseNet":  # torchvision's own weights, which its builder renames
         return [[(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")]]
     if kind == "VisionTransformer":  # torchvision before 0.12
         return [[(r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2.")]]
     return []
+
+
+def _shuffle_layer(found: re.Match[str]) -> str:
+    """``convN`` or ``bnN``, counted over both branches of a block: torchvision's ReLUs are layers, too."""
+    stage, block, branch, index = map(int, found.groups())
+    if branch == 2:
+        index = {0: 0, 1: 1, 3: 2, 4: 3, 5: 4, 6: 5}[index] + (4 if block == 0 else 0)
+    return f"layer{stage - 1}.{block}.{('conv', 'bn')[index % 2]}{index // 2 + 1}."

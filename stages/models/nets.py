@@ -245,13 +245,13 @@ def mobilenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
     return _with_parts(net, "classifier.1", ("features.3", "features.6", "features.13", "features.18"))
 
 
-def shufflenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
-    """Ma et al. 2018, width 1."""
+def shufflenet_v2(num_classes: int, channels: int, small: bool, kernel: int = 3) -> nn.Module:
+    """Ma et al. 2018, width 1. ``kernel``: of the first convolution."""
     from torchvision.models import ShuffleNetV2
 
     net = ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], num_classes=num_classes)
     if small or channels != 3:
-        net.conv1[0] = _convolution(channels, 24, 3, 1 if small else 2)
+        net.conv1[0] = _convolution(channels, 24, kernel, 1 if small else 2)
     if small:
         net.maxpool = nn.Identity()
     return _with_parts(net, "fc", ("stage2", "stage3", "conv5"))
@@ -320,6 +320,10 @@ def _projected(blocks: int) -> Variant:
 VARIANTS: dict[str, Variant] = {
     **{f"resnet{6 * blocks + 2}": _projected(blocks) for blocks in (1, 3, 5, 7, 9)},
     "vgg11": Variant("three linear layers", lambda classes, channels, small: Vgg11(classes, channels, small, mlp=True)),
+    "shufflenetv2": Variant(
+        "a 1×1 first convolution of stride 1, no max pooling",
+        lambda classes, channels, _: shufflenet_v2(classes, channels, small=True, kernel=1),
+    ),
 }
 
 

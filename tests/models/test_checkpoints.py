@@ -442,6 +442,23 @@ class TestFieldNetworks:
         save_model(tmp_path / "m", again, config)
         assert torch.equal(load_model(tmp_path / "m")[0](self.PHOTOS), logits)
 
+    def test_a_shufflenet_whose_blocks_number_their_layers(self, tmp_path):
+        net = randomized(nets.build("shufflenetv2", 5, variant=True))
+        names, seen = {"conv1.0": "conv1", "conv1.1": "bn1", "conv5.0": "conv2", "conv5.1": "bn2", "fc": "linear"}, {}
+        for path, module in net.named_modules():
+            if path.startswith("stage") and isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                stage, block, _ = path.split(".", 2)
+                kind = "bn" if isinstance(module, nn.BatchNorm2d) else "conv"
+                number = seen[stage, block, kind] = seen.get((stage, block, kind), 0) + 1
+                names[path] = f"layer{int(stage[-1]) - 1}.{block}.{kind}{number}"
+        table = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in net.state_dict().items()}
+        assert {"layer1.0.conv5.weight", "layer2.7.bn3.weight"} <= table.keys()
+        torch.save({"model": table}, tmp_path / "w.pth")
+        logits, line = answer(source_of(tmp_path / "w.pth", "shufflenetv2", 5, self.RGB), self.PHOTOS)
+        with torch.no_grad():
+            assert torch.equal(logits, net(self.PHOTOS))
+        assert line.endswith("built with a 1×1 first convolution of stride 1, no max pooling")
+
     def test_only_a_stem_that_differs_is_said_to(self, tmp_path):
         net = Plain(mlp=False)
         torch.save(net.state_dict(), tmp_path / "w.pth")
