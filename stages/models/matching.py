@@ -113,8 +113,11 @@ def find_weights(
 
 def largest_table(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """That of ``checkpoint`` without wrappers, for networks that rename parameters themselves. Raises DataError where
-    there is none."""
-    return _without(WRAPPERS, max(checkpoint.named_tables().values(), key=len))
+    there is none, or not of plain numbers."""
+    table = _without(WRAPPERS, max(checkpoint.named_tables().values(), key=len))
+    if special := [f"{name} ({what})" for name, value in table.items() if (what := _special(value))]:
+        raise DataError(f"{checkpoint.where} holds no plain numbers: {listed(special)}")
+    return table
 
 
 def _without(wrappers: set[str], table: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +192,7 @@ def _optional(name: str, biases: Mapping[str, str]) -> bool:
     return name in biases or name.endswith("num_batches_tracked")  # old files lack it
 
 
-def _special(value: Tensor, wanted: Tensor | None) -> str:
+def _special(value: Tensor, wanted: Tensor | None = None) -> str:
     """What keeps ``value`` from being copied number by number."""
     if value.is_meta:
         return "on the meta device: without values"

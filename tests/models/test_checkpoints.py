@@ -547,6 +547,31 @@ class TestFolders:
         load_model(source)
         assert source.decisions["weights"] == "state_dict of w.ckpt (beside it: epoch), prefix model. removed"
 
+    def test_tensors_without_values_are_no_weights(self, folder):
+        folder, net = folder
+        torch.save({name: value.to("meta") for name, value in net.state_dict().items()}, folder / "pytorch_model.bin")
+        with pytest.raises(DataError, match=r"holds no plain numbers: .* \(on the meta device"):
+            load_model(resolve(self.settings(folder)))
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_a_hub_is_asked_for_bin_files_only_where_there_is_no_safetensors(self, folder, monkeypatch, safe):
+        huggingface_hub = pytest.importorskip("huggingface_hub")
+        folder, net = folder
+        asked = []
+
+        def download(name, allow_patterns):
+            asked.append([pattern for pattern in allow_patterns if "model" in pattern])
+            if asked[1:] or safe:
+                (folder / asked[-1][0]).write_bytes(safetensors.torch.save(net.state_dict()))
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        source = resolve(self.settings("org/name"))
+        assert source.weights == folder / ("model.safetensors" if safe else "pytorch_model.bin")
+        shards = "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"
+        expected = ["model.safetensors", shards[0]], ["pytorch_model.bin", shards[1]]
+        assert asked == [*expected[: 2 - safe]]
+
     def test_a_folder_without_weights_says_what_it_has(self, folder):
         (folder[0] / "tf_model.h5").touch()
         with pytest.raises(DataError, match=r"holds no model\.safetensors or pytorch_model\.bin.*it has tf_model\.h5"):
