@@ -39,12 +39,12 @@ from stages.settings import ModelSettings, Stem
 def fill(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy ``weights``, all tensors of ``net`` as :func:`find_weights` gives them, into it. On the meta device there is
     nothing to copy to."""
-    own = net.state_dict()
-    if any(isinstance(value, Tensor) and value.is_meta for value in own.values()):
+    current = net.state_dict()
+    if any(isinstance(value, Tensor) and value.is_meta for value in current.values()):
         return
-    state = type(own)(own)  # with what old files lack: num_batches_tracked
+    state = type(current)(current)  # with what old files lack: num_batches_tracked
     state.update(weights)
-    state._metadata = own._metadata  # type: ignore[attr-defined]  # versions, without which MNASNet refuses
+    state._metadata = current._metadata  # type: ignore[attr-defined]  # versions, without which MNASNet refuses
     net.load_state_dict(state)
 
 

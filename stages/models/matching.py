@@ -37,11 +37,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The network's names found in a table below ``prefix``; ``problems`` by kind."""
+    """The network's names found in a table below a prefix (``label``: both); ``problems`` by kind."""
 
     label: str
     table: str
-    prefix: str
     state: dict[str, Tensor]
     left_out: list[str]
     notes: list[str]
@@ -105,6 +104,8 @@ def find_weights(
     if not fits:
         raise _misfit(checkpoint, max(tried, key=lambda fit: len(fit.state)), net)
     chosen = _choose(fits, checkpoint, type(net).__name__)
+    if wrappers := drop.intersection(part for name in tables[chosen.table] for part in name.split(".")):
+        chosen.notes.insert(0, f"{', '.join(f'{part}.' for part in sorted(wrappers))} removed")
     for fit in tried if key is None and not _averaged(chosen, checkpoint) else ():
         if _averaged(fit, checkpoint) and not fit.fits and 2 * len(fit.state) > len(expected):
             chosen.notes.append(f"averaged weights {fit.label} do not fit ({fit.problem})")
@@ -152,18 +153,20 @@ def _fit(
     biases: Mapping[str, str],
 ) -> _Fit:
     source = {name: prefix + alias for alias, name in names.items() if prefix + alias in table}
-    missing = [name for name in names.values() if name not in source and not _optional(name, biases)]
-    if 0 < len(missing) <= 4:  # the head lies beside the rest: backbone. and head. of OpenMMLab
-        own = {name: alias for alias, name in names.items()}
-        others = [{n[: -len(own[m])] for n in table if n.endswith(f".{own[m]}")} for m in missing]
-        if len(common := set.intersection(*others)) == 1:
-            source |= {name: min(common) + own[name] for name in missing}
-            missing, prefix = [], f"{prefix} and {min(common)}" if prefix else prefix
-    state = {name: table[origin] for name, origin in source.items()}
+    missing = {name: alias for alias, name in names.items() if name not in source and not _optional(name, biases)}
+    other = _other_prefix(table, missing, names)
+    if other:
+        source |= {name: other + alias for name, alias in missing.items()}
+        missing = {}
+    state = {
+        name: table[origin]
+        for name, origin in source.items()
+        if not (_is_counter(name) and table[origin].shape != expected[name].shape)
+    }
     left = sorted(table.keys() - set(source.values()))
     inside = [name for name in left if name.startswith(prefix) and not TRAINING_ONLY.fullmatch(name[len(prefix) :])]
     problems = {
-        "missing": missing,
+        "missing": list(missing),
         "unexpected": inside,
         "of another shape": [
             f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
@@ -171,10 +174,14 @@ def _fit(
             if name in expected and value.shape != expected[name].shape
         ],
         "not plain numbers": [
-            f"{name} ({what})" for name, value in state.items() if (what := _special(value, expected.get(name)))
+            f"{name} ({what})"
+            for name, value in state.items()
+            if (what := _special(value, None if _is_counter(name) else expected.get(name)))
         ],
     }
-    notes = []
+    removed = " and ".join(filter(None, (prefix, other)))
+    notes = [f"prefix {removed} removed"] if removed else []
+    notes += [f"left out: {_grouped(left)}"] if left else []
     if not any(problems.values()):
         folded = [name for name in biases if name in state]
         for name in folded:
@@ -185,11 +192,29 @@ def _fit(
         if renamed := sum(alias != name for alias, name in names.items() if name in state):
             notes.append(f"{renamed} names translated")
     label = "/".join(filter(None, (path, prefix.rstrip("."))))
-    return _Fit(label, path, prefix, state, left, notes, problems)
+    return _Fit(label, path, state, left, notes, problems)
+
+
+def _other_prefix(table: Mapping[str, Tensor], missing: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Where the head is, if it lies beside the rest (``backbone.`` and ``head.`` of OpenMMLab): the one prefix that has
+    all that is ``missing`` (names to those in the file) and nothing else of the network; else ""."""
+    if not 0 < len(missing) <= 4:
+        return ""
+    having = [{n[: -len(alias)] for n in table if n.endswith(f".{alias}")} for alias in missing.values()]
+    found = [
+        prefix
+        for prefix in set.intersection(*having)
+        if not any(prefix + alias in table for alias in names if alias not in missing.values())
+    ]
+    return found[0] if len(found) == 1 else ""
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")  # of no use here; averaging makes other types of it
 
 
 def _optional(name: str, biases: Mapping[str, str]) -> bool:
-    return name in biases or name.endswith("num_batches_tracked")  # old files lack it
+    return name in biases or _is_counter(name)  # which old files lack
 
 
 def _special(value: Tensor, wanted: Tensor | None = None) -> str:
@@ -240,14 +265,11 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def _line(fit: _Fit, checkpoint: Checkpoint) -> str:
     top = fit.table.split("/")[0]
     beside = [key for key in checkpoint.contents if key not in (top, WHOLE)]
-    parts = [f"prefix {fit.prefix} removed"] if fit.prefix else []
-    parts += [f"left out: {_grouped(fit.left_out)}"] if fit.left_out else []
-    parts += fit.notes
-    if not (top or beside or parts):
+    if not (top or beside or fit.notes):
         return ""
     name = checkpoint.where.rsplit("/", 1)[-1]
     place = f"{_label(fit.table)} of {name}" if fit.table else name
-    return ", ".join([place + (f" (beside it: {listed(beside, 6)})" if beside else ""), *parts])
+    return ", ".join([place + (f" (beside it: {listed(beside, 6)})" if beside else ""), *fit.notes])
 
 
 def _grouped(names: Sequence[str]) -> str:
