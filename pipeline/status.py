@@ -132,7 +132,7 @@ def _running(latest: Sequence[dict[str, Any]], done: set[int]) -> list[RunningSh
         shard = event.get("shard")
         if event["kind"] == "shard_started" and isinstance(shard, int):
             running[shard] = RunningShard(shard, event.get("worker"), event["time"])
-        elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined"):
+        elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined") and isinstance(shard, int):
             running.pop(shard, None)
     return [running[shard] for shard in sorted(running.keys() - done)]
 

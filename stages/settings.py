@@ -94,7 +94,10 @@ class ModelSettings(Settings):
     """
 
     name: str = "embedded:digits"
-    weights: str | None = Field(None, description="safetensors, or a checkpoint that holds tensors only")
+    weights: str | None = Field(None, description="safetensors or torch.save: a file, an index of shards, a folder")
+    checkpoint_key: str | None = Field(
+        None, min_length=1, description="the table to read of several, e.g. state_dict_ema (default: averaged first)"
+    )
     input: InputSettings | None = None
     num_classes: int | None = Field(None, gt=1, le=MAX_CLASSES)
     class_names: tuple[str, ...] | None = None

@@ -22,12 +22,15 @@ from stages.models.inputs import logits_of
 from stages.models.source import IMAGENET_NETS, ModelConfig, NamedConfig, buildable_from_file, source_file, split_name
 
 
-def build_net(config: ModelConfig) -> nn.Module:
-    """A freshly initialized network (from torch's global random state), as ``config`` describes it.
+def build_net(config: ModelConfig, variant: bool = False) -> nn.Module:
+    """A freshly initialized network (from torch's global random state), as ``config`` describes it; of a built-in one
+    its ``variant`` (:data:`stages.models.nets.VARIANTS`).
 
     Raises UsageError where it cannot be built, or would need the user's own word (:class:`NamedConfig`).
     """
     require_buildable(config, "the stored config")
+    if variant:
+        return _builtin(config, variant)
     return _BUILDERS[split_name(config.architecture)[0]](config)
 
 
@@ -47,9 +50,9 @@ def adaptation_of(net: nn.Module) -> str:
     return str(net.__dict__.get("adaptation", ""))
 
 
-def _builtin(config: ModelConfig) -> nn.Module:
+def _builtin(config: ModelConfig, variant: bool = False) -> nn.Module:
     name = config.architecture
-    net = nets.build(name, config.num_classes, config.channels, config.stem)
+    net = nets.build(name, config.num_classes, config.channels, config.stem, variant)
     small = config.stem == "small" and name in IMAGENET_NETS
     net.__dict__["adaptation"] = nets.SMALL_STEM[name.rstrip("v0123456789")] if small else ""
     return net
@@ -70,6 +73,10 @@ def _timm(config: ModelConfig) -> nn.Module:
     net = _call(timm.create_model, name, pretrained=False, num_classes=config.num_classes,
                 in_chans=config.channels, **size)  # fmt: skip
     return _with_small_stem(net, config)
+
+
+TRANSFORMED = ("torchvision:googlenet", "torchvision:inception_v3")
+"""Whose builders, given torchvision's own weights, map ImageNet's normalization to these weights' (transform_input)."""
 
 
 def _torchvision(config: ModelConfig) -> nn.Module:

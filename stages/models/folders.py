@@ -10,6 +10,7 @@ from manifests.errors import DataError
 from stages.settings import InputSettings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BIN, INDEX = "pytorch_model.bin", ".index.json"
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic", 4: "area"}
 _TIMM_FILTERS = ("bilinear", "bicubic")
 
@@ -29,7 +30,7 @@ class FolderFacts:
 
 
 def fetch(name: str, what: str) -> Path:
-    """The folder ``name``, or that of a hub id: its JSON files and ``model.safetensors``, nothing else."""
+    """The folder ``name``, or that of a hub id: its JSON files and its weights, as safetensors if there are such."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -38,10 +39,52 @@ def fetch(name: str, what: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, "model-*-of-*.safetensors"]))
+        if not any((folder / weights).is_file() for weights in (WEIGHTS, f"{WEIGHTS}{INDEX}")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", BIN, "pytorch_model-*-of-*.bin"]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{what} {name}: neither a local folder nor a hub id that can be fetched ({reason})") from None
+
+
+def weights_in(folder: Path) -> Path:
+    """The file that holds the weights of ``folder``, or the index of the shards that do; safetensors before ``.bin``.
+
+    Raises DataError where there is none.
+    """
+    for name in (WEIGHTS, f"{WEIGHTS}{INDEX}", BIN, f"{BIN}{INDEX}"):
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix != ".json")[:6]) or "nothing"
+    raise DataError(f"{folder} holds no {WEIGHTS} or {BIN}, whole or as shards with {INDEX}: it has {there}")
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that ``path`` lists, if it is an index. Raises DataError where it is damaged or leaves its folder."""
+    if not path.name.endswith(INDEX):
+        return []
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, Mapping) or not names:
+        raise DataError(f"{path} has no weight_map that names the shards")
+    files = sorted(set(map(str, names.values())))
+    if outside := [name for name in files if Path(name).name != name or name == ".."]:
+        raise DataError(f"{path} names {outside[0]!r}: expected the names of files beside it")
+    return [path.with_name(name) for name in files]
+
+
+def read_weights(path: Path) -> bytes:
+    """The content of a weights file. Raises DataError where it cannot be read, or is no regular file but a git-lfs
+    pointer, a folder or a device."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read teacher weights {path}: {error.strerror}") from None
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DataError(f"{path} is a git-lfs pointer, not the weights: run git lfs pull in its folder")
+    return data
 
 
 def read_json(path: Path) -> dict[str, Any]:

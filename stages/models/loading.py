@@ -1,24 +1,26 @@
-"""Load and save classifiers: model folders, safetensors, ``weights_only`` checkpoints. Nothing is ever unpickled."""
+"""Load and save classifiers: model folders, weights files of any origin. Nothing is ever unpickled."""
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, FactoryError, UsageError
 from manifests.reader import Manifest
-from stages.models.build import build_hf, build_net, call_code, finish, refuse_misfits, require_buildable
+from stages.models import nets
+from stages.models.build import TRANSFORMED, build_hf, build_net, call_code, finish, require_buildable
+from stages.models.checkpoints import Checkpoint, read_checkpoint
 from stages.models.folders import CONFIG, WEIGHTS, fetch
 from stages.models.hooks import head_path
-from stages.models.nets import torchvision_names
+from stages.models.matching import Misfit, Weights, find_weights, largest_table
 from stages.models.source import (
     IMAGENET_NETS,
     ModelConfig,
@@ -31,124 +33,133 @@ from stages.models.source import (
     split_name,
 )
 from stages.models.teacher import Answer, BlackBox, Teacher, onnx_answer
-from stages.settings import ModelSettings
-
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
-CIFAR_NAMES = ("resnet18", "resnet34")  # also circulate with names of CIFAR code bases
-NESTED = ("state_dict", "model", "net")  # keys under which checkpoints keep the weights
+from stages.settings import ModelSettings, Stem
 
 
-def parse_weights(data: bytes, where: str) -> dict[str, Tensor]:
-    """Named tensors of a safetensors or ``torch.save`` file, told apart by content, not by name.
+def fill(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy ``weights``, all tensors of ``net`` as :func:`find_weights` gives them, into it. On the meta device there is
+    nothing to copy to."""
+    current = net.state_dict()
+    if any(isinstance(value, Tensor) and value.is_meta for value in current.values()):
+        return
+    state = type(current)(current)  # with what old files lack: num_batches_tracked
+    state.update(weights)
+    state._metadata = current._metadata  # type: ignore[attr-defined]  # versions, without which MNASNet refuses
+    net.load_state_dict(state)
 
-    Raises DataError if it is damaged or holds code.
+
+def filled(
+    net: nn.Module, config: ModelConfig, checkpoint: Checkpoint, key: str | None = None
+) -> tuple[nn.Module, Weights]:
+    """``net``, built from ``config``, with its weights in ``checkpoint``; what these were.
+
+    A built-in network whose layers differ elsewhere under the same name is built as the weights have it. Raises
+    DataError where they do not fit; UsageError where ``checkpoint`` lacks the table ``key``.
     """
     try:
-        if data[8:9] == b"{" or where.endswith(".safetensors"):  # a JSON object after its length, as no pickle or zip
-            state: Any = safetensors.torch.load(data)
-        else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            for key in NESTED:
-                state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
-    except SafetensorError as error:
-        raise DataError(f"{where} is truncated or no safetensors file: {error}") from None
-    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0]  # EOFError says nothing
-        raise DataError(f"{where} is damaged or holds more than weights: {reason}") from None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise DataError(f"{where} holds no table of named tensors")
-    return unwrapped(state)
+        weights = find_weights(checkpoint, net, key, _biases(net, config))
+    except Misfit as misfit:
+        other = _variant(net, config, checkpoint, key)
+        if other is not None:
+            return other
+        head = misfit.state.get(f"{head_path(net)}.weight")
+        if head is not None and head.ndim and head.shape[0] != config.num_classes:
+            classes = f"{len(head)} classes, but {config.num_classes} were asked for"
+            raise DataError(f"{checkpoint.where} has {classes}") from None
+        if stem := _fitting_stem(config, checkpoint, key):
+            raise DataError(f"{misfit} (it was trained with the other first layers: set stem: {stem})") from None
+        raise
+    fill(net, weights.state)
+    return net, weights
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without wrapper prefixes, however they are nested.
-
-    >>> list(unwrapped({"module._orig_mod.fc.weight": torch.zeros(1)}))
-    ['fc.weight']
-    """
-    clean = {}
-    for name, value in state.items():
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
-        clean[name] = value
-    return clean
+def _biases(net: nn.Module, config: ModelConfig) -> dict[str, str]:
+    return nets.biases_before_norm(net) if split_name(config.architecture)[0] == "builtin" else {}
 
 
-def fill(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load ``state`` into ``net``, all or nothing. Raises DataError naming keys and shapes that do not fit.
-
-    A ``net`` on the meta device is only compared with it.
-    """
-    expected = net.state_dict()
-    optional = {name for name in expected if name.endswith("num_batches_tracked")}  # old checkpoints lack it
-    problems = {
-        "missing": sorted(expected.keys() - state.keys() - optional),
-        "unexpected": sorted(state.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
-            for name, value in state.items()
-            if name in expected and value.shape != expected[name].shape
-        ],
-    }
-    refuse_misfits(problems, type(net).__name__, where)
-    if not any(value.is_meta for value in expected.values()):
-        net.load_state_dict(dict(state), strict=not (optional - state.keys()))
-
-
-def filled(net: nn.Module, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """``net``, built from ``config``, with the weights in ``state``. Raises DataError where they do not fit."""
-    if config.architecture in CIFAR_NAMES:
-        state = torchvision_names(state)
-    head = state.get(f"{head_path(net)}.weight")
-    if head is not None and head.shape[0] != config.num_classes:
-        raise DataError(f"{where} has {head.shape[0]} classes, but {config.num_classes} were asked for")
+def _variant(
+    net: nn.Module, config: ModelConfig, checkpoint: Checkpoint, key: str | None
+) -> tuple[nn.Module, Weights] | None:
+    if config.architecture not in nets.VARIANTS:
+        return None
+    with next(net.parameters()).device:
+        other = build_net(config, variant=True)
     try:
-        fill(net, state, where)
-    except DataError as error:
-        scheme, rest = split_name(config.architecture)
-        if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
-            raise
-        other = "small" if config.stem == "native" else "native"
-        raise DataError(
-            f"{error} (built with stem: {config.stem}; if it was trained with the other one, set stem: {other})"
-        ) from None
-    return net
+        weights = find_weights(checkpoint, other, key, _biases(other, config))
+    except Misfit:
+        return None
+    fill(other, weights.state)
+    text = f"{weights.line or checkpoint.where}, built with {nets.VARIANTS[config.architecture].what}"
+    return other, replace(weights, line=text)
 
 
-def build_from(config: ModelConfig, weights: bytes, where: str) -> nn.Module:
-    """The network of ``config`` around ``weights``, the content of the file ``where``, on the CPU.
+def _fitting_stem(config: ModelConfig, checkpoint: Checkpoint, key: str | None) -> Stem | None:
+    """The other stem, where the weights fit a network with that."""
+    scheme, rest = split_name(config.architecture)
+    if scheme not in ("timm", "torchvision") and rest not in IMAGENET_NETS:
+        return None
+    stem: Stem = "native" if config.stem == "small" else "small"
+    for variant in {False, config.architecture in nets.VARIANTS}:
+        with suppress(FactoryError):
+            with torch.device("meta"):
+                net = build_net(config.model_copy(update={"stem": stem}), variant)
+            find_weights(checkpoint, net, key, _biases(net, config))
+            return stem
+    return None
+
+
+def build_from(
+    config: ModelConfig, files: Mapping[str, bytes], where: str, key: str | None = None
+) -> tuple[nn.Module, Weights]:
+    """The network of ``config``, on the CPU, around the weights in ``files``, which errors call ``where``.
 
     Raises DataError where they do not fit, UsageError where a file names what only the user may name.
     """
     require_buildable(config, where)
-    state = parse_weights(weights, where)
+    checkpoint = read_checkpoint(files, where)
     scheme, rest = split_name(config.architecture)
     if scheme == "hf":
-        return build_hf(config, fetch(rest, "classifier"), state, where)
-    return filled(build_net(config), config, state, where)
+        return _hf(config, fetch(rest, "classifier"), checkpoint, key)
+    return filled(build_net(config), config, checkpoint, key)
+
+
+def _hf(config: ModelConfig, folder: Path, checkpoint: Checkpoint, key: str | None) -> tuple[nn.Module, Weights]:
+    """A transformers network, which renames parameters of older versions itself: only other tables are searched."""
+    weights = Weights(largest_table(checkpoint), "")
+    if key is not None or len(checkpoint.tables) > 1 or checkpoint.contents:
+        with torch.device("meta"):
+            weights = find_weights(checkpoint, build_hf(config, folder), key)
+    return build_hf(config, folder, weights.state, checkpoint.where), weights
 
 
 def load_network(source: ModelSource) -> nn.Module | Answer:
     """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers."""
-    config, data, where = source.config, source.read(), source.where
-    if isinstance(config, NamedConfig):
-        scheme, _ = split_name(config.architecture)
-        if scheme == "onnx":
-            return onnx_answer(data, where)
-        if scheme == "code":
-            made = call_code(config)
-            if isinstance(made, nn.Module):
-                net = finish(made, config)
-                return filled(net, config, parse_weights(data, where), where) if source.weights else net
+    config, data, where, key = source.config, source.read(), source.where, source.checkpoint_key
+    files = source.external() or {where: data}
+    scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else None
+    if scheme == "onnx":
+        return onnx_answer(data, where)
+    if scheme == "code":
+        made = call_code(config)
+        if not isinstance(made, nn.Module):
             if not callable(made) or data:
                 what = "weights cannot be loaded into it" if data else "expected a network or a function"
                 raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
             return made
-        if source.folder:
-            return build_hf(config, source.folder, parse_weights(data, where), where)
-    return build_from(config, data, where)
+        net = finish(made, config)
+        if source.weights is None:
+            return net
+        net, weights = filled(net, config, read_checkpoint(files, where), key)
+    elif scheme and source.folder:
+        net, weights = _hf(config, source.folder, read_checkpoint(files, where), key)
+    else:
+        net, weights = build_from(config, files, where, key)
+    lines = [weights.line] if weights.line else []
+    if config.architecture in TRANSFORMED and config.input.mean != (0.5,) * 3:
+        lines.append("weights that began as torchvision's own take mean and std of 0.5 here (its transform_input)")
+    if lines:
+        source.decisions["weights"] = "; ".join(lines)
+    return net
 
 
 def load_model(name: str | Path | ModelSource) -> tuple[nn.Module, ModelConfig]:
@@ -194,22 +205,22 @@ def untrained_teacher(model: ModelSource | ModelConfig, device: str = "meta") ->
 
 def model_files(net: nn.Module, config: ModelConfig) -> dict[str, bytes]:
     """What a model folder holds, by file name, in the order to write it."""
-    state = {name: value.detach().cpu().contiguous() for name, value in unwrapped(net.state_dict()).items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     weights = safetensors.torch.save(state)
     return {WEIGHTS: weights, CONFIG: config_json(config, weights)}
 
 
 def source_files(source: ModelSource) -> dict[str, bytes]:
-    """:func:`model_files` of a built-in ``source``: its own bytes if they are safetensors, else converted.
+    """:func:`model_files` of a built-in ``source``: its own bytes if they are safetensors and nothing else than its
+    network's tensors, else converted.
 
     Raises DataError where the weights are damaged or do not fit.
     """
     config, data = source.config, source.read()
-    if not source.where.endswith(".safetensors"):
-        return model_files(build_from(config, data, source.where), config)
-    with torch.device("meta"):
-        net = build_net(config)
-    filled(net, config, parse_weights(data, source.where), source.where)
+    files = source.external()
+    net, weights = build_from(config, files or {source.where: data}, source.where, source.checkpoint_key)
+    if weights.line or files or not source.where.endswith(".safetensors"):
+        return model_files(net, config)
     return {WEIGHTS: data, CONFIG: config_json(config, data)}
 
 
@@ -244,7 +255,7 @@ def dataset_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
     actual = hashlib.sha256(weights).hexdigest()
     if actual != sha256:  # before anything is built from them
         raise DataError(f"{where} was altered: sha256 {actual}, expected {sha256}; restore it, or {ask}")
-    net = build_from(config, weights, where)
+    net, _ = build_from(config, {WEIGHTS: weights}, where)
     return Teacher(net.to(device), config.input, config.class_names, identity_of(config, weights)).check()
 
 

@@ -5,8 +5,9 @@ taps and class activation maps use them (other networks: :mod:`stages.models.hoo
 """
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -55,19 +56,25 @@ def group_norm(channels: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions; the shortcut takes every second pixel and pads the channels equally on both sides."""
+    """Two 3×3 convolutions. Where the width changes, the shortcut takes every second pixel and pads the channels
+    equally on both sides (option A of He et al. 2015), or is a 1×1 ``projection`` (option B)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm, projection: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = norm(outputs)
         self.stride, self.padding = stride, (outputs - inputs) // 2
+        self.downsample = None
+        if projection and stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1:
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(x + y)
 
@@ -79,22 +86,24 @@ class ResNetCifar(nn.Module):
     stages = ("layer1", "layer2", "layer3")
     head = "linear"
 
-    def __init__(self, num_classes: int, channels: int, blocks: int, norm: Norm = nn.BatchNorm2d):
+    def __init__(
+        self, num_classes: int, channels: int, blocks: int, norm: Norm = nn.BatchNorm2d, projection: bool = False
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn1 = norm(16)
-        self.layer1 = self._stage(16, 16, 1, blocks, norm)
-        self.layer2 = self._stage(16, 32, 2, blocks, norm)
-        self.layer3 = self._stage(32, 64, 2, blocks, norm)
+        self.layer1 = self._stage(16, 16, 1, blocks, norm, projection)
+        self.layer2 = self._stage(16, 32, 2, blocks, norm, projection)
+        self.layer3 = self._stage(32, 64, 2, blocks, norm, projection)
         self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, stride: int, blocks: int, norm: Norm) -> nn.Sequential:
-        rest = (Block(outputs, outputs, 1, norm) for _ in range(blocks - 1))
-        return nn.Sequential(Block(inputs, outputs, stride, norm), *rest)
+    def _stage(inputs: int, outputs: int, stride: int, blocks: int, norm: Norm, projection: bool) -> nn.Sequential:
+        rest = (Block(outputs, outputs, 1, norm, projection) for _ in range(blocks - 1))
+        return nn.Sequential(Block(inputs, outputs, stride, norm, projection), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -170,13 +179,13 @@ VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 class Vgg11(nn.Module):
     """VGG-11 with BatchNorm (Simonyan and Zisserman 2015) as used on small images: five blocks of 3×3 convolutions,
-    global average, one linear layer. A ``small`` one pools after the first three blocks only: total stride 8, not 32.
+    global average, one linear layer, or three (``mlp``). A ``small`` one pools after the first three blocks only: total
+    stride 8, not 32.
     """
 
     stages = ("block2", "block3", "block4")
-    head = "classifier"
 
-    def __init__(self, num_classes: int, channels: int, small: bool):
+    def __init__(self, num_classes: int, channels: int, small: bool, mlp: bool = False):
         super().__init__()
         pools = 3 if small else len(VGG11_WIDTHS)
         for number, widths in enumerate(VGG11_WIDTHS):
@@ -187,7 +196,10 @@ class Vgg11(nn.Module):
             if number < pools:
                 layers.append(nn.MaxPool2d(2))
             self.add_module(f"block{number}", nn.Sequential(*layers))
-        self.classifier = nn.Linear(channels, num_classes)
+        last = nn.Linear(channels, num_classes)
+        hidden = [layer for _ in range(2) for layer in (nn.Linear(channels, channels), nn.ReLU(), nn.Dropout())]
+        self.classifier = nn.Sequential(*hidden, last) if mlp else last
+        self.head = "classifier.6" if mlp else "classifier"
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -233,13 +245,13 @@ def mobilenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
     return _with_parts(net, "classifier.1", ("features.3", "features.6", "features.13", "features.18"))
 
 
-def shufflenet_v2(num_classes: int, channels: int, small: bool) -> nn.Module:
-    """Ma et al. 2018, width 1."""
+def shufflenet_v2(num_classes: int, channels: int, small: bool, kernel: int = 3) -> nn.Module:
+    """Ma et al. 2018, width 1. ``kernel``: of the first convolution."""
     from torchvision.models import ShuffleNetV2
 
     net = ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], num_classes=num_classes)
     if small or channels != 3:
-        net.conv1[0] = _convolution(channels, 24, 3, 1 if small else 2)
+        net.conv1[0] = _convolution(channels, 24, kernel, 1 if small else 2)
     if small:
         net.maxpool = nn.Identity()
     return _with_parts(net, "fc", ("stage2", "stage3", "conv5"))
@@ -256,17 +268,16 @@ def _with_parts(net: nn.Module, head: str, stages: tuple[str, ...]) -> nn.Module
     return net
 
 
-def torchvision_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A CIFAR ResNet's parameters under torchvision's names: the same layers, named otherwise.
-
-    >>> list(torchvision_names({"layer2.0.shortcut.0.weight": 1, "linear.bias": 2}))
-    ['layer2.0.downsample.0.weight', 'fc.bias']
-    """
-    renamed = {}
-    for name, value in state.items():
-        new = name.replace(".shortcut.", ".downsample.")
-        renamed["fc." + new.removeprefix("linear.") if new.startswith("linear.") else new] = value
-    return renamed
+def biases_before_norm(net: nn.Module) -> dict[str, str]:
+    """For every convolution without a bias that a BatchNorm follows, the name that a bias would have, and that of the
+    running mean. The modules of built-in networks are registered in the order in which they run."""
+    found = {}
+    for path, parent in net.named_modules():
+        for (name, module), (norm, follower) in pairwise(parent.named_children()):
+            if isinstance(module, nn.Conv2d) and module.bias is None and isinstance(follower, nn.BatchNorm2d):
+                below = f"{path}." if path else ""
+                found[f"{below}{name}.bias"] = f"{below}{norm}.running_mean"
+    return found
 
 
 ARCHITECTURES: dict[str, Callable[[int, int, bool], nn.Module]] = {
@@ -291,8 +302,33 @@ ARCHITECTURES: dict[str, Callable[[int, int, bool], nn.Module]] = {
 """(number of classes, input channels, small stem or not) to a network."""
 
 
-def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native") -> nn.Module:
-    """A freshly initialized built-in network (from torch's global random state).
+@dataclass(frozen=True)
+class Variant:
+    """Another network that is called the same elsewhere, built where weights have its layers. ``what`` differs."""
+
+    what: str
+    build: Callable[[int, int, bool], nn.Module]
+
+
+def _projected(blocks: int) -> Variant:
+    return Variant(
+        "1×1 convolutions as shortcuts",
+        lambda classes, channels, _: ResNetCifar(classes, channels, blocks, projection=True),
+    )
+
+
+VARIANTS: dict[str, Variant] = {
+    **{f"resnet{6 * blocks + 2}": _projected(blocks) for blocks in (1, 3, 5, 7, 9)},
+    "vgg11": Variant("three linear layers", lambda classes, channels, small: Vgg11(classes, channels, small, mlp=True)),
+    "shufflenetv2": Variant(
+        "a 1×1 first convolution of stride 1, no max pooling",
+        lambda classes, channels, _: shufflenet_v2(classes, channels, small=True, kernel=1),
+    ),
+}
+
+
+def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native", variant: bool = False) -> nn.Module:
+    """A freshly initialized built-in network (from torch's global random state), or its ``variant``.
 
     ``stem``: ``small`` keeps the resolution in the first layers of ImageNet networks; others ignore it.
     Raises UsageError naming near matches for an unknown name.
@@ -300,4 +336,5 @@ def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native")
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
         raise UsageError(f"unknown architecture '{name}': did you mean {', '.join(near)}?")
-    return ARCHITECTURES[name](num_classes, channels, stem == "small")
+    builder = VARIANTS[name].build if variant else ARCHITECTURES[name]
+    return builder(num_classes, channels, stem == "small")

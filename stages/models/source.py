@@ -17,7 +17,17 @@ from pydantic import ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
-from stages.models.folders import CONFIG, WEIGHTS, FolderFacts, fetch, hf_facts, timm_facts
+from stages.models.folders import (
+    CONFIG,
+    WEIGHTS,
+    FolderFacts,
+    fetch,
+    hf_facts,
+    read_weights,
+    shards,
+    timm_facts,
+    weights_in,
+)
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
 
 Scheme = Literal["builtin", "timm", "torchvision", "hf", "onnx", "code"]
@@ -149,10 +159,11 @@ def check_class_count(value: Any, where: str) -> int:
 class ModelSource:
     """A classifier's configuration and files. The weights are read and hashed once, when first needed.
 
-    ``weights`` is None where ``code``, the user's Python file, brings its own. ``folder``: that of a transformers
-    model. ``sha256``: of the weights, as the model folder records it or as they were when first read. ``decisions``:
-    what was settled and from what, for people (``architecture``, ``weights``, ``input``, ``classes``); what the loading
-    settles is there once it is done.
+    ``weights``, a file or the index of shards, is None where ``code``, the user's Python file, brings its own.
+    ``folder``: that of a transformers model. ``checkpoint_key``: the table in the weights that the user named.
+    ``sha256``: of the weights, as the model folder records it or as they were when first read. ``decisions``: what was
+    settled and from what, for people (``architecture``, ``weights``, ``input``, ``classes``); what the loading settles
+    is there once it is done.
     """
 
     config: ModelConfig
@@ -161,8 +172,11 @@ class ModelSource:
     folder: Path | None = None
     half_precision: bool = False
     sha256: str | None = None
+    checkpoint_key: str | None = None
     decisions: dict[str, str] = field(default_factory=dict, compare=False)
     _data: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    _external: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    _external_sha256: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -175,10 +189,7 @@ class ModelSource:
         Raises DataError if it cannot be read, or is not what the folder records or what was read before.
         """
         if self._data is None:
-            try:
-                data = self.weights.read_bytes() if self.weights else b""
-            except OSError as error:
-                raise DataError(f"cannot read teacher weights {self.weights}: {error.strerror}") from None
+            data = read_weights(self.weights) if self.weights else b""
             sha256 = hashlib.sha256(data).hexdigest()
             if self.sha256 not in (None, sha256):
                 raise DataError(
@@ -187,14 +198,24 @@ class ModelSource:
             self._data, self.sha256 = data, sha256
         return self._data
 
+    def external(self) -> dict[str, bytes]:
+        """The shards that the weights file lists, by name: read, kept and compared like it."""
+        if self._external is None:
+            found = {path.name: read_weights(path) for path in shards(self.weights)} if self.weights else {}
+            digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in found.items())
+            if self._external_sha256 not in (None, digests):
+                raise DataError(f"{self.weights}: its shards were altered while in use")
+            self._external, self._external_sha256 = found, digests
+        return self._external
+
     def release(self) -> None:
         """Free the memory of what was read; a later :meth:`read` must find the same bytes."""
-        self._data = None
+        self._data = self._external = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, the
-        user's code, and the change of precision where there is one."""
+        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, their
+        shards, the user's code, and the change of precision or the table among others where there is one."""
         found = identity_of(self.config, self.read())
         if self.code:
             try:
@@ -202,8 +223,12 @@ class ModelSource:
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{code} {found['sha256']}".encode()).hexdigest()
+        if self.external():
+            found["sha256"] = hashlib.sha256(f"{found['sha256']}{self._external_sha256}".encode()).hexdigest()
         if self.half_precision:  # data made in the precision of the files is another teacher's
             found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
+        if self.checkpoint_key is not None:
+            found["sha256"] = hashlib.sha256(f"{self.checkpoint_key} of {found['sha256']}".encode()).hexdigest()
         return found
 
 
@@ -240,7 +265,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
         raise UsageError(f"unknown model '{settings.name}': embedded are {', '.join(EMBEDDED)}")
     if scheme == "builtin" and ("/" in rest or rest.startswith(".")):
         raise DataError(f"model folder {rest} does not exist")
-    weights = Path(settings.weights) if settings.weights else None
+    weights = _weights(settings)
     home, facts = None, FolderFacts()
     if scheme == "hf":
         home = fetch(rest, "classifier")
@@ -252,7 +277,8 @@ def resolve(settings: ModelSettings) -> ModelSource:
         weights = Path(rest)
     if settings.weights and settings.num_classes not in (None, facts.num_classes or settings.num_classes):
         facts = replace(facts, num_classes=None, class_names=None)  # those of other weights
-    weights = weights or (home / WEIGHTS if home else None)
+    if weights is None and home:
+        weights = weights_in(home)
     needed = {
         "weights": weights or scheme == "code",
         "input": settings.input or facts.input,
@@ -266,7 +292,20 @@ def resolve(settings: ModelSettings) -> ModelSource:
         raise UsageError(f"model '{settings.name}' {why}")
     config = _overridden(_named_config(settings, facts), settings)
     code = source_file(rest) if scheme == "code" else None
-    return ModelSource(config, weights, code, home if scheme == "hf" else None, facts.half_precision)
+    return ModelSource(
+        config,
+        weights,
+        code,
+        folder=home if scheme == "hf" else None,
+        half_precision=facts.half_precision,
+        checkpoint_key=settings.checkpoint_key,
+    )
+
+
+def _weights(settings: ModelSettings) -> Path | None:
+    """The file that the user named, or that in the folder that the user named."""
+    path = Path(settings.weights) if settings.weights else None
+    return weights_in(path) if path and path.is_dir() else path
 
 
 def _from_yaml(settings: ModelSettings) -> ModelSettings:
@@ -292,9 +331,9 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     except OSError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     config = _overridden(config, settings)
-    if settings.weights:
-        return ModelSource(config, Path(settings.weights))
-    return ModelSource(config, folder / WEIGHTS, sha256=recorded)
+    if weights := _weights(settings):
+        return ModelSource(config, weights, checkpoint_key=settings.checkpoint_key)
+    return ModelSource(config, folder / WEIGHTS, sha256=recorded, checkpoint_key=settings.checkpoint_key)
 
 
 def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.storage import Storage
 from stages.memory import in_micro_batches, retry_with_smaller_batches
+from stages.models.checkpoints import read_checkpoint
 from stages.models.inputs import finite, resized
-from stages.models.loading import fill, parse_weights
+from stages.models.loading import fill
+from stages.models.matching import find_weights
 from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
 from stages.settings import ALGORITHM_VERSION, GuidanceSettings, SynthSettings
@@ -305,7 +307,7 @@ def fitted_decoder(
         return safetensors.torch.save({name: weight.cpu() for name, weight in state.items()})
 
     def load(data: bytes, where: str) -> None:
-        fill(net, parse_weights(data, where), where)
+        fill(net, find_weights(read_checkpoint({where: data}, where), net).state)
         if not finite(net):
             raise DataError(f"{where} holds weights that are not finite")
 

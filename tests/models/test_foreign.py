@@ -255,12 +255,14 @@ class TestTimm:
         assert head_of(net) is net.fc
         assert all(module.training for module in net.modules())
 
-    def test_other_weights_hint_at_the_stem(self, tmp_path):
-        save_model(tmp_path, build.build_net(config("timm:resnet10t", stem="small")), config("resnet18"))
+    def test_weights_with_the_other_stem_say_so_and_others_do_not(self, tmp_path):
+        save_model(tmp_path, build.build_net(config("torchvision:squeezenet1_0", stem="small")), config("resnet18"))
         weights = str(tmp_path / "model.safetensors")
-        settings = ModelSettings(name="timm:test_efficientnet", weights=weights, input=RGB, num_classes=5)
-        with pytest.raises(DataError, match=r"does not fit EfficientNet.*set stem: small"):
+        settings = ModelSettings(name="torchvision:squeezenet1_0", weights=weights, input=RGB, num_classes=5)
+        with pytest.raises(DataError, match=r"does not fit SqueezeNet: .*set stem: small\)"):
             load_teacher(settings)
+        with pytest.raises(DataError, match=r"does not fit EfficientNet: missing: conv_stem.weight.*more$"):
+            load_teacher(settings.model_copy(update={"name": "timm:test_efficientnet"}))
 
     def test_names_that_fetch_are_refused(self):
         with pytest.raises(UsageError, match="timm has no model"):

@@ -91,14 +91,14 @@ def test_checkpoints_without_named_tensors(tmp_path, content):
 @pytest.mark.parametrize("content", [b"", b"no weights at all"])
 def test_files_that_are_no_weights(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name} is (truncated or no safetensors file|damaged or holds more)"):
+    with pytest.raises(DataError, match=f"{name} is (truncated or no safetensors file|damaged, or no file of|empty)"):
         load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / name), input=INPUT, num_classes=3))
 
 
 @pytest.mark.parametrize("content", [{}, {"state_dict": {}}])
 def test_a_checkpoint_without_weights_is_no_random_network(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(DataError, match=r"w\.pt does not fit DigitsCNN: missing: "):
+    with pytest.raises(DataError, match=r"w\.pt holds no table of named tensors"):
         load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "w.pt"), input=INPUT, num_classes=3))
 
 
@@ -123,7 +123,7 @@ def test_pickled_code_is_refused(tmp_path):
             return (print, ("ran",))
 
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(DataError, match="holds more than weights"):
+    with pytest.raises(DataError, match=r"no table of named tensors \(x: builtins\.print\)"):
         load_teacher(ModelSettings(name="digits-cnn", weights=str(tmp_path / "evil.pt"), input=INPUT, num_classes=3))
 
 
