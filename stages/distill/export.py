@@ -45,7 +45,7 @@ def load_student(folder: str | Path) -> "Classifier":
 
 
 class Classifier(nn.Module):
-    """Images of any size to logits ``[n, C]``; resizing and normalization included.
+    """Pictures of any size to logits ``[n, C]``; resizing, center crop and normalization included.
 
     Takes a PIL image or a list of them, or a tensor ``[n, 3, h, w]`` or ``[3, h, w]`` (also with 1 channel): uint8, or
     floating point in [0, 1]. A single image is a batch of one. Raises UsageError for anything else.
@@ -58,12 +58,15 @@ class Classifier(nn.Module):
     def forward(self, images: Images) -> Tensor:
         device = next(self.net.parameters()).device
         if isinstance(images, Tensor):
-            x = self.spec(_centered(images).to(device))
+            x = self._prepared(_centered(images).to(device))
         else:  # PIL images differ in size
             several: Sequence[Any] = images if isinstance(images, list | tuple) and len(images) else [images]
-            x = torch.cat([self.spec(_centered(_pixels(image)).to(device)) for image in several])
+            x = torch.cat([self._prepared(_centered(_pixels(image)).to(device)) for image in several])
         logits: Tensor = self.net(x)
         return logits
+
+    def _prepared(self, pictures: Tensor) -> Tensor:
+        return self.spec(self.spec.view(pictures))
 
 
 def _pixels(image: Any) -> Tensor:
@@ -91,7 +94,8 @@ def _centered(images: Tensor) -> Tensor:
 
 
 class Deployable(nn.Module):
-    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
+    """Images ``[n, channels, size, size]`` in [0, 1] (RGB, or luminance) to logits ``[n, C]``: normalization included,
+    resizing and crop not."""
 
     mean: Tensor
     std: Tensor
@@ -101,9 +105,11 @@ class Deployable(nn.Module):
         self.net = net
         self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
+        self.bgr = config.input.channel_order == "bgr"
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net((images - self.mean) / self.std)
+        x = (images - self.mean) / self.std
+        logits: Tensor = self.net(x.flip(1) if self.bgr else x)
         return logits
 
 
@@ -266,7 +272,7 @@ def model_card(config: ModelConfig, settings: DistillSettings, spec: Mapping[str
         latency=result.latency_ms,
         device=result.device,
         threads=settings.threads,
-        input=f"{taken.channels}×{taken.size}×{taken.size}, mean {_plain(taken.mean)}, std {_plain(taken.std)}"
+        input=str(taken)
         + ("; first layers changed to keep the resolution of small images" if config.stem == "small" else ""),
         classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
         teacher=f"{markdown(teacher['architecture'])}, sha256 {markdown(teacher['sha256'])}",
@@ -304,7 +310,3 @@ def markdown(text: object) -> str:
     """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))
-
-
-def _plain(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -20,8 +20,15 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+MAX_RESIZED = 2**26
+"""Pixels of a resized picture: of a longer one only the middle is resized, more than a center crop leaves."""
+
+
 class InputSpec:
-    """Maps images in [−1, 1] to a classifier's own input. Differentiable; antialiased where it shrinks."""
+    """Maps images in [−1, 1] to a classifier's own input. Differentiable; antialiased where it shrinks.
+
+    Pictures from elsewhere go through :meth:`view` first; images of a dataset are such views already.
+    """
 
     def __init__(self, settings: InputSettings):
         self.settings = settings
@@ -40,16 +47,53 @@ class InputSpec:
         if self.channels == 1:
             x = (x * self._luminance).sum(1, keepdim=True)
         x = resized(x, self.size, self.settings.resize)
-        return (x - self._mean) / self._std
+        x = (x - self._mean) / self._std
+        return x.flip(1) if self.settings.channel_order == "bgr" else x
+
+    def view(self, x: Tensor) -> Tensor:
+        """What the network sees of pictures ``[n, 3, h, w]`` of any shape: ``[n, 3, size, size]``; both in [−1, 1].
+
+        The sides and the place of the crop are those of ``Resize`` and ``CenterCrop`` of torchvision (of an image
+        processor of transformers where ``crop_rounding`` is ``down``), and like them it ends at black and white.
+        """
+        size, target = self.size, self.settings.resize_size or (self.size, self.size)
+        if isinstance(target, int):
+            longest = MAX_RESIZED // target**2 * min(x.shape[-2:])
+            x = center_crop(x, min(x.shape[-2], longest), min(x.shape[-1], longest))
+            short = min(x.shape[-2:])
+            target = (int(target * x.shape[-2] / short), int(target * x.shape[-1] / short))
+        if self.settings.resize == "bicubic":  # rows, then columns, as Pillow: each ends at black and white
+            x = resized(x, (x.shape[-2], target[1]), "bicubic").clamp(-1, 1)
+        x = resized(x, target, self.settings.resize).clamp(-1, 1)
+        return center_crop(x, size, size, self.settings.crop_rounding)
 
 
-def resized(x: Tensor, size: int, rule: str) -> Tensor:
-    """``[n, c, h, w]`` at ``size × size`` by a ``rule`` of ``InputSettings.resize``; as it is where it fits."""
-    if x.shape[-2:] == (size, size):
+def center_crop(x: Tensor, height: int, width: int, rounding: str = "even") -> Tensor:
+    """``[n, c, h, w]`` to its center ``[n, c, height, width]``; half a pixel is rounded to ``even`` or ``down``."""
+    half = [(x.shape[-2] - height) / 2, (x.shape[-1] - width) / 2]
+    top, left = (int(margin) if rounding == "down" else round(margin) for margin in half)
+    return x[..., top : top + height, left : left + width]
+
+
+def resized(x: Tensor, size: int | tuple[int, int], rule: str) -> Tensor:
+    """``[n, c, h, w]`` at ``size × size`` or ``(height, width)`` by a ``rule`` of ``InputSettings.resize``; as it is
+    where it fits."""
+    size = (size, size) if isinstance(size, int) else size
+    if x.shape[-2:] == size:
         return x
     if rule == "area":
-        return F.interpolate(x, size=(size, size), mode="area")
-    return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)
+        return F.interpolate(x, size=size, mode="area")
+    if rule == "nearest":
+        rows, columns = (_nearest(old, new, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
+        return x[..., rows[:, None], columns]
+    return F.interpolate(x, size=size, mode=rule, antialias=True, align_corners=False)
+
+
+def _nearest(old: int, new: int, device: torch.device) -> Tensor:
+    """Which of ``old`` pixels are nearest to ``new`` ones, as Pillow adds it up; PyTorch's own mode differs by one."""
+    steps = torch.full((new,), old / new, dtype=torch.float64)
+    steps[0] /= 2
+    return steps.cumsum(0).long().clamp(max=old - 1).to(device)
 
 
 def logits_of(out: Any, num_classes: int, what: str) -> Tensor:

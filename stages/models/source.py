@@ -4,8 +4,10 @@ A run resolves each name once (:func:`resolve`) and passes the source on: it rea
 """
 
 import hashlib
+import operator
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.machinery import PathFinder
@@ -13,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
-from stages.models.folders import CONFIG, WEIGHTS, FolderFacts, fetch, hf_facts, timm_facts
+from stages.models.folders import CONFIG, WEIGHTS, FolderFacts, fetch, hf_facts, timm_facts, timm_input
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
 
 Scheme = Literal["builtin", "timm", "torchvision", "hf", "onnx", "code"]
@@ -26,6 +28,8 @@ EMBEDDED = {"embedded:digits": ASSETS / "digits-teacher"}
 WEIGHTS_SHA256 = "weights_sha256"
 IMAGENET_NETS = ("resnet18", "resnet34", "vgg11", "mobilenetv2", "shufflenetv2")
 """Built-in networks whose first layers can be changed for small images (``stem``)."""
+TIMM_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of folders and hub ids in timm's own names."""
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -46,13 +50,18 @@ def split_name(name: str) -> tuple[Scheme, str]:
 def is_self_contained(name: str) -> bool:
     """Whether the files behind ``name`` hold weights, input and classes, so that no further setting is needed.
 
-    >>> is_self_contained("embedded:digits"), is_self_contained("hf:microsoft/resnet-18"), is_self_contained("resnet20")
-    (True, True, False)
+    >>> is_self_contained("timm:someone/pets"), is_self_contained("timm:resnet18"), is_self_contained("resnet20")
+    (True, False, False)
     """
     scheme, rest = split_name(name)
     if scheme == "timm":
-        return "." in rest or Path(rest).is_dir()
+        return is_timm_home(rest) or "." in rest
     return scheme == "hf" or name.startswith("embedded:") or name.endswith((".yaml", ".yml")) or Path(name).is_dir()
+
+
+def is_timm_home(rest: str) -> bool:
+    """Whether what follows ``timm:`` is a folder or a hub id, not one of timm's own names."""
+    return Path(rest).is_dir() or "/" in rest or rest.startswith(TIMM_HUB)
 
 
 def buildable_from_file(name: str) -> bool:
@@ -106,7 +115,11 @@ class ModelConfig(Settings):
 
 
 class NamedConfig(ModelConfig):
-    """A configuration whose architecture the user wrote, never a file: it may be code, a hub id or ONNX."""
+    """A configuration whose architecture the user wrote, never a file: it may be code, a hub id or ONNX.
+
+    ``arguments``: of timm's builder, as the model folder has them beside the architecture."""
+
+    arguments: dict[str, Any] = Field(default_factory=dict, exclude_if=operator.not_)
 
 
 def config_json(config: ModelConfig, weights: bytes) -> bytes:
@@ -245,8 +258,9 @@ def resolve(settings: ModelSettings) -> ModelSource:
     if scheme == "hf":
         home = fetch(rest, "classifier")
         facts = hf_facts(home)
-    elif scheme == "timm" and (Path(rest).is_dir() or ("." in rest and weights is None)):
-        home = fetch(rest if Path(rest).is_dir() or "/" in rest else f"timm/{rest}", "timm classifier")
+    elif scheme == "timm" and (is_timm_home(rest) or ("." in rest and weights is None)):
+        hub = rest.partition(":")[2] if rest.startswith(TIMM_HUB) else rest
+        home = fetch(hub if is_timm_home(hub) else f"timm/{hub}", "timm classifier")
         facts = timm_facts(home)
     elif scheme == "onnx":
         weights = Path(rest)
@@ -258,15 +272,61 @@ def resolve(settings: ModelSettings) -> ModelSource:
         "input": settings.input or facts.input,
         "num_classes": settings.num_classes or facts.num_classes,
     }
-    if missing := ", ".join(key for key, value in needed.items() if not value):
-        if home:
-            why = f"the files beside its weights do not tell {missing}: the recipe must"
-        else:
-            why = f"is no folder; an architecture needs {missing} too"
-        raise UsageError(f"model '{settings.name}' {why}")
+    if missing := [key for key, value in needed.items() if not value]:
+        raise UsageError(f"model '{settings.name}' {_why_missing(missing, settings.name, home, facts)}")
     config = _overridden(_named_config(settings, facts), settings)
     code = source_file(rest) if scheme == "code" else None
-    return ModelSource(config, weights, code, home if scheme == "hf" else None, facts.half_precision)
+    decisions = _decisions(config, settings, facts)
+    return ModelSource(config, weights, code, home if scheme == "hf" else None, facts.half_precision,
+                       decisions=decisions)  # fmt: skip
+
+
+def _why_missing(missing: Sequence[str], name: str, home: Path | None, facts: FolderFacts) -> str:
+    """What is missing for the model ``name`` besides its ``home``, why, and what would be right."""
+    keys = ", ".join(missing)
+    if home:
+        why = facts.decisions.get("input", "") if "input" in missing else ""
+        return f"needs {keys} in its settings: {home} does not say it" + (f" ({why})" if why else "")
+    usual = usual_input(name) if "input" in missing else None
+    said = f" (with the weights of the library: input: {usual.yaml()})" if usual else ""
+    return f"is no folder; an architecture needs {keys} too{said}"
+
+
+def usual_input(name: str) -> InputSettings | None:
+    """What the library's own weights of a torchvision or timm architecture take, where that can be said."""
+    scheme, rest = split_name(name)
+    try:
+        if scheme == "timm":
+            import timm
+
+            cfg = timm.get_pretrained_cfg(rest)
+            rule = timm_input(cfg.to_dict(), {}) if cfg else None
+            return rule if isinstance(rule, InputSettings) else None
+        if scheme == "torchvision":
+            from torchvision import models
+
+            preset = models.get_model_weights(rest).DEFAULT.transforms()
+            values = {"size": preset.crop_size[0], "resize_size": preset.resize_size[0], "mean": preset.mean}
+            return InputSettings.model_validate(
+                values | {"std": preset.std, "resize": preset.interpolation.value}
+            )
+    except (ImportError, AttributeError, KeyError, ValueError, RuntimeError):  # no such name, or none of these fields
+        pass
+    return None
+
+
+def _decisions(config: ModelConfig, settings: ModelSettings, facts: FolderFacts) -> dict[str, str]:
+    """What was settled of ``config``, and from what."""
+    arguments = dict(getattr(config, "arguments", {}))
+    with_them = f" with {', '.join(f'{key} {value}' for key, value in arguments.items())}" if arguments else ""
+    names = ", ".join(config.class_names[:3]) + (", …" if config.num_classes > 3 else "")
+    of_classes = "class_names of the settings" if settings.class_names else facts.decisions.get("classes", "the settings")
+    return {
+        "architecture": f"{config.architecture}{with_them}, stem {config.stem}; "
+        f"from {facts.decisions.get('architecture', 'the settings')}",
+        "input": f"{config.input}; from {'the settings' if settings.input else facts.decisions.get('input', CONFIG)}",
+        "classes": f"{config.num_classes} ({names}); from {of_classes}",
+    }
 
 
 def _from_yaml(settings: ModelSettings) -> ModelSettings:
@@ -292,9 +352,12 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     except OSError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     config = _overridden(config, settings)
+    stored = f"{CONFIG} of {folder}"
+    facts = FolderFacts(decisions={"architecture": stored, "input": stored, "classes": stored})
+    decisions = _decisions(config, settings, facts)
     if settings.weights:
-        return ModelSource(config, Path(settings.weights))
-    return ModelSource(config, folder / WEIGHTS, sha256=recorded)
+        return ModelSource(config, Path(settings.weights), decisions=decisions)
+    return ModelSource(config, folder / WEIGHTS, sha256=recorded, decisions=decisions)
 
 
 def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:
@@ -307,6 +370,7 @@ def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:
         channels=spec.channels,
         input=spec,
         class_names=settings.class_names or facts.class_names or tuple(f"class {i}" for i in range(count)),
+        arguments=dict(facts.arguments),
         stem=settings.stem or default_stem(settings.name, spec.size),
     )
 
