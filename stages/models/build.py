@@ -160,7 +160,10 @@ def hf_class(settings: Any, folder: Path) -> Any:
     kinds = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,))}
     named = [name for name in settings.architectures or () if name in kinds]
     if len(kinds) == 1 or named:
-        return kinds[named[0] if named else next(iter(kinds))]
+        kind = kinds[named[0] if named else next(iter(kinds))]
+        if kind.main_input_name == "input_ids":
+            raise UsageError(f"{folder}: {kind.__name__} takes tokens, not pixels: wrap it in module.path:function")
+        return kind
     if kinds:
         raise UsageError(f"{folder}: config.json must name one of {', '.join(kinds)} in architectures")
     raise UsageError(

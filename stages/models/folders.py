@@ -164,12 +164,11 @@ def hf_facts(folder: Path) -> FolderFacts:
     config = read_json(path)
     if "model_type" not in config and "architecture" in config:
         raise DataError(f"{path} is of timm, not of transformers: name it timm:{folder}")
-    labels, names = config.get("id2label"), None
-    if isinstance(labels, Mapping) and labels:
-        try:
-            names = tuple(str(labels[str(i)]) for i in range(len(labels)))
-        except KeyError as error:
-            raise DataError(f"{folder / CONFIG}: id2label has no entry {error}") from None
+    key = "id2label" if config.get("id2label") else "label_names"  # of its wrapper of timm
+    labels = config.get(key)
+    if isinstance(labels, Mapping) and (gaps := [i for i in range(len(labels)) if str(i) not in labels]):
+        raise DataError(f"{path}: {key} has no entry {gaps[0]}")
+    names, of_classes = listed_names(labels, None, f"{key} of {CONFIG}")
     processor = next((name for name in PROCESSORS if (folder / name).is_file()), None)
     rule: InputSettings | str = f"there is no {PROCESSORS[0]}"
     if processor:
@@ -177,13 +176,13 @@ def hf_facts(folder: Path) -> FolderFacts:
 
         rule = processor_input(folder, processor, config.get("num_channels", 3))
     return FolderFacts(
-        num_classes=len(names) if names else None,
+        num_classes=len(names) if names else config.get("num_labels", config.get("num_classes")),
         class_names=names,
         input=None if isinstance(rule, str) else rule,
         half_precision=config.get("dtype", config.get("torch_dtype")) not in (None, "float32"),
         decisions={
             "architecture": f"{CONFIG} of {folder}",
             "input": rule if isinstance(rule, str) else str(processor),
-            "classes": f"names from id2label of {CONFIG}",
+            "classes": of_classes,
         },
     )

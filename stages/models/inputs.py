@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from manifests.errors import DataError
@@ -53,55 +55,61 @@ class InputSpec:
     def view(self, x: Tensor) -> Tensor:
         """What the network sees of pictures ``[n, 3, h, w]`` of any shape: ``[n, 3, size, size]``; both in [−1, 1].
 
-        The sides and the place of the crop are those of ``Resize`` and ``CenterCrop`` of torchvision (of an image
-        processor of transformers where ``crop_rounding`` is ``down``), and like them it ends at black and white.
+        As torchvision's ``Resize`` and ``CenterCrop`` make it with Pillow, in 8 bits and without gradients (the crop as
+        transformers where ``crop_rounding`` is ``down``); pictures that need neither come back as they are.
         """
         size, target = self.size, self.settings.resize_size or (self.size, self.size)
+        if x.shape[-2:] == (size, size) == target or x.is_meta:
+            return x
+        pixels = ((x.detach() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        views = [np.asarray(self._view(Image.fromarray(picture))) for picture in pixels]
+        return to_unit(torch.from_numpy(np.stack(views))).to(x.device)
+
+    def _view(self, picture: Image.Image) -> Image.Image:
+        size, target = self.size, self.settings.resize_size or (self.size, self.size)
         if isinstance(target, int):
-            longest = MAX_RESIZED // target**2 * min(x.shape[-2:])
-            x = center_crop(x, min(x.shape[-2], longest), min(x.shape[-1], longest))
-            short = min(x.shape[-2:])
-            target = (int(target * x.shape[-2] / short), int(target * x.shape[-1] / short))
-        if self.settings.resize == "bicubic":  # rows, then columns, as Pillow: each ends at black and white
-            x = resized(x, (x.shape[-2], target[1]), "bicubic").clamp(-1, 1)
-        x = resized(x, target, self.settings.resize).clamp(-1, 1)
-        return center_crop(x, size, size, self.settings.crop_rounding)
+            longest = MAX_RESIZED // target**2 * min(picture.size)
+            picture = _center_crop(picture, min(picture.width, longest), min(picture.height, longest))
+            short = min(picture.size)
+            target = (int(target * picture.height / short), int(target * picture.width / short))
+        picture = picture.resize(target[::-1], PILLOW[self.settings.resize])
+        return _center_crop(picture, size, size, self.settings.crop_rounding)
 
 
-def center_crop(x: Tensor, height: int, width: int, rounding: str = "even") -> Tensor:
-    """``[n, c, h, w]`` to its center ``[n, c, height, width]``; half a pixel is rounded to ``even`` or ``down``."""
-    half = [(x.shape[-2] - height) / 2, (x.shape[-1] - width) / 2]
-    top, left = (int(margin) if rounding == "down" else round(margin) for margin in half)
-    return x[..., top : top + height, left : left + width]
+PILLOW = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
+"""Interpolations of ``InputSettings.resize`` in Pillow."""
 
 
-def resized(x: Tensor, size: int | tuple[int, int], rule: str) -> Tensor:
-    """``[n, c, h, w]`` at ``size × size`` or ``(height, width)`` by a ``rule`` of ``InputSettings.resize``; as it is
-    where it fits."""
-    size = (size, size) if isinstance(size, int) else size
-    if x.shape[-2:] == size:
+def _center_crop(picture: Image.Image, width: int, height: int, rounding: str = "even") -> Image.Image:
+    half = ((picture.width - width) / 2, (picture.height - height) / 2)
+    left, top = (int(margin) if rounding == "down" else round(margin) for margin in half)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def resized(x: Tensor, size: int, rule: str) -> Tensor:
+    """``[n, c, h, w]`` at ``size × size`` by a ``rule`` of ``InputSettings.resize``; as it is where it fits."""
+    if x.shape[-2:] == (size, size):
         return x
-    if rule == "area":
-        return F.interpolate(x, size=size, mode="area")
-    if rule == "nearest":
-        rows, columns = (_nearest(old, new, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
-        return x[..., rows[:, None], columns]
-    return F.interpolate(x, size=size, mode=rule, antialias=True, align_corners=False)
-
-
-def _nearest(old: int, new: int, device: torch.device) -> Tensor:
-    """Which of ``old`` pixels are nearest to ``new`` ones, as Pillow adds it up; PyTorch's own mode differs by one."""
-    steps = torch.full((new,), old / new, dtype=torch.float64)
-    steps[0] /= 2
-    return steps.cumsum(0).long().clamp(max=old - 1).to(device)
+    if rule in ("area", "nearest"):
+        return F.interpolate(x, size=(size, size), mode="area" if rule == "area" else "nearest-exact")
+    return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)
 
 
 def logits_of(out: Any, num_classes: int, what: str) -> Tensor:
-    """The ``[n, num_classes]`` tensor in ``out``: itself, its ``logits``, or the only one of that width in a tuple.
+    """The ``[n, num_classes]`` tensor in ``out``: itself, its ``logits`` or only value, or the only one of that width
+    in a tuple.
 
     Raises DataError where there is none, or where more than one could be meant. ``what`` names the classifier.
     """
-    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(out, Mapping):
+        logits = next(iter(out.values())) if len(out) == 1 else out.get("logits")
+    else:
+        logits = getattr(out, "logits", None)
     if logits is not None:
         out = logits
     elif isinstance(out, tuple | list):

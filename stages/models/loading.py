@@ -5,6 +5,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from stages.models.source import (
     resolve,
     split_name,
 )
-from stages.models.teacher import Answer, BlackBox, Teacher, onnx_answer
+from stages.models.teacher import (
+    Answer,
+    BlackBox,
+    Teacher,
+    answers_probabilities,
+    log_probabilities,
+    onnx_answer,
+)
 from stages.settings import ModelSettings
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
@@ -131,24 +139,40 @@ def build_from(config: ModelConfig, weights: bytes, where: str) -> nn.Module:
 
 
 def load_network(source: ModelSource) -> nn.Module | Answer:
-    """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers."""
+    """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers.
+
+    Own code and ONNX that answer probabilities answer their logarithms from here on, which ``source.decisions`` say.
+    """
     config, data, where = source.config, source.read(), source.where
-    if isinstance(config, NamedConfig):
-        scheme, _ = split_name(config.architecture)
-        if scheme == "onnx":
-            return onnx_answer(data, where)
-        if scheme == "code":
-            made = call_code(config)
-            if isinstance(made, nn.Module):
-                net = finish(made, config)
-                return filled(net, config, parse_weights(data, where), where) if source.weights else net
-            if not callable(made) or data:
-                what = "weights cannot be loaded into it" if data else "expected a network or a function"
-                raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
-            return made
-        if source.folder:
-            return build_hf(config, source.folder, parse_weights(data, where), where)
+    scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else "builtin"
+    if scheme == "onnx":
+        return _logits_from(onnx_answer(data, where, source.external()), source)
+    if scheme == "code":
+        made = call_code(config)
+        if isinstance(made, nn.Module):
+            net = finish(made, config)
+            net = filled(net, config, parse_weights(data, where), where) if source.weights else net
+            return _logits_from(net.eval(), source)
+        if not callable(made) or data:
+            what = "weights cannot be loaded into it" if data else "expected a network or a function"
+            raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
+        return _logits_from(made, source)
+    if source.folder:
+        return build_hf(config, source.folder, parse_weights(data, where), where)
     return build_from(config, data, where)
+
+
+def _logits_from(answer: Any, source: ModelSource) -> Any:
+    """``answer`` again, or the logarithm of its probabilities."""
+    config = source.config
+    if not answers_probabilities(answer, config.input, config.num_classes):
+        return answer
+    source.decisions["outputs"] = "probabilities (in [0, 1], sum 1): their logarithms are taken as logits"
+    change = partial(log_probabilities, num_classes=config.num_classes, what=f"'{config.architecture}'")
+    if isinstance(answer, nn.Module):
+        answer.register_forward_hook(lambda _module, _inputs, out: change(out))
+        return answer
+    return lambda x: change(answer(x))
 
 
 def load_model(name: str | Path | ModelSource) -> tuple[nn.Module, ModelConfig]:

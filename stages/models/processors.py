@@ -21,7 +21,7 @@ from stages.models.folders import read_json
 from stages.models.inputs import InputSpec, to_unit
 from stages.settings import InputSettings
 
-FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic", 4: "area"}
 MAX_SIDE = 4096
 NOT_OURS = ("do_color_quantize", "do_thumbnail", "do_align_long_axis", "do_pan_and_scan")
 """Fields of processors that no input rule has, once they are true."""
@@ -34,12 +34,14 @@ def quiet_transformers() -> Iterator[None]:
 
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def processor_input(folder: Path, file: str, channels: Any) -> InputSettings | str:
@@ -47,15 +49,25 @@ def processor_input(folder: Path, file: str, channels: Any) -> InputSettings | s
     :class:`InputSettings` cannot express. Runs no code of the folder."""
     from transformers import AutoImageProcessor
 
-    if not _bounded(read_json(folder / file)):
+    fields = read_json(folder / file)
+    if not _bounded(fields):
         return f"{file} has sides above {MAX_SIDE} or a crop_pct below 0.1"
     try:
         with quiet_transformers():
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if "crop_size" not in fields and _pads(processor):
+                processor.do_center_crop = False  # the class's own crop, of another size than this file's
             return _input_of(processor, file, 1 if channels == 1 else 3)
     except Exception as error:  # whatever a processor does with values that it was not written for
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"the processor of {file} cannot be run ({reason[:200]})"
+
+
+def _pads(processor: Any) -> bool:
+    """Whether the crop of ``processor`` is larger than what it resizes to."""
+    size, crop = dict(getattr(processor, "size", None) or {}), dict(getattr(processor, "crop_size", None) or {})
+    side = size.get("height") or size.get("shortest_edge") or 0
+    return bool(getattr(processor, "do_center_crop", False)) and side < (crop.get("height") or 0)
 
 
 def _bounded(value: Any, key: str = "") -> bool:
@@ -68,14 +80,12 @@ def _bounded(value: Any, key: str = "") -> bool:
 
 def _input_of(processor: Any, file: str, channels: int) -> InputSettings | str:
     """The candidate that agrees with ``processor``; else what it does, as far as its fields say."""
-    name, (said, candidates) = type(processor).__name__, _candidates(processor, channels)
-    wrong = next((key for key in NOT_OURS if getattr(processor, key, False)), None)
-    if wrong is None:
-        for candidate in candidates:
-            if _agrees(processor, candidate):
-                return candidate
+    as_it_does = f"which no input rule reproduces as {type(processor).__name__} does"
+    if wrong := next((key for key in NOT_OURS if getattr(processor, key, False)), None):
+        return f"{file} says {wrong}, {as_it_does}"
+    said, candidates = _candidates(processor, channels)
     nearest = f"; the nearest rule is input: {candidates[0].yaml()}" if candidates else ""
-    return f"{file} says {wrong or said}, which no input rule reproduces as {name} does{nearest}"
+    return next((rule for rule in candidates if _agrees(processor, rule)), f"{file} says {said}, {as_it_does}{nearest}")
 
 
 def _candidates(processor: Any, channels: int) -> tuple[str, list[InputSettings]]:

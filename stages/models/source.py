@@ -176,6 +176,8 @@ class ModelSource:
     sha256: str | None = None
     decisions: dict[str, str] = field(default_factory=dict, compare=False)
     _data: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    _external: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+    _external_sha256: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -200,14 +202,27 @@ class ModelSource:
             self._data, self.sha256 = data, sha256
         return self._data
 
+    def external(self) -> dict[str, bytes]:
+        """The data files of an ONNX model, by the names that it has for them: read, kept and compared like the model."""
+        if self._external is None:
+            from stages.models.onnx_data import external_data
+
+            of_onnx = self.weights and split_name(self.config.architecture)[0] == "onnx"
+            found = external_data(self.read(), self.weights) if of_onnx and self.weights else {}
+            digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in found.items())
+            if self._external_sha256 not in (None, digests):
+                raise DataError(f"{self.weights}: its data was altered while it was in use")
+            self._external, self._external_sha256 = found, digests
+        return self._external
+
     def release(self) -> None:
         """Free the memory of what was read; a later :meth:`read` must find the same bytes."""
-        self._data = None
+        self._data = self._external = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, the
-        user's code, and the change of precision where there is one."""
+        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, an ONNX
+        model's data files, the user's code, and the change of precision where there is one."""
         found = identity_of(self.config, self.read())
         if self.code:
             try:
@@ -215,6 +230,8 @@ class ModelSource:
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{code} {found['sha256']}".encode()).hexdigest()
+        if self.external():
+            found["sha256"] = hashlib.sha256(f"{found['sha256']}{self._external_sha256}".encode()).hexdigest()
         if self.half_precision:  # data made in the precision of the files is another teacher's
             found["sha256"] = hashlib.sha256(f"float32 {found['sha256']}".encode()).hexdigest()
         return found

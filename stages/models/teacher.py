@@ -1,6 +1,6 @@
 """Frozen classifiers with their own input rule: teachers, frozen students, black boxes; and BatchNorm moments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -155,7 +155,8 @@ class Teacher:
             raise
         except Exception as error:  # whatever a foreign network or runtime does
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}") from error
+            wrap = "; what takes more than pixels needs module.path:function" if "'hf:" in self.what else ""
+            raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}{wrap}") from error
         if len(require_finite(logits, self.what)) != len(x):
             raise DataError(f"{self.what} answers {len(x)} images with {len(logits)} rows of logits")
         return logits
@@ -240,20 +241,49 @@ class Moments:
         return float(torch.stack(terms).mean()) if terms else None
 
 
+def answers_probabilities(answer: Answer, spec: InputSettings, num_classes: int) -> bool:
+    """Whether ``answer`` gives probabilities: all rows of several pictures, noise among them, lie in [0, 1] and sum to
+    1 (within 1 %: half precision and quantized networks). False where it fails: :meth:`Teacher.check` says how."""
+    generator = torch.Generator().manual_seed(0)
+    side = spec.size
+    x = torch.rand(8, 3, side, side, generator=generator) * 2 - 1  # noise, colors and gradients
+    x[2:4] = x[2:4, :, :1, :1]
+    x[4:6] = torch.linspace(-1, 1, 6 * side**2).view(2, 3, side, side)
+    x[6:] = x[6:].round()
+    try:
+        with torch.no_grad():
+            out = logits_of(answer(InputSpec(spec)(x)), num_classes, "").double()
+    except Exception:  # whatever a foreign network or runtime does
+        return False
+    return len(out) == len(x) and bool(((out >= 0) & (out <= 1)).all() and ((out.sum(1) - 1).abs() < 0.01).all())
+
+
+def log_probabilities(out: Any, num_classes: int, what: str) -> Tensor:
+    """The logits, up to a constant in each row, in what a classifier that :func:`answers_probabilities` returns."""
+    probabilities = logits_of(out, num_classes, what).float()
+    return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
 def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``[c]`` of ``[n, c, …]``."""
     variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     return mean, variance
 
 
-def onnx_answer(data: bytes, where: str) -> Answer:
-    """The answers of an ONNX classifier with one image input. Raises DataError where the file is no such thing."""
+def onnx_answer(data: bytes, where: str, external: Mapping[str, bytes] | None = None) -> Answer:
+    """The answers of an ONNX classifier with one image input and its ``external`` data files, by name.
+
+    Raises DataError where the file is no such thing.
+    """
     try:
         import onnxruntime as ort
     except ImportError:
         raise UsageError(f"{where} needs onnxruntime: pip install 'dfkd-factory[onnx]'") from None
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs repeats names from the file, unescaped
+    if external:
+        lengths = [len(content) for content in external.values()]
+        options.add_external_initializers_from_files_in_memory(list(external), list(external.values()), lengths)
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -270,7 +300,8 @@ def onnx_answer(data: bytes, where: str) -> Answer:
     def answer(x: Tensor) -> list[Tensor]:
         for given, wanted in zip(x.shape[1:], shape[1:], strict=True):
             if isinstance(wanted, int) and given != wanted:
-                raise DataError(f"{where} takes {shape}, but input says {list(x.shape[1:])}")
+                last = " (channels last: export it with channels first)" if shape[3] == x.shape[1] else ""
+                raise DataError(f"{where} takes {shape}{last}, but input says {list(x.shape[1:])}")
         images, size = x.numpy().astype(dtype), step or len(x)
         parts: list[list[Any]] = []
         for start in range(0, len(images), size):

@@ -1,0 +1,69 @@
+"""The data files beside an ONNX model: what the exporter of PyTorch writes by default. Imports no torch."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from manifests.errors import DataError, UsageError
+
+
+def external_data(model: bytes, path: Path) -> dict[str, bytes]:
+    """Content of the data files of the ONNX ``model``, which was read from ``path``, by the names that it has for them.
+
+    Raises DataError where one is missing, shorter than the model says, no regular file, or outside the model's folder
+    (of links: outside the repository of the hub's cache). Files that are no ONNX model have none.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise UsageError(f"{path} needs onnx: pip install 'dfkd-factory[onnx]'") from None
+    try:
+        parsed = onnx.load_model_from_string(model)
+    except (DecodeError, ValueError):
+        return {}  # onnxruntime says what is wrong with it
+    ends: dict[str, int] = {}
+    for tensor in _tensors(parsed):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            name = entry.get("location", "")
+            try:
+                end = int(entry.get("offset") or 0) + int(entry.get("length") or 0)
+            except ValueError:
+                raise DataError(f"{path}: data of tensor {tensor.name[:80]!r} has no place: {entry}") from None
+            ends[name] = max(end, ends.get(name, 0))
+    return {name: _read(path, name, end) for name, end in sorted(ends.items())}
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a protobuf message, at any depth."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for part, value in message.ListFields():
+        if part.message_type is not None:
+            for inner in value if isinstance(value, list) or hasattr(value, "add") else (value,):
+                yield from _tensors(inner)
+
+
+def _read(model: Path, name: str, end: int) -> bytes:
+    folder = Path(os.path.realpath(model.parent))
+    root = folder
+    if "snapshots" in folder.parts:  # of the hub's cache: its files are links to blobs beside
+        root = Path(*folder.parts[: folder.parts.index("snapshots")])
+    relative = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{model} names data outside its folder: {name[:80]!r}")
+    path = Path(os.path.realpath(folder / relative))
+    if not path.is_relative_to(root):
+        raise DataError(f"{model}: its data {name[:80]!r} is a link out of its folder")
+    try:
+        if not path.is_file():
+            raise DataError(f"{model}: its data {name[:80]!r} is missing: copy it beside the model")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) < end:
+        raise DataError(f"{path} is truncated: {len(data)} bytes, {model.name} needs {end}")
+    return data
