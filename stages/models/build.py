@@ -157,7 +157,7 @@ def hf_class(settings: Any, folder: Path) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(settings), ())
-    kinds = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,))}
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,)) if kind}
     named = [name for name in settings.architectures or () if name in kinds]
     if len(kinds) == 1 or named:
         kind = kinds[named[0] if named else next(iter(kinds))]

@@ -134,7 +134,12 @@ def listed_names(names: Any, count: Any, where: str) -> tuple[tuple[str, ...] | 
 def timm_input(pretrained: Mapping[str, Any], arguments: Mapping[str, Any]) -> InputSettings | str:
     """The input rule of timm's ``pretrained_cfg``, as its ``resolve_data_config`` and ``create_transform`` read it; in
     words what it has that :class:`InputSettings` cannot express."""
-    cfg: dict[str, Any] = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
+    cfg: dict[str, Any] = {
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
     cfg = {**cfg, **IMAGENET, **{key: value for key, value in pretrained.items() if value}}
     try:
         channels, height, width = cfg["input_size"]

@@ -11,18 +11,17 @@ from manifests.errors import DataError, UsageError
 def external_data(model: bytes, path: Path) -> dict[str, bytes]:
     """Content of the data files of the ONNX ``model``, which was read from ``path``, by the names that it has for them.
 
-    Raises DataError where one is missing, shorter than the model says, no regular file, or outside the model's folder
-    (of links: outside the repository of the hub's cache). Files that are no ONNX model have none.
+    Raises DataError where that is none, where a file is missing, shorter than the model says, no regular file, or outside the model's folder
+    (of links: outside the repository of the hub's cache).
     """
     try:
         import onnx
-        from google.protobuf.message import DecodeError
     except ImportError:
         raise UsageError(f"{path} needs onnx: pip install 'dfkd-factory[onnx]'") from None
     try:
         parsed = onnx.load_model_from_string(model)
-    except (DecodeError, ValueError):
-        return {}  # onnxruntime says what is wrong with it
+    except Exception as error:  # protobuf's DecodeError, or what follows from wrong bytes
+        raise DataError(f"{path} is no ONNX model: {(str(error).splitlines() or ['no message'])[0]}") from None
     ends: dict[str, int] = {}
     for tensor in _tensors(parsed):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -114,9 +114,13 @@ def _candidates(processor: Any, channels: int) -> tuple[str, list[InputSettings]
         isinstance(values, list | tuple) and np.allclose(values, seen, atol=1e-4)
         for values, seen in zip(named, (mean, std), strict=True)
     ):
-        mean, std = named
+        mean, std = (list(values) for values in named if values is not None)
     mean, std = ([round(float(value), 6) + 0.0 for value in values] for values in (mean, std))
-    before = [short, (size.get("height"), size.get("width")), *(int(short / p) for p in (pct, 224 / 256) if short and p)]
+    before = [
+        short,
+        (size.get("height"), size.get("width")),
+        *(int(short / p) for p in (pct, 224 / 256) if short and p),
+    ]
     found = []
     for resize_size, rounding in product(dict.fromkeys((*before, side, None)), ("down", "even")):
         if resize_size in (None, (side, side)) and rounding == "down":
@@ -135,7 +139,11 @@ def _agrees(processor: Any, rule: InputSettings) -> bool:
     """Whether ``rule`` gives the pixels of ``processor`` for pictures of several shapes, but for rounding."""
     spec, side = InputSpec(rule), rule.size
     large = 2 if side <= 512 else 1
-    shapes = ((large * side + 7, large * side + 40), (side + 90, side + 5), *((side // 2 + 9, side + i) for i in range(4)))
+    shapes = (
+        (large * side + 7, large * side + 40),
+        (side + 90, side + 5),
+        *((side // 2 + 9, side + i) for i in range(4)),
+    )
     rng = np.random.default_rng(0)
     for height, width in shapes:
         picture = rng.integers(64, 192, (height, width, 3), dtype=np.uint8)  # interpolation stays within 0 to 255

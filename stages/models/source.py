@@ -203,11 +203,11 @@ class ModelSource:
         return self._data
 
     def external(self) -> dict[str, bytes]:
-        """The data files of an ONNX model, by the names that it has for them: read, kept and compared like the model."""
+        """The data files of an ONNX model, by the names in it; read, kept and compared like the model."""
         if self._external is None:
             from stages.models.onnx_data import external_data
 
-            of_onnx = self.weights and split_name(self.config.architecture)[0] == "onnx"
+            of_onnx = split_name(self.config.architecture)[0] == "onnx"
             found = external_data(self.read(), self.weights) if of_onnx and self.weights else {}
             digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in found.items())
             if self._external_sha256 not in (None, digests):
@@ -221,8 +221,8 @@ class ModelSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, an ONNX
-        model's data files, the user's code, and the change of precision where there is one."""
+        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, data
+        files of ONNX, the user's code, and the change of precision where there is one."""
         found = identity_of(self.config, self.read())
         if self.code:
             try:
@@ -324,9 +324,7 @@ def usual_input(name: str) -> InputSettings | None:
 
             preset = models.get_model_weights(rest).DEFAULT.transforms()
             values = {"size": preset.crop_size[0], "resize_size": preset.resize_size[0], "mean": preset.mean}
-            return InputSettings.model_validate(
-                values | {"std": preset.std, "resize": preset.interpolation.value}
-            )
+            return InputSettings.model_validate(values | {"std": preset.std, "resize": preset.interpolation.value})
     except (ImportError, AttributeError, KeyError, ValueError, RuntimeError):  # no such name, or none of these fields
         pass
     return None
@@ -337,7 +335,9 @@ def _decisions(config: ModelConfig, settings: ModelSettings, facts: FolderFacts)
     arguments = dict(getattr(config, "arguments", {}))
     with_them = f" with {', '.join(f'{key} {value}' for key, value in arguments.items())}" if arguments else ""
     names = ", ".join(config.class_names[:3]) + (", …" if config.num_classes > 3 else "")
-    of_classes = "class_names of the settings" if settings.class_names else facts.decisions.get("classes", "the settings")
+    of_classes = (
+        "class_names of the settings" if settings.class_names else facts.decisions.get("classes", "the settings")
+    )
     return {
         "architecture": f"{config.architecture}{with_them}, stem {config.stem}; "
         f"from {facts.decisions.get('architecture', 'the settings')}",

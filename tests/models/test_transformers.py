@@ -13,9 +13,9 @@ from PIL import Image
 from manifests.errors import DataError, UsageError
 from stages.models import build
 from stages.models.folders import read_json
-from stages.models.processors import processor_input
 from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher, save_model
+from stages.models.processors import processor_input
 from stages.models.source import resolve, teacher_identity
 from stages.settings import ModelSettings
 from tests.models.test_foreign import IMAGES, RGB, config
@@ -66,7 +66,7 @@ def test_half_precision_checkpoints_run_in_float32(folder, tmp_path):
 
 PROCESSORS = [
     ("ViT", {}, "224 px, RGB, both sides resized"),
-    ("ConvNext", {"size": {"shortest_edge": 24}}, "24 px, RGB, short side to 27 and center crop, bicubic"),  # 24 / 0.875
+    ("ConvNext", {"size": {"shortest_edge": 24}}, "24 px, RGB, short side to 27 and center crop"),  # 24 / 0.875
     ("ConvNext", {}, "384 px, RGB, both sides resized"),
     ("Bit", {"size": {"shortest_edge": 9}, "crop_size": 8}, "8 px, RGB, short side to 9 and center crop"),
     ("DeiT", {}, "224 px, RGB, resized to 256×256, whatever the aspect, and center crop"),
@@ -99,7 +99,7 @@ def test_processors_are_understood_as_they_are_run(kind, fields, rule, tmp_path)
         ("ViT", {"resample": 1}, "says size .*resample 1, .*no input rule reproduces as ViTImageProcessor does"),
         ("CLIP", {"crop_size": {"height": 32, "width": 24}}, "nearest rule is input: {size: 32"),
         ("Perceiver", {}, "says size .* as PerceiverImageProcessor does"),
-        ("ImageGPT", {}, "cannot be run"),
+        ("ImageGPT", {}, "Clusters must|do_color_quantize"),
         ("ViT", {"size": {"height": 10**6, "width": 10**6}}, "sides above 4096"),
         ("ConvNext", {"crop_pct": 1e-9}, "crop_pct below"),
     ],
@@ -113,15 +113,13 @@ def test_a_processor_that_does_something_else_is_asked_about(kind, fields, line,
         resolve(ModelSettings(name=f"hf:{tmp_path}"))
 
 
-@pytest.mark.parametrize("wrong", [{"rescale_factor": None}, {"resample": []}, {"image_mean": "half"}, {"auto_map": 3}])
+@pytest.mark.parametrize("wrong", [{"rescale_factor": "all"}, {"resample": [9]}, {"image_mean": "half"}])
 def test_a_malformed_processor_is_refused_in_a_line(wrong, folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     said = read_json(folder / "preprocessor_config.json")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | wrong))
-    try:
+    with pytest.raises(UsageError, match=r"needs input in its settings: [^\n]*$"):
         resolve(ModelSettings(name=f"hf:{tmp_path}"))
-    except UsageError as error:
-        assert "\n" not in str(error)
 
 
 def test_the_class_that_architectures_names_is_built(tmp_path):
