@@ -9,10 +9,10 @@ from manifests.errors import DataError, UsageError
 
 
 def external_data(model: bytes, path: Path) -> dict[str, bytes]:
-    """Content of the data files of the ONNX ``model``, which was read from ``path``, by the names that it has for them.
+    """Content of the data files of the ONNX ``model``, which was read from ``path``, by the names in it.
 
-    Raises DataError where that is none, where a file is missing, shorter than the model says, no regular file, or outside the model's folder
-    (of links: outside the repository of the hub's cache).
+    Raises DataError where that is none, where a file is missing, shorter than the model says, no regular file, or
+    outside the model's folder (of links: outside the repository of the hub's cache).
     """
     try:
         import onnx
