@@ -5,7 +5,7 @@
 One line a family (a module of timm): its smallest member with a classifier of 7 classes and random weights, saved by
 timm, loaded as ``timm:FOLDER``. ``equal``: largest difference of a logit on random images at most 1e-5, relative to the
 largest logit (or 1). ``pixels``: largest difference of a normalized pixel from ``create_transform`` of timm's own data
-config, in 1/255, over pictures of several shapes.
+config, in 1/255, over pictures of several shapes (None: no rule expresses it, and the input was given).
 """
 
 import argparse
@@ -26,11 +26,11 @@ import timm
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
-from manifests.errors import FactoryError
+from manifests.errors import FactoryError, UsageError
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.teacher import Teacher
-from stages.settings import ModelSettings
+from stages.settings import InputSettings, ModelSettings
 
 TOLERANCE = 1e-5
 SHAPES = ((301, 467), (467, 302), (224, 224), (90, 640))
@@ -82,19 +82,27 @@ def compare(name: str, **arguments: Any) -> dict[str, Any]:
     """Save the random network ``name`` as timm does, load the folder, and compare logits and pixels."""
     torch.manual_seed(0)
     net = timm.create_model(name, **({"num_classes": 7} | arguments)).eval()
+    if net.num_classes != 7:
+        raise ValueError("no classifier")
+    line: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in net.parameters())}
     with tempfile.TemporaryDirectory() as folder:
         save_for_hf(net, folder, safe_serialization=True)
-        line: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in net.parameters())}
+        pretrained = json.loads((Path(folder) / "config.json").read_text())["pretrained_cfg"]
+        settings, transform = ModelSettings(name=f"timm:{folder}"), resolve_data_config(pretrained_cfg=pretrained)
         try:
-            teacher = load_teacher(ModelSettings(name=f"timm:{folder}"))
+            try:
+                teacher = load_teacher(settings)
+            except UsageError as error:  # an input that no rule expresses
+                line["why"], size = str(error).replace(folder, "FOLDER")[:300], transform["input_size"][1]
+                rule = InputSettings(size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
+                teacher, transform = load_teacher(settings.model_copy(update={"input": rule})), None
         except FactoryError as error:
             return line | {"equal": False, "why": str(error).replace(folder, "FOLDER")[:300]}
-        pretrained = json.loads((Path(folder) / "config.json").read_text())["pretrained_cfg"]
     with torch.no_grad():
         x = torch.randn(2, teacher.input.channels, teacher.input.size, teacher.input.size)
         theirs, ours = net(x), teacher.net(x)
     difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)).item()
-    pixels = pixel_difference(teacher, create_transform(**resolve_data_config(pretrained_cfg=pretrained)))
+    pixels = pixel_difference(teacher, create_transform(**transform)) if transform else None
     return line | {"equal": difference <= TOLERANCE, "difference": difference, "pixels": pixels}
 
 

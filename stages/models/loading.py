@@ -35,7 +35,7 @@ from stages.models.teacher import (
     Answer,
     BlackBox,
     Teacher,
-    answers_probabilities,
+    kind_of_answers,
     log_probabilities,
     onnx_answer,
 )
@@ -165,7 +165,12 @@ def load_network(source: ModelSource) -> nn.Module | Answer:
 def _logits_from(answer: Any, source: ModelSource) -> Any:
     """``answer`` again, or the logarithm of its probabilities."""
     config = source.config
-    if not answers_probabilities(answer, config.input, config.num_classes):
+    kind = kind_of_answers(answer, config.input, config.num_classes)
+    if kind != "probabilities":
+        if kind == "unit":
+            source.decisions["outputs"] = (
+                "in [0, 1] without a sum of 1, taken as logits: return logits if these are none"
+            )
         return answer
     source.decisions["outputs"] = "probabilities (in [0, 1], sum 1): their logarithms are taken as logits"
     change = partial(log_probabilities, num_classes=config.num_classes, what=f"'{config.architecture}'")

@@ -1,7 +1,7 @@
 """Frozen classifiers with their own input rule: teachers, frozen students, black boxes; and BatchNorm moments."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -241,9 +241,12 @@ class Moments:
         return float(torch.stack(terms).mean()) if terms else None
 
 
-def answers_probabilities(answer: Answer, spec: InputSettings, num_classes: int) -> bool:
-    """Whether ``answer`` gives probabilities: all rows of several pictures, noise among them, lie in [0, 1] and sum to
-    1 (within 1 %: half precision and quantized networks). False where it fails: :meth:`Teacher.check` says how."""
+def kind_of_answers(
+    answer: Answer, spec: InputSettings, num_classes: int
+) -> Literal["probabilities", "unit", "logits"]:
+    """What ``answer`` gives for several pictures, noise among them: ``probabilities`` in [0, 1] that sum to 1 (within
+    1 %: half precision and quantized networks), other numbers in [0, 1], or logits. Logits where it fails, too:
+    :meth:`Teacher.check` says how."""
     generator = torch.Generator().manual_seed(0)
     side = spec.size
     x = torch.rand(8, 3, side, side, generator=generator) * 2 - 1  # noise, colors and gradients
@@ -254,12 +257,14 @@ def answers_probabilities(answer: Answer, spec: InputSettings, num_classes: int)
         with torch.no_grad():
             out = logits_of(answer(InputSpec(spec)(x)), num_classes, "").double()
     except Exception:  # whatever a foreign network or runtime does
-        return False
-    return len(out) == len(x) and bool(((out >= 0) & (out <= 1)).all() and ((out.sum(1) - 1).abs() < 0.01).all())
+        return "logits"
+    if len(out) != len(x) or not bool(((out >= 0) & (out <= 1)).all()) or bool((out == out[:1]).all()):
+        return "logits"  # a constant says nothing
+    return "probabilities" if bool(((out.sum(1) - 1).abs() < 0.01).all()) else "unit"
 
 
 def log_probabilities(out: Any, num_classes: int, what: str) -> Tensor:
-    """The logits, up to a constant in each row, in what a classifier that :func:`answers_probabilities` returns."""
+    """The logits, up to a constant in each row, of a classifier that answers probabilities."""
     probabilities = logits_of(out, num_classes, what).float()
     return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
 

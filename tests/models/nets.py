@@ -159,3 +159,7 @@ def softmaxed_numpy():
 
 def log_softmaxed():
     return Changed(lambda logits: logits.log_softmax(1))
+
+
+def sigmoids():
+    return Changed(lambda logits: logits.sigmoid())

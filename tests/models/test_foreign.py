@@ -264,6 +264,11 @@ class TestBlackBoxes:
         torch.testing.assert_close(teacher.logits(IMAGES), logits.log_softmax(1), atol=atol, rtol=0)
         assert source.decisions["outputs"].startswith("probabilities")
 
+    def test_sigmoids_are_named(self):
+        source = resolve(own("sigmoids"))
+        load_teacher(source)
+        assert source.decisions["outputs"].startswith("in [0, 1] without a sum of 1, taken as logits")
+
     @pytest.mark.parametrize("function", ["tiny_seeded", "scores", "with_features", "log_softmaxed"])
     def test_logits_stay_as_they_are(self, function):
         source = resolve(own(function))
