@@ -169,7 +169,7 @@ def _logits_from(answer: Any, source: ModelSource) -> Any:
     if kind != "probabilities":
         if kind == "unit":
             source.decisions["outputs"] = (
-                "in [0, 1] without a sum of 1, taken as logits: return logits if these are none"
+                "in [0, 1] without a sum of 1, taken as logits: return logits if they are none"
             )
         return answer
     source.decisions["outputs"] = "probabilities (in [0, 1], sum 1): their logarithms are taken as logits"

@@ -1,6 +1,7 @@
 """Frozen classifiers with their own input rule: teachers, frozen students, black boxes; and BatchNorm moments."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from manifests.errors import DataError, FactoryError, UsageError
 from stages.memory import in_micro_batches, moment_sums, moments
 from stages.models.hooks import head_of, head_path, inputs_of, outputs_of
 from stages.models.inputs import InputSpec, logits_of, require_finite, require_finite_weights
+from stages.models.onnx_data import with_small_data
 from stages.settings import InputSettings
 
 Answer = Callable[[Tensor], Any]
@@ -287,6 +289,7 @@ def onnx_answer(data: bytes, where: str, external: Mapping[str, bytes] | None = 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it logs repeats names from the file, unescaped
     if external:
+        data = with_small_data(data, external, Path(where))
         lengths = [len(content) for content in external.values()]
         options.add_external_initializers_from_files_in_memory(list(external), list(external.values()), lengths)
     options.intra_op_num_threads = torch.get_num_threads()
