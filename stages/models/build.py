@@ -137,7 +137,8 @@ def build_hf(
             except FactoryError:
                 raise
             except Exception as error:  # whatever transformers does with a config that it was not written for
-                raise DataError(f"{folder} cannot be built by transformers: {_line(error)}") from None
+                reason = " ".join(str(error).split())[:300]
+                raise DataError(f"{folder} cannot be built by transformers: {reason}") from None
         names = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
         problems = {what: sorted(map(str, report.get(key) or ())) for what, key in names.items()}
         try:

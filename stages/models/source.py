@@ -61,7 +61,7 @@ def is_self_contained(name: str) -> bool:
 
 def is_timm_home(rest: str) -> bool:
     """Whether what follows ``timm:`` is a folder or a hub id, not one of timm's own names."""
-    return Path(rest).is_dir() or "/" in rest or rest.startswith(TIMM_HUB)
+    return bool(rest) and (Path(rest).is_dir() or "/" in rest or rest.startswith(TIMM_HUB))
 
 
 def buildable_from_file(name: str) -> bool:
@@ -277,6 +277,8 @@ def resolve(settings: ModelSettings) -> ModelSource:
         facts = hf_facts(home)
     elif scheme == "timm" and (is_timm_home(rest) or ("." in rest and weights is None)):
         hub = rest.partition(":")[2] if rest.startswith(TIMM_HUB) else rest
+        if not hub:
+            raise UsageError(f"'{settings.name}' names no model: expected a folder, or org/name on the hub")
         home = fetch(hub if is_timm_home(hub) else f"timm/{hub}", "timm classifier")
         facts = timm_facts(home)
     elif scheme == "onnx":
@@ -335,14 +337,12 @@ def _decisions(config: ModelConfig, settings: ModelSettings, facts: FolderFacts)
     arguments = dict(getattr(config, "arguments", {}))
     with_them = f" with {', '.join(f'{key} {value}' for key, value in arguments.items())}" if arguments else ""
     names = ", ".join(config.class_names[:3]) + (", …" if config.num_classes > 3 else "")
-    of_classes = (
-        "class_names of the settings" if settings.class_names else facts.decisions.get("classes", "the settings")
-    )
+    of_names = "names from the settings" if settings.class_names else facts.decisions.get("classes", "without names")
     return {
         "architecture": f"{config.architecture}{with_them}, stem {config.stem}; "
         f"from {facts.decisions.get('architecture', 'the settings')}",
         "input": f"{config.input}; from {'the settings' if settings.input else facts.decisions.get('input', CONFIG)}",
-        "classes": f"{config.num_classes} ({names}); from {of_classes}",
+        "classes": f"{config.num_classes} ({names}); {of_names}",
     }
 
 
@@ -370,7 +370,7 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     config = _overridden(config, settings)
     stored = f"{CONFIG} of {folder}"
-    facts = FolderFacts(decisions={"architecture": stored, "input": stored, "classes": stored})
+    facts = FolderFacts(decisions={"architecture": stored, "input": stored, "classes": f"names from {stored}"})
     decisions = _decisions(config, settings, facts)
     if settings.weights:
         return ModelSource(config, Path(settings.weights), decisions=decisions)
