@@ -63,20 +63,82 @@ Interval = Annotated[tuple[float, float], AfterValidator(_check_interval)]
 """Part of the steps, from 0 = first to 1 = last; the end is excluded."""
 
 
-class InputSettings(Settings):
-    """What a classifier expects: ``channels × size × size``, values in [0, 1] normalized by ``mean`` and ``std``."""
+def _is_none(value: object) -> bool:
+    return value is None
 
-    size: int = Field(gt=0, le=4096)
+
+def _is_usual(value: object) -> bool:
+    return value in ("even", "rgb")
+
+
+Side = Annotated[int, Field(gt=0, le=4096)]
+"""Of an image, in pixels."""
+
+
+class InputSettings(Settings):
+    """What a classifier expects: ``channels × size × size``, values in [0, 1] normalized by ``mean`` and ``std``.
+
+    ``resize_size`` is what comes before the center crop that makes pictures square, as in torchvision's ``Resize``: a
+    number is the short side and keeps the aspect, ``[height, width]`` does not. Images of a dataset are square and
+    made by stage 1 as the network sees them: they become ``size × size`` without a crop.
+    """
+
+    size: Side
     channels: Literal[1, 3] = Field(3, description="1 means luminance")
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: Literal["bilinear", "bicubic", "area"] = Field("bilinear", description="always antialiased")
+    resize: Literal["bilinear", "bicubic", "area", "nearest"] = Field(
+        "bilinear", description="interpolation, antialiased where it shrinks (but nearest)"
+    )
+    resize_size: Side | tuple[Side, Side] | None = Field(
+        None,
+        exclude_if=_is_none,
+        description="of pictures before a center crop of size × size: the short side, or [height, width]; "
+        "default: [size, size], so nothing is cropped",
+    )
+    crop_rounding: Literal["even", "down"] = Field(
+        "even", exclude_if=_is_usual, description="of half a pixel of margin: even as torchvision, down as transformers"
+    )
+
+    channel_order: Literal["rgb", "bgr"] = Field(
+        "rgb", exclude_if=_is_usual, description="in which the network takes them; mean and std are those of RGB"
+    )
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "InputSettings":
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
             raise ValueError(f"mean and std (> 0) must have {self.channels} values, one per channel")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_to_pad(self) -> "InputSettings":
+        sides = self.resize_size if isinstance(self.resize_size, tuple) else (self.resize_size or self.size,)
+        if min(sides) < self.size:
+            raise ValueError(f"resize_size {self.resize_size} is less than size {self.size}: there is nothing to crop")
+        return self
+
+    def __str__(self) -> str:
+        """
+        >>> str(InputSettings(size=224, resize_size=256, mean=(0.5,) * 3, std=(0.25,) * 3, resize="bicubic"))
+        '224 px, RGB, short side to 256 and center crop, bicubic, mean 0.5 0.5 0.5, std 0.25 0.25 0.25'
+        """
+        rule = "both sides resized, whatever the aspect"
+        if isinstance(self.resize_size, tuple):
+            rule = f"resized to {self.resize_size[0]}×{self.resize_size[1]}, whatever the aspect, and center crop"
+        elif self.resize_size:
+            rule = f"short side to {self.resize_size} and center crop"
+        mean, std = (" ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        color = self.channel_order.upper() if self.channels == 3 else "luminance"
+        return f"{self.size} px, {color}, {rule}, {self.resize}, mean {mean}, std {std}"
+
+    def yaml(self) -> str:
+        """One line to copy into a settings file: what differs from the defaults.
+
+        >>> InputSettings(size=8, channels=1, mean=(0.5,), std=(0.25,), resize_size=9).yaml()
+        '{size: 8, channels: 1, mean: [0.5], std: [0.25], resize_size: 9}'
+        """
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
 
 
 class ModelSettings(Settings):

@@ -34,12 +34,14 @@ ROWS_AT_ONCE = 64
 class LabeledImages:
     """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
 
+    ``of_dataset``: whether stage 1 made them; other pictures are cropped as the model's input rule says.
     ``digest``: sha256 of all labels and encoded images that were gone through, in their order.
     """
 
     where: str
     class_order: str
     samples: Iterator[Sample]
+    of_dataset: bool = False
     digest: Any = field(default_factory=hashlib.sha256, compare=False)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -74,7 +76,7 @@ def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
     order = class_order(places, class_names, url, listed=rows.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
-    return LabeledImages(url, order.line, samples)
+    return LabeledImages(url, order.line, samples, of_dataset=True)
 
 
 def _folder(path: str, class_names: tuple[str, ...]) -> LabeledImages:

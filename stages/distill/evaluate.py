@@ -96,7 +96,10 @@ def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teache
     net.eval()
     device = next(net.parameters()).device
     images = labeled_images(data, config.class_names)
-    models = [lambda x: net(spec(x)), *([teacher.logits] if teacher else [])]
+    views = (lambda x, spec: x) if images.of_dataset else (lambda x, spec: spec.view(x))  # those are views already
+    models = [lambda x: net(spec(views(x, spec)))]
+    if teacher:
+        models.append(lambda x: teacher.logits(views(x, teacher.input)))
     labels, logits, *by_teacher = run_models(images, models, device)
     bad = int((~logits.isfinite()).any(1).sum())
     if bad:

@@ -45,7 +45,7 @@ def load_student(folder: str | Path) -> "Classifier":
 
 
 class Classifier(nn.Module):
-    """Images of any size to logits ``[n, C]``; resizing and normalization included.
+    """Pictures of any size to logits ``[n, C]``; resizing, center crop and normalization included.
 
     Takes a PIL image or a list of them, or a tensor ``[n, 3, h, w]`` or ``[3, h, w]`` (also with 1 channel): uint8, or
     floating point in [0, 1]. A single image is a batch of one. Raises UsageError for anything else.
@@ -58,12 +58,15 @@ class Classifier(nn.Module):
     def forward(self, images: Images) -> Tensor:
         device = next(self.net.parameters()).device
         if isinstance(images, Tensor):
-            x = self.spec(_centered(images).to(device))
+            x = self._prepared(_centered(images).to(device))
         else:  # PIL images differ in size
             several: Sequence[Any] = images if isinstance(images, list | tuple) and len(images) else [images]
-            x = torch.cat([self.spec(_centered(_pixels(image)).to(device)) for image in several])
+            x = torch.cat([self._prepared(_centered(_pixels(image)).to(device)) for image in several])
         logits: Tensor = self.net(x)
         return logits
+
+    def _prepared(self, pictures: Tensor) -> Tensor:
+        return self.spec(self.spec.view(pictures))
 
 
 def _pixels(image: Any) -> Tensor:
@@ -91,7 +94,8 @@ def _centered(images: Tensor) -> Tensor:
 
 
 class Deployable(nn.Module):
-    """Images ``[n, channels, size, size]`` in [0, 1] to logits ``[n, C]``: normalization included, resizing not."""
+    """Images ``[n, channels, size, size]`` in [0, 1] (RGB, or luminance) to logits ``[n, C]``: normalization included,
+    resizing and crop not."""
 
     mean: Tensor
     std: Tensor
@@ -101,9 +105,11 @@ class Deployable(nn.Module):
         self.net = net
         self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
+        self.bgr = config.input.channel_order == "bgr"
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net((images - self.mean) / self.std)
+        x = (images - self.mean) / self.std
+        logits: Tensor = self.net(x.flip(1) if self.bgr else x)
         return logits
 
 
@@ -230,7 +236,6 @@ def model_card(config: ModelConfig, settings: DistillSettings, spec: Mapping[str
     taken, teacher, test, optimizer = config.input, spec["teacher"], result.test, settings.optimizer
     architecture, by_name = markdown(config.architecture), not buildable_from_file(config.architecture)
     names = [*map(markdown, config.class_names[:10]), *(["…"] if config.num_classes > 10 else [])]
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (taken.mean, taken.std))
     stem = "; first layers changed to keep the resolution of small images" if config.stem == "small" else ""
     data = ", ".join(f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"])
     where = markdown(settings.where or "") or ("every image" if settings.include_rejected else "every kept image")
@@ -257,7 +262,7 @@ A student of {result.parameters:,} parameters, {result.mflop:.2f} MFLOP per imag
 safetensors, {result.latency_ms:.2f} ms per image (batch 1, {result.device}, {settings.threads} thread(s), median, \
 on the training machine).
 
-- **Input**: {taken.channels}×{taken.size}×{taken.size}, mean {mean}, std {std}{stem}
+- **Input**: {taken}{stem}
 - **Classes**: {config.num_classes} ({", ".join(names)})
 - **Teacher**: {markdown(teacher["architecture"])}, sha256 {markdown(teacher["sha256"])}
 - **Data**: {result.images:,} synthetic images ({result.val_images:,} more held out) of {data}; selection: {where}

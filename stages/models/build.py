@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, FactoryError, UsageError
 from stages.models import nets
 from stages.models.folders import fetch
-from stages.models.hooks import mark
+from stages.models.hooks import mark, names_its_parts
 from stages.models.inputs import logits_of
+from stages.models.processors import quiet_transformers
 from stages.models.source import IMAGENET_NETS, ModelConfig, NamedConfig, buildable_from_file, source_file, split_name
 
 
@@ -68,10 +69,11 @@ def _timm(config: ModelConfig) -> nn.Module:
         stem = name.split(".")[0]
         near = timm.list_models(f"{stem[:6]}*")[:3] if stem.isidentifier() else []
         raise UsageError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
-    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-    size = {"img_size": config.input.size} if fixed else {}
-    net = _call(timm.create_model, name, pretrained=False, num_classes=config.num_classes,
-                in_chans=config.channels, **size)  # fmt: skip
+    arguments = dict(config.arguments) if isinstance(config, NamedConfig) else {}
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+        arguments.setdefault("img_size", config.input.size)
+    arguments |= {"num_classes": config.num_classes, "in_chans": config.channels}
+    net = _call(timm.create_model, name, pretrained=False, **arguments)
     return _with_small_stem(net, config)
 
 
@@ -114,38 +116,68 @@ def _hf(config: ModelConfig) -> nn.Module:
 def build_hf(
     config: ModelConfig, folder: Path, state: Mapping[str, Tensor] | None = None, where: str = ""
 ) -> nn.Module:
-    """The transformers classifier in ``folder``, in float32: freshly initialized, or around the ``state`` of the file
-    ``where``, whose names may be those of older versions."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    from transformers.utils import logging
+    """The transformers classifier in ``folder``, in float32, of the class that its config names: freshly initialized
+    for ``config.input``, or around the ``state`` of the file ``where``, whose names may be those of older versions.
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, num_labels=config.num_classes)
-        for key, value in (("num_channels", config.channels), ("image_size", config.input.size)):
-            if isinstance(getattr(settings, key, None), int):
-                setattr(settings, key, value)
-        kind: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(settings)]
-        if state is None:
-            return finish(_call(kind, settings), config)
-        net, report = kind.from_pretrained(
-            None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except KeyError:
-        raise UsageError(f"{folder}: transformers has no image classifier of type '{settings.model_type}'") from None
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be built by transformers: {_line(error)}") from None
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
-    names = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
-    problems = {what: sorted(map(str, report.get(key) or ())) for what, key in names.items()}
-    refuse_misfits(problems, kind.__name__, where)
-    return finish(net, config)
+    Weights may have been trained at the size that the folder says, or at that of the input: both are tried.
+    """
+    from transformers import AutoConfig
+
+    tried: DataError | None = None
+    for resize in (True,) if state is None else (False, True):
+        with quiet_transformers():
+            try:
+                settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, num_labels=config.num_classes)
+                sizes = {"num_channels": config.channels, "image_size": config.input.size} if resize else {}
+                changed = {k: v for k, v in sizes.items() if isinstance(getattr(settings, k, None), int)}
+                if tried and all(getattr(settings, key) == value for key, value in changed.items()):
+                    raise tried
+                for key, value in changed.items():
+                    setattr(settings, key, value)
+                kind = hf_class(settings, folder)
+                if state is None:
+                    return finish(_call(kind, settings), config)
+                net, report = kind.from_pretrained(
+                    None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
+            except FactoryError:
+                raise
+            except Exception as error:  # whatever transformers does with a config that it was not written for
+                reason = " ".join(str(error).split())[:300]
+                raise DataError(f"{folder} cannot be built by transformers: {reason}") from None
+        names = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
+        problems = {what: sorted(map(str, report.get(key) or ())) for what, key in names.items()}
+        try:
+            refuse_misfits(problems, kind.__name__, where)
+            return finish(net, config)
+        except DataError as error:
+            tried = tried or error
+    assert tried is not None
+    raise tried
+
+
+def hf_class(settings: Any, folder: Path) -> Any:
+    """The image classifier that ``architectures`` of a transformers config names; the only one of its type without.
+
+    Raises UsageError where the type has none, or several and the config names none of them.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(settings), ())
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,)) if kind}
+    named = [name for name in settings.architectures or () if name in kinds]
+    if len(kinds) == 1 or named:
+        kind = kinds[named[0] if named else next(iter(kinds))]
+        if kind.main_input_name == "input_ids":
+            raise UsageError(f"{folder}: {kind.__name__} takes tokens, not pixels: wrap it in module.path:function")
+        return kind
+    if kinds:
+        raise UsageError(f"{folder}: config.json must name one of {', '.join(kinds)} in architectures")
+    raise UsageError(
+        f"{folder}: transformers has no image classifier of type '{settings.model_type}': build the network with "
+        "module.path:function"
+    )
 
 
 def refuse_misfits(problems: Mapping[str, list[str]], net: str, where: str) -> None:
@@ -176,7 +208,7 @@ _BUILDERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 def finish(net: nn.Module, config: ModelConfig) -> nn.Module:
     """Make a foreign network return plain logits, and let :mod:`stages.models.hooks` find its head and stages."""
     what, classes = f"'{config.architecture}'", config.num_classes
-    if not hasattr(net, "stages") or not isinstance(getattr(net, "head", None), str):
+    if not names_its_parts(net):
         mark(net, classes, (config.channels, config.input.size, config.input.size))
     net.register_forward_hook(lambda _module, _inputs, out: logits_of(out, classes, what))
     return net

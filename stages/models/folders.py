@@ -1,18 +1,25 @@
 """Model folders of timm and transformers: what their JSON files say of a classifier. Imports no torch."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError
-from stages.settings import InputSettings
+from stages.settings import MAX_CLASSES, InputSettings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BIN, INDEX = "pytorch_model.bin", ".index.json"
-_PIL_FILTERS = {2: "bilinear", 3: "bicubic", 4: "area"}
-_TIMM_FILTERS = ("bilinear", "bicubic")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+TIMM_FILTERS = ("bilinear", "bicubic", "nearest")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+NOT_OF_THE_NET = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "pretrained_filter_fn", "checkpoint_path", "cache_dir", "features_only", "out_indices", "device", "dtype",
+)  # fmt: skip
+"""Arguments of timm's ``create_model`` that fetch or read weights, or leave the classifier out."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,8 @@ class FolderFacts:
     """What a folder says of its classifier; None where it does not. ``num_classes`` is as the file has it, unchecked.
 
     ``half_precision``: the weights were saved in another precision than the float32 that they run in here.
+    ``arguments``: with which timm builds the network. ``decisions``: from which file and field the architecture, input
+    and classes are; of an input that is None: why.
     """
 
     architecture: str | None = None
@@ -27,6 +36,8 @@ class FolderFacts:
     class_names: tuple[str, ...] | None = None
     input: InputSettings | None = None
     half_precision: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    decisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def fetch(name: str, what: str) -> Path:
@@ -101,72 +112,125 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def timm_facts(folder: Path) -> FolderFacts:
-    """From a folder as timm's hub models have it: ``config.json`` with ``architecture`` and ``pretrained_cfg``."""
+    """From ``config.json`` as timm's ``save_for_hf`` and ``push_to_hf_hub`` write it, or older timm in one table.
+
+    Raises DataError where it is none, or where its ``model_args`` are no plain, bounded arguments of a network.
+    """
     path = folder / CONFIG
     config = read_json(path)
-    pretrained = config.get("pretrained_cfg")
+    pretrained = config.get("pretrained_cfg", config)
     if not isinstance(config.get("architecture"), str) or not isinstance(pretrained, Mapping):
         raise DataError(f"{path} is no timm config: it has no architecture and pretrained_cfg")
-    if config.get("model_args"):
-        raise DataError(f"{path} has model_args {config['model_args']}: build it with module.path:function")
-    names = config.get("label_names") or pretrained.get("label_names")
+    arguments = builder_arguments(config.get("model_args") or {}, path)
+    names = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
+    count = config.get("num_classes", pretrained.get("num_classes")) or None
+    class_names, of_classes = listed_names(names, count, f"label_names of {CONFIG}")
+    rule = timm_input(pretrained, arguments)
     return FolderFacts(
         architecture=f"timm:{config['architecture']}",
-        num_classes=config.get("num_classes", pretrained.get("num_classes")) or None,
-        class_names=tuple(map(str, names)) if isinstance(names, list) and names else None,
-        input=_timm_input(pretrained),
+        num_classes=count,
+        class_names=class_names,
+        input=None if isinstance(rule, str) else rule,
+        arguments={key: value for key, value in arguments.items() if key not in ("num_classes", "in_chans")},
+        decisions={
+            "architecture": f"{CONFIG} of {folder}",
+            "input": rule if isinstance(rule, str) else f"pretrained_cfg of {CONFIG}",
+            "classes": of_classes,
+        },
     )
 
 
-def _timm_input(pretrained: Mapping[str, Any]) -> InputSettings | None:
+def builder_arguments(given: Any, path: Path) -> dict[str, Any]:
+    """``model_args`` of the file ``path``. Raises DataError where they are no plain arguments of a network."""
+    refused = sorted(key for key in given if key in NOT_OF_THE_NET) if isinstance(given, Mapping) else []
+    if not isinstance(given, Mapping) or refused or not is_plain(given):
+        what = ", ".join(refused) if refused else "more than a few small numbers and short texts"
+        raise DataError(f"{path}: model_args hold {what}: build the network with module.path:function")
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether ``value`` is JSON of a few small numbers, short texts and lists, as arguments of a network are."""
+    if isinstance(value, Mapping | list) and depth and len(value) <= 64:
+        values = value.values() if isinstance(value, Mapping) else value
+        return all(is_plain(entry, depth - 1) for entry in values)
+    if isinstance(value, str):
+        return len(value) <= 100
+    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= MAX_CLASSES)
+
+
+def listed_names(names: Any, count: Any, where: str) -> tuple[tuple[str, ...] | None, str]:
+    """The class names in a list or a table by number, and from ``where`` they are; None and why where they do not fit
+    ``count`` classes."""
+    if isinstance(names, Mapping):
+        numbers = [str(i) for i in range(len(names))]
+        if not all(number in names for number in numbers):
+            return None, f"without names: {where} leave numbers out"
+        names = [names[number] for number in numbers]
+    if not isinstance(names, list) or not names:
+        return None, "without names"
+    if count not in (None, len(names)):
+        return None, f"without names: {where} are {len(names)}"
+    return tuple(map(str, names)), f"names from {where}"
+
+
+def timm_input(pretrained: Mapping[str, Any], arguments: Mapping[str, Any]) -> InputSettings | str:
+    """The input rule of timm's ``pretrained_cfg``, as its ``resolve_data_config`` and ``create_transform`` read it; in
+    words what it has that :class:`InputSettings` cannot express."""
+    cfg: dict[str, Any] = {
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+    cfg = {**cfg, **IMAGENET, **{key: value for key, value in pretrained.items() if value}}
     try:
-        channels, height, width = pretrained["input_size"]
-        if height != width or pretrained.get("interpolation") not in _TIMM_FILTERS:
-            return None
-        values = {key: pretrained[key] for key in ("mean", "std")}
-        return InputSettings(size=height, channels=channels, resize=pretrained["interpolation"], **values)
-    except (KeyError, TypeError, ValueError):
-        return None
+        channels, height, width = cfg["input_size"]
+        channels = arguments.get("in_chans", channels)
+        if "img_size" in arguments and cfg.get("fixed_input_size"):
+            size = arguments["img_size"]
+            height, width = size if isinstance(size, list) else (size, size)
+        if height != width:
+            return f"pretrained_cfg says input_size {cfg['input_size']}, and only square inputs are supported"
+        if cfg["crop_mode"] not in ("center", "squash"):
+            return f"pretrained_cfg says crop_mode {cfg['crop_mode']}, which pads pictures: choose a center crop"
+        if cfg["interpolation"] not in TIMM_FILTERS:
+            return f"pretrained_cfg says interpolation {cfg['interpolation']}: choose bicubic, say"
+        side = math.floor(height / cfg["crop_pct"])
+        values = {key: [cfg[key]] if isinstance(cfg[key], int | float) else cfg[key] for key in IMAGENET}
+        values = {key: v if len(v) == channels else [sum(v) / len(v)] * channels for key, v in values.items()}
+        crop = side if cfg["crop_mode"] == "center" else (side, side) if side != height else None
+        return InputSettings(size=height, channels=channels, resize=cfg["interpolation"], resize_size=crop, **values)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        wrong = {key: cfg[key] for key in ("input_size", "crop_pct", *IMAGENET)}
+        return f"pretrained_cfg says {str(wrong)[:200]}, which is no rule for 1 or 3 channels"
 
 
 def hf_facts(folder: Path) -> FolderFacts:
-    """From ``config.json`` and ``preprocessor_config.json`` of a transformers image classifier."""
-    config = read_json(folder / CONFIG)
-    labels, names = config.get("id2label"), None
-    if isinstance(labels, Mapping) and labels:
-        try:
-            names = tuple(str(labels[str(i)]) for i in range(len(labels)))
-        except KeyError as error:
-            raise DataError(f"{folder / CONFIG}: id2label has no entry {error}") from None
-    processor = folder / "preprocessor_config.json"
+    """From ``config.json`` of a transformers image classifier, and its image processor."""
+    path = folder / CONFIG
+    config = read_json(path)
+    if "model_type" not in config and "architecture" in config:
+        raise DataError(f"{path} is of timm, not of transformers: name it timm:{folder}")
+    key = "id2label" if config.get("id2label") else "label_names"  # of its wrapper of timm
+    labels = config.get(key)
+    if isinstance(labels, Mapping) and (gaps := [i for i in range(len(labels)) if str(i) not in labels]):
+        raise DataError(f"{path}: {key} has no entry {gaps[0]}")
+    names, of_classes = listed_names(labels, None, f"{key} of {CONFIG}")
+    processor = next((name for name in PROCESSORS if (folder / name).is_file()), None)
+    rule: InputSettings | str = f"there is no {PROCESSORS[0]}"
+    if processor:
+        from stages.models.processors import processor_input  # runs torch
+
+        rule = processor_input(folder, processor, config.get("num_channels", 3))
     return FolderFacts(
-        num_classes=len(names) if names else None,
+        num_classes=len(names) if names else config.get("num_labels", config.get("num_classes")),
         class_names=names,
-        input=processor_input(read_json(processor), config.get("num_channels", 3)) if processor.is_file() else None,
+        input=None if isinstance(rule, str) else rule,
         half_precision=config.get("dtype", config.get("torch_dtype")) not in (None, "float32"),
+        decisions={
+            "architecture": f"{CONFIG} of {folder}",
+            "input": rule if isinstance(rule, str) else str(processor),
+            "classes": of_classes,
+        },
     )
-
-
-def processor_input(processor: Mapping[str, Any], channels: int) -> InputSettings | None:
-    """What an image processor prepares; None if :class:`InputSettings` cannot express it, or not all of it is said."""
-    others = ("do_flip_channel_order", "do_color_quantize", "rescale_offset")
-    if any(map(processor.get, others)) or processor.get("do_normalize") is None:
-        return None  # transformers leaves out what is None, and no file holds the defaults of a class
-    try:
-        size = processor.get("size")
-        if processor.get("do_center_crop") and processor.get("crop_size"):
-            size = processor["crop_size"]
-        if isinstance(size, Mapping):
-            sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-            size = sides.pop() if len(sides) == 1 else None
-        scaled = processor.get("do_rescale", True) and abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6
-        resize = _PIL_FILTERS.get(processor.get("resample", 2))
-        if not isinstance(size, int) or not scaled or resize is None:
-            return None
-        mean, std = processor.get("image_mean"), processor.get("image_std")
-        if not processor["do_normalize"]:
-            mean, std = (0.0,) * channels, (1.0,) * channels
-        values = {"size": size, "channels": channels, "mean": mean, "std": std, "resize": resize}
-        return InputSettings.model_validate(values)
-    except (TypeError, ValueError):  # null, or a text for a number
-        return None

@@ -28,6 +28,16 @@ class Parts:
     stages: list[str] | None = None
 
 
+def names_its_parts(net: nn.Module) -> bool:
+    """Whether ``head`` and ``stages`` of ``net`` are paths of its modules, as built-in networks have them; others use
+    these words for something else."""
+    head, stages = getattr(net, "head", None), getattr(net, "stages", None)
+    if not isinstance(head, str) or not isinstance(stages, list | tuple):
+        return False
+    modules = dict(net.named_modules())
+    return isinstance(modules.get(head), nn.Linear) and all(isinstance(s, str) and s in modules for s in stages)
+
+
 def mark(net: nn.Module, num_classes: int, shape: tuple[int, ...]) -> None:
     """Let :func:`head_path` and :func:`stage_paths` search the foreign network ``net``, which takes images of
     ``shape``. Its head is the last linear layer with one output a class."""

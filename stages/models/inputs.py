@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from manifests.errors import DataError
@@ -20,8 +22,15 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+MAX_RESIZED = 2**26
+"""Pixels of a resized picture: of a longer one only the middle is resized, more than a center crop leaves."""
+
+
 class InputSpec:
-    """Maps images in [−1, 1] to a classifier's own input. Differentiable; antialiased where it shrinks."""
+    """Maps images in [−1, 1] to a classifier's own input. Differentiable; antialiased where it shrinks.
+
+    Pictures from elsewhere go through :meth:`view` first; images of a dataset are such views already.
+    """
 
     def __init__(self, settings: InputSettings):
         self.settings = settings
@@ -40,24 +49,67 @@ class InputSpec:
         if self.channels == 1:
             x = (x * self._luminance).sum(1, keepdim=True)
         x = resized(x, self.size, self.settings.resize)
-        return (x - self._mean) / self._std
+        x = (x - self._mean) / self._std
+        return x.flip(1) if self.settings.channel_order == "bgr" else x
+
+    def view(self, x: Tensor) -> Tensor:
+        """What the network sees of pictures ``[n, 3, h, w]`` of any shape: ``[n, 3, size, size]``; both in [−1, 1].
+
+        As torchvision's ``Resize`` and ``CenterCrop`` make it with Pillow, in 8 bits and without gradients (the crop as
+        transformers where ``crop_rounding`` is ``down``); pictures that need neither come back as they are.
+        """
+        size, target = self.size, self.settings.resize_size or (self.size, self.size)
+        if x.shape[-2:] == (size, size) == target or x.is_meta:
+            return x
+        pixels = ((x.detach() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        views = [np.asarray(self._view(Image.fromarray(picture))) for picture in pixels]
+        return to_unit(torch.from_numpy(np.stack(views))).to(x.device)
+
+    def _view(self, picture: Image.Image) -> Image.Image:
+        size, target = self.size, self.settings.resize_size or (self.size, self.size)
+        if isinstance(target, int):
+            longest = MAX_RESIZED // target**2 * min(picture.size)
+            picture = _center_crop(picture, min(picture.width, longest), min(picture.height, longest))
+            short = min(picture.size)
+            target = (int(target * picture.height / short), int(target * picture.width / short))
+        picture = picture.resize(target[::-1], PILLOW[self.settings.resize])
+        return _center_crop(picture, size, size, self.settings.crop_rounding)
+
+
+PILLOW = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
+"""Interpolations of ``InputSettings.resize`` in Pillow."""
+
+
+def _center_crop(picture: Image.Image, width: int, height: int, rounding: str = "even") -> Image.Image:
+    half = ((picture.width - width) / 2, (picture.height - height) / 2)
+    left, top = (int(margin) if rounding == "down" else round(margin) for margin in half)
+    return picture.crop((left, top, left + width, top + height))
 
 
 def resized(x: Tensor, size: int, rule: str) -> Tensor:
     """``[n, c, h, w]`` at ``size × size`` by a ``rule`` of ``InputSettings.resize``; as it is where it fits."""
     if x.shape[-2:] == (size, size):
         return x
-    if rule == "area":
-        return F.interpolate(x, size=(size, size), mode="area")
+    if rule in ("area", "nearest"):
+        return F.interpolate(x, size=(size, size), mode="area" if rule == "area" else "nearest-exact")
     return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)
 
 
 def logits_of(out: Any, num_classes: int, what: str) -> Tensor:
-    """The ``[n, num_classes]`` tensor in ``out``: itself, its ``logits``, or the only one of that width in a tuple.
+    """The ``[n, num_classes]`` tensor in ``out``: itself, its ``logits`` or only value, or the only one of that width
+    in a tuple.
 
     Raises DataError where there is none, or where more than one could be meant. ``what`` names the classifier.
     """
-    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if isinstance(out, Mapping):
+        logits = next(iter(out.values())) if len(out) == 1 else out.get("logits")
+    else:
+        logits = getattr(out, "logits", None)
     if logits is not None:
         out = logits
     elif isinstance(out, tuple | list):

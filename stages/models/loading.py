@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,14 @@ from stages.models.source import (
     resolve,
     split_name,
 )
-from stages.models.teacher import Answer, BlackBox, Teacher, onnx_answer
+from stages.models.teacher import (
+    Answer,
+    BlackBox,
+    Teacher,
+    kind_of_answers,
+    log_probabilities,
+    onnx_answer,
+)
 from stages.settings import ModelSettings, Stem
 
 
@@ -133,33 +141,57 @@ def _hf(config: ModelConfig, folder: Path, checkpoint: Checkpoint, key: str | No
 
 
 def load_network(source: ModelSource) -> nn.Module | Answer:
-    """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers."""
+    """The network of ``source`` with its weights, on the CPU; of a black box, the function that answers.
+
+    Own code and ONNX that answer probabilities answer their logarithms from here on, which ``source.decisions`` say.
+    """
     config, data, where, key = source.config, source.read(), source.where, source.checkpoint_key
-    files = source.external() or {where: data}
     scheme = split_name(config.architecture)[0] if isinstance(config, NamedConfig) else None
     if scheme == "onnx":
-        return onnx_answer(data, where)
+        return _logits_from(onnx_answer(data, where, source.external()), source)
+    files = source.external() or {where: data}
     if scheme == "code":
         made = call_code(config)
         if not isinstance(made, nn.Module):
             if not callable(made) or data:
                 what = "weights cannot be loaded into it" if data else "expected a network or a function"
                 raise UsageError(f"'{config.architecture}' returns {type(made).__name__}: {what}")
-            return made
-        net = finish(made, config)
-        if source.weights is None:
-            return net
-        net, weights = filled(net, config, read_checkpoint(files, where), key)
+            return _logits_from(made, source)
+        net, line = finish(made, config), ""
+        if source.weights is not None:
+            net, weights = filled(net, config, read_checkpoint(files, where), key)
+            line = weights.line
+        net = _logits_from(net.eval(), source)
     elif scheme and source.folder:
         net, weights = _hf(config, source.folder, read_checkpoint(files, where), key)
+        line = weights.line
     else:
         net, weights = build_from(config, files, where, key)
-    lines = [weights.line] if weights.line else []
+        line = weights.line
+    lines = [line] if line else []
     if config.architecture in TRANSFORMED and config.input.mean != (0.5,) * 3:
         lines.append("weights that began as torchvision's own take mean and std of 0.5 here (its transform_input)")
     if lines:
         source.decisions["weights"] = "; ".join(lines)
     return net
+
+
+def _logits_from(answer: Any, source: ModelSource) -> Any:
+    """``answer`` again, or the logarithm of its probabilities."""
+    config = source.config
+    kind = kind_of_answers(answer, config.input, config.num_classes)
+    if kind != "probabilities":
+        if kind == "unit":
+            source.decisions["outputs"] = (
+                "in [0, 1] without a sum of 1, taken as logits: return logits if they are none"
+            )
+        return answer
+    source.decisions["outputs"] = "probabilities (in [0, 1], sum 1): their logarithms are taken as logits"
+    change = partial(log_probabilities, num_classes=config.num_classes, what=f"'{config.architecture}'")
+    if isinstance(answer, nn.Module):
+        answer.register_forward_hook(lambda _module, _inputs, out: change(out))
+        return answer
+    return lambda x: change(answer(x))
 
 
 def load_model(name: str | Path | ModelSource) -> tuple[nn.Module, ModelConfig]:

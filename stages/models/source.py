@@ -4,8 +4,10 @@ A run resolves each name once (:func:`resolve`) and passes the source on: it rea
 """
 
 import hashlib
+import operator
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.machinery import PathFinder
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
@@ -26,6 +28,7 @@ from stages.models.folders import (
     read_weights,
     shards,
     timm_facts,
+    timm_input,
     weights_in,
 )
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
@@ -36,6 +39,8 @@ EMBEDDED = {"embedded:digits": ASSETS / "digits-teacher"}
 WEIGHTS_SHA256 = "weights_sha256"
 IMAGENET_NETS = ("resnet18", "resnet34", "vgg11", "mobilenetv2", "shufflenetv2")
 """Built-in networks whose first layers can be changed for small images (``stem``)."""
+TIMM_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of folders and hub ids in timm's own names."""
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -56,13 +61,18 @@ def split_name(name: str) -> tuple[Scheme, str]:
 def is_self_contained(name: str) -> bool:
     """Whether the files behind ``name`` hold weights, input and classes, so that no further setting is needed.
 
-    >>> is_self_contained("embedded:digits"), is_self_contained("hf:microsoft/resnet-18"), is_self_contained("resnet20")
-    (True, True, False)
+    >>> is_self_contained("timm:someone/pets"), is_self_contained("timm:resnet18"), is_self_contained("resnet20")
+    (True, False, False)
     """
     scheme, rest = split_name(name)
     if scheme == "timm":
-        return "." in rest or Path(rest).is_dir()
+        return is_timm_home(rest) or "." in rest
     return scheme == "hf" or name.startswith("embedded:") or name.endswith((".yaml", ".yml")) or Path(name).is_dir()
+
+
+def is_timm_home(rest: str) -> bool:
+    """Whether what follows ``timm:`` is a folder or a hub id, not one of timm's own names."""
+    return bool(rest) and (Path(rest).is_dir() or "/" in rest or rest.startswith(TIMM_HUB))
 
 
 def buildable_from_file(name: str) -> bool:
@@ -116,7 +126,11 @@ class ModelConfig(Settings):
 
 
 class NamedConfig(ModelConfig):
-    """A configuration whose architecture the user wrote, never a file: it may be code, a hub id or ONNX."""
+    """A configuration whose architecture the user wrote, never a file: it may be code, a hub id or ONNX.
+
+    ``arguments``: of timm's builder, as the model folder has them beside the architecture."""
+
+    arguments: dict[str, Any] = Field(default_factory=dict, exclude_if=operator.not_)
 
 
 def config_json(config: ModelConfig, weights: bytes) -> bytes:
@@ -199,14 +213,26 @@ class ModelSource:
         return self._data
 
     def external(self) -> dict[str, bytes]:
-        """The shards that the weights file lists, by name: read, kept and compared like it."""
+        """Files that the weights refer to, by the names in them: shards of an index, data of an ONNX model.
+
+        Read, kept and compared like the weights.
+        """
         if self._external is None:
-            found = {path.name: read_weights(path) for path in shards(self.weights)} if self.weights else {}
+            found = self._read_external()
             digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in found.items())
             if self._external_sha256 not in (None, digests):
-                raise DataError(f"{self.weights}: its shards were altered while in use")
+                raise DataError(f"{self.weights}: the files that it refers to were altered while in use")
             self._external, self._external_sha256 = found, digests
         return self._external
+
+    def _read_external(self) -> dict[str, bytes]:
+        if self.weights is None:
+            return {}
+        if split_name(self.config.architecture)[0] == "onnx":
+            from stages.models.onnx_data import external_data
+
+            return external_data(self.read(), self.weights)
+        return {path.name: read_weights(path) for path in shards(self.weights)}
 
     def release(self) -> None:
         """Free the memory of what was read; a later :meth:`read` must find the same bytes."""
@@ -214,8 +240,9 @@ class ModelSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights, their
-        shards, the user's code, and the change of precision or the table among others where there is one."""
+        """JSON-able identity, as manifests store it. ``sha256`` covers all that decides the logits: the weights and the
+        files that they refer to, the user's code, and the change of precision or the table among others where there is
+        one."""
         found = identity_of(self.config, self.read())
         if self.code:
             try:
@@ -270,8 +297,11 @@ def resolve(settings: ModelSettings) -> ModelSource:
     if scheme == "hf":
         home = fetch(rest, "classifier")
         facts = hf_facts(home)
-    elif scheme == "timm" and (Path(rest).is_dir() or ("." in rest and weights is None)):
-        home = fetch(rest if Path(rest).is_dir() or "/" in rest else f"timm/{rest}", "timm classifier")
+    elif scheme == "timm" and (is_timm_home(rest) or ("." in rest and weights is None)):
+        hub = rest.partition(":")[2] if rest.startswith(TIMM_HUB) else rest
+        if not hub:
+            raise UsageError(f"'{settings.name}' names no model: expected a folder, or org/name on the hub")
+        home = fetch(hub if is_timm_home(hub) else f"timm/{hub}", "timm classifier")
         facts = timm_facts(home)
     elif scheme == "onnx":
         weights = Path(rest)
@@ -284,12 +314,8 @@ def resolve(settings: ModelSettings) -> ModelSource:
         "input": settings.input or facts.input,
         "num_classes": settings.num_classes or facts.num_classes,
     }
-    if missing := ", ".join(key for key, value in needed.items() if not value):
-        if home:
-            why = f"the files beside its weights do not tell {missing}: the recipe must"
-        else:
-            why = f"is no folder; an architecture needs {missing} too"
-        raise UsageError(f"model '{settings.name}' {why}")
+    if missing := [key for key, value in needed.items() if not value]:
+        raise UsageError(f"model '{settings.name}' {_why_missing(missing, settings.name, home, facts)}")
     config = _overridden(_named_config(settings, facts), settings)
     code = source_file(rest) if scheme == "code" else None
     return ModelSource(
@@ -299,6 +325,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
         folder=home if scheme == "hf" else None,
         half_precision=facts.half_precision,
         checkpoint_key=settings.checkpoint_key,
+        decisions=_decisions(config, settings, facts),
     )
 
 
@@ -306,6 +333,52 @@ def _weights(settings: ModelSettings) -> Path | None:
     """The file that the user named, or that in the folder that the user named."""
     path = Path(settings.weights) if settings.weights else None
     return weights_in(path) if path and path.is_dir() else path
+
+
+def _why_missing(missing: Sequence[str], name: str, home: Path | None, facts: FolderFacts) -> str:
+    """What is missing for the model ``name`` besides its ``home``, why, and what would be right."""
+    keys = ", ".join(missing)
+    if home:
+        why = facts.decisions.get("input", "") if "input" in missing else ""
+        return f"needs {keys} in its settings: {home} does not say it" + (f" ({why})" if why else "")
+    usual = usual_input(name) if "input" in missing else None
+    said = f" (with the weights of the library: input: {usual.yaml()})" if usual else ""
+    return f"is no folder; an architecture needs {keys} too{said}"
+
+
+def usual_input(name: str) -> InputSettings | None:
+    """What the library's own weights of a torchvision or timm architecture take, where that can be said."""
+    scheme, rest = split_name(name)
+    try:
+        if scheme == "timm":
+            import timm
+
+            cfg = timm.get_pretrained_cfg(rest)
+            rule = timm_input(cfg.to_dict(), {}) if cfg else None
+            return rule if isinstance(rule, InputSettings) else None
+        if scheme == "torchvision":
+            from torchvision import models
+
+            preset = models.get_model_weights(rest).DEFAULT.transforms()
+            values = {"size": preset.crop_size[0], "resize_size": preset.resize_size[0], "mean": preset.mean}
+            return InputSettings.model_validate(values | {"std": preset.std, "resize": preset.interpolation.value})
+    except (ImportError, AttributeError, KeyError, ValueError, RuntimeError):  # no such name, or none of these fields
+        pass
+    return None
+
+
+def _decisions(config: ModelConfig, settings: ModelSettings, facts: FolderFacts) -> dict[str, str]:
+    """What was settled of ``config``, and from what."""
+    arguments = dict(getattr(config, "arguments", {}))
+    with_them = f" with {', '.join(f'{key} {value}' for key, value in arguments.items())}" if arguments else ""
+    names = ", ".join(config.class_names[:3]) + (", …" if config.num_classes > 3 else "")
+    of_names = "names from the settings" if settings.class_names else facts.decisions.get("classes", "without names")
+    return {
+        "architecture": f"{config.architecture}{with_them}, stem {config.stem}; "
+        f"from {facts.decisions.get('architecture', 'the settings')}",
+        "input": f"{config.input}; from {'the settings' if settings.input else facts.decisions.get('input', CONFIG)}",
+        "classes": f"{config.num_classes} ({names}); {of_names}",
+    }
 
 
 def _from_yaml(settings: ModelSettings) -> ModelSettings:
@@ -331,9 +404,12 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     except OSError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     config = _overridden(config, settings)
+    stored = f"{CONFIG} of {folder}"
+    facts = FolderFacts(decisions={"architecture": stored, "input": stored, "classes": f"names from {stored}"})
+    decisions, key = _decisions(config, settings, facts), settings.checkpoint_key
     if weights := _weights(settings):
-        return ModelSource(config, weights, checkpoint_key=settings.checkpoint_key)
-    return ModelSource(config, folder / WEIGHTS, sha256=recorded, checkpoint_key=settings.checkpoint_key)
+        return ModelSource(config, weights, checkpoint_key=key, decisions=decisions)
+    return ModelSource(config, folder / WEIGHTS, sha256=recorded, checkpoint_key=key, decisions=decisions)
 
 
 def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:
@@ -346,6 +422,7 @@ def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:
         channels=spec.channels,
         input=spec,
         class_names=settings.class_names or facts.class_names or tuple(f"class {i}" for i in range(count)),
+        arguments=dict(facts.arguments),
         stem=settings.stem or default_stem(settings.name, spec.size),
     )
 

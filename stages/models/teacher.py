@@ -1,7 +1,8 @@
 """Frozen classifiers with their own input rule: teachers, frozen students, black boxes; and BatchNorm moments."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from manifests.errors import DataError, FactoryError, UsageError
 from stages.memory import in_micro_batches, moment_sums, moments
 from stages.models.hooks import head_of, head_path, inputs_of, outputs_of
 from stages.models.inputs import InputSpec, logits_of, require_finite, require_finite_weights
+from stages.models.onnx_data import with_small_data
 from stages.settings import InputSettings
 
 Answer = Callable[[Tensor], Any]
@@ -155,7 +157,8 @@ class Teacher:
             raise
         except Exception as error:  # whatever a foreign network or runtime does
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}") from error
+            wrap = "; what takes more than pixels needs module.path:function" if "'hf:" in self.what else ""
+            raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}{wrap}") from error
         if len(require_finite(logits, self.what)) != len(x):
             raise DataError(f"{self.what} answers {len(x)} images with {len(logits)} rows of logits")
         return logits
@@ -252,20 +255,55 @@ def moments_gap(
     return torch.stack(terms).mean()
 
 
+def kind_of_answers(
+    answer: Answer, spec: InputSettings, num_classes: int
+) -> Literal["probabilities", "unit", "logits"]:
+    """What ``answer`` gives for several pictures, noise among them: ``probabilities`` in [0, 1] that sum to 1 (within
+    1 %: half precision and quantized networks), other numbers in [0, 1], or logits. Logits where it fails, too:
+    :meth:`Teacher.check` says how."""
+    generator = torch.Generator().manual_seed(0)
+    side = spec.size
+    x = torch.rand(8, 3, side, side, generator=generator) * 2 - 1  # noise, colors and gradients
+    x[2:4] = x[2:4, :, :1, :1]
+    x[4:6] = torch.linspace(-1, 1, 6 * side**2).view(2, 3, side, side)
+    x[6:] = x[6:].round()
+    try:
+        with torch.no_grad():
+            out = logits_of(answer(InputSpec(spec)(x)), num_classes, "").double()
+    except Exception:  # whatever a foreign network or runtime does
+        return "logits"
+    if len(out) != len(x) or not bool(((out >= 0) & (out <= 1)).all()) or bool((out == out[:1]).all()):
+        return "logits"  # a constant says nothing
+    return "probabilities" if bool(((out.sum(1) - 1).abs() < 0.01).all()) else "unit"
+
+
+def log_probabilities(out: Any, num_classes: int, what: str) -> Tensor:
+    """The logits, up to a constant in each row, of a classifier that answers probabilities."""
+    probabilities = logits_of(out, num_classes, what).float()
+    return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
 def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``[c]`` of ``[n, c, …]``."""
     variance, mean = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1], correction=0)
     return mean, variance
 
 
-def onnx_answer(data: bytes, where: str) -> Answer:
-    """The answers of an ONNX classifier with one image input. Raises DataError where the file is no such thing."""
+def onnx_answer(data: bytes, where: str, external: Mapping[str, bytes] | None = None) -> Answer:
+    """The answers of an ONNX classifier with one image input and its ``external`` data files, by name.
+
+    Raises DataError where the file is no such thing.
+    """
     try:
         import onnxruntime as ort
     except ImportError:
         raise UsageError(f"{where} needs onnxruntime: pip install 'dfkd-factory[onnx]'") from None
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs repeats names from the file, unescaped
+    if external:
+        data = with_small_data(data, external, Path(where))
+        lengths = [len(content) for content in external.values()]
+        options.add_external_initializers_from_files_in_memory(list(external), list(external.values()), lengths)
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -282,7 +320,8 @@ def onnx_answer(data: bytes, where: str) -> Answer:
     def answer(x: Tensor) -> list[Tensor]:
         for given, wanted in zip(x.shape[1:], shape[1:], strict=True):
             if isinstance(wanted, int) and given != wanted:
-                raise DataError(f"{where} takes {shape}, but input says {list(x.shape[1:])}")
+                last = " (channels last: export it with channels first)" if shape[3] == x.shape[1] else ""
+                raise DataError(f"{where} takes {shape}{last}, but input says {list(x.shape[1:])}")
         images, size = x.numpy().astype(dtype), step or len(x)
         parts: list[list[Any]] = []
         for start in range(0, len(images), size):

@@ -120,3 +120,46 @@ def not_callable():
 
 def fails():
     raise KeyError("no such file")
+
+
+def tiny_seeded():
+    torch.manual_seed(1)
+    net = tiny(5, 3).eval()
+    return net.requires_grad_(False)
+
+
+class Changed(nn.Module):
+    """The logits of :func:`tiny_seeded`, changed."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = tiny_seeded(), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+def softmaxed():
+    return Changed(lambda logits: logits.softmax(1))
+
+
+def softmaxed_half():
+    return Changed(lambda logits: logits.softmax(1).half())
+
+
+def softmaxed_dict():
+    return Changed(lambda logits: {"logits": logits.softmax(1)})
+
+
+def softmaxed_numpy():
+    """A black box that answers probabilities."""
+    net = tiny_seeded()
+    return lambda x: net(x).softmax(1).numpy()
+
+
+def log_softmaxed():
+    return Changed(lambda logits: logits.log_softmax(1))
+
+
+def sigmoids():
+    return Changed(lambda logits: logits.sigmoid())

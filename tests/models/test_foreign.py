@@ -4,14 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 
 from manifests.errors import DataError, UsageError
 from stages.models import build, nets
 from stages.models.hooks import head_of, outputs_of, stage_paths
+from stages.models.inputs import to_unit
 from stages.models.loading import build_from, load_model, load_teacher, save_model
 from stages.models.source import (
     ModelConfig,
@@ -23,6 +26,7 @@ from stages.models.source import (
     teacher_identity,
 )
 from stages.settings import InputSettings, ModelSettings
+from tests.models import nets as nets_here
 
 RGB = InputSettings(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -180,8 +184,96 @@ class TestBlackBoxes:
         with pytest.raises(DataError, match="but input says"):
             load_teacher(settings.model_copy(update={"input": RGB.model_copy(update={"size": 4})}))
         (tmp_path / "t.onnx").write_bytes(b"no model")
-        with pytest.raises(DataError, match="cannot be loaded by onnxruntime"):
+        with pytest.raises(DataError, match="is no ONNX model"):
             load_teacher(settings)
+
+    def export(self, folder, graph):
+        onnx = pytest.importorskip("onnx")
+        weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)) / 20
+        h = onnx.helper
+        nodes = [h.make_node("Flatten", ["x"], ["f"]), h.make_node("Gemm", ["f", "w"], ["y"], transB=1)]
+        if graph == "softmax":
+            nodes.append(h.make_node("Softmax", ["y"], ["z"], axis=1))
+        made = h.make_graph(
+            nodes,
+            "net",
+            [h.make_tensor_value_info("x", 1, ["n", 8, 8, 3] if graph == "channels last" else ["n", 3, 8, 8])],
+            [h.make_tensor_value_info("z" if graph == "softmax" else "y", 1, ["n", 5])],
+            [onnx.numpy_helper.from_array(weight.numpy(), "w")],
+        )
+        model = h.make_model(made, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
+        options = {"save_as_external_data": True, "location": "t.data", "size_threshold": 0}
+        onnx.save(model, folder / "t.onnx", **(options if graph == "external" else {}))
+        return weight, ModelSettings(name=str(folder / "t.onnx"), input=RGB, num_classes=5)
+
+    def test_onnx_of_two_files(self, tmp_path, monkeypatch):
+        pytest.importorskip("onnxruntime")
+        weight, settings = self.export(tmp_path, "external")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        source = resolve(settings)
+        before = source.identity["sha256"]
+        teacher = load_teacher(source)
+        torch.testing.assert_close(teacher.logits(IMAGES), teacher.input(IMAGES).flatten(1) @ weight.T)
+        source.release()
+        data = tmp_path / "t.data"
+        data.write_bytes(b"\x00\x00" + data.read_bytes()[2:])
+        assert teacher_identity(settings)["sha256"] != before
+        with pytest.raises(DataError, match="its data was altered while it was in use"):
+            load_teacher(source)
+        data.write_bytes(data.read_bytes()[:-4])
+        with pytest.raises(DataError, match=r"t\.data is truncated: 3836 bytes, t\.onnx needs 3840"):
+            load_teacher(settings)
+        data.rename(tmp_path / "elsewhere" / "t.data")
+        with pytest.raises(DataError, match=r"its data 't\.data' is missing: copy it beside the model"):
+            load_teacher(settings)
+        data.symlink_to("/etc/passwd")
+        with pytest.raises(DataError, match=r"is a link out of its folder"):
+            load_teacher(settings)
+
+    @pytest.mark.parametrize("location", ["../t.data", "/etc/passwd", "a/../../t.data", "..\\t.data", ""])
+    def test_onnx_data_outside_its_folder_is_refused(self, tmp_path, location):
+        onnx = pytest.importorskip("onnx")
+        _, settings = self.export(tmp_path, "external")
+        model = onnx.load(tmp_path / "t.onnx", load_external_data=False)
+        model.graph.initializer[0].external_data[0].value = location
+        (tmp_path / "t.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(DataError, match="names data outside its folder"):
+            teacher_identity(settings)
+
+    def test_channels_last_is_refused(self, tmp_path):
+        pytest.importorskip("onnxruntime")
+        with pytest.raises(DataError, match="channels last: export it with channels first"):
+            load_teacher(self.export(tmp_path, "channels last")[1])
+
+    def test_onnx_probabilities(self, tmp_path):
+        pytest.importorskip("onnxruntime")
+        weight, settings = self.export(tmp_path, "softmax")
+        source = resolve(settings)
+        teacher = load_teacher(source)
+        logits = teacher.input(IMAGES).flatten(1) @ weight.T
+        torch.testing.assert_close(teacher.logits(IMAGES), logits.log_softmax(1), atol=1e-4, rtol=1e-4)
+        assert source.decisions["outputs"].startswith("probabilities")
+
+    @pytest.mark.parametrize("function", ["softmaxed", "softmaxed_half", "softmaxed_numpy", "softmaxed_dict"])
+    def test_probabilities_become_logits(self, function):
+        source = resolve(own(function))
+        teacher = load_teacher(source)
+        logits = nets_here.tiny_seeded()(teacher.input(IMAGES))
+        atol = 2e-2 if function == "softmaxed_half" else 1e-5
+        torch.testing.assert_close(teacher.logits(IMAGES), logits.log_softmax(1), atol=atol, rtol=0)
+        assert source.decisions["outputs"].startswith("probabilities")
+
+    def test_sigmoids_are_named(self):
+        source = resolve(own("sigmoids"))
+        load_teacher(source)
+        assert source.decisions["outputs"].startswith("in [0, 1] without a sum of 1, taken as logits")
+
+    @pytest.mark.parametrize("function", ["tiny_seeded", "scores", "with_features", "log_softmaxed"])
+    def test_logits_stay_as_they_are(self, function):
+        source = resolve(own(function))
+        load_teacher(source)
+        assert "outputs" not in source.decisions
 
 
 class TestTorchvision:
@@ -198,7 +290,7 @@ class TestTorchvision:
     def test_names_are_checked(self):
         with pytest.raises(UsageError, match="no classifier 'resnet19': did you mean resnet101"):
             build.build_net(config("torchvision:resnet19"))
-        with pytest.raises(UsageError, match="needs weights, input, num_classes"):
+        with pytest.raises(UsageError, match=r"needs weights, input, num_classes .*{size: 224, .*resize_size: 256}"):
             resolve(ModelSettings(name="torchvision:resnet18"))
 
 
@@ -218,14 +310,107 @@ class TestTimm:
     def test_a_folder_knows_its_own_input(self, tmp_path):
         net = self.save(tmp_path, "timm:test_resnet", label_names=list("abcde")).eval()
         teacher = load_teacher(ModelSettings(name=f"timm:{tmp_path}"))
-        assert teacher.input.settings == RGB.model_copy(update={"resize": "bicubic"})
+        assert teacher.input.settings == RGB.model_copy(update={"resize": "bicubic", "resize_size": 9})  # 8 / 0.875
         assert teacher.class_names == tuple("abcde")
         assert torch.equal(teacher.logits(IMAGES), net(teacher.input(IMAGES)))
 
-    def test_an_unknown_input_is_asked_for(self, tmp_path):
-        self.save(tmp_path, "timm:test_resnet", interpolation="lanczos")
-        with pytest.raises(UsageError, match="the files beside its weights do not tell input: the recipe must"):
+    @pytest.mark.parametrize(
+        ("field", "line"),
+        [
+            ({"interpolation": "lanczos"}, "says interpolation lanczos"),
+            ({"crop_mode": "border"}, "says crop_mode border, which pads"),
+            ({"input_size": [3, 8, 16]}, "only square inputs are supported"),
+            ({"input_size": [4, 8, 8]}, "which is no rule for 1 or 3 channels"),
+            ({"crop_pct": "most"}, "which is no rule"),
+        ],
+    )
+    def test_an_input_that_no_rule_expresses_is_asked_for(self, tmp_path, field, line):
+        self.save(tmp_path, "timm:test_resnet", **field)
+        with pytest.raises(UsageError, match=f"needs input in its settings: .*pretrained_cfg.*{line}"):
             resolve(ModelSettings(name=f"timm:{tmp_path}"))
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("test_resnet", {}),
+            ("test_resnet", {"in_chans": 1, "global_pool": "max"}),
+            ("test_vit", {"img_size": 96, "global_pool": "avg", "class_token": False}),
+            ("test_efficientnet", {"act_layer": "relu"}),
+            ("test_convnext", {"pretrained_cfg_overlay": {"crop_mode": "squash", "crop_pct": 0.9}}),
+        ],
+    )
+    def test_what_timm_saves_answers_and_crops_as_timm(self, timm, tmp_path, name, arguments):
+        torch.manual_seed(0)
+        net = timm.create_model(name, num_classes=5, **arguments).eval()
+        timm.models.save_for_hf(net, tmp_path, safe_serialization=True, model_config={"label_names": list("abcde")})
+        source = resolve(ModelSettings(name=f"timm:{tmp_path}"))
+        teacher = load_teacher(source)
+        assert teacher.class_names == tuple("abcde")
+        assert "label_names of config.json" in source.decisions["classes"]
+        assert "pretrained_cfg of config.json" in source.decisions["input"]
+        cfg = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+        for shape in ((200, 311), (311, 199), (160, 160)):
+            picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+            image = Image.fromarray(picture)
+            theirs = transform(image.convert("L") if teacher.input.channels == 1 else image)[None]
+            ours = teacher.input(teacher.input.view(to_unit(torch.from_numpy(picture)[None])))
+            off = ((ours - theirs).abs() * torch.tensor(teacher.input.settings.std).view(-1, 1, 1)).max()
+            assert off < (2.1 / 255 if teacher.input.channels == 1 else 1e-6)
+            torch.testing.assert_close(teacher.net(theirs), net(theirs), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"pretrained": True},
+            {"checkpoint_path": "x"},
+            {"features_only": True},
+            {"depth": 10**9},
+            {"a": [[[[[1]]]]]},
+            3,
+        ],
+    )
+    def test_arguments_that_are_not_of_the_network_are_refused(self, tmp_path, arguments):
+        self.save(tmp_path, "timm:test_resnet")
+        content = json.loads((tmp_path / "config.json").read_text()) | {"model_args": arguments}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"config\.json: model_args hold"):
+            resolve(ModelSettings(name=f"timm:{tmp_path}"))
+
+    def test_arguments_that_timm_does_not_know_are_refused_in_a_line(self, tmp_path):
+        self.save(tmp_path, "timm:test_resnet")
+        content = json.loads((tmp_path / "config.json").read_text()) | {"model_args": {"colour": "red"}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match="'test_resnet' cannot be built with .*'colour': 'red'"):
+            load_teacher(ModelSettings(name=f"timm:{tmp_path}"))
+
+    def test_one_table_of_older_versions(self, tmp_path):
+        net = self.save(tmp_path, "timm:test_resnet").eval()
+        content = json.loads((tmp_path / "config.json").read_text())
+        content |= content.pop("pretrained_cfg") | {"labels": list("abcde")}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        teacher = load_teacher(ModelSettings(name=f"timm:{tmp_path}"))
+        assert teacher.class_names == tuple("abcde")
+        assert torch.equal(teacher.logits(IMAGES), net(teacher.input(IMAGES)))
+
+    @pytest.mark.parametrize(
+        "name", ["someone/pets", "hf-hub:someone/pets", "hf_hub:timm/resnet18.a1_in1k", "resnet18.a1"]
+    )
+    def test_hub_ids_have_no_dot_or_one(self, name, monkeypatch):
+        asked = []
+        monkeypatch.setattr("stages.models.source.fetch", lambda name, what: asked.append(name) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            resolve(ModelSettings(name=f"timm:{name}"))
+        assert asked == [{"resnet18.a1": "timm/resnet18.a1"}.get(name, name.partition(":")[2] or name)]
+
+    def test_what_the_library_takes_is_said_where_the_input_is_missing(self):
+        with pytest.raises(UsageError, match=r"input: {size: 160, .*resize_size: 168}"):
+            resolve(ModelSettings(name="timm:test_resnet", weights="w.pt", num_classes=5))
+
+    def test_a_network_may_call_its_own_parts_head_and_stages(self):
+        net = build.build_net(config("timm:hrnet_w18_small", size=64))
+        assert net.head == "classification"
+        assert head_of(net) is net.classifier
 
     @pytest.mark.parametrize("count", ["ten", 1, [10]])
     def test_a_count_of_classes_that_is_none_is_refused(self, tmp_path, count):

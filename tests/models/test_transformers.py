@@ -4,14 +4,18 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from manifests.errors import DataError, UsageError
 from stages.models import build
-from stages.models.folders import processor_input, read_json
+from stages.models.folders import read_json
+from stages.models.inputs import InputSpec, to_unit
 from stages.models.loading import load_model, load_teacher, save_model
+from stages.models.processors import processor_input
 from stages.models.source import resolve, teacher_identity
 from stages.settings import ModelSettings
 from tests.models.test_foreign import IMAGES, RGB, config
@@ -60,28 +64,78 @@ def test_half_precision_checkpoints_run_in_float32(folder, tmp_path):
     assert teacher_identity(ModelSettings(name=f"hf:{folder}"))["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["ViT", "ConvNext", "Bit", "MobileNetV2"])
-def test_ordinary_processors_are_understood(kind, tmp_path):
+PROCESSORS = [
+    ("ViT", {}, "224 px, RGB, both sides resized"),
+    ("ConvNext", {"size": {"shortest_edge": 24}}, "24 px, RGB, short side to 27 and center crop"),  # 24 / 0.875
+    ("ConvNext", {}, "384 px, RGB, both sides resized"),
+    ("Bit", {"size": {"shortest_edge": 9}, "crop_size": 8}, "8 px, RGB, short side to 9 and center crop"),
+    ("DeiT", {}, "224 px, RGB, resized to 256×256, whatever the aspect, and center crop"),
+    ("Levit", {"size": {"shortest_edge": 32}, "crop_size": 32}, "32 px, RGB, short side to 36"),  # 32 · 256/224
+    ("EfficientNet", {"size": {"height": 32, "width": 32}}, "mean 0.5 0.5 0.5, std 0.25 0.25 0.25"),  # normalizes twice
+    ("MobileViT", {"size": {"shortest_edge": 9}, "crop_size": 8}, "8 px, BGR, short side to 9"),
+    ("ViT", {"do_normalize": False, "resample": 0}, "nearest, mean 0 0 0, std 1 1 1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "rule"), PROCESSORS)
+def test_processors_are_understood_as_they_are_run(kind, fields, rule, tmp_path):
     import transformers
 
-    own = getattr(transformers, f"{kind}ImageProcessor")()
-    own.save_pretrained(tmp_path)
-    found = processor_input(read_json(tmp_path / "preprocessor_config.json"), 3)
-    assert (found.mean, found.std) == (tuple(own.image_mean), tuple(own.image_std))
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**fields)
+    processor.save_pretrained(tmp_path)
+    found = processor_input(tmp_path, "preprocessor_config.json", 3)
+    assert rule in str(found)
+    picture = np.random.default_rng(0).integers(64, 192, (301, 467, 3), dtype=np.uint8)
+    theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    spec = InputSpec(found)
+    off = spec(spec.view(to_unit(torch.from_numpy(picture)[None])))[0] - theirs
+    assert (off.abs() * torch.tensor(found.std).view(3, 1, 1)).max() < 2.5 / 255
 
 
-def test_an_input_that_is_not_ours_or_not_said_is_asked_for(folder, tmp_path):
-    from transformers import MobileViTImageProcessor
+@pytest.mark.parametrize(
+    ("kind", "fields", "line"),
+    [
+        ("Bit", {"do_center_crop": False}, "do_center_crop False.*resize_size: 224"),
+        ("ViT", {"resample": 1}, "says size .*resample 1, .*no input rule reproduces as ViTImageProcessor does"),
+        ("CLIP", {"crop_size": {"height": 32, "width": 24}}, "nearest rule is input: {size: 32"),
+        ("Perceiver", {}, "says size .* as PerceiverImageProcessor does"),
+        ("ImageGPT", {}, "Clusters must|do_color_quantize"),
+        ("ViT", {"size": {"height": 10**6, "width": 10**6}}, "sides above 4096"),
+        ("ConvNext", {"crop_pct": 1e-9}, "crop_pct below"),
+    ],
+)
+def test_a_processor_that_does_something_else_is_asked_about(kind, fields, line, folder, tmp_path):
+    import transformers
 
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    MobileViTImageProcessor(crop_size={"height": 8, "width": 8}).save_pretrained(tmp_path)  # BGR in [0, 1]
-    with pytest.raises(UsageError, match="do not tell input: the recipe must"):
+    getattr(transformers, f"{kind}ImageProcessor")(**fields).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"needs input in its settings.*{line}"):
         resolve(ModelSettings(name=f"hf:{tmp_path}"))
+
+
+@pytest.mark.parametrize("wrong", [{"rescale_factor": "all"}, {"resample": [9]}, {"image_mean": "half"}])
+def test_a_malformed_processor_is_refused_in_a_line(wrong, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     said = read_json(folder / "preprocessor_config.json")
-    malformed = ({"rescale_factor": None}, {"resample": []}, {"image_mean": "half"}, {"size": {"height": []}})
-    for other in ({"do_normalize": None}, {"do_flip_channel_order": True}, {"rescale_offset": True}, *malformed):
-        assert processor_input(said | other, 3) is None
-    assert processor_input(said | {"do_normalize": False}, 3).mean == (0.0,) * 3
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | wrong))
+    with pytest.raises(UsageError, match=r"needs input in its settings: [^\n]*$"):
+        resolve(ModelSettings(name=f"hf:{tmp_path}"))
+
+
+def test_the_class_that_architectures_names_is_built(tmp_path):
+    from transformers import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for kind in (DeiTForImageClassification, DeiTForImageClassificationWithTeacher):
+        deit = kind(DeiTConfig(image_size=8, patch_size=4, num_labels=5, **small)).eval()
+        deit.save_pretrained(tmp_path)
+        teacher = load_teacher(ModelSettings(name=f"hf:{tmp_path}", input=RGB))
+        assert type(teacher.net) is kind
+        torch.testing.assert_close(teacher.logits(IMAGES), deit(teacher.input(IMAGES)).logits)
+    content = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(content | {"architectures": ["DeiTModel"]}))
+    with pytest.raises(UsageError, match="must name one of DeiTForImageClassification, DeiTForImageClassificationWith"):
+        load_teacher(ModelSettings(name=f"hf:{tmp_path}", input=RGB))
 
 
 def test_one_label_leaves_nothing_to_choose(folder, tmp_path):
