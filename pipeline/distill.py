@@ -3,13 +3,12 @@
 A manifest alone is enough: its metadata holds the recipe, whose ``distill`` section applies, and names the teacher.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog
@@ -19,7 +18,7 @@ from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.plan import PLAN, RESOLVED, refuse_file
 from pipeline.recipe import Recipe, given, to_yaml
-from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
+from pipeline.terminal import OnProgress, duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
@@ -61,9 +60,11 @@ class DistillReport:
             yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
         for name, reason in self.result.parked.items():
             yield f"{plain(name)}: parked, {reason}"
+        for name, reason in self.result.unscored.items():
+            yield f"{plain(name)}: kept without a score on the test data: {reason}"
         tests = [student.test for student in self.result.students.values() if student.test]
-        for order in dict.fromkeys(test.class_order for test in tests):
-            yield f"test data: {order}"
+        for line in dict.fromkeys(line for test in tests for line in (test.class_order, *test.decisions.values())):
+            yield f"test data: {line}"
         if tests:
             yield f"teacher: {share(tests[-1].teacher_accuracy)} on the test data"
         yield f"{self.result.images} images, {duration(self.result.seconds)}"
@@ -120,7 +121,7 @@ def run_distill(
     resumes.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names; ``test_data``
-    (folder of images, Parquet, tar or manifest) scores the students once, at the end. ``workers``: 1 trains in this
+    (folder of images, Parquet, tars or manifest) scores the students once, at the end. ``workers``: 1 trains in this
     process, more through Ray Train; ``place`` says more of them.
 
     Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
@@ -128,23 +129,18 @@ def run_distill(
     """
     place = place or executor({"workers": ("workers", workers)})
     sources = parse_sources(manifests)
-    if test_data and "://" not in test_data and not os.path.exists(test_data):
-        raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     if out is None:
         out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
     refuse_file(storage)
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
-    from stages.distill.run import begin, prepare, train_students
+    from stages.distill.run import Prepared, begin, prepare, train_students
     from stages.distill.runtime import Callbacks
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
-    with (
-        EventLog(storage) as events,
-        progress(title, quiet=quiet) as shown,
-        ExitStack() as stack,
-    ):
+    parts = place.workers
+    with EventLog(storage) as events, ExitStack() as stack:
         signals = stack.enter_context(StopSignals(UNTIL))
         lease = Lease(storage, on_event=events.write, on_line=say)
 
@@ -165,10 +161,23 @@ def run_distill(
             lease.check()
             return signals.draining
 
+        def check_and_begin(prepared: Prepared) -> None:
+            with progress("test data", quiet=quiet or not test_data, brief=True) as looked_at:
+
+                def on_progress(done: float, total: float, note: str) -> None:
+                    looked_at(done, total, note)
+                    if signals.draining:
+                        raise Interrupted("interrupted before the training began; the same command starts again")
+
+                found = check(prepared, test_data, on_progress)
+            begin(prepared, storage, on_event, parts)
+            for line in found.values():
+                on_event("note", message=f"test data: {line}")
+
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
-            check(prepared, test_data)
-            begin(prepared, storage, on_event)
+            check_and_begin(prepared)
+            shown = stack.enter_context(progress(title, quiet=quiet))
             result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
             assert result is not None  # of the first rank
             return result
@@ -183,8 +192,8 @@ def run_distill(
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
         prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
-        check(prepared, test_data)
-        begin(prepared, storage, on_event, place.workers)
+        check_and_begin(prepared)
+        shown = stack.enter_context(progress(title, quiet=quiet))
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
@@ -199,16 +208,16 @@ def run_distill(
         return DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
 
 
-def check(prepared: "Prepared", test_data: str | None) -> None:
-    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit."""
+def check(prepared: "Prepared", test_data: str | None, on_progress: OnProgress) -> dict[str, str]:
+    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit. What
+    the test data are, in lines."""
     from stages.distill.evaluate import check_data
     from stages.distill.losses import paired_layers
 
-    if test_data:
-        check_data(test_data, prepared.teacher.class_names)
     if prepared.settings.loss.gradcam:
         for student in prepared.students:
             paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
+    return check_data(test_data, prepared.teacher.class_names, on_progress) if test_data else {}
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:

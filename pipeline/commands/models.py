@@ -9,9 +9,13 @@ import typer
 
 from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption
-from pipeline.terminal import pairs, plain, print_json, say, share, show, size, table
+from pipeline.terminal import pairs, plain, print_json, progress, say, share, show, size, table
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
+EVAL_HELP = (
+    "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
+)
+DATA_HELP = "WebDataset tars, a folder of one sub-folder of images for each class, Parquet, or a run; patterns, too."
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,10 @@ class EvalReport:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=EVAL_HELP, show_default=False)],
+    data: Annotated[list[str], typer.Argument(metavar="DATA…", help=DATA_HELP, show_default=False)],
     teacher: Annotated[
-        str | None, typer.Option(help="Model folder or embedded:NAME, to compare with.", show_default=False)
+        str | None, typer.Option(help="Model to compare with, named as MODEL is.", show_default=False)
     ] = None,
     confusion: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Confusion matrix to write (PNG).", show_default=False)
@@ -85,12 +87,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy, calibration and confusions of a model folder on labeled images; agreement with a teacher."""
+    """Accuracy, calibration and confusions of a classifier on labeled images; agreement with a teacher."""
     from stages.distill.evaluate import confusion_picture
     from stages.distill.evaluate import evaluate as measure
     from stages.settings import ModelSettings
 
-    scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    with progress("eval", brief=True) as shown:
+        scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device, on_progress=shown)
     for what, how in (scores.decisions | {"class order": scores.class_order}).items():
         say(f"{what}: {how}")
     if confusion is not None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from manifests.errors import FactoryError
+from manifests.errors import DataError, FactoryError
 from pipeline.commands.options import (
     PLACE,
     ActorsOption,
@@ -116,7 +116,7 @@ def distill(
     epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, _made(help="Images per step, over all workers together.")] = None,
     seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
-    test_data: Annotated[str | None, _made(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
+    test_data: Annotated[str | None, _made(help="Labeled images to score at the end: tars, folder or Parquet.")] = None,
     skip_bad: Annotated[
         bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
@@ -157,8 +157,8 @@ def distill(
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(stage.DistillReport(result), as_json)
-    if result.parked:
-        raise typer.Exit(FactoryError.exit_code)
+    if result.parked or result.unscored:
+        raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
 
 
 @app.command()
@@ -167,7 +167,7 @@ def rounds(
     recipe: RecipeOption = None,
     count: Annotated[int | None, _made("--rounds", help="Rounds in total; may grow later.")] = None,
     test_data: Annotated[
-        str | None, _made(help="Labeled images to score each round's student: tar, folder or Parquet.")
+        str | None, _made(help="Labeled images to score each round's student: tars, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
@@ -191,5 +191,8 @@ def rounds(
     place = executor(places)
     if dry_run:
         show(stages.dry_run(resolved, out, place.workers), as_json)
-    else:
-        show(stages.run_rounds(resolved, out, place, test_data=test_data), as_json)
+        return
+    result = stages.run_rounds(resolved, out, place, test_data=test_data)
+    show(result, as_json)
+    if test_data and any(each.accuracy is None for each in result.rounds):
+        raise typer.Exit(DataError.exit_code)

@@ -182,7 +182,7 @@ def _of_listed(
 
 
 def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str, folders: bool) -> ClassOrder:
-    matches = {name: _classes_called(name, class_names) for name in names}
+    matches = {name: classes_called(name, class_names) for name in names}
     several = [name for name, classes in matches.items() if len(classes) > 1]
     unknown = [name for name, classes in matches.items() if not classes]
     if several:
@@ -207,7 +207,7 @@ def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str
     )
 
 
-def _classes_called(name: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
+def classes_called(name: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
     """The classes of exactly this name, else those whose names differ only as people write them (:func:`_key`)."""
     exact, alike = _by_name(class_names)
     return exact.get(name) or alike.get(_key(name), ())

@@ -1,15 +1,20 @@
-"""Labeled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
+"""Labeled images to evaluate on: WebDataset tars, class folders, Parquet, or a manifest, as samples one by one."""
 
+import bz2
+import gzip
 import hashlib
 import os
+import stat
 import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.checked_json import load_json
@@ -19,90 +24,76 @@ from manifests.reader import Manifest
 from manifests.schema import MAX_IMAGE, parquet_errors
 from manifests.storage import Storage, split
 from stages.distill.class_order import GrowingClassOrder, Label, NamedNumber, class_order, read_label, read_text_label
+from stages.distill.eval_files import IMAGES, JUNK, DataFiles, LeftOut, find_files, is_image, reading
 from stages.settings import MAX_CLASSES
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
-IMAGE_COLUMNS = (*IMAGES, "image", "img")
-LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
+IMAGE_COLUMNS = ("image", "img", *IMAGES)
+LABEL_COLUMNS = ("label", "cls", "labels", "class", "target", "category", "fine_label")
+LABEL_FILES = ("cls", "label", "class", "target", "json", "txt", "index", "id")
+"""Extensions beside KEY.jpg in a tar; the first one there is the label."""
 NAME_FIELD = "class_name"  # beside the label in KEY.json of a dataset's shards
 HUGGING_FACE = b"huggingface"
 Sample = tuple[str, bytes, int]  # key, encoded image, class number of the model
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 16
+MAX_HEADER = 1 << 20
+"""Bytes of a long name or extended header in a tar."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabeledImages:
     """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
 
-    ``digest``: sha256 of all labels and encoded images that were gone through, in their order.
+    ``source``: what they lie in, for people; ``total``: their number, None where only the last one tells. While they
+    are gone through, ``count`` and ``left_out`` grow, and ``digest``: sha256 of all labels and encoded images in order.
     """
 
     where: str
     class_order: str
     samples: Iterator[Sample]
-    digest: Any = field(default_factory=hashlib.sha256, compare=False)
+    source: str
+    left_out: LeftOut
+    total: int | None = None
+    count: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[Sample]:
         for key, image, label in self.samples:
             self.digest.update(f"{label} {len(image)}\n".encode())
             self.digest.update(image)
+            self.count += 1
             yield key, image, label
+        if not self.count:
+            raise DataError(f"{self.where} holds no labeled image" + self._left_out())
+
+    @property
+    def line(self) -> str:
+        """How many images were gone through, and what was left out."""
+        return f"{self.count:,} in {self.source}{self._left_out()}"
+
+    def _left_out(self) -> str:
+        line = self.left_out.line()
+        return f"; left out: {line}" if line else ""
 
 
-def labeled_images(path: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """Everything at ``path`` that a model of ``class_names`` can be scored on; labels are read as
-    :mod:`stages.distill.class_order` says.
+def labeled_images(data: str | Sequence[str], class_names: tuple[str, ...]) -> LabeledImages:
+    """Everything at ``data`` (:func:`stages.distill.eval_files.find_files`) that a model of ``class_names`` can be
+    scored on; labels are read as :mod:`stages.distill.class_order` says.
 
     Raises DataError naming what does not fit: here, or at the sample where a tar's labels do not.
     """
-    if "://" not in path and os.path.isdir(path):
-        if os.path.isfile(f"{path}/m.parquet"):
-            return _manifest(f"{path}/m.parquet", class_names)
-        return _folder(path, class_names)
-    name = split(path)[1]
-    storage, file = split(path if "://" in path else os.path.realpath(path))  # a hub's cache holds links
-    if name.endswith(".tar"):
-        return _tar_file(storage, file, class_names)
-    if name.endswith(".parquet"):
-        return _parquet(storage, file, class_names)
-    raise DataError(f"{path} is no .tar, .parquet or folder of images")
+    files = find_files(data, class_names)
+    read = {"manifest": _manifest, "folder": _folder, "tar": _tars, "parquet": _parquet}[files.kind]
+    return read(files, class_names)
 
 
-def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
+def _manifest(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    url = files.paths[0]
     rows = Manifest.open(url)
     keys, labels = rows.column("key"), rows.column("label")
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
     order = class_order(places, class_names, url, listed=rows.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
-    return LabeledImages(url, order.line, samples)
-
-
-def _folder(path: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """One sub-folder a class. Folders whose names begin with a dot are left out, and every file can be opened."""
-
-    def samples() -> Iterator[Sample]:
-        for name, file in files:
-            with _reading(path):
-                image = file.read_bytes()
-            yield f"{name}/{file.name}", image, order.index[name]
-
-    with _reading(path):
-        folders = sorted(f for f in Path(path).iterdir() if f.is_dir() and not f.name.startswith("."))
-        names = {folder.name: f"sub-folder {folder.name}" for folder in folders}
-        order = class_order(names, class_names, path, folders=True)
-        files = [(d.name, f) for d in folders for f in sorted(d.iterdir()) if f.suffix.lower()[1:] in IMAGES]
-        for _, file in files:
-            with file.open("rb"):
-                pass
-    return LabeledImages(path, order.line, samples())
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from None
+    return LabeledImages(url, order.line, samples, "a manifest", LeftOut(), len(rows))
 
 
 def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
@@ -116,118 +107,354 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
     return places
 
 
-def _tar_file(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """A tar is read once: its first sample settles what labels mean, and the others must agree."""
-    where = storage.path(name)
-    order = GrowingClassOrder(class_names, where)
-    samples = ((key, image, order.add(label, f"sample {key!r}")) for key, image, label in _tar(storage, name))
-    first = list(islice(samples, 1))
-    return LabeledImages(where, order.line, chain(first, samples))
+# Folders: one sub-folder a class, with all that lies below it, as torchvision's ImageFolder reads them.
 
 
-def _tar(storage: Storage, name: str) -> Iterator[tuple[str, bytes, Label | NamedNumber]]:
-    """KEY.png (jpg, …) beside KEY.cls, KEY.json with a label, or KEY.txt; members of one key are neighbors."""
-    key, parts = "", dict[str, bytes]()
+def _folder(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    path, left_out = files.paths[0], files.left_out
+    classes = [name for name, is_folder in _entries(path, left_out) if is_folder]
+    order = class_order({name: f"sub-folder {name}" for name in classes}, class_names, path, folders=True)
+    images = [(name, file) for name in classes for file in _images_below(f"{path}/{name}", left_out)]
+    filled = {name for name, _ in images}
+    empty = [name for name in classes if name not in filled]
+    source = f"{len(filled)} folders" if len(filled) > 1 else "1 folder"
+    if empty:
+        source += f" ({len(empty)} without an image: {', '.join(empty[:3])}{', …' if len(empty) > 3 else ''})"
+    samples = ((os.path.relpath(file, path), _read_file(file), order.index[name]) for name, file in images)
+    return LabeledImages(path, order.line, samples, source, left_out, len(images))
+
+
+def _entries(folder: str, left_out: LeftOut) -> Iterator[tuple[str, bool]]:
+    """Images, and whether each is a folder instead; what is neither is counted."""
+    with reading(folder), os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_folder in found:
+        if is_folder and (name.startswith(".") or name in JUNK):
+            left_out.add("hidden folders", f"hidden folder {name}")
+        elif is_folder or is_image(name):
+            yield name, is_folder
+        else:
+            left_out.add_file(name)
+
+
+def _images_below(folder: str, left_out: LeftOut) -> Iterator[str]:
+    """Paths of all images, each one a regular file of bounded size that may be read. A folder that links name again is
+    read once."""
+    waiting, seen = [folder], set[tuple[int, int]]()
+    while waiting:
+        here = waiting.pop()
+        with reading(here):
+            place = os.stat(here)
+        if (place.st_dev, place.st_ino) in seen:
+            left_out.add("folders linked again", f"folder linked again {os.path.basename(here)}")
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        below = []
+        for name, is_folder in _entries(here, left_out):
+            path = f"{here}/{name}"
+            if is_folder:
+                below.append(path)
+                continue
+            with reading(path):
+                _check_file(os.stat(path), path)
+            if not os.access(path, os.R_OK):
+                raise DataError(f"cannot read {path}: Permission denied")
+            yield path
+        waiting += reversed(below)
+
+
+def _check_file(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"cannot read {path}: it is no regular file")
+    if found.st_size > MAX_IMAGE:
+        raise DataError(f"{path} has {found.st_size} bytes, and an image at most {MAX_IMAGE}")
+
+
+def _read_file(path: str) -> bytes:
+    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO is not waited for
+        _check_file(os.fstat(file.fileno()), path)
+        return file.read(MAX_IMAGE + 1)
+
+
+# Tars: members are read here, with a bound on each, since webdataset's own reader has none; webdataset groups them.
+
+
+def _tars(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    """Tars are read once: their first sample settles what labels mean, and the others must agree."""
+    order = GrowingClassOrder(class_names, files.where)
+    images = (files.image,) if files.image else IMAGES
+    labels = (files.label, "json") if files.label else LABEL_FILES
+    keys = (files.label,) if files.label else LABEL_COLUMNS
+    read = frozenset(name.rpartition(".")[2].lower() for name in (*images, *labels))
+    used: Counter[str] = Counter()  # the extensions that held labels
+    seen = set[int]()
+
+    def samples() -> Iterator[Sample]:
+        for path in files.paths:
+            storage, name = _place(path)
+            where = storage.path(name)
+            for fields in _grouped(storage, name, files.left_out, read):
+                key, image = str(fields["__key__"]), _pick(fields, images, where)
+                if image is None:
+                    files.left_out.add("samples without an image", f"sample without an image ({key})")
+                    continue
+                kind, label = _tar_label(fields, labels, keys, f"{where}: sample {key!r}")
+                used[kind] += 1
+                number = order.add(label, f"sample {key!r}" + (f" of {where}" if len(files.paths) > 1 else ""))
+                seen.add(number)
+                yield key, cast(bytes, fields[image]), number
+        if not files.label and used.total() == used["index"] + used["id"] == len(seen) > 2:
+            kind = next(iter(used))
+            raise DataError(
+                f"{files.where}: KEY.{kind} is another number in every sample, so it may count them; if it is the "
+                f"label, write @label={kind} after the path"
+            )
+
+    walk = samples()
+    first = list(islice(walk, 1))
+    source = f"{files.count} (labels: {', '.join(f'.{kind}' for kind in used)})"
+    return LabeledImages(files.where, order.line, chain(first, walk), source, files.left_out)
+
+
+def _grouped(storage: Storage, name: str, left_out: LeftOut, read: frozenset[str]) -> Iterator[dict[str, str | bytes]]:
+    """Samples as webdataset groups them: neighbors of one key, by their extensions in lower case."""
+    from webdataset.tariterators import group_by_keys
+
     try:
-        with storage.open(name) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    continue  # links, devices and sparse files hold nothing to read
-                if not 0 <= member.size <= MAX_IMAGE:
-                    raise DataError(f"{storage.path(name)}: {member.name[:80]!r} claims {member.size} bytes")
-                stem, _, extension = os.path.basename(member.name).partition(".")
-                path = os.path.join(os.path.dirname(member.name), stem)
-                if path != key and parts:
-                    yield _tar_sample(storage.path(name), key, parts)
-                    parts = {}
-                key = path
+        yield from group_by_keys(_members(storage, name, left_out, read))
+    except (tarfile.TarError, zlib.error, ValueError, EOFError, OverflowError, OSError, RecursionError) as error:
+        text = str(error if isinstance(error, OSError) or not error.args else error.args[0])
+        reason = " ".join(text.partition(" dict_keys(")[0].split())[:200]
+        raise DataError(f"{storage.path(name)} is damaged or no tar: {reason}") from None
+
+
+class _Header(tarfile.TarInfo):
+    """A member whose header is read in bounded memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # the way that tarfile provides for subclasses
+        headers = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if self.type in (*headers, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{self.name[:80]!r} is a sparse file")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it has no end mark: it was cut short, or never closed") from None
+
+
+def _members(storage: Storage, name: str, left_out: LeftOut, read: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Regular members that belong to a sample; those whose extension is not in ``read`` come without content."""
+    from webdataset.tariterators import base_plus_ext
+
+    where = storage.path(name)
+    with storage.open(name) as file, tarfile.open(fileobj=_unpacked(file, where), mode="r|", tarinfo=_Header) as tar:
+        for member in tar:
+            key, extensions = base_plus_ext(member.name)
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                left_out.add("links and special files", f"link or special file {member.name}")
+            elif key is None:
+                left_out.add_file(member.name)
+            elif extensions.rpartition(".")[2].lower() not in read:
+                yield {"fname": member.name, "data": b"", "__url__": where}
+            elif not 0 <= member.size <= MAX_IMAGE:
+                raise DataError(f"{where}: {member.name[:80]!r} claims {member.size} bytes")
+            else:
                 content = tar.extractfile(member)
                 assert content is not None
-                parts[extension.lower()] = content.read()
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{storage.path(name)} is damaged or no tar: {error}") from None
-    if parts:
-        yield _tar_sample(storage.path(name), key, parts)
+                yield {"fname": member.name, "data": content.read(), "__url__": where}
+        rest = cast(BinaryIO, tar.fileobj)
+        while block := rest.read(1 << 20):
+            if any(block):
+                raise DataError(f"{where} goes on after its end mark: give tars that were joined one by one")
 
 
-def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> tuple[str, bytes, Label | NamedNumber]:
-    image = next((parts[kind] for kind in IMAGES if kind in parts), None)
-    try:
-        label = _tar_label(parts)
-    except (KeyError, ValueError, TypeError) as error:
-        expected = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
-        why = f" ({error})" if isinstance(error, ValueError) else ""
-        raise DataError(f"{where}: sample {key!r} has no label: {expected}{why}") from None
-    if image is None:
-        raise DataError(f"{where}: sample {key!r} has no image ({', '.join(IMAGES)})")
-    return key, image, label
+def _unpacked(file: BinaryIO, where: str) -> BinaryIO:
+    """``file``, or what it holds compressed, whatever it is called."""
+    magic = file.read(6)
+    file.seek(0)
+    if magic.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if magic.startswith(b"BZh"):
+        return cast(BinaryIO, bz2.BZ2File(file))
+    if magic.startswith((b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise DataError(f"{where} is compressed with xz or zstd: compress it with gzip, or not at all")
+    return file
 
 
-def _tar_label(parts: dict[str, bytes]) -> Label | NamedNumber:
-    if "cls" in parts:
-        return read_text_label(parts["cls"])
-    if "json" not in parts:
-        return read_text_label(parts["txt"])
-    values = load_json(parts["json"])
-    label, name = read_label(values["label"]), values.get(NAME_FIELD)
+def _pick(fields: dict[str, str | bytes], kinds: Sequence[str], where: str) -> str | None:
+    """The one of ``fields`` that is called by one of ``kinds``, else the one that ends so (``seg.png``)."""
+    named = [name for name in fields if name in kinds]
+    found = named or [name for name in fields if name.rpartition(".")[2] in kinds and not name.startswith("__")]
+    if len(found) > 1:
+        raise DataError(
+            f"{where}: sample {str(fields['__key__'])!r} has {len(found)} files that may be its image or its label "
+            f"({', '.join(found[:4])}): name the one that is with @image=EXTENSION or @label=EXTENSION after the path"
+        )
+    return found[0] if found else None
+
+
+def _tar_label(
+    fields: dict[str, str | bytes], kinds: Sequence[str], keys: Sequence[str], where: str
+) -> tuple[str, Label | NamedNumber]:
+    """The extension that holds the label, and the label. Raises DataError where there is none."""
+    why = ""
+    for kind in kinds:
+        name = _pick(fields, (kind,), where.partition(": sample ")[0])
+        if name is None:
+            continue
+        try:
+            data = cast(bytes, fields[name])
+            label = _json_label(data, keys) if kind == "json" else read_text_label(data)
+        except (ValueError, TypeError) as error:
+            why = f" ({error})"
+            break
+        if label is not None:
+            return name, label
+    expected = ", ".join(f"KEY.{kind}" for kind in kinds)
+    raise DataError(
+        f"{where} has no label: a number or a class name in {expected} beside its image, in JSON as "
+        f"{' or '.join(keys)}{why}; files of one sample must be neighbors in the tar"
+    )
+
+
+def _json_label(data: bytes, keys: Sequence[str]) -> Label | NamedNumber | None:
+    values = load_json(data)
+    if not isinstance(values, dict):
+        return read_label(values)
+    key = next((key for key in keys if key in values), None)
+    if key is None:
+        return None
+    label, name = read_label(values[key]), values.get(NAME_FIELD)
     return NamedNumber(label, name) if isinstance(label, int) and isinstance(name, str) else label
 
 
-def _parquet(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
-    where = storage.path(name)
-    with storage.open(name) as stream, parquet_errors(where):
-        file = pq.ParquetFile(stream)
-        if _is_manifest(file, where):
-            return _manifest(where, class_names)
-        columns = file.schema_arrow.names
-        image = next((c for c in IMAGE_COLUMNS if c in columns), None)
-        label = next((c for c in LABEL_COLUMNS if c in columns), None)
-        if image is None or label is None:
-            needed = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
-            raise DataError(f"{where} needs {needed}; it has {', '.join(columns)}")
-        groups = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[label])
-        values = enumerate(value for group in groups for value in group.column(0).to_pylist())
-        places = _first_places((_row_label(value, where, row), f"row {row}") for row, value in values)
-        order = class_order(places, class_names, where, _class_label_names(file, label))
-
-    def samples() -> Iterator[Sample]:
-        needed = [image, label, *(["key"] if "key" in columns else [])]
-        number = 0
-        with storage.open(name) as stream, parquet_errors(where):
-            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
-                for row in group.to_pylist():
-                    index = order.index[_row_label(row[label], where, number)]
-                    yield str(row.get("key", number)), _bytes(row[image]), index
-                    number += 1
-
-    return LabeledImages(where, order.line, samples())
+# Parquet, as Hugging Face datasets and others write it.
 
 
-def _class_label_names(file: pq.ParquetFile, column: str) -> tuple[str, ...]:
-    """The names of a ``ClassLabel`` in the schema that Hugging Face datasets keep beside the columns; () without."""
+@dataclass(frozen=True)
+class _Table:
+    """One Parquet file, and where its images and labels are."""
+
+    storage: Storage
+    name: str
+    image: str
+    label: str
+    class_names: tuple[str, ...]
+    has_key: bool
+    rows: int
+
+    @property
+    def where(self) -> str:
+        return self.storage.path(self.name)
+
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        with self.storage.open(self.name) as stream, parquet_errors(self.where):
+            yield from pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=[*columns])
+
+    def labels(self) -> Iterator[tuple[Label, str]]:
+        row = 0
+        for batch in self.batches(self.label):
+            for value in batch.column(0).to_pylist():
+                yield self.read_label(value, row), f"row {row}"
+                row += 1
+
+    def read_label(self, value: Any, row: int) -> Label:
+        try:
+            return read_label(value)
+        except ValueError as error:
+            raise DataError(f"{self.where}: row {row}: {error}") from None
+
+    def samples(self, index: Callable[[Label], int]) -> Iterator[Sample]:
+        columns = (self.image, self.label, *(["key"] if self.has_key else []))
+        row = 0
+        for batch in self.batches(*columns):
+            for values in batch.to_pylist():
+                image = _image_bytes(values[self.image], f"{self.where}: row {row}")
+                yield str(values.get("key", row)), image, index(self.read_label(values[self.label], row))
+                row += 1
+
+
+def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    first, *_ = files.paths
+    if len(files.paths) == 1 and (manifest := _as_manifest(first)):
+        return _manifest(DataFiles(files.where, "manifest", (manifest,)), class_names)
+    tables = [_table(path, files.image, files.label) for path in files.paths]
+    for table in tables:
+        if table.class_names != tables[0].class_names:
+            raise DataError(f"{table.where} and {tables[0].where} name their classes differently")
+    labels = chain.from_iterable(table.labels() for table in tables)
+    where = tables[0].where if len(tables) == 1 else files.where
+    order = class_order(_first_places(labels), class_names, where, tables[0].class_names)
+    samples = chain.from_iterable(table.samples(order.index.__getitem__) for table in tables)
+    source = f"{files.count} (image: {tables[0].image}, label: {tables[0].label})"
+    return LabeledImages(where, order.line, samples, source, files.left_out, sum(table.rows for table in tables))
+
+
+def _place(path: str) -> tuple[Storage, str]:
+    return split(path if "://" in path else os.path.realpath(path))  # a hub's cache holds links
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[Storage, str, pq.ParquetFile]]:
+    storage, name = _place(path)
+    with storage.open(name) as stream, parquet_errors(storage.path(name)):
+        yield storage, name, pq.ParquetFile(stream)
+
+
+def _as_manifest(path: str) -> str | None:
+    """The URL of a dataset's manifest; None for any other Parquet file."""
+    with _opened(path) as (storage, name, file):
+        try:
+            DatasetInfo.from_metadata(file.metadata.metadata, path)
+        except DataError:
+            return None
+        return storage.path(name)
+
+
+def _table(path: str, image: str | None, label: str | None) -> _Table:
+    with _opened(path) as (storage, name, file):
+        schema, features = file.schema_arrow, _features(file)
+        image = image or _column(schema, features, IMAGE_COLUMNS, "Image") or ""
+        label = label or _column(schema, features, LABEL_COLUMNS, "ClassLabel") or ""
+        if image not in schema.names or label not in schema.names:
+            raise DataError(
+                f"{path} needs an image column ({', '.join(IMAGE_COLUMNS[:3])} …) and a label column "
+                f"({', '.join(LABEL_COLUMNS)}); it has {', '.join(schema.names)}: name them with "
+                f"{os.path.basename(path)}@image=COLUMN,label=COLUMN"
+            )
+        names = features.get(label, {}).get("names")
+        listed = tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+        return _Table(storage, name, image, label, listed, "key" in schema.names, file.metadata.num_rows)
+
+
+def _column(schema: pa.Schema, features: dict[str, dict[str, Any]], known: Sequence[str], kind: str) -> str | None:
+    """The first column of a ``known`` name, else the only one that Hugging Face's schema calls ``kind``."""
+    of_kind = [name for name, feature in features.items() if feature.get("_type") == kind and name in schema.names]
+    return next((name for name in known if name in schema.names), of_kind[0] if len(of_kind) == 1 else None)
+
+
+def _features(file: pq.ParquetFile) -> dict[str, dict[str, Any]]:
+    """The schema that Hugging Face datasets keep beside the columns; {} without."""
     try:
-        values = load_json((file.schema_arrow.metadata or {})[HUGGING_FACE])
-        names = values["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return ()
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+        features = load_json((file.schema_arrow.metadata or {})[HUGGING_FACE])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
-def _is_manifest(file: pq.ParquetFile, where: str) -> bool:
-    try:
-        DatasetInfo.from_metadata(file.metadata.metadata, where)
-    except DataError:
-        return False
-    return True
-
-
-def _bytes(value: Any) -> bytes:
-    data = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
-    return data if isinstance(data, bytes) else b""
-
-
-def _row_label(value: Any, where: str, row: int) -> Label:
-    try:
-        return read_label(value)
-    except ValueError as error:
-        raise DataError(f"{where}: row {row}: {error}") from None
+def _image_bytes(value: Any, where: str) -> bytes:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(data, bytes):
+        if len(data) > MAX_IMAGE:
+            raise DataError(f"{where} has an image of {len(data)} bytes, and an image has at most {MAX_IMAGE}")
+        return data
+    if isinstance(text := path or data, str):
+        raise DataError(f"{where} holds a path ({text[:80]!r}), not an image: write the images' bytes into the file")
+    raise DataError(f"{where} holds {'nothing' if data is None else type(data).__name__}, expected an encoded image")

@@ -76,9 +76,13 @@ def run_distill(
     where every student diverged, Interrupted after a checkpoint once ``should_stop()`` is true.
     """
     storage = out if isinstance(out, Storage) else Storage(out)
+    callbacks = Callbacks(on_event, progress, should_stop)
     prepared = prepare(settings, manifests, teacher)
+    found = check_data(test_data, prepared.teacher.class_names) if test_data else {}  # now, not after the training
     begin(prepared, storage, on_event)
-    result = train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
+    for line in found.values():
+        callbacks.note(f"test data: {line}")
+    result = train_students(prepared, storage, test_data, callbacks)
     assert result is not None
     return result
 
@@ -132,8 +136,6 @@ def train_students(
 ) -> DistillResult | None:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone returns a result."""
     settings, teacher, ranks = prepared.settings, prepared.teacher, prepared.ranks
-    if test_data and ranks.first:  # now, not after the training
-        callbacks.note(f"test data: {check_data(test_data, teacher.class_names)}")
     before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
         announce(prepared, test_data, callbacks)
@@ -198,6 +200,7 @@ def finish(
         data_wait=run.data_wait,
         students=students,
         parked={student.name: student.parked for student in run.students if student.parked is not None},
+        unscored=run.unscored,
     )
     write_results(run.storage, result)
     return result
