@@ -112,7 +112,10 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
 
 def _folder(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
     path, left_out = files.paths[0], files.left_out
-    classes = [name for name, is_folder in _entries(path, left_out) if is_folder]
+    entries = dict(_entries(path, left_out))
+    classes = [name for name, is_folder in entries.items() if is_folder]
+    for name in sorted(entries.keys() - classes):
+        left_out.add("images beside the folders", f"image beside the folders ({name})")
     order = class_order({name: f"sub-folder {name}" for name in classes}, class_names, path, folders=True)
     images = [(name, file) for name in classes for file in _images_below(f"{path}/{name}", left_out)]
     filled = {name for name, _ in images}

@@ -60,7 +60,9 @@ class LeftOut:
         """A file that is no image, by its extension."""
         name = os.path.basename(path)
         if name.startswith("."):
-            return self.add("hidden files", name)
+            return self.add("hidden files", f"hidden file {name}")
+        if name in JUNK:
+            return self.add(name, name)
         extension = name.rpartition(".")[2] if "." in name else ""
         return self.add(f"*.{extension}" if extension else name, name)
 
@@ -231,10 +233,8 @@ def _no_class_folders(path: str, files: list[str]) -> str:
     images = sum(map(is_image, files))
     if images:
         lists = [name for name in files if name.startswith("metadata.") or name.endswith((".csv", ".tsv"))]
-        unread = f"; {lists[0]} is not read" if lists else ""
-        return (
-            f"{path} holds {images:,} images but no sub-folders, whose names are the labels, one for each class{unread}"
-        )
+        unread = f" ({lists[0]} is not read)" if lists else ""
+        return f"{path} holds {images:,} images but no sub-folders, one for each class, named like it{unread}"
     if any(re.fullmatch(r"(data_batch_\d|test_batch|train|test|meta|batches\.meta)", name) for name in files):
         return f"{path}: CIFAR's pickles are never loaded; {_EXPECTED}"
     left_out = LeftOut()

@@ -143,7 +143,7 @@ def score(
     result = scores(
         logits, labels, config.class_names, by_teacher[0] if teacher else None, images.class_order + fewer, identity
     )
-    pixels = ", ".join(f"{count:,} {note}" for note, count in notes.items())
+    pixels = ", ".join(f"{note} ({count:,} images)" for note, count in notes.items())
     return replace(result, decisions={"images": images.line} | ({"pixels": pixels} if pixels else {}))
 
 
