@@ -28,6 +28,7 @@ TURNED, SCALED = "turned as EXIF says", "16 bits a channel reduced to 8"
 OPAQUE, FIRST = "transparency ignored", "first of several frames"
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0: zero is white
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower, and an error
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, none of which is used
 
 
 def decode(

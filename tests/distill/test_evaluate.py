@@ -19,6 +19,7 @@ from manifests.errors import DataError
 from stages.digits import load_split, write_split
 from stages.distill.eval_data import labeled_images
 from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, scores
+from stages.distill.export import export_onnx
 from stages.distill.run import run_distill
 from stages.models.loading import load_model, save_model
 from stages.models.source import EMBEDDED
@@ -188,6 +189,35 @@ def resized(data, side):
     buffer = io.BytesIO()
     Image.open(io.BytesIO(data)).resize((side, side)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_scores_are_the_same_bits_for_any_number_of_threads(model, tmp_path):
+    rng = np.random.default_rng(0)
+    many = [(f"s{i}", square(i % 3, rng) if i % 7 else resized(square(i % 3, rng), 11), i % 3) for i in range(300)]
+    data = write_parquet(tmp_path / "a.parquet", many)
+    teacher = ModelSettings(name=model)
+    assert evaluate(model, data, teacher, threads=1) == evaluate(model, data, teacher, threads=5)
+
+
+def test_progress_counts_every_image(samples, model, tmp_path):
+    seen = []
+    evaluate(model, write_folder(tmp_path / "a", samples, NAMES), on_progress=lambda *args: seen.append(args))
+    assert seen[-1] == (7, 7, "images")
+
+
+def test_black_boxes_are_scored_too(samples, model, tmp_path):
+    data = write_folder(tmp_path / "a", samples, NAMES)
+
+    def scored(name, size, channels, names):
+        spec = {"size": size, "channels": channels, "mean": [0] * channels, "std": [1] * channels}
+        box = {"name": name, "num_classes": len(names), "class_names": names, "input": spec}
+        (tmp_path / "t.yaml").write_text(json.dumps(box))
+        return evaluate(str(tmp_path / "t.yaml"), data)
+
+    assert scored("tests.models.nets:opinions", 8, 3, (*NAMES, "a", "b")).images == 7
+    pytest.importorskip("onnxruntime")
+    exported = export_onnx(model, str(tmp_path / "m.onnx"))
+    assert scored(exported.file, 8, 1, NAMES).confusion == evaluate(model, data).confusion
 
 
 def test_metrics_by_hand():

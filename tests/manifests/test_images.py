@@ -172,8 +172,8 @@ def test_what_is_no_image_is_said_without_addresses(data: bytes, what: str) -> N
 
 @given(data=st.data())
 def test_mutated_images_decode_or_are_refused(data: st.DataObject) -> None:
-    whole = bytearray(encoded(data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]))))
+    whole = bytearray(encoded(data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"]))))
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     with suppress(ValueError):  # and nothing else
-        assert decode(bytes(whole)).dtype == np.uint8
+        assert decode(bytes(whole), None, LABELED_FORMATS).dtype == np.uint8
