@@ -323,7 +323,8 @@ def _tar_label(
     expected = ", ".join(f"KEY.{kind}" for kind in kinds)
     raise DataError(
         f"{where} has no label: a number or a class name in {expected} beside its image, in JSON as "
-        f"{' or '.join(keys)}{why}; files of one sample must be neighbors in the tar"
+        f"{' or '.join(keys)}{why}; files of one sample must be neighbors in the tar, and "
+        "a tar of class folders be unpacked"
     )
 
 
@@ -459,5 +460,7 @@ def _image_bytes(value: Any, where: str) -> bytes:
             raise DataError(f"{where} has an image of {len(data)} bytes, and an image has at most {MAX_IMAGE}")
         return data
     if isinstance(text := path or data, str):
-        raise DataError(f"{where} holds a path ({text[:80]!r}), not an image: write the images' bytes into the file")
+        raise DataError(
+            f"{where} holds a path ({text[:80]!r}), not an image: write the images' bytes, or give their folder"
+        )
     raise DataError(f"{where} holds {'nothing' if data is None else type(data).__name__}, expected an encoded image")

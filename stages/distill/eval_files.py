@@ -34,7 +34,6 @@ _INSTEAD = {
     "zip": "unpack it",
     "xz": "compress it with gzip, or not at all",
     "zst": "compress it with gzip, or not at all",
-    "gz": "unpack it",
     "npz": "NumPy arrays are not read: write one folder of images for each class, a WebDataset tar or Parquet",
     "npy": "NumPy arrays are not read: write one folder of images for each class, a WebDataset tar or Parquet",
     "pkl": "pickles are never loaded: write one folder of images for each class, a WebDataset tar or Parquet",
@@ -115,7 +114,8 @@ def find_files(data: str | Sequence[str], class_names: tuple[str, ...]) -> DataF
         return _in_folder(paths[0], class_names, columns)
     kinds = {kind_of(path): path for path in paths}
     if None in kinds:
-        raise DataError(_no_data(kinds[None]))
+        folder = "://" not in kinds[None] and os.path.isdir(kinds[None])
+        raise DataError(f"{where}: several folders are no one data set" if folder else _no_data(kinds[None]))
     if len(kinds) > 1:
         raise DataError(f"{where}: tars and Parquet files do not mix ({', '.join(kinds.values())}): name one kind")
     kind = kind_of(paths[0])
