@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, BinaryIO, Self, cast
 
@@ -87,13 +87,21 @@ def labeled_images(data: str | Sequence[str], class_names: tuple[str, ...]) -> L
 
 
 def _manifest(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
-    url = files.paths[0]
+    _refuse_columns(files)
+    url, left_out = files.paths[0], LeftOut()
     rows = Manifest.open(url)
     keys, labels = rows.column("key"), rows.column("label")
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
     order = class_order(places, class_names, url, listed=rows.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
-    return LabeledImages(url, order.line, samples, "a manifest", LeftOut(), len(rows))
+    if rejected := rows.num_rows - len(rows):
+        left_out.add("images that stage 1 rejected", "image that stage 1 rejected", rejected)
+    return LabeledImages(url, order.line, samples, "a manifest", left_out, len(rows))
+
+
+def _refuse_columns(files: DataFiles) -> None:
+    if name := files.label or files.image:
+        raise DataError(f"{files.where} has no columns to name: leave @…={name} out")
 
 
 def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
@@ -111,6 +119,7 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
 
 
 def _folder(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    _refuse_columns(files)
     path, left_out = files.paths[0], files.left_out
     entries = dict(_entries(path, left_out))
     classes = [name for name, is_folder in entries.items() if is_folder]
@@ -388,7 +397,7 @@ class _Table:
 def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
     first, *_ = files.paths
     if len(files.paths) == 1 and (manifest := _as_manifest(first)):
-        return _manifest(DataFiles(files.where, "manifest", (manifest,)), class_names)
+        return _manifest(replace(files, paths=(manifest,)), class_names)
     tables = [_table(path, files.image, files.label) for path in files.paths]
     for table in tables:
         if table.class_names != tables[0].class_names:

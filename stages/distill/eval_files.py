@@ -50,9 +50,9 @@ class LeftOut:
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
-    def add(self, kind: str, name: str) -> None:
-        """One more of ``kind`` (``hidden files``), by name where it stays the only one."""
-        self._counts[kind] += 1
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """More of ``kind`` (``hidden files``); ``name`` is what the only one is called."""
+        self._counts[kind] += count
         self._first.setdefault(kind, name)
 
     def add_file(self, path: str) -> None:
@@ -179,7 +179,7 @@ def _in_folder(path: str, class_names: tuple[str, ...], columns: dict[str, str],
         files = [name for name, is_dir in kinds if not is_dir]
         folders = [name for name, is_dir in kinds if is_dir and not name.startswith(".") and name not in JUNK]
     if MANIFEST in files:
-        return DataFiles(path, "manifest", (f"{path}/{MANIFEST}",))
+        return DataFiles(path, "manifest", (f"{path}/{MANIFEST}",), columns.get("image"), columns.get("label"))
     if "dataset_dict.json" in files or ("state.json" in files and "dataset_info.json" in files):
         split = '["test"]' if "dataset_dict.json" in files else ""
         raise DataError(
@@ -198,7 +198,7 @@ def _in_folder(path: str, class_names: tuple[str, ...], columns: dict[str, str],
         raise DataError(f"{path} holds splits ({', '.join(splits)}): name one of them, {path}/{splits[-1]}")
     if not folders:
         raise DataError(_no_class_folders(path, files))
-    return DataFiles(path, "folder", (path,))
+    return DataFiles(path, "folder", (path,), columns.get("image"), columns.get("label"))
 
 
 def _shards(path: str, shards: list[str], others: list[str], columns: dict[str, str]) -> DataFiles:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manifests.checked_json import dump_json
-from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.batches import Batches
@@ -194,7 +194,7 @@ def test_scores(run: Training, student: Student) -> Scores | None:
     run.unscored.pop(student.name, None)
     try:
         return evaluate_net(student.result, student.config, run.test_data, run.teacher) if run.test_data else None
-    except DataError as error:
+    except FactoryError as error:  # the store that fails, too
         run.unscored[student.name] = str(error)
         run.callbacks.warn(f"{student.name} has no score on the test data: {error}")
         return None

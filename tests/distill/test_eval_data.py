@@ -16,7 +16,7 @@ from PIL import Image
 
 from manifests.errors import DataError
 from stages.distill.eval_data import labeled_images
-from tests.distill.drawn import NAMES, square
+from tests.distill.drawn import NAMES, square, write_dataset
 
 COUNTED = ("class 0", "class 1", "class 2")
 IMAGES = [square(i % 3, np.random.default_rng(i)) for i in range(6)]
@@ -332,6 +332,14 @@ class TestParquet:
 
     def test_no_rows(self, tmp_path):
         assert "holds no labeled image" in refused(table(tmp_path / "a.parquet", slice(0)))
+
+
+def test_a_dataset_of_this_program(tmp_path):
+    data = write_dataset(tmp_path / "d", 12, kept=lambda i: i < 9)
+    for path in (data, tmp_path / "d"):
+        assert read(path)[1] == "9 in a manifest; left out: 3 images that stage 1 rejected"
+    assert "has no columns to name" in refused(f"{data}@label=teacher_label")
+    assert "has no columns to name" in refused(f"{folder(tmp_path / 'f')}@label=x")
 
 
 def test_formats_of_images_are_decoded(tmp_path):
