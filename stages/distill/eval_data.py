@@ -37,14 +37,17 @@ Sample = tuple[str, bytes, int]  # key, encoded image, class number of the model
 ROWS_AT_ONCE = 16
 MAX_HEADER = 1 << 20
 """Bytes of a long name or extended header in a tar."""
+MAX_MEMBERS, MAX_SAMPLE = 1000, 2 * MAX_IMAGE
+"""Files, and bytes of those that are read, of one sample in a tar."""
 
 
 @dataclass
 class LabeledImages:
     """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
 
-    ``source``: what they lie in, for people; ``total``: their number, None where only the last one tells. While they
-    are gone through, ``count`` and ``left_out`` grow, and ``digest``: sha256 of all labels and encoded images in order.
+    ``of_dataset``: whether stage 1 made them. ``source``: what they lie in, for people; ``total``: their number, None
+    where only the last one tells. While they are gone through, ``count`` and ``left_out`` grow, and ``digest``: sha256
+    of all labels and encoded images in order.
     """
 
     where: str
@@ -53,6 +56,7 @@ class LabeledImages:
     source: str
     left_out: LeftOut
     total: int | None = None
+    of_dataset: bool = False
     count: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
@@ -96,7 +100,7 @@ def _manifest(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
     if rejected := rows.num_rows - len(rows):
         left_out.add("images that stage 1 rejected", "image that stage 1 rejected", rejected)
-    return LabeledImages(url, order.line, samples, "a manifest", left_out, len(rows))
+    return LabeledImages(url, order.line, samples, "a manifest", left_out, len(rows), of_dataset=True)
 
 
 def _refuse_columns(files: DataFiles) -> None:
@@ -264,11 +268,17 @@ def _members(storage: Storage, name: str, left_out: LeftOut, read: frozenset[str
     from webdataset.tariterators import base_plus_ext
 
     where = storage.path(name)
+    sample, members, size = "", 0, 0  # of the sample that webdataset gathers
     with storage.open(name) as file, tarfile.open(fileobj=_unpacked(file, where), mode="r|", tarinfo=_Header) as tar:
         for member in tar:
             key, extensions = base_plus_ext(member.name)
             if member.isdir():
                 continue
+            if key != sample and key is not None:
+                sample, members, size = key, 0, 0
+            members += key is not None
+            if members > MAX_MEMBERS or size > MAX_SAMPLE:
+                raise DataError(f"{where}: sample {sample[:80]!r} has over {MAX_MEMBERS} files or {MAX_SAMPLE} bytes")
             if not member.isreg() or member.issparse():
                 left_out.add("links and special files", f"link or special file {member.name}")
             elif key is None:
@@ -278,6 +288,7 @@ def _members(storage: Storage, name: str, left_out: LeftOut, read: frozenset[str
             elif not 0 <= member.size <= MAX_IMAGE:
                 raise DataError(f"{where}: {member.name[:80]!r} claims {member.size} bytes")
             else:
+                size += member.size
                 content = tar.extractfile(member)
                 assert content is not None
                 yield {"fname": member.name, "data": content.read(), "__url__": where}

@@ -26,6 +26,8 @@ MANIFEST = "m.parquet"
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"))
 JUNK = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 """What Windows and archives made on a Mac leave beside images."""
+MOST_KINDS = 1000
+"""Kinds of files that are counted apart."""
 NESTED = 4
 """Folders with one sub-folder that are gone through on the way to the data."""
 _COLUMNS = re.compile(r"(.+)@((?:image|label)=[^@,=]+(?:,(?:image|label)=[^@,=]+)?)")
@@ -52,8 +54,9 @@ class LeftOut:
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
         """More of ``kind`` (``hidden files``); ``name`` is what the only one is called."""
+        kind = kind[:80] if kind in self._counts or len(self._counts) < MOST_KINDS else "other files"
         self._counts[kind] += count
-        self._first.setdefault(kind, name)
+        self._first.setdefault(kind, name[:80])
 
     def add_file(self, path: str) -> None:
         """A file that is no image, by its extension."""

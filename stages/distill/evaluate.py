@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manifests.dataset import unique_names
-from manifests.errors import DataError
+from manifests.errors import DataError, FactoryError
 from manifests.images import LABELED_FORMATS, check_header, decode
 from stages.distill.batches import images_at_once
 from stages.distill.eval_data import LabeledImages, Sample, labeled_images
@@ -95,8 +95,7 @@ def evaluate(
         config, net = source.config, load_network(source)
         if isinstance(net, nn.Module):
             require_finite_weights(net, f"model '{name}'")
-            spec, net = InputSpec(config.input), net.eval().to(place)
-            classify: Callable[[Tensor], Tensor] = lambda x: net(spec(x))  # noqa: E731
+            classify = _classify(net.to(place), config)
         else:
             classify = BlackBox(net, config.input, config.class_names, source.identity).check().logits
         judge = load_teacher(teacher, place) if teacher else None
@@ -112,9 +111,26 @@ def evaluate_net(
     net: nn.Module, config: ModelConfig, data: str | Sequence[str], teacher: Teacher | None = None
 ) -> Scores:
     """Like :func:`evaluate`, of a network in memory (left in eval mode), one batch at a time."""
-    spec = InputSpec(config.input)
+    return score(_classify(net, config), config, data, teacher, next(net.parameters()).device)
+
+
+def _classify(net: nn.Module, config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    spec, what = InputSpec(config.input), f"model '{config.architecture}'"
     net.eval()
-    return score(lambda x: net(spec(x)), config, data, teacher, next(net.parameters()).device)
+
+    def classify(x: Tensor) -> Tensor:
+        try:
+            out: Tensor = net(spec(x))
+            return out
+        except FactoryError:
+            raise
+        except Exception as error:  # whatever a foreign network does
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{what} cannot take images of {spec.channels}×{spec.size}×{spec.size}: {reason}"
+            ) from error
+
+    return classify
 
 
 def score(

@@ -276,6 +276,16 @@ class TestTars:
         (tmp_path / "b.tar").write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")) * 3000)
         assert "b.tar is damaged or no tar" in refused(tmp_path / "b.tar")
 
+    def test_samples_of_any_size(self, tmp_path):
+        hidden = [(f"._{i}.png", b"") for i in range(2000)]
+        assert read(tar(tmp_path / "c.tar", *hidden, *samples()))[0] == LABELS
+        whole = tar_bytes(*((f"a.{i}.png", bytes(50 << 20)) for i in range(5)))
+        (tmp_path / "a.tar").write_bytes(gzip.compress(whole, 1))
+        assert "sample 'a' has over 1000 files or" in refused(tmp_path / "a.tar")
+        assert "sample 'a' has over 1000 files or" in refused(
+            tar(tmp_path / "b.tar", *((f"a.{i}.npy", b"") for i in range(2000)))
+        )
+
     def test_nothing_is_run_because_a_path_says_so(self, tmp_path):
         assert "no such file" in refused(f"pipe:touch {tmp_path}/ran.tar")
         assert not (tmp_path / "ran.tar").exists()

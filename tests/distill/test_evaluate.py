@@ -18,7 +18,7 @@ import torch
 from manifests.errors import DataError
 from stages.digits import load_split, write_split
 from stages.distill.eval_data import labeled_images
-from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, scores
+from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, evaluate_net, scores
 from stages.distill.export import export_onnx
 from stages.distill.run import run_distill
 from stages.models.loading import load_model, save_model
@@ -197,6 +197,14 @@ def test_scores_are_the_same_bits_for_any_number_of_threads(model, tmp_path):
     data = write_parquet(tmp_path / "a.parquet", many)
     teacher = ModelSettings(name=model)
     assert evaluate(model, data, teacher, threads=1) == evaluate(model, data, teacher, threads=5)
+
+
+def test_a_network_that_fails_is_one_line(samples, model, tmp_path):
+    net, config = load_model(model)
+    net.register_forward_hook(lambda *_: 1 // 0)
+    data = write_folder(tmp_path / "a", samples, NAMES)
+    with pytest.raises(DataError, match="^model 'digits-cnn-small' cannot take images of 1×8×8: integer division"):
+        evaluate_net(net, config, data)
 
 
 def test_progress_counts_every_image(samples, model, tmp_path):
