@@ -77,7 +77,7 @@ class EvalReport:
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=EVAL_HELP, show_default=False)],
-    data: Annotated[list[str], typer.Argument(metavar="DATA…", help=DATA_HELP, show_default=False)],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)],
     teacher: Annotated[
         str | None, typer.Option(help="Model to compare with, named as MODEL is.", show_default=False)
     ] = None,

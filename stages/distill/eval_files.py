@@ -191,6 +191,8 @@ def _in_folder(path: str, class_names: tuple[str, ...], columns: dict[str, str],
         )
     shards = [name for name in files if kind_of(name) and not name.startswith(".")]
     if shards:
+        if filled := [name for name in folders if _holds_images(f"{path}/{name}")]:
+            raise DataError(f"{path} holds {shards[0]} and folders of images ({filled[0]}): name one or the other")
         return _shards(path, shards, [*(set(files) - set(shards)), *folders], columns)
     splits = [name for name in folders if name.lower() in SPLITS and not classes_called(name, class_names)]
     if len(folders) == 1 and depth < NESTED and not classes_called(folders[0], class_names):

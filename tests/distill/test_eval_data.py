@@ -125,6 +125,10 @@ class TestFolders:
         (tmp_path / "c/train/a.png").write_bytes(IMAGES[0])
         assert read(tmp_path / "c", ("bus", "train"))[0] == [1]  # a class of this model
 
+    def test_a_tar_beside_class_folders(self, tmp_path):
+        tar(folder(tmp_path) / "backup.tar", *samples())
+        assert "holds backup.tar and folders of images (left): name one or the other" in refused(tmp_path)
+
     @pytest.mark.parametrize(
         ("files", "message"),
         [
