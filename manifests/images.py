@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """What a dataset's own images may be. Pillow knows dozens of formats by their content, and hands one to Ghostscript."""
@@ -77,6 +77,7 @@ def check_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> None:
 
 @contextmanager
 def _opened(data: bytes, side: int | None, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # training scripts set it, and a user's teacher may lie in one
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
