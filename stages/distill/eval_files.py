@@ -15,11 +15,12 @@ from typing import Literal
 
 from manifests.errors import DataError
 from manifests.schema import EXTENSIONS
-from manifests.storage import Storage
+from manifests.storage import Storage, split
 from stages.distill.class_order import classes_called
 
 IMAGES = (*EXTENSIONS, "jpeg", "jfif", "jpe", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "gif")
 """Extensions of images: torchvision's IMG_EXTENSIONS and a few more of the same formats."""
+LABEL_COLUMNS = ("label", "cls", "labels", "class", "target", "category", "fine_label")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
 Kind = Literal["manifest", "folder", "tar", "parquet"]
 MANIFEST = "m.parquet"
@@ -136,6 +137,11 @@ def kind_of(path: str) -> Literal["tar", "parquet"] | None:
 
 def is_image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGES and not name.startswith(".")
+
+
+def place_of(path: str) -> tuple[Storage, str]:
+    """A file's folder and name; a local link is followed, since a hub's cache holds links."""
+    return split(path if "://" in path else os.path.realpath(path))
 
 
 @contextmanager
