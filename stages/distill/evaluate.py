@@ -174,7 +174,7 @@ def check_data(
     how many images there are, each in a line.
 
     Raises DataError where a model of ``class_names`` cannot be scored on it. Decodes all images, or as many as it can
-    in :data:`DECODE_SECONDS`; that of the others pixels are intact shows at the end of the training only.
+    in :data:`DECODE_SECONDS`; whether the pixels of the others are intact shows only when they are scored.
     """
     images = labeled_images(data, class_names)
     decoded, until = 0, time.monotonic() + DECODE_SECONDS
