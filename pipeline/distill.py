@@ -3,13 +3,12 @@
 A manifest alone is enough: its metadata holds the recipe, whose ``distill`` section applies, and names the teacher.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
@@ -53,8 +52,11 @@ def result_lines(result: "DistillResult") -> Iterator[str]:
         yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
     for name, reason in result.parked.items():
         yield f"{plain(name)}: parked, {reason}"
-    for order in dict.fromkeys(student.test.class_order for student in result.students.values() if student.test):
-        yield f"test data: {order}"
+    for name, reason in result.unscored.items():
+        yield f"{plain(name)}: kept without a score on the test data: {reason}"
+    tests = [student.test for student in result.students.values() if student.test]
+    for line in dict.fromkeys(line for test in tests for line in (test.class_order, *test.decisions.values())):
+        yield f"test data: {line}"
     if result.teacher_accuracy is not None:
         yield f"teacher: {share(result.teacher_accuracy)} on the test data"
     yield f"{result.images} images, {duration(result.seconds)}"
@@ -105,7 +107,7 @@ def run_distill(
     resumes.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names; ``test_data``
-    (folder of images, Parquet, tar or manifest) scores the students once, at the end. ``workers``: 1 trains in this
+    (folder of images, Parquet, tars or manifest) scores the students once, at the end. ``workers``: 1 trains in this
     process, more through Ray Train; ``place`` says more of them.
 
     Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
@@ -113,22 +115,19 @@ def run_distill(
     """
     place = place or executor(workers=workers)
     sources = [parse_source(source) if isinstance(source, str) else source for source in manifests]
-    if test_data and "://" not in test_data and not os.path.exists(test_data):
-        raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     if out is None:
         out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
     storage.refuse_file()
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
-    from stages.distill import run as stage
+    from stages.distill.evaluate import check_data
+    from stages.distill.run import Prepared, begin, prepare, train_students
+    from stages.distill.runtime import Callbacks
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
-    with (
-        EventLog(storage) as events,
-        progress(title, quiet=quiet) as shown,
-        ExitStack() as stack,
-    ):
+    parts = place.workers
+    with EventLog(storage) as events, ExitStack() as stack:
         signals = stack.enter_context(StopSignals(UNTIL))
         lease, loud = Lease(storage, on_event=events.write, on_line=say), Loud(events)
 
@@ -144,9 +143,27 @@ def run_distill(
             lease.check()
             return signals.draining
 
+        def check_and_begin(prepared: Prepared) -> None:
+            with progress("test data", quiet=quiet or not test_data, brief=True) as looked_at:
+
+                def on_progress(done: float, total: float, note: str) -> None:
+                    looked_at(done, total, note)
+                    if signals.draining:
+                        raise Interrupted("interrupted before the training began; the same command starts again")
+
+                names = prepared.teacher.class_names
+                found = check_data(test_data, names, on_progress) if test_data else {}
+            begin(prepared, storage, on_event, parts)
+            for line in found.values():
+                on_event("note", message=f"test data: {line}")
+
         if place.inline:
-            settings = recipe.distill
-            return stage.run_distill(settings, sources, storage, chosen, test_data, on_event, shown, should_stop)
+            prepared = prepare(recipe.distill, sources, chosen)
+            check_and_begin(prepared)
+            shown = stack.enter_context(progress(title, quiet=quiet))
+            result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
+            assert result is not None  # of the first rank
+            return result
 
         import torch
 
@@ -157,8 +174,9 @@ def run_distill(
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
-        prepared = stage.prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
-        stage.begin(prepared, storage, on_event, place.workers, test_data)
+        prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
+        check_and_begin(prepared)
+        shown = stack.enter_context(progress(title, quiet=quiet))
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")

@@ -85,6 +85,10 @@ def run_rounds(
     the two stages do; a folder made with other settings is refused by its plan.
     """
     check(recipe, out)
+    if test_data:
+        from stages.distill.evaluate import check_data
+
+        check_data(test_data, resolve(recipe.synth.teacher).config.class_names)  # now, not after the first round
     root, started = Storage(out), time.monotonic()
     sources: list[tuple[str, float]] = []
     adversary: str | None = None

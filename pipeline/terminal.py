@@ -107,22 +107,25 @@ def _scaled(count: float, unit: str) -> str:
     return f"{count:.1f} E{unit}"
 
 
-LINE_SECONDS = 30.0
+LINE_SECONDS, BRIEF_SECONDS = 30.0, 10.0
 """Between two lines of progress in a log."""
 
 OnProgress = Callable[[float, float, str], None]  # (done, total, short note)
 
 
 @contextmanager
-def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> Iterator[OnProgress]:
-    """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
+def progress(
+    title: str, stream: TextIO | None = None, quiet: bool = False, brief: bool = False
+) -> Iterator[OnProgress]:
+    """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often. ``total`` 0: not
+    known. ``brief``: what mostly ends soon, so that a log gets no line of it before ``BRIEF_SECONDS``."""
     stream = stream or sys.stderr
     if quiet:
         yield lambda done, total, note: None
     elif stream.isatty():
         yield from _bar(title, stream)
     else:
-        lines = Lines(title, stream)
+        lines = Lines(title, stream, brief=brief)
         yield lines
         lines.finish()
 
@@ -133,13 +136,21 @@ def say(line: str) -> None:
 
 
 class Lines:
-    """One line at the start, at the end, and every ``LINE_SECONDS`` between them."""
+    """One line at the start, at the end, and every ``LINE_SECONDS`` between them; of what is ``brief`` a first line
+    after ``BRIEF_SECONDS``, if it lasts that long."""
 
-    def __init__(self, title: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self.title, self.stream, self.clock = title, stream, clock
+    def __init__(
+        self,
+        title: str,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        brief: bool = False,
+    ) -> None:
+        self.title, self.stream, self.clock, self.brief = title, stream, clock, brief
+        self.every = BRIEF_SECONDS if brief else LINE_SECONDS
         self.started = clock()
         self.first: float | None = None  # what was done before this run must not count as speed
-        self.printed_at = float("-inf")
+        self.printed_at = self.started if brief else float("-inf")
         self.last = self.printed = ""
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
@@ -149,19 +160,25 @@ class Lines:
             self.first = done
         speed = (done - self.first) / (now - self.started) if now > self.started else 0.0
         left = f"{duration((total - done) / speed)} left" if speed > 0 and done < total else ""
-        self.last = f"{self.title}: " + ", ".join(p for p in (f"{done:.4g}/{total:.4g}", note, left) if p)
-        if now - self.printed_at >= LINE_SECONDS:
+        self.last = f"{self.title}: " + ", ".join(
+            p for p in (f"{_count(done)}/{_count(total)}" if total else _count(done), note, left) if p
+        )
+        if now - self.printed_at >= self.every:
             self.printed_at = now
             self._print()
 
     def finish(self) -> None:
         """Print where it ended, unless the last line said so."""
-        if self.last != self.printed:
+        if self.last != self.printed and (self.printed or not self.brief):
             self._print()
 
     def _print(self) -> None:
         print(plain(self.last), file=self.stream, flush=True)
         self.printed = self.last
+
+
+def _count(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
@@ -188,6 +205,6 @@ def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
         task = shown.add_task(escape(title), total=None, note="")
 
         def update(done: float, total: float, note: str = "") -> None:
-            shown.update(task, completed=done, total=total, note=escape(plain(note)))
+            shown.update(task, completed=done, total=total or None, note=escape(plain(note)))
 
         yield update

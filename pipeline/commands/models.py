@@ -8,9 +8,13 @@ import typer
 
 from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption, argument, option
-from pipeline.terminal import pairs, plain, say, share, show, size, table
+from pipeline.terminal import pairs, plain, progress, say, share, show, size, table
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
+EVAL_HELP = (
+    "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
+)
+DATA_HELP = "WebDataset tars, a folder of one sub-folder of images for each class, Parquet, or a run; patterns, too."
 SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
 
 
@@ -36,19 +40,20 @@ def export(
 
 
 def evaluate(
-    model: Annotated[str, argument(metavar="MODEL", help=MODEL_HELP)],
-    data: Annotated[str, argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.")],
-    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME, to compare with.")] = None,
+    model: Annotated[str, argument(metavar="MODEL", help=EVAL_HELP)],
+    data: Annotated[list[str], argument(metavar="DATA", help=DATA_HELP)],
+    teacher: Annotated[str | None, option(help="Model to compare with, named as MODEL is.")] = None,
     confusion: Annotated[Path | None, option(metavar="FILE", help="Confusion matrix to write (PNG).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy, calibration and confusions of a model folder on labeled images; agreement with a teacher."""
+    """Accuracy, calibration and confusions of a classifier on labeled images; agreement with a teacher."""
     from stages.distill.evaluate import confusion_picture
     from stages.distill.evaluate import evaluate as measure
     from stages.settings import ModelSettings
 
-    scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device)
+    with progress("eval", brief=True) as shown:
+        scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device, on_progress=shown)
     for what, how in (scores.decisions | {"class order": scores.class_order}).items():
         say(f"{what}: {how}")
     if confusion is not None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from manifests.errors import FactoryError
+from manifests.errors import DataError, FactoryError
 from pipeline.commands.options import (
     ActorsOption,
     AddressOption,
@@ -111,7 +111,9 @@ def distill(
     epochs: Annotated[int | None, option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, option(help="Images per step, over all workers together.")] = None,
     seed: Annotated[int | None, option(help="Seed of the training.")] = None,
-    test_data: Annotated[str | None, option(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
+    test_data: Annotated[
+        str | None, option(help="Labeled images to score at the end: tars, folder or Parquet.")
+    ] = None,
     skip_bad: Annotated[
         bool, option("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
@@ -152,8 +154,8 @@ def distill(
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(result, as_json, stage.result_lines(result))
-    if result.parked:
-        raise typer.Exit(FactoryError.exit_code)
+    if result.parked or result.unscored:
+        raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
 
 
 @app.command()
@@ -162,7 +164,7 @@ def rounds(
     recipe: RecipeOption = None,
     count: Annotated[int | None, option("--rounds", help="Rounds in total; may grow later.")] = None,
     test_data: Annotated[
-        str | None, option(help="Labeled images to score each round's student: tar, folder or Parquet.")
+        str | None, option(help="Labeled images to score each round's student: tars, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
@@ -187,5 +189,8 @@ def rounds(
         first, rounds = stages.dry_run(resolved, out, place.workers), resolved.rounds
         lines = (*first.lines(), stages.rounds_line(rounds))
         show(asdict(first) | {"rounds": rounds.model_dump(mode="json")}, as_json, lines)
-    else:
-        show(stages.run_rounds(resolved, out, place, test_data=test_data), as_json)
+        return
+    result = stages.run_rounds(resolved, out, place, test_data=test_data)
+    show(result, as_json)
+    if test_data and any(each.accuracy is None for each in result.rounds):
+        raise typer.Exit(DataError.exit_code)

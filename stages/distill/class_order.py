@@ -58,7 +58,7 @@ def read_label(value: Any) -> Label:
         value = value.decode("utf-8")
     if isinstance(value, str) and value.strip():
         return value.strip()
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+    if not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         return int(value)
     raise ValueError(f"label {_short(value)} is neither a whole number nor a class name")
 
@@ -182,7 +182,7 @@ def _of_listed(
 
 
 def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str, folders: bool) -> ClassOrder:
-    matches = {name: _classes_called(name, class_names) for name in names}
+    matches = {name: classes_called(name, class_names) for name in names}
     several = [name for name, classes in matches.items() if len(classes) > 1]
     unknown = [name for name, classes in matches.items() if not classes]
     if several:
@@ -201,13 +201,18 @@ def _of_names(names: Mapping[str, str], class_names: tuple[str, ...], where: str
         return ClassOrder({name: number for number, name in enumerate(sorted(names))}, line)
     what = f"{len(names)} sub-folders, of which" if folders else "labels of which"
     has = f"has {len(class_names)} classes without names" if is_unnamed(class_names) else f"knows {_some(class_names)}"
+    ids = "; these are WordNet ids, whose sorted order is that of ImageNet's classes" if _are_ids(unknown) else ""
     raise DataError(
         f"{where} has {what} {len(unknown)} name no class of the model: {_some(unknown)} "
-        f"({names[unknown[0]]}); the model {has}; {NAME_THEM}"
+        f"({names[unknown[0]]}); the model {has}; {NAME_THEM}{ids}"
     )
 
 
-def _classes_called(name: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
+def _are_ids(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"n[0-9]{8}", name) for name in names)
+
+
+def classes_called(name: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
     """The classes of exactly this name, else those whose names differ only as people write them (:func:`_key`)."""
     exact, alike = _by_name(class_names)
     return exact.get(name) or alike.get(_key(name), ())

@@ -1,15 +1,16 @@
-"""Labeled images to evaluate on: a WebDataset tar, an image folder, a Parquet table, or a manifest."""
+"""Labeled images to evaluate on: WebDataset tars, class folders, Parquet, or a manifest, as samples one by one."""
 
 import hashlib
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.checked_json import load_json
@@ -17,94 +18,93 @@ from manifests.dataset import DatasetInfo
 from manifests.errors import DataError
 from manifests.reader import Manifest
 from manifests.schema import MAX_IMAGE, parquet_errors
-from manifests.storage import Storage, split
-from stages.distill.class_order import GrowingClassOrder, Label, NamedNumber, class_order, read_label, read_text_label
+from manifests.storage import Storage
+from stages.distill.class_order import GrowingClassOrder, Label, class_order, read_label
+from stages.distill.eval_files import (
+    IMAGES,
+    JUNK,
+    LABEL_COLUMNS,
+    DataFiles,
+    LeftOut,
+    find_files,
+    is_image,
+    place_of,
+    reading,
+)  # fmt: skip
+from stages.distill.eval_tars import tar_samples
 from stages.settings import MAX_CLASSES
 
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
-IMAGE_COLUMNS = (*IMAGES, "image", "img")
-LABEL_COLUMNS = ("label", "cls", "labels", "fine_label")
-NAME_FIELD = "class_name"  # beside the label in KEY.json of a dataset's shards
+IMAGE_COLUMNS = ("image", "img", *IMAGES)
 HUGGING_FACE = b"huggingface"
 Sample = tuple[str, bytes, int]  # key, encoded image, class number of the model
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabeledImages:
     """Samples of the data at ``where``, to go through once; ``class_order`` says in one line what labels mean.
 
-    ``of_dataset``: whether stage 1 made them; other pictures are cropped as the model's input rule says.
-    ``digest``: sha256 of all labels and encoded images that were gone through, in their order.
+    ``of_dataset``: whether stage 1 made them; other pictures are cropped as the model's input rule says. ``source``:
+    what they lie in, for people; ``total``: their number, None where only the last one tells. While they are gone
+    through, ``count`` and ``left_out`` grow, and ``digest``: sha256 of all labels and encoded images in order.
     """
 
     where: str
     class_order: str
     samples: Iterator[Sample]
+    source: str
+    left_out: LeftOut
+    total: int | None = None
     of_dataset: bool = False
-    digest: Any = field(default_factory=hashlib.sha256, compare=False)
+    count: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[Sample]:
         for key, image, label in self.samples:
             self.digest.update(f"{label} {len(image)}\n".encode())
             self.digest.update(image)
+            self.count += 1
             yield key, image, label
+        if not self.count:
+            raise DataError(f"{self.where} holds no labeled image" + self._left_out())
+
+    @property
+    def line(self) -> str:
+        """How many images were gone through, and what was left out."""
+        return f"{self.count:,} in {self.source}{self._left_out()}"
+
+    def _left_out(self) -> str:
+        line = self.left_out.line()
+        return f"; left out: {line}" if line else ""
 
 
-def labeled_images(path: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """Everything at ``path`` that a model of ``class_names`` can be scored on; labels are read as
-    :mod:`stages.distill.class_order` says.
+def labeled_images(data: str | Sequence[str], class_names: tuple[str, ...]) -> LabeledImages:
+    """Everything at ``data`` (:func:`stages.distill.eval_files.find_files`) that a model of ``class_names`` can be
+    scored on; labels are read as :mod:`stages.distill.class_order` says.
 
     Raises DataError naming what does not fit: here, or at the sample where a tar's labels do not.
     """
-    if "://" not in path and os.path.isdir(path):
-        if os.path.isfile(f"{path}/m.parquet"):
-            return _manifest(f"{path}/m.parquet", class_names)
-        return _folder(path, class_names)
-    name = split(path)[1]
-    storage, file = split(path if "://" in path else os.path.realpath(path))  # a hub's cache holds links
-    if name.endswith(".tar"):
-        return _tar_file(storage, file, class_names)
-    if name.endswith(".parquet"):
-        return _parquet(storage, file, class_names)
-    raise DataError(f"{path} is no .tar, .parquet or folder of images")
+    files = find_files(data, class_names)
+    read = {"manifest": _manifest, "folder": _folder, "tar": _tars, "parquet": _parquet}[files.kind]
+    return read(files, class_names)
 
 
-def _manifest(url: str, class_names: tuple[str, ...]) -> LabeledImages:
+def _manifest(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    _refuse_columns(files)
+    url, left_out = files.paths[0], LeftOut()
     rows = Manifest.open(url)
     keys, labels = rows.column("key"), rows.column("label")
     places = _first_places((int(label), f"row {key}") for key, label in zip(keys, labels, strict=True))
     order = class_order(places, class_names, url, listed=rows.info.class_names)
     samples = ((keys[index], image, order.index[int(labels[index])]) for index, image in rows.scan())
-    return LabeledImages(url, order.line, samples, of_dataset=True)
+    if rejected := rows.num_rows - len(rows):
+        left_out.add("images that stage 1 rejected", "image that stage 1 rejected", rejected)
+    return LabeledImages(url, order.line, samples, "a manifest", left_out, len(rows), of_dataset=True)
 
 
-def _folder(path: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """One sub-folder a class. Folders whose names begin with a dot are left out, and every file can be opened."""
-
-    def samples() -> Iterator[Sample]:
-        for name, file in files:
-            with _reading(path):
-                image = file.read_bytes()
-            yield f"{name}/{file.name}", image, order.index[name]
-
-    with _reading(path):
-        folders = sorted(f for f in Path(path).iterdir() if f.is_dir() and not f.name.startswith("."))
-        names = {folder.name: f"sub-folder {folder.name}" for folder in folders}
-        order = class_order(names, class_names, path, folders=True)
-        files = [(d.name, f) for d in folders for f in sorted(d.iterdir()) if f.suffix.lower()[1:] in IMAGES]
-        for _, file in files:
-            with file.open("rb"):
-                pass
-    return LabeledImages(path, order.line, samples())
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from None
+def _refuse_columns(files: DataFiles) -> None:
+    if name := files.label or files.image:
+        raise DataError(f"{files.where} has no columns to name: leave @…={name} out")
 
 
 def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
@@ -118,118 +118,228 @@ def _first_places(labels: Iterable[tuple[Label, str]]) -> dict[Label, str]:
     return places
 
 
-def _tar_file(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
-    """A tar is read once: its first sample settles what labels mean, and the others must agree."""
-    where = storage.path(name)
-    order = GrowingClassOrder(class_names, where)
-    samples = ((key, image, order.add(label, f"sample {key!r}")) for key, image, label in _tar(storage, name))
-    first = list(islice(samples, 1))
-    return LabeledImages(where, order.line, chain(first, samples))
+# Folders: one sub-folder a class, with all that lies below it, as torchvision's ImageFolder reads them.
 
 
-def _tar(storage: Storage, name: str) -> Iterator[tuple[str, bytes, Label | NamedNumber]]:
-    """KEY.png (jpg, …) beside KEY.cls, KEY.json with a label, or KEY.txt; members of one key are neighbors."""
-    key, parts = "", dict[str, bytes]()
-    try:
-        with storage.open(name) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    continue  # links, devices and sparse files hold nothing to read
-                if not 0 <= member.size <= MAX_IMAGE:
-                    raise DataError(f"{storage.path(name)}: {member.name[:80]!r} claims {member.size} bytes")
-                stem, _, extension = os.path.basename(member.name).partition(".")
-                path = os.path.join(os.path.dirname(member.name), stem)
-                if path != key and parts:
-                    yield _tar_sample(storage.path(name), key, parts)
-                    parts = {}
-                key = path
-                content = tar.extractfile(member)
-                assert content is not None
-                parts[extension.lower()] = content.read()
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{storage.path(name)} is damaged or no tar: {error}") from None
-    if parts:
-        yield _tar_sample(storage.path(name), key, parts)
+def _folder(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    _refuse_columns(files)
+    path, left_out = files.paths[0], files.left_out
+    entries = dict(_entries(path, left_out))
+    classes = [name for name, is_folder in entries.items() if is_folder]
+    for name in sorted(entries.keys() - classes):
+        left_out.add("images beside the folders", f"image beside the folders ({name})")
+    order = class_order({name: f"sub-folder {name}" for name in classes}, class_names, path, folders=True)
+    images = [(name, file) for name in classes for file in _images_below(f"{path}/{name}", left_out)]
+    filled = {name for name, _ in images}
+    empty = [name for name in classes if name not in filled]
+    source = f"{len(filled)} folders" if len(filled) > 1 else "1 folder"
+    if empty:
+        source += f" ({len(empty)} without an image: {', '.join(empty[:3])}{', …' if len(empty) > 3 else ''})"
+    samples = ((os.path.relpath(file, path), _read_file(file), order.index[name]) for name, file in images)
+    return LabeledImages(path, order.line, samples, source, left_out, len(images))
 
 
-def _tar_sample(where: str, key: str, parts: dict[str, bytes]) -> tuple[str, bytes, Label | NamedNumber]:
-    image = next((parts[kind] for kind in IMAGES if kind in parts), None)
-    try:
-        label = _tar_label(parts)
-    except (KeyError, ValueError, TypeError) as error:
-        expected = "a number or a class name in KEY.cls or KEY.txt, or label in KEY.json"
-        why = f" ({error})" if isinstance(error, ValueError) else ""
-        raise DataError(f"{where}: sample {key!r} has no label: {expected}{why}") from None
-    if image is None:
-        raise DataError(f"{where}: sample {key!r} has no image ({', '.join(IMAGES)})")
-    return key, image, label
+def _entries(folder: str, left_out: LeftOut) -> Iterator[tuple[str, bool]]:
+    """Images, and whether each is a folder instead; what is neither is counted."""
+    with reading(folder), os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_folder in found:
+        if is_folder and (name.startswith(".") or name in JUNK):
+            left_out.add("hidden folders", f"hidden folder {name}")
+        elif is_folder or is_image(name):
+            yield name, is_folder
+        else:
+            left_out.add_file(name)
 
 
-def _tar_label(parts: dict[str, bytes]) -> Label | NamedNumber:
-    if "cls" in parts:
-        return read_text_label(parts["cls"])
-    if "json" not in parts:
-        return read_text_label(parts["txt"])
-    values = load_json(parts["json"])
-    label, name = read_label(values["label"]), values.get(NAME_FIELD)
-    return NamedNumber(label, name) if isinstance(label, int) and isinstance(name, str) else label
+def _images_below(folder: str, left_out: LeftOut) -> Iterator[str]:
+    """Paths of all images, each one a regular file of bounded size that may be read. A folder that links name again is
+    read once."""
+    waiting, seen = [folder], set[tuple[int, int]]()
+    while waiting:
+        here = waiting.pop()
+        with reading(here):
+            place = os.stat(here)
+        if (place.st_dev, place.st_ino) in seen:
+            left_out.add("folders linked again", f"folder linked again {os.path.basename(here)}")
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        below = []
+        for name, is_folder in _entries(here, left_out):
+            path = f"{here}/{name}"
+            if is_folder:
+                below.append(path)
+                continue
+            with reading(path):
+                _check_file(os.stat(path), path)
+            if not os.access(path, os.R_OK):
+                raise DataError(f"cannot read {path}: Permission denied")
+            yield path
+        waiting += reversed(below)
 
 
-def _parquet(storage: Storage, name: str, class_names: tuple[str, ...]) -> LabeledImages:
-    where = storage.path(name)
-    with storage.open(name) as stream, parquet_errors(where):
-        file = pq.ParquetFile(stream)
-        if _is_manifest(file, where):
-            return _manifest(where, class_names)
-        columns = file.schema_arrow.names
-        image = next((c for c in IMAGE_COLUMNS if c in columns), None)
-        label = next((c for c in LABEL_COLUMNS if c in columns), None)
-        if image is None or label is None:
-            needed = f"an image column ({', '.join(IMAGE_COLUMNS)}) and a label column ({', '.join(LABEL_COLUMNS)})"
-            raise DataError(f"{where} needs {needed}; it has {', '.join(columns)}")
-        groups = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[label])
-        values = enumerate(value for group in groups for value in group.column(0).to_pylist())
-        places = _first_places((_row_label(value, where, row), f"row {row}") for row, value in values)
-        order = class_order(places, class_names, where, _class_label_names(file, label))
+def _check_file(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"cannot read {path}: it is no regular file")
+    if found.st_size > MAX_IMAGE:
+        raise DataError(f"{path} has {found.st_size} bytes, and an image at most {MAX_IMAGE}")
+
+
+def _read_file(path: str) -> bytes:
+    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO is not waited for
+        _check_file(os.fstat(file.fileno()), path)
+        return file.read(MAX_IMAGE + 1)
+
+
+# Tars: read once, sample by sample.
+
+
+def _tars(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    """The first sample settles what labels mean, and the others must agree."""
+    order = GrowingClassOrder(class_names, files.where)
+    used: Counter[str] = Counter()  # the extensions that held labels
+    seen = set[int]()
 
     def samples() -> Iterator[Sample]:
-        needed = [image, label, *(["key"] if "key" in columns else [])]
-        number = 0
-        with storage.open(name) as stream, parquet_errors(where):
-            for group in pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=needed):
-                for row in group.to_pylist():
-                    index = order.index[_row_label(row[label], where, number)]
-                    yield str(row.get("key", number)), _bytes(row[image]), index
-                    number += 1
+        for path in files.paths:
+            storage, name = place_of(path)
+            for sample in tar_samples(storage, name, files):
+                used[sample.source] += 1
+                of = f" of {storage.path(name)}" if len(files.paths) > 1 else ""
+                number = order.add(sample.label, f"sample {sample.key!r}{of}")
+                seen.add(number)
+                yield sample.key, sample.image, number
+        if not files.label and used.total() == used["index"] + used["id"] == len(seen) > 2:
+            kind = next(iter(used))
+            raise DataError(
+                f"{files.where}: KEY.{kind} is another number in every sample, so it may count them; if it is the "
+                f"label, write @label={kind} after the path"
+            )
 
-    return LabeledImages(where, order.line, samples())
+    walk = samples()
+    first = list(islice(walk, 1))
+    source = f"{files.count} (labels: {', '.join(f'.{kind}' for kind in used)})"
+    return LabeledImages(files.where, order.line, chain(first, walk), source, files.left_out)
 
 
-def _class_label_names(file: pq.ParquetFile, column: str) -> tuple[str, ...]:
-    """The names of a ``ClassLabel`` in the schema that Hugging Face datasets keep beside the columns; () without."""
+# Parquet, as Hugging Face datasets and others write it.
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One Parquet file, and where its images and labels are."""
+
+    storage: Storage
+    name: str
+    image: str
+    label: str
+    class_names: tuple[str, ...]
+    has_key: bool
+    rows: int
+
+    @property
+    def where(self) -> str:
+        return self.storage.path(self.name)
+
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        with self.storage.open(self.name) as stream, parquet_errors(self.where):
+            yield from pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=[*columns])
+
+    def labels(self) -> Iterator[tuple[Label, str]]:
+        row = 0
+        for batch in self.batches(self.label):
+            for value in batch.column(0).to_pylist():
+                yield self.read_label(value, row), f"row {row}"
+                row += 1
+
+    def read_label(self, value: Any, row: int) -> Label:
+        try:
+            return read_label(value)
+        except ValueError as error:
+            raise DataError(f"{self.where}: row {row}: {error}") from None
+
+    def samples(self, index: Callable[[Label], int]) -> Iterator[Sample]:
+        columns = (self.image, self.label, *(["key"] if self.has_key else []))
+        row = 0
+        for batch in self.batches(*columns):
+            for values in batch.to_pylist():
+                image = _image_bytes(values[self.image], f"{self.where}: row {row}")
+                yield str(values.get("key", row)), image, index(self.read_label(values[self.label], row))
+                row += 1
+
+
+def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+    first, *_ = files.paths
+    if len(files.paths) == 1 and (manifest := _as_manifest(first)):
+        return _manifest(replace(files, paths=(manifest,)), class_names)
+    tables = [_table(path, files.image, files.label) for path in files.paths]
+    for table in tables:
+        if table.class_names != tables[0].class_names:
+            raise DataError(f"{table.where} and {tables[0].where} name their classes differently")
+    labels = chain.from_iterable(table.labels() for table in tables)
+    where = tables[0].where if len(tables) == 1 else files.where
+    order = class_order(_first_places(labels), class_names, where, tables[0].class_names)
+    samples = chain.from_iterable(table.samples(order.index.__getitem__) for table in tables)
+    source = f"{files.count} (image: {tables[0].image}, label: {tables[0].label})"
+    return LabeledImages(where, order.line, samples, source, files.left_out, sum(table.rows for table in tables))
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[Storage, str, pq.ParquetFile]]:
+    storage, name = place_of(path)
+    with storage.open(name) as stream, parquet_errors(storage.path(name)):
+        yield storage, name, pq.ParquetFile(stream)
+
+
+def _as_manifest(path: str) -> str | None:
+    """The URL of a dataset's manifest; None for any other Parquet file."""
+    with _opened(path) as (storage, name, file):
+        try:
+            DatasetInfo.from_metadata(file.metadata.metadata, path)
+        except DataError:
+            return None
+        return storage.path(name)
+
+
+def _table(path: str, image: str | None, label: str | None) -> _Table:
+    with _opened(path) as (storage, name, file):
+        schema, features = file.schema_arrow, _features(file)
+        image = image or _column(schema, features, IMAGE_COLUMNS, "Image") or ""
+        label = label or _column(schema, features, LABEL_COLUMNS, "ClassLabel") or ""
+        if image not in schema.names or label not in schema.names:
+            raise DataError(
+                f"{path} needs an image column ({', '.join(IMAGE_COLUMNS[:3])} …) and a label column "
+                f"({', '.join(LABEL_COLUMNS)}); it has {', '.join(schema.names)}: name them with "
+                f"{os.path.basename(path)}@image=COLUMN,label=COLUMN"
+            )
+        names = features.get(label, {}).get("names")
+        listed = tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+        return _Table(storage, name, image, label, listed, "key" in schema.names, file.metadata.num_rows)
+
+
+def _column(schema: pa.Schema, features: dict[str, dict[str, Any]], known: Sequence[str], kind: str) -> str | None:
+    """The first column of a ``known`` name, else the only one that Hugging Face's schema calls ``kind``."""
+    of_kind = [name for name, feature in features.items() if feature.get("_type") == kind and name in schema.names]
+    return next((name for name in known if name in schema.names), of_kind[0] if len(of_kind) == 1 else None)
+
+
+def _features(file: pq.ParquetFile) -> dict[str, dict[str, Any]]:
+    """The schema that Hugging Face datasets keep beside the columns; {} without."""
     try:
-        values = load_json((file.schema_arrow.metadata or {})[HUGGING_FACE])
-        names = values["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return ()
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+        features = load_json((file.schema_arrow.metadata or {})[HUGGING_FACE])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
-def _is_manifest(file: pq.ParquetFile, where: str) -> bool:
-    try:
-        DatasetInfo.from_metadata(file.metadata.metadata, where)
-    except DataError:
-        return False
-    return True
-
-
-def _bytes(value: Any) -> bytes:
-    data = value.get("bytes") if isinstance(value, dict) else value  # Hugging Face stores {bytes, path}
-    return data if isinstance(data, bytes) else b""
-
-
-def _row_label(value: Any, where: str, row: int) -> Label:
-    try:
-        return read_label(value)
-    except ValueError as error:
-        raise DataError(f"{where}: row {row}: {error}") from None
+def _image_bytes(value: Any, where: str) -> bytes:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(data, bytes):
+        if len(data) > MAX_IMAGE:
+            raise DataError(f"{where} has an image of {len(data)} bytes, and an image has at most {MAX_IMAGE}")
+        return data
+    if isinstance(text := path or data, str):
+        raise DataError(
+            f"{where} holds a path ({text[:80]!r}), not an image: write the images' bytes, or give their folder"
+        )
+    raise DataError(f"{where} holds {'nothing' if data is None else type(data).__name__}, expected an encoded image")

@@ -4,7 +4,10 @@ Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
 
 import io
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -15,19 +18,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manifests.dataset import unique_names
-from manifests.errors import DataError
-from manifests.images import decode
+from manifests.errors import DataError, FactoryError
+from manifests.images import LABELED_FORMATS, check_header, decode
 from stages.distill.batches import images_at_once
 from stages.distill.eval_data import LabeledImages, Sample, labeled_images
-from stages.distill.runtime import torch_threads
+from stages.distill.runtime import OnProgress, cores, in_order, torch_threads
 from stages.memory import find_device
 from stages.models.inputs import InputSpec, require_finite_weights, to_unit
-from stages.models.loading import check_class_names, load_model, load_teacher
-from stages.models.source import ModelConfig, resolve
-from stages.models.teacher import Teacher
+from stages.models.loading import check_class_names, load_network, load_teacher
+from stages.models.source import ModelConfig, resolve, split_name
+from stages.models.teacher import BlackBox, Teacher
 from stages.settings import ModelSettings
 
-BATCH = 256
+BATCH = 64
 BINS = 15
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -71,100 +74,190 @@ class Scores:
 
 
 def evaluate(
-    model: str, data: str, teacher: ModelSettings | None = None, device: str = "cpu", threads: int = 1
+    model: str | ModelSettings,
+    data: str | Sequence[str],
+    teacher: ModelSettings | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    on_progress: OnProgress = lambda done, total, note: None,
 ) -> Scores:
-    """Score the model folder ``model`` on ``data`` (:mod:`stages.distill.eval_data`).
+    """Score the classifier ``model`` (a folder, a YAML file, ``embedded:digits``, ONNX …) on ``data``
+    (:mod:`stages.distill.eval_data`).
 
-    Raises DataError where either does not fit, ``teacher`` knows other classes or weights or logits are not finite,
-    UsageError where ``device`` cannot be used.
+    ``threads``: batches that are computed at once, each on one processor, by default on all; the scores are the same
+    bits for any number. Own code and GPUs get one batch at a time. Raises DataError where model and data do not fit,
+    ``teacher`` knows other classes or weights or logits are not finite, UsageError where ``device`` cannot be used.
     """
     place = find_device(device)
-    with torch_threads(threads):
-        source = resolve(ModelSettings(name=model))
-        net, config = load_model(source)
-        require_finite_weights(net, f"model '{model}'")
+    source = resolve(model if isinstance(model, ModelSettings) else ModelSettings(name=model))
+    name = model.name if isinstance(model, ModelSettings) else model
+    with torch_threads(1):
+        config, net = source.config, load_network(source)
+        if isinstance(net, nn.Module):
+            require_finite_weights(net, f"model '{name}'")
+            classify = _classify(net.to(place), config)
+        else:
+            classify = BlackBox(net, config.input, config.class_names, source.identity).check().logits
         judge = load_teacher(teacher, place) if teacher else None
         if judge:
-            check_class_names(judge, config.class_names, model)
-        found = evaluate_net(net.to(place), config, data, judge)
+            check_class_names(judge, config.class_names, name)
+        named = [config.architecture, *([str(judge.identity["architecture"])] if judge else [])]
+        alone = place.type != "cpu" or any(split_name(each)[0] == "code" for each in named)
+        found = score(classify, config, data, judge, place, 1 if alone else threads or cores(), on_progress)
         return replace(found, decisions=source.decisions | found.decisions)
 
 
-def evaluate_net(net: nn.Module, config: ModelConfig, data: str, teacher: Teacher | None = None) -> Scores:
-    """Like :func:`evaluate`, of a network in memory (left in eval mode)."""
-    spec = InputSpec(config.input)
+def evaluate_net(
+    net: nn.Module, config: ModelConfig, data: str | Sequence[str], teacher: Teacher | None = None
+) -> Scores:
+    """Like :func:`evaluate`, of a network in memory (left in eval mode), one batch at a time."""
+    return score(_classify(net, config), config, data, teacher, next(net.parameters()).device)
+
+
+def _classify(net: nn.Module, config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    spec, what = InputSpec(config.input), f"model '{config.architecture}'"
     net.eval()
-    device = next(net.parameters()).device
+
+    def classify(x: Tensor) -> Tensor:
+        try:
+            out: Tensor = net(spec(x))
+            return out
+        except FactoryError:
+            raise
+        except Exception as error:  # whatever a foreign network does
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{what} cannot take images of {spec.channels}×{spec.size}×{spec.size}: {reason}"
+            ) from error
+
+    return classify
+
+
+def score(
+    classify: Callable[[Tensor], Tensor],
+    config: ModelConfig,
+    data: str | Sequence[str],
+    teacher: Teacher | None,
+    device: torch.device,
+    threads: int = 1,
+    on_progress: OnProgress = lambda done, total, note: None,
+) -> Scores:
+    """:class:`Scores` of ``classify``, from images ``[n, 3, h, w]`` in [−1, 1] to logits ``[n, C]``, on ``data``."""
     images = labeled_images(data, config.class_names)
-    views = (lambda x, spec: x) if images.of_dataset else (lambda x, spec: spec.view(x))  # those are views already
-    models = [lambda x: net(spec(views(x, spec)))]
-    if teacher:
-        models.append(lambda x: teacher.logits(views(x, teacher.input)))
-    labels, logits, *by_teacher = run_models(images, models, device)
+
+    def prepared(judge: Callable[[Tensor], Tensor], spec: InputSpec) -> Callable[[Tensor], Tensor]:
+        return judge if images.of_dataset else lambda x: judge(spec.view(x))  # those are views already
+
+    models = [
+        prepared(classify, InputSpec(config.input)),
+        *([prepared(teacher.logits, teacher.input)] if teacher else []),
+    ]
+    notes: Counter[str] = Counter()
+    labels, logits, *by_teacher = run_models(images, models, device, threads, on_progress, notes)
     bad = int((~logits.isfinite()).any(1).sum())
     if bad:
         raise DataError(
             f"model '{config.architecture}' gives NaN or infinite logits to {bad} of the {len(labels)} images "
-            f"of {data}: check its weights and input settings"
+            f"of {images.where}: check its weights and input settings"
         )
     seen, classes = len(labels.unique()), config.num_classes
     fewer = f"; {seen} of the {classes} classes have images" if seen < classes else ""
-    identity = DataIdentity(data, images.digest.hexdigest())
-    return scores(
+    identity = DataIdentity(images.where, images.digest.hexdigest())
+    result = scores(
         logits, labels, config.class_names, by_teacher[0] if teacher else None, images.class_order + fewer, identity
     )
+    pixels = ", ".join(f"{note} ({count:,} images)" for note, count in notes.items())
+    return replace(result, decisions={"images": images.line} | ({"pixels": pixels} if pixels else {}))
 
 
-def check_data(data: str, class_names: tuple[str, ...]) -> str:
-    """What labels of ``data`` mean, in one line.
+DECODE_SECONDS = 60.0
+"""How long :func:`check_data` decodes; of later images it looks at format and size."""
 
-    Raises DataError where it cannot be evaluated on, as far as its first image, names and Parquet labels show.
+
+def check_data(
+    data: str, class_names: tuple[str, ...], on_progress: OnProgress = lambda done, total, note: None
+) -> dict[str, str]:
+    """Go through all of ``data`` before hours of training are spent on a score that cannot be: what labels mean, and
+    how many images there are, each in a line.
+
+    Raises DataError where a model of ``class_names`` cannot be scored on it. Decodes all images, or as many as it can
+    in :data:`DECODE_SECONDS`; whether the pixels of the others are intact shows only when they are scored.
     """
     images = labeled_images(data, class_names)
-    first = next(images.samples, None)
-    if first is None:
-        raise DataError(f"{data} holds no labeled image")
-    _decoded(first, data)
-    return images.class_order
+    decoded, until = 0, time.monotonic() + DECODE_SECONDS
+
+    def look(sample: Sample) -> bool:
+        with _naming(sample, images.where):
+            if time.monotonic() < until:
+                decode(sample[1], formats=LABELED_FORMATS)
+                return True
+            check_header(sample[1], LABELED_FORMATS)
+            return False
+
+    for whole in in_order(look, images, cores()):
+        decoded += whole
+        on_progress(images.count, images.total or 0, "test data")
+    part = f"; the first {decoded:,} were decoded, of the others format and size checked"
+    return {"class order": images.class_order, "images": images.line + (part if decoded < images.count else "")}
 
 
 @torch.no_grad()
-def run_models(data: LabeledImages, models: Sequence[Callable[[Tensor], Tensor]], device: torch.device) -> list[Tensor]:
-    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1]."""
+def run_models(
+    data: LabeledImages,
+    models: Sequence[Callable[[Tensor], Tensor]],
+    device: torch.device,
+    threads: int = 1,
+    on_progress: OnProgress = lambda done, total, note: None,
+    notes: Counter[str] | None = None,
+) -> list[Tensor]:
+    """Labels ``[n]``, then float32 logits ``[n, C]`` of every model on the images of ``data`` in [−1, 1].
+
+    ``threads``: batches at once; ``notes``: counts what decoding did to images.
+    """
+
+    def answer(batch: tuple[list[int], Tensor]) -> tuple[list[int], list[Tensor]]:
+        with torch.no_grad():  # of this thread
+            return batch[0], [model(to_unit(batch[1].to(device))).float().cpu() for model in models]
+
     labels: list[int] = []
     logits: list[list[Tensor]] = [[] for _ in models]
-    for batch_labels, images in _batches(data):
+    for batch_labels, answers in in_order(answer, _batches(data, Counter() if notes is None else notes), threads):
         labels += batch_labels
-        for kept, model in zip(logits, models, strict=True):
-            kept.append(model(to_unit(images.to(device))).float().cpu())
-    if not labels:
-        raise DataError(f"{data.where} holds no labeled image")
+        for kept, part in zip(logits, answers, strict=True):
+            kept.append(part)
+        on_progress(len(labels), data.total or 0, "images")
     return [torch.tensor(labels), *(torch.cat(kept) for kept in logits)]
 
 
-def _batches(data: LabeledImages) -> Iterator[tuple[list[int], Tensor]]:
-    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size."""
+def _batches(data: LabeledImages, notes: Counter[str]) -> Iterator[tuple[list[int], Tensor]]:
+    """Labels and uint8 ``[n, h, w, 3]`` of neighboring images of one size, decoded on all processors."""
+
+    def pixels(sample: Sample) -> tuple[int, Tensor, list[str]]:
+        changes: list[str] = []
+        with _naming(sample, data.where):
+            return sample[2], torch.from_numpy(decode(sample[1], None, LABELED_FORMATS, changes).copy()), changes
+
     labels: list[int] = []
     images: list[Tensor] = []
     most = BATCH
-    for sample in data:
-        image = _decoded(sample, data.where)
+    for label, image, changes in in_order(pixels, data, cores()):
+        notes.update(changes)
         if images and (len(images) == most or image.shape != images[0].shape):
             yield labels, torch.stack(images)
             labels, images = [], []
         most = images_at_once(BATCH, image.numel())
-        labels.append(sample[2])
+        labels.append(label)
         images.append(image)
     if images:
         yield labels, torch.stack(images)
 
 
-def _decoded(sample: Sample, data: str) -> Tensor:
-    key, encoded, _ = sample
+@contextmanager
+def _naming(sample: Sample, where: str) -> Iterator[None]:
     try:
-        return torch.from_numpy(decode(encoded).copy())
+        yield
     except ValueError as error:
-        raise DataError(f"{data}: sample {key!r} is no image: {error}") from None
+        raise DataError(f"{where}: sample {sample[0]!r} is no image: {error}") from None
 
 
 def scores(

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manifests.checked_json import dump_json
-from manifests.errors import DataError, FactoryError, Interrupted, UsageError
+from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.batches import Batches
@@ -61,6 +61,7 @@ class Training(Prepared):
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0  # part of the seconds: no batch was ready
+    unscored: dict[str, str] = field(default_factory=dict)  # why a student has no score on the test data, by name
 
     @property
     def active(self) -> list[Student]:
@@ -195,9 +196,11 @@ def validate(run: Training, student: Student) -> dict[str, float]:
 
 def test_scores(run: Training, student: Student) -> Scores | None:
     """On the test data, if there are any; None, with a warning, if they give no score: that loses no student."""
+    run.unscored.pop(student.name, None)
     try:
         return evaluate_net(student.result, student.config, run.test_data, run.teacher) if run.test_data else None
-    except DataError as error:
+    except FactoryError as error:  # the store that fails, too
+        run.unscored[student.name] = str(error)
         run.callbacks.warn(f"{student.name} has no score on the test data: {error}")
         return None
 

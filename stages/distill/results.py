@@ -1,7 +1,7 @@
 """What a run of stage 2 returns, ``results.json``, and the test scores in it, which a later command keeps."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -50,6 +50,8 @@ class StudentResult:
 class DistillResult:
     """A finished run: its students by name, those that diverged (``parked``: why), and how the teacher fit the data.
 
+    ``unscored``: why the test data gave no score, by student.
+
     ``teacher``: its architecture and sha256; ``seconds``: of training, over all commands that it took; ``data_wait``:
     share of them without a batch at hand.
     """
@@ -64,6 +66,7 @@ class DistillResult:
     data_wait: float
     students: dict[str, StudentResult]
     parked: dict[str, str]
+    unscored: dict[str, str] = field(default_factory=dict)
 
     @property
     def teacher_accuracy(self) -> float | None:

@@ -66,9 +66,13 @@ def run_distill(
     where every student diverged, Interrupted after a checkpoint once ``should_stop()`` is true.
     """
     storage = out if isinstance(out, Storage) else Storage(out)
+    callbacks = Callbacks(on_event, progress, should_stop)
     prepared = prepare(settings, manifests, teacher)
-    begin(prepared, storage, on_event, test_data=test_data)
-    result = train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
+    found = check_data(test_data, prepared.teacher.class_names) if test_data else {}  # now, not after the training
+    begin(prepared, storage, on_event)
+    for line in found.values():
+        callbacks.note(f"test data: {line}")
+    result = train_students(prepared, storage, test_data, callbacks)
     assert result is not None
     return result
 
@@ -108,14 +112,10 @@ def prepare(
     )  # fmt: skip
 
 
-def begin(
-    prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int = 1, test_data: str | None = None
-) -> None:
+def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int = 1) -> None:
     """Announce the run and claim its folder, once for all ``workers``. Raises as :func:`run_distill` does, also for
-    test data and Grad-CAM layers that do not fit."""
+    Grad-CAM layers that do not fit."""
     check_parts(prepared.order.length, prepared.settings.batch_size, workers)
-    if test_data:
-        check_data(test_data, prepared.teacher.class_names)
     for student in prepared.students if prepared.settings.loss.gradcam else ():
         paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
     names = [student.name for student in prepared.students]
@@ -131,8 +131,6 @@ def train_students(
 ) -> DistillResult | None:
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone returns a result."""
     settings, teacher, ranks = prepared.settings, prepared.teacher, prepared.ranks
-    if test_data and ranks.first:  # now, not after the training
-        callbacks.note(f"test data: {check_data(test_data, teacher.class_names)}")
     before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
     with torch_threads(settings.threads):
         announce(prepared, test_data, callbacks)
@@ -207,6 +205,7 @@ def finish(run: Training, check: TeacherCheck, before: Mapping[str, StudentResul
         data_wait=run.data_wait,
         students=students,
         parked={student.name: student.parked for student in run.students if student.parked is not None},
+        unscored=run.unscored,
     )
     run.storage.write(RESULTS, dump_checked(result.to_dict()))
     return result

@@ -108,6 +108,13 @@ class TestFolders:
         ):
             read(path, NAMES)
 
+    def test_ids_of_wordnet(self, tmp_path):
+        path = folder(tmp_path / "a", ["n01440764", "n01443537"])
+        with pytest.raises(DataError, match=r"name no class of the model: n01440764, .*class_names: .* WordNet ids"):
+            read(path, ("tench", "goldfish"))
+        assert numbers(path, ("class 0", "class 1")) == [0, 1]
+        assert numbers(path, ("n01443537", "n01440764")) == [1, 0]
+
     def test_one_unknown_name(self, tmp_path):
         with pytest.raises(DataError, match=r"3 sub-folders, of which 1 name no class of the model: wolf"):
             read(folder(tmp_path / "a", ["cat", "dog", "wolf"]), ANIMALS)
@@ -147,6 +154,8 @@ class TestParquet:
             ([{"label": 1}], r"row 0: label \{'label': 1\} is neither"),
             ([[1]], r"row 0: label \[1\] is neither"),
             ([""], "row 0: label '' is neither"),
+            ([True, False], "row 0: label True is neither"),
+            ([b"\xff"], "row 0: .*utf-8"),
             ([0, -1], "row 1 has label -1, but the model has classes 0…2"),
             ([0, 0, 3], "row 2 has label 3, but the model has classes 0…2"),
             (["cat", "cat", "wolf"], r"labels of which 1 name no class of the model: wolf \(row 2\)"),

@@ -1,7 +1,10 @@
 """The commands of stage 2, in this process: what they print, write and exit with."""
 
+import io
 import json
+import tarfile
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -9,7 +12,7 @@ from manifests.errors import DataError, FactoryError, UsageError
 from manifests.storage import Storage
 from pipeline.cli import app
 from pipeline.lease import Lease
-from tests.distill.drawn import teacher_files, write_dataset
+from tests.distill.drawn import NAMES, square, teacher_files, write_dataset
 
 SHORT = ("--epochs", "2", "--batch-size", "8", "--set", "val_fraction=0.2")
 
@@ -69,6 +72,86 @@ def test_test_data_of_other_classes_is_refused_before_the_training(dataset, tmp_
     args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--set", "loss.gradcam=1", "--set", layers)
     assert "nothing" in str(factory(*args).exception)
     assert not (tmp_path / "out").exists()
+
+
+def cut_short(folder) -> str:
+    """Labeled images, of which the last one lacks its end."""
+    images = [square(i % 3, np.random.default_rng(i)) for i in range(9)]
+    for i, image in enumerate(images):
+        place = folder / NAMES[i // 3]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.png").write_bytes(image[:-40] if i == 8 else image)
+    return str(folder)
+
+
+def test_a_bad_last_test_image_is_found_before_the_training(dataset, tmp_path):
+    data = cut_short(tmp_path / "data")
+    refused = factory("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", data).exception
+    assert isinstance(refused, DataError)
+    assert str(refused) == f"{data}: sample 'top/8.png' is no image: not a readable image: image file is truncated"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_test_image_that_shows_at_the_end_costs_the_score_alone(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.distill.evaluate.DECODE_SECONDS", 0.0)
+    args = (
+        "run",
+        "distill",
+        "-m",
+        dataset,
+        "-o",
+        tmp_path / "out",
+        *SHORT,
+        "--test-data",
+        cut_short(tmp_path / "data"),
+    )
+    done = factory(*args)
+    assert done.exit_code == 3
+    assert "test data: 9 in 3 folders; the first 0 were decoded, of the others format and size checked" in done.stderr
+    why = "sample 'top/8.png' is no image: not a readable image: image file is truncated"
+    assert f"digits-cnn-small: kept without a score on the test data: {tmp_path}/data: {why}" in done.stdout
+    kept = [(tmp_path / "out" / name).read_bytes() for name in ("checkpoint.pt", "digits-cnn-small/model.safetensors")]
+    again = factory(*args, "--json")
+    assert again.exit_code == 3
+    assert why in json.loads(again.stdout)["unscored"]["digits-cnn-small"]
+    assert kept == [
+        (tmp_path / "out" / name).read_bytes() for name in ("checkpoint.pt", "digits-cnn-small/model.safetensors")
+    ]
+    assert factory(*args[:-2]).exit_code == 0
+
+
+def test_test_data_are_gone_through_once_before_the_training(dataset, tmp_path, monkeypatch):
+    from stages.distill import eval_data
+
+    opened = []
+    original = eval_data.find_files
+    monkeypatch.setattr(eval_data, "find_files", lambda *args: opened.append(args) or original(*args))
+    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", dataset)
+    assert factory(*args).exit_code == 0
+    assert len(opened) == 2  # to check them, and for the score
+
+
+def test_eval_says_what_it_decided(student, tmp_path):
+    folder = tmp_path / "data"
+    cut_short(folder)
+    (folder / "top/8.png").rename(folder / "top/._8.png")
+    done = factory("eval", student, folder)
+    assert done.exit_code == 0, done.output
+    assert "images: 8 in 3 folders; left out: 1 hidden file ._8.png" in done.stderr
+    found = json.loads(factory("eval", student, folder, "--json").stdout)
+    assert found["decisions"]["images"] == "8 in 3 folders; left out: 1 hidden file ._8.png"
+    assert "class order: labels are matched" in done.stderr
+
+
+def test_eval_of_several_files(student, tmp_path):
+    for number in (0, 1):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, data in (("a.png", square(number, np.random.default_rng(0))), ("a.cls", b"%d" % number)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    done = factory("eval", student, tmp_path / "0.tar", tmp_path / "1.tar", "--json")
+    assert json.loads(done.stdout)["images"] == 2, done.output
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "hpu", "cuda:99"])

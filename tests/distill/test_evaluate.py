@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import tarfile
@@ -17,7 +18,8 @@ import torch
 from manifests.errors import DataError
 from stages.digits import load_split, write_split
 from stages.distill.eval_data import labeled_images
-from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, scores
+from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, evaluate_net, scores
+from stages.distill.export import export_onnx
 from stages.distill.run import run_distill
 from stages.models.loading import load_model, save_model
 from stages.models.source import EMBEDDED
@@ -131,15 +133,17 @@ def test_folders_that_are_no_classes_are_named_not_numbered(samples, tmp_path):
 
 def test_files_that_cannot_be_read_are_named_before_the_training(samples, model, dataset, tmp_path):
     path = write_folder(tmp_path / "a", samples, NAMES)
-    for spoil in (lambda file: file.symlink_to("nowhere"), lambda file: file.mkdir()):
+    for spoil in (lambda file: file.symlink_to("nowhere"), os.mkfifo):
         bad = tmp_path / "a/top/z.png"
         spoil(bad)
-        with pytest.raises(DataError, match=f"^cannot read {bad}: (No such file|Is a directory)"):
-            next(labeled_images(path, NAMES))
-        with pytest.raises(DataError, match=f"^cannot read {bad}: "):
-            run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), test_data=path)
-        assert not (tmp_path / "out/checkpoint.pt").exists()
-        bad.rmdir() if bad.is_dir() else bad.unlink()
+        for read in (
+            lambda: labeled_images(path, NAMES),
+            lambda: run_distill(settings(), [(dataset, 1.0)], str(tmp_path / "out"), test_data=path),
+        ):
+            with pytest.raises(DataError, match=f"^cannot read {bad}: (No such file|it is no regular file)"):
+                read()
+        assert not (tmp_path / "out").exists()
+        bad.unlink()
     assert evaluate(model, path).images == 7
 
 
@@ -187,6 +191,43 @@ def resized(data, side):
     return buffer.getvalue()
 
 
+def test_scores_are_the_same_bits_for_any_number_of_threads(model, tmp_path):
+    rng = np.random.default_rng(0)
+    many = [(f"s{i}", square(i % 3, rng) if i % 7 else resized(square(i % 3, rng), 11), i % 3) for i in range(300)]
+    data = write_parquet(tmp_path / "a.parquet", many)
+    teacher = ModelSettings(name=model)
+    assert evaluate(model, data, teacher, threads=1) == evaluate(model, data, teacher, threads=5)
+
+
+def test_a_network_that_fails_is_one_line(samples, model, tmp_path):
+    net, config = load_model(model)
+    net.register_forward_hook(lambda *_: 1 // 0)
+    data = write_folder(tmp_path / "a", samples, NAMES)
+    with pytest.raises(DataError, match="^model 'digits-cnn-small' cannot take images of 1×8×8: integer division"):
+        evaluate_net(net, config, data)
+
+
+def test_progress_counts_every_image(samples, model, tmp_path):
+    seen = []
+    evaluate(model, write_folder(tmp_path / "a", samples, NAMES), on_progress=lambda *args: seen.append(args))
+    assert seen[-1] == (7, 7, "images")
+
+
+def test_black_boxes_are_scored_too(samples, model, tmp_path):
+    data = write_folder(tmp_path / "a", samples, NAMES)
+
+    def scored(name, size, channels, names):
+        spec = {"size": size, "channels": channels, "mean": [0] * channels, "std": [1] * channels}
+        box = {"name": name, "num_classes": len(names), "class_names": names, "input": spec}
+        (tmp_path / "t.yaml").write_text(json.dumps(box))
+        return evaluate(str(tmp_path / "t.yaml"), data)
+
+    assert scored("tests.models.nets:opinions", 8, 3, (*NAMES, "a", "b")).images == 7
+    pytest.importorskip("onnxruntime")
+    exported = export_onnx(model, str(tmp_path / "m.onnx"))
+    assert scored(exported.file, 8, 1, NAMES).confusion == evaluate(model, data).confusion
+
+
 def test_metrics_by_hand():
     logits = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0], [2.0, 0, 0]])
     teacher = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [1.0, 0, 0]])
@@ -218,7 +259,7 @@ def test_calibration_error_by_hand():
     ("members", "message"),
     [
         ([("a.png", b"x")], "sample 'a' has no label"),
-        ([("a.cls", b"1")], "sample 'a' has no image"),
+        ([("a.cls", b"1")], r"holds no labeled image; left out: 1 sample without an image \(a\)"),
         ([("a.png", b"x"), ("a.cls", b"1")], "sample 'a' is no image"),
         ([("a.png", b"x"), ("a.cls", b"7")], "sample 'a' has label 7, but the model has classes 0…2"),
         ([], "holds no labeled image"),
@@ -238,7 +279,7 @@ def test_bad_data(samples, model, tmp_path):
     (tmp_path / "c.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match="damaged or no tar"):
         evaluate(model, str(tmp_path / "c.tar"))
-    with pytest.raises(DataError, match="is no .tar, .parquet or folder"):
+    with pytest.raises(DataError, match="d.zip: no such file or folder"):
         evaluate(model, str(tmp_path / "d.zip"))
     with pytest.raises(DataError, match="no such file"):
         evaluate(model, str(tmp_path / "e.parquet"))

@@ -166,3 +166,11 @@ def test_the_command_shows_what_it_would_do(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "rounds          3 like this one" in text and "round-001" in text
     assert not out.exists()
+
+
+def test_bad_test_data_are_found_before_the_first_round(tmp_path):
+    (tmp_path / "data/zero").mkdir(parents=True)
+    (tmp_path / "data/zero/a.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="sample 'zero/a.png' is no image"):
+        run_rounds(resolve("demo", environ={}), str(tmp_path / "out"), INLINE, test_data=str(tmp_path / "data"))
+    assert not (tmp_path / "out").exists()

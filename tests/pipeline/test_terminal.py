@@ -32,6 +32,20 @@ def test_speed_counts_only_what_this_run_did():
     assert stream.getvalue().splitlines()[-1] == "synth: 93/100, 1 min 10 s left"
 
 
+def test_what_is_mostly_brief_gets_no_line_unless_it_lasts():
+    for seconds, lasts in ((0.5, False), (4.0, True)):
+        stream, now = io.StringIO(), [0.0]
+        show = Lines("eval", stream, clock=lambda now=now: now[0], brief=True)
+        for batch in range(11):
+            show(512 * batch, 12345 if batch < 10 else 0)  # a total that is not known
+            now[0] += seconds
+        show.finish()
+        lines = stream.getvalue().splitlines()
+        assert bool(lines) == lasts
+        if lasts:
+            assert lines[0].startswith("eval: 1536/12345") and lines[-1] == "eval: 5120" and len(lines) == 4
+
+
 def test_no_terminal_means_lines_and_quiet_means_nothing():
     stream = io.StringIO()
     with progress("t", stream) as show:
