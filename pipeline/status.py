@@ -129,8 +129,8 @@ def _running(latest: Sequence[dict[str, Any]], done: set[int]) -> list[RunningSh
     """Shards of the latest run that were started and have not ended."""
     running: dict[int, RunningShard] = {}
     for event in latest:
-        shard = event.get("shard")
-        if event["kind"] == "shard_started" and isinstance(shard, int):
+        shard = event.get("shard", -1)
+        if event["kind"] == "shard_started" and isinstance(shard, int) and shard >= 0:
             running[shard] = RunningShard(shard, event.get("worker"), event["time"])
         elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined") and isinstance(shard, int):
             running.pop(shard, None)

@@ -168,22 +168,17 @@ def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | Non
         cost = _sampling_cost(settings, sources["teacher"].config.class_names, teacher, adversary)
     else:
         cost = SynthCost(weights_bytes=weight_bytes(*(model.net for model in models.values() if model)))
-    if settings.inverts:
-        inversion, saved = inversion_cost(settings, sources)
-        cost = replace(
-            cost, inversion=inversion, saved_bytes_per_trajectory=max(saved, cost.saved_bytes_per_trajectory)
-        )
+    inversion, saved = inversion_cost(settings, sources) if settings.inverts else (0, 0)
+    saved = max(saved, cost.saved_bytes_per_trajectory)
+    scores = 0
     if teacher is not None:
         image = torch.empty(1, 3, teacher.input.size, teacher.input.size, device=META)
-        scores = flops(lambda: teacher.logits(image))
-        cost = replace(cost, scores=settings.images_per_trajectory * scores)
+        scores = settings.images_per_trajectory * flops(lambda: teacher.logits(image))
+    group = {"saved_bytes_per_trajectory": saved, "saved_bytes_per_group": saved * settings.group_size}
+    cost = replace(cost, inversion=inversion, scores=scores, **group)
     each = sum(cost.parts.values())
-    return replace(
-        cost,
-        flop_per_trajectory=each,
-        flop=each * settings.shards * settings.groups_per_shard * settings.group_size,
-        saved_bytes_per_group=cost.saved_bytes_per_trajectory * settings.group_size,
-    )
+    trajectories = settings.shards * settings.groups_per_shard * settings.group_size
+    return replace(cost, flop_per_trajectory=each, flop=each * trajectories)
 
 
 def _sampling_cost(
