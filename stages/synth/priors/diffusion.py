@@ -12,7 +12,7 @@ from torch import Tensor
 from manifests.errors import DataError
 from stages.memory import in_micro_batches
 from stages.settings import PriorSettings
-from stages.synth.priors.files import PriorSource, class_of, loading, read_json
+from stages.synth.priors.files import PriorSource, class_of, loading
 from stages.synth.priors.lora import merge_lora
 from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole, quiet
 from stages.synth.priors.schedule import Prediction, Schedule, State, one_line, parameters_of, scheduler_class
@@ -76,9 +76,9 @@ class DiffusionPrior(ABC):
 
     def part(self, name: str, *classes: type) -> Any:
         """Network ``name`` of the folder, if ``model_index.json`` gives it one of the diffusers ``classes``."""
-        place, kind = self.source.part(name), class_of(self.index, name)
+        place, kind, config = self.source.part(name), class_of(self.index, name), self.source.config(name)
         if kind == "Transformer2DModel":  # an earlier class, of which diffusers makes others by their normalization
-            norm = read_json(place, "config.json", f"prior {self.folder}: {name}").get("norm_type")
+            norm = config.get("norm_type")
             kind = "DiTTransformer2DModel" if norm == "ada_norm_zero" else f"{kind} with norm_type {norm!r}"
         by_name = {cls.__name__: cls for cls in classes}
         if kind not in by_name:
@@ -105,7 +105,7 @@ class DiffusionPrior(ABC):
     def check_type(self, name: str, kind: Any) -> None:
         """Compare what ``model_index.json`` and the encoder's ``config.json`` say with the class that is loaded."""
         place, type_ = self.source.part(name), kind.config_class
-        config, _ = type_.get_config_dict(str(place), local_files_only=True)
+        config = self.source.config(name)
         section = config.get(type_.base_config_key)  # of a CLIPConfig the half that is loaded
         model_type = (section if isinstance(section, dict) else config).get("model_type", type_.model_type)
         if model_type != type_.model_type:

@@ -123,6 +123,17 @@ class PriorSource(ModelFolder):
             raise DataError(f"prior {self.folder}: model_index.json has no {name}, which {self.pipeline} needs")
         return part_folder(self.folder, name)
 
+    def config(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration of part ``name``, read before diffusers reads it, which takes a text for a hub id and
+        builds as many layers as a number says. Raises DataError for an integer that no network has."""
+        what = f"prior {self.folder}: {name}"
+        config = read_json(self.part(name), file, what)
+        for key, value in config.items():
+            most = MAX_LAYERS if "layers" in key else MAX_INTEGER
+            if any(isinstance(number, int) and abs(number) > most for number in _listed(value)):
+                raise DataError(f"{what}: {key} in {file} is {str(value)[:80]}, above {most}")
+        return config
+
     @property
     def weights(self) -> dict[str | None, list[str]]:
         """The parts of which each variant is read (None: no variant)."""
@@ -158,6 +169,13 @@ class PriorSource(ModelFolder):
             "noise schedule": f"of its {config['_class_name']}, predicts {config.get('prediction_type', 'epsilon')}",
             "size": f"{shape} for {self.geometry.image_size} px" + (self.geometry.note and f" ({self.geometry.note})"),
         }
+
+
+MAX_LAYERS, MAX_INTEGER = 1024, 2**24
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def part_folder(folder: Path, name: str) -> Path:
@@ -318,7 +336,7 @@ def geometry(folder: Path, family: Family) -> Geometry:
     try:
         channels = int(network["in_channels"])
         widths = "decoder_block_out_channels" if "decoder_block_out_channels" in vae else "block_out_channels"
-        pixels = side * 2 ** (len(vae[widths]) - 1) if vae else side
+        pixels = side * 2 ** (min(len(vae[widths]), 32) - 1) if vae else side
         classes = int(network["num_embeds_ada_norm"]) if family.conditioning == "class" else 0
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{what}: damaged {names} ({type(error).__name__}: {error})") from error
@@ -347,7 +365,9 @@ def _side(network: dict[str, Any], family: Family, what: str) -> tuple[int, str]
         return family.side, f"its configuration has no sample_size: {family.side} is the pipeline's"
     side = given[0] if isinstance(given, list) and len(given) == 2 and given[0] == given[1] else given
     if not isinstance(side, int) or isinstance(side, bool) or side <= 0:
-        raise DataError(f"{what} has sample_size {given!r}: only squares are sampled, so it must be one number > 0")
+        raise DataError(
+            f"{what} has sample_size {str(given)[:80]!r}: only squares are sampled, so it must be one number > 0"
+        )
     if family.mended and side < 64 and isinstance(given, int) and _before_0_9(network, what):
         return 64, f"of before diffusers 0.9, whose sample_size {side} diffusers corrects to 64"
     return side, ""

@@ -55,6 +55,8 @@ class TextPrior(DiffusionPrior):
         return self.load_unet(), self.part("vae", AutoencoderKL, AutoencoderDC)
 
     def load_unet(self) -> Any:
+        """The UNet, once the encoders have encoded the negative prompt: tokenizer and encoder fit each other."""
+        self.negative()
         unet = self.part("unet", UNet2DConditionModel)
         if unet.config.time_cond_proj_dim is not None and self.settings.distilled != "lcm":
             raise UsageError(f"prior {self.folder} takes the CFG scale as input, as LCMs do: set prior.distilled=lcm")
@@ -194,7 +196,9 @@ class TextPriorUnclip(TextPrior):
         self.encoders = [*self.encoders, encoder]
         normalizer = self.part("image_normalizer", StableUnCLIPImageNormalizer)
         self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
-        self.noising = DDPMScheduler.from_pretrained(str(self.source.part("image_noising_scheduler")))
+        noising = self.source.config("image_noising_scheduler", "scheduler_config.json")
+        self.noising = DDPMScheduler.from_config(noising)
+        self.source.config("feature_extractor", "preprocessor_config.json")
         self.processor = self.tokens("feature_extractor", CLIPImageProcessor)
         seen = (self.processor.crop_size["height"], 2 * encoder.config.projection_dim)
         if seen != (encoder.config.image_size, unet.config.projection_class_embeddings_input_dim):

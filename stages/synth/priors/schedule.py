@@ -137,7 +137,7 @@ def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = F
 
     Raises DataError for those, UsageError for the last, and DataError for values that give no noise schedule.
     """
-    name, given = config.get("_class_name"), {"beta_start", "beta_end", *PLAIN}
+    name, given = repr(config.get("_class_name")).strip("'"), {"beta_start", "beta_end", *PLAIN}
     kind = scheduler_class(config)
     lacks = kind is not None and kind.__module__.startswith("diffusers.utils.dummy")  # a package for its steps
     if lacks and given <= config.keys():

@@ -14,7 +14,7 @@ from stages.settings import PriorSettings
 from stages.synth.priors.files import files_read, locate_prior
 from stages.synth.priors.kinds import load_prior
 from tests.synth.priors.test_pipelines import edit
-from tests.synth.tiny import save_ddpm, save_dit, save_stable_diffusion_xl
+from tests.synth.tiny import save_ddpm, save_dit, save_stable_diffusion_xl, save_unclip
 
 NETWORK = "diffusion_pytorch_model"
 
@@ -129,7 +129,7 @@ def test_a_variant_that_no_part_has_is_refused(prior_folder):
 def test_sample_size(copy, value, side):
     edit(copy / "unet" / "config.json", sample_size=value)
     if side is None:
-        assert f"has sample_size {value!r}: only squares are sampled" in refused(copy)
+        assert f"has sample_size {str(value)!r}: only squares are sampled" in refused(copy)
     else:
         assert locate_prior(settings(copy)).geometry.latent == (4, side, side)
 
@@ -206,3 +206,50 @@ def test_decisions(prior_folder):
         "noise schedule": "of its DDIMScheduler, predicts epsilon",
         "size": "4×8×8 for 16 px",
     }
+
+
+@pytest.mark.parametrize(
+    ("save", "file"),
+    [
+        (save_unclip, "image_normalizer/config.json"),
+        (save_unclip, "image_noising_scheduler/scheduler_config.json"),
+        (save_unclip, "text_encoder/config.json"),
+        (save_dit, "transformer/config.json"),
+    ],
+)
+def test_a_configuration_that_is_a_text_is_no_name_on_the_hub(tmp_path, monkeypatch, save, file):
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked the hub"))
+    folder = save(tmp_path / "prior")
+    (folder / file).write_text('"org/name"')
+    assert f"{file.split('/')[0]}: {file.split('/')[1]} holds no JSON object" in refused(folder)
+
+
+@pytest.mark.parametrize("values", [{"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, {"latents_mean": [0.0] * 4}])
+def test_statistics_of_latents_that_do_not_fit(tmp_path, values):
+    folder = save_stable_diffusion_xl(tmp_path / "prior")
+    edit(folder / "vae" / "config.json", **({"latents_std": [1.0, 1.0, 1.0, 0.0]} | values))
+    assert "of its vae are not 4 finite numbers each, the latter above 0" in refused(folder)
+
+
+def test_a_distilled_network_is_refused(copy):
+    edit(copy / "unet" / "config.json", time_cond_proj_dim=8)
+    message = refused(copy)
+    assert "weights lack 1 of" in message or "is distilled (time_cond_proj_dim 8)" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("text_encoder", "num_hidden_layers", 2**63), ("unet", "layers_per_block", [1, 10**9])]
+)
+def test_numbers_without_bounds_are_refused_before_building(copy, part, key, value):
+    edit(copy / part / "config.json", **{key: value})
+    assert f"{part}: {key} in config.json is {value}, above 1024" in refused(copy)
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused(copy):
+    edit(copy / "tokenizer" / "tokenizer_config.json", pad_token="<|another|>")
+    assert "cannot be loaded: index out of range" in refused(copy)
+
+
+def test_names_cannot_steer_a_terminal(copy):
+    edit(copy / "model_index.json", scheduler=["diffusers", "\x1b[31m\nScheduler"])
+    assert "is made for \\x1b[31m\\nScheduler" in refused(copy)
