@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MINUTES = 2
 UNGUIDED = "dmkd"
+DATASETS = ("guided", "unguided")
+"""Folders of the demo's datasets."""
 PICTURE = "guidance.png"
 TEST = "test-digits.parquet"
 PICTURES_PER_CLASS = 6
@@ -78,7 +80,7 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
             "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
         }
     )
-    recipes, datasets = {"guided": guided, "unguided": unguided}, {}
+    recipes, datasets = dict(zip(DATASETS, (guided, unguided), strict=True)), {}
     for name, recipe in recipes.items():
         datasets[name] = run_synth(recipe, root.folder(name), place, title=f"{name} images")
     root.write(PICTURE, picture(datasets["unguided"].run, datasets["guided"].run))

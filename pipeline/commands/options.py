@@ -50,6 +50,9 @@ RetryOption = Annotated[
     bool, typer.Option("--retry-failed", help="Try quarantined shards again.", rich_help_panel=PLACE)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
+NoReportOption = Annotated[
+    bool, typer.Option("--no-report", help="Write no report.html beside the results.", rich_help_panel=RESULT)
+]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Run folder of stage 1 (path or URL).", show_default=False)
 ]

@@ -13,6 +13,7 @@ from pipeline.commands.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    NoReportOption,
     RecipeOption,
     RetryOption,
     SetOption,
@@ -27,12 +28,18 @@ def demo(
         int, typer.Option(envvar="FACTORY_WORKERS", help="1 runs in this process, more as Ray actors.")
     ] = 1,
     retry_failed: RetryOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
-    from pipeline.demo import run_demo
+    from pipeline.demo import DATASETS, TEST, run_demo
+    from pipeline.report import write_report
 
-    show(run_demo(out, set_ or [], workers, retry_failed), as_json)
+    result = run_demo(out, set_ or [], workers, retry_failed)
+    show(result, as_json)
+    if not no_report:
+        students = [f"{result.out}/{name}/distill" for name in DATASETS]
+        write_report(f"{result.out}/{DATASETS[0]}", result.out, students, f"{result.out}/{TEST}")
 
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
@@ -63,12 +70,14 @@ def synth(
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
     from pipeline.estimate import dry_run as estimate
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
+    from pipeline.report import write_report
     from pipeline.synth import run_synth
 
     flags = {
@@ -90,7 +99,13 @@ def synth(
         "retry_failed": ("--retry-failed", retry_failed),
     }
     place, folder = executor(places), out or f"runs/{resolved.name}"
-    show(estimate(resolved, folder, place.workers) if dry_run else run_synth(resolved, folder, place), as_json)
+    if dry_run:
+        show(estimate(resolved, folder, place.workers), as_json)
+        return
+    result = run_synth(resolved, folder, place)
+    show(result, as_json)
+    if not no_report:
+        write_report(result.manifest)
 
 
 @app.command()
@@ -131,12 +146,14 @@ def distill(
     address: AddressOption = None,
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
     from manifests.reader import Manifest
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
+    from pipeline.report import write_report
 
     flags = {
         "distill.students": ("--student", student or None),
@@ -157,6 +174,8 @@ def distill(
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(stage.DistillReport(result), as_json)
+    if not no_report:
+        write_report(first.url, folder, [folder], test_data)
     if result.parked:
         raise typer.Exit(FactoryError.exit_code)
 

@@ -74,6 +74,8 @@ def make_report(
         absent.append("Trajectories: only final images are stored (images.intermediates: 0).")
     if not mixed:
         absent.append("Latent CutMix: no stored image went through it.")
+    if not flagged:
+        absent.append("Flagged images: none is a duplicate, contradicts its label or leaves the teacher unsure.")
     if not trainings:
         absent.append("Students: no finished training lies beside the manifest; --students FOLDER names one elsewhere.")
     absent += [training.note for training in trainings if training.note]
@@ -159,7 +161,8 @@ def _funnel(columns: Columns, trainings: Sequence[Training]) -> list[tuple[str, 
     for training in trainings:
         held = f"{training.result.val_images:,} of them held out"
         selection = f"; --where {training.where}" if training.where else ""
-        other = "; trained on another dataset" if training.other_data else ""
+        other = "; of another dataset" if training.other_data else ""
+        other = f"; of {training.datasets} datasets" if training.datasets > 1 else other
         steps.append((f"used by {_last(training.url)}", training.used, held + selection + other))
     return steps
 

@@ -6,6 +6,8 @@ byte a score, compared in float32 as :mod:`manifests.where` compares: the page's
 
 import base64
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,15 +85,17 @@ def read_columns(manifest: Manifest) -> Columns:
         final=np.asarray(pc.fill_null(pc.equal(timestep, 0), False).to_numpy(), bool),
         scores={name: reals(name) for name in SCORES},
         loss_bn=reals("loss_bn"),
-        reject_reasons={str(c["values"]): c["counts"] for c in _counts(column("reject_reason"))},
+        reject_reasons=_reasons(column("reject_reason")),
         same_bytes=_same_bytes(column("xxh3")),
     )
 
 
-def _counts(values: pa.ChunkedArray) -> list[dict[str, Any]]:
-    """Distinct values that are not null with their counts, the commonest first."""
-    counts: list[dict[str, Any]] = pc.value_counts(pc.drop_null(values)).to_pylist()
-    return sorted(counts, key=lambda entry: -entry["counts"])
+def _reasons(values: pa.ChunkedArray) -> dict[str, int]:
+    """Reasons of rejection with their counts, the commonest first; what an image scored is left out of its reason."""
+    counts: Counter[str] = Counter()
+    for entry in pc.value_counts(pc.drop_null(values)).to_pylist():
+        counts[re.sub(r"\d+\.\d+", "…", entry["values"], count=1)] += entry["counts"]
+    return dict(counts.most_common())
 
 
 def _same_bytes(digests: pa.ChunkedArray) -> list[Integers]:

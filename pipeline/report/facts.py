@@ -103,9 +103,9 @@ def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     facts = [
         ("time per 1,000 images", f"{duration(1000 * seconds / rows)} of one worker"),
         ("disk per 1,000 images", size(1000 * data / rows)),
-        ("denoiser evaluations an image", f"{evaluations * group_size / rows:.3g}" if evaluations else ""),
-        ("work in all", f"{duration(seconds)} for {rows:,} images in {len(shards)} shards, {len(workers)} workers"),
-        ("made", f"{_date(times[0])} to {_date(times[-1])}"),
+        ("prior evaluations an image", f"{evaluations * group_size / rows:.3g}" if evaluations else ""),
+        ("work in all", f"{duration(seconds)} for {rows:,} images, workers: {len(workers)}"),
+        ("last event", _date(times[-1])),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -205,11 +205,11 @@ def _diversity(metrics: Mapping[str, Any] | None, why: str) -> Verdict:
     if metrics["near_duplicates"] is None:
         return Verdict(title, "–", "", "not measured", "The teacher shows no features.")
     alike, n = metrics["near_duplicates"], metrics["images"]
-    vendi = np.mean([facts["vendi"] / facts["images"] for facts in metrics["classes"].values()])
+    vendi, each = (np.mean([facts[name] for facts in metrics["classes"].values()]) for name in ("vendi", "images"))
     good = alike <= DUPLICATES * n
     meaning = (
-        f"{alike:,} near-duplicates ({share(alike / n)}). On average a class holds as many different images as "
-        f"{share(float(vendi))} of its number would if all were unlike (Vendi score). Images that are alike teach little."
+        f"{share(alike / n)} hardly differ from another image of their class. To the teacher the {each:.0f} images of a "
+        f"class count as {vendi:.1f} that have nothing in common (Vendi score, mean). Images that are alike teach little."
     )
     return _verdict(title, f"{alike:,} alike", f"{n:,} images measured", good, meaning)
 
@@ -273,8 +273,8 @@ def commands(manifest: Manifest, trainings: Sequence["Training"]) -> list[tuple[
         where = f" --where {_quoted(training.where)}" if training.where else ""
         students = "".join(f" --student {_quoted(each)}" for each in training.students)
         made.append(f"factory run distill --manifest {name}{students}{where} --out {_quoted(training.url)}")
-        for student in [*training.students.values()][:1]:
-            folder = _quoted(student.folder)
+        for student in [*training.students][:1]:
+            folder = _quoted(f"{training.url}/{student}")
             following += [f"factory export {folder} --onnx student.onnx", f"factory eval {folder} DATA"]
     if not trainings:
         following.append(f'factory run distill --manifest {name} --where "confidence >= 0.5"')

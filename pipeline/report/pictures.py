@@ -29,8 +29,8 @@ LARGEST = 144
 """Pixels of a stored picture's side at most."""
 LOSSLESS = 64
 """Pixels up to which a picture is stored without loss: single pixels are seen."""
-PICTURES, BYTES = 1500, 6 << 20
-"""Of the galleries of all classes together."""
+PICTURES, PICTURES_REMOTE, BYTES = 1500, 300, 6 << 20
+"""Of the galleries of all classes together; from an object store each one is a request."""
 PER_CLASS = 40
 STRIPS, FLAGGED, UNSURE = 8, 16, 0.5
 """Strips and flagged images of a kind that are shown; confidence below which the teacher counts as unsure."""
@@ -135,7 +135,8 @@ class Pictures:
         """Pictures of the galleries together, by the size of a few."""
         some = self[spread(np.arange(len(self.every)), 16)]
         bytes_each = 1 + sum(len(picture.image.source) for picture in some) / max(len(some), 1)
-        return min(PICTURES, int(BYTES / bytes_each))
+        most = PICTURES if self.every.storage.is_local else PICTURES_REMOTE
+        return min(most, int(BYTES / bytes_each))
 
     @property
     def scale(self) -> str:

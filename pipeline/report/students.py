@@ -63,13 +63,14 @@ class Confusion:
 class Training:
     """One run of stage 2: its folder, results, and what else its page shows by student; ``where`` is its selection.
 
-    ``other_data``: it was trained on another dataset; ``note``: why there are no ``mistakes``.
+    ``datasets``: how many it was trained on; ``other_data``: this one is none of them; ``note``: why there are no ``mistakes``.
     """
 
     url: str
     result: "DistillResult"
     where: str | None
     include_rejected: bool
+    datasets: int
     other_data: bool
     curves: dict[str, list[Curve]]
     mistakes: dict[str, list[Mistake]]
@@ -119,6 +120,7 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
         result=result,
         where=settings.get("where"),
         include_rejected=bool(settings.get("include_rejected")),
+        datasets=len(prints),
         other_data=manifest.info.fingerprint not in prints,
         curves=curves,
         mistakes=mistakes,
