@@ -29,7 +29,9 @@ class ReportFile:
 def report(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN|MANIFEST", help="Run folder of stage 1, or m.parquet (path or URL).", show_default=False),
+        typer.Argument(
+            metavar="RUN|MANIFEST", help="Run folder of stage 1, or m.parquet (path or URL).", show_default=False
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -37,7 +39,9 @@ def report(
     ] = None,
     students: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="Run folder of stage 2; repeatable (default: RUN/distill).", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="Run folder of stage 2; repeatable (default: RUN/distill).", show_default=False
+        ),
     ] = None,
     test_data: Annotated[
         str | None, typer.Option(help="Labeled images: show those that students get wrong.", show_default=False)

@@ -81,7 +81,7 @@ def make_report(
     absent += [training.note for training in trainings if training.note]
     if pictures.bad:
         first = next(iter(pictures.bad.values()))
-        absent.append(f"{len(pictures.bad)} images that cannot be read; the first: {first}")
+        absent.append(f"Images that cannot be read: {len(pictures.bad)}. The first: {first}")
 
     group_size = synth.get("group_size")
     book = Book(columns)

@@ -146,6 +146,7 @@ def nice_stops(low: float, high: float) -> list[float]:
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if np.float32(round(last * step, digits)) < np.float32(high):  # the largest row passes the last threshold
         last += 1
+    last = max(last, first + 1)
     return [round(i * step, digits) for i in range(first, last + 1)]
 
 

@@ -264,7 +264,7 @@ class Flag:
     groups: list[list[Picture]]
 
 
-def flags(pictures: Pictures, columns: Columns, duplicates: Sequence[tuple[str, str]], examined: int) -> list[Flag]:
+def flags(pictures: Pictures, columns: Columns, duplicates: Sequence[Sequence[str]], examined: int) -> list[Flag]:
     """Images to look at first. ``duplicates``: near-duplicates by key among ``examined`` images."""
     used = columns.kept & (columns.final if columns.final.any() else True)
     confidence = columns.scores["confidence"]
@@ -319,7 +319,7 @@ def flags(pictures: Pictures, columns: Columns, duplicates: Sequence[tuple[str, 
     return found
 
 
-def _rows_of_keys(pictures: Pictures, columns: Columns, pairs: Sequence[tuple[str, str]]) -> list[Iterable[int]]:
+def _rows_of_keys(pictures: Pictures, columns: Columns, pairs: Sequence[Sequence[str]]) -> list[Iterable[int]]:
     if not pairs:
         return []
     place = {key: row for row, key in enumerate(pictures.every.column("key"))}

@@ -16,7 +16,7 @@ const label = new Uint32Array(bytes(columns.label).buffer);
 const timestep = new Uint16Array(bytes(columns.timestep).buffer);
 const sliders = columns.sliders.map((slider, number) => {
   const input = $(`#slider-${number}`), bars = Math.ceil((slider.stops.length - 1) / slider.bar);
-  const edge = bars * slider.bar, svg = $(`#histogram-${number}`);
+  const svg = $(`#histogram-${number}`);
   const draw = (kind) => Array.from({ length: bars }, (_, bar) => {
     const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     rect.setAttribute("class", kind);
@@ -24,11 +24,11 @@ const sliders = columns.sliders.map((slider, number) => {
     rect.setAttribute("width", (200 * Math.min(slider.bar, slider.stops.length - 1 - slider.bar * bar)) / (slider.stops.length - 1) - .5);
     return svg.appendChild(rect);
   });
-  return { ...slider, input, value: $(`#value-${number}`), off: Number(input.dataset.off), passed: bytes(slider.passed), bars, edge, all: draw("all"), stays: draw("stays") };
+  return { ...slider, input, value: $(`#value-${number}`), off: Number(input.dataset.off), passed: bytes(slider.passed), bars, all: draw("all"), stays: draw("stays") };
 });
 const checked = (id) => Boolean($(id)?.checked);
 const chosen = (id) => Number($(id)?.value ?? -1);
-const inside = (slider, passed, at) => at === slider.off || (passed !== MISSING && (slider.operator === ">=" ? passed > at : passed <= at));
+const inside = (slider, passed, at) => passed !== MISSING && (slider.operator === ">=" ? passed > at : passed <= at);
 
 function height(rects, counts, most) {
   counts.forEach((count, bar) => {
@@ -39,25 +39,25 @@ function height(rects, counts, most) {
 }
 
 function recount() {
-  const at = sliders.map((slider) => Number(slider.input.value));
+  const at = sliders.map((slider) => Number(slider.input.value)), active = at.flatMap((stop, k) => (stop === sliders[k].off ? [] : [k]));
   const rejected = checked("#rejected"), needed = (rejected ? 0 : KEPT) | (checked("#agrees") ? AGREES : 0) | (checked("#final") ? FINAL : 0);
   const base = rejected ? 0 : KEPT, ofClass = chosen("#of-class"), ofTimestep = chosen("#of-timestep");
   const perClass = new Map(), all = sliders.map((s) => new Array(s.bars).fill(0)), left = sliders.map((s) => new Array(s.bars).fill(0));
   let stays = 0, among = 0;
-  const passes = (flag, passed) => (flag & needed) === needed && sliders.every((slider, k) => inside(slider, passed(k), at[k]));
+  const passes = (flag, passed) => (flag & needed) === needed && active.every((k) => inside(sliders[k], passed(k), at[k]));
   for (let row = 0; row < columns.rows; row++) {
     if ((flags[row] & base) !== base) continue;
     among++;
     const stay = passes(flags[row], (k) => sliders[k].passed[row]);
     if (stay) { stays++; perClass.set(label[row], (perClass.get(label[row]) ?? 0) + 1); }
     if ((ofClass >= 0 && label[row] !== ofClass) || (ofTimestep >= 0 && timestep[row] !== ofTimestep)) continue;
-    sliders.forEach((slider, k) => {
-      const passed = slider.passed[row];
-      if (passed === MISSING) return;
-      const bar = Math.min(slider.bars - 1, Math.floor(Math.max(0, passed - 1) / slider.bar));
+    for (let k = 0; k < sliders.length; k++) {
+      const passed = sliders[k].passed[row];
+      if (passed === MISSING) continue;
+      const bar = Math.min(sliders[k].bars - 1, Math.floor(Math.max(0, passed - 1) / sliders[k].bar));
       all[k][bar]++;
       if (stay) left[k][bar]++;
-    });
+    }
   }
   const clauses = [];
   sliders.forEach((slider, k) => {
@@ -111,7 +111,8 @@ let pinned = null;
 function show(shot) {
   const entry = data.pictures[shot.dataset.entry];
   const own = shot.querySelector("img"), large = card.querySelector("img");
-  large.src = own.src; large.className = own.className; large.alt = "";
+  large.src = own.src;
+  large.className = own.className;
   $("#card-key").textContent = entry.key;
   $("#card-facts").replaceChildren(...entry.facts.map(([name, value]) => {
     const row = document.createElement("div"), term = document.createElement("dt"), text = document.createElement("dd");

@@ -216,7 +216,11 @@ def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
         facts += [
             ("test accuracy", str(share(test.accuracy)), f"{test.images:,} labeled images"),
             ("teacher's test accuracy", share(test.teacher_accuracy) or "–", "the same images"),
-            ("agreement on test images", share(test.model_teacher_agreement) or "–", "student and teacher, right or not"),
+            (
+                "agreement on test images",
+                share(test.model_teacher_agreement) or "–",
+                "student and teacher, right or not",
+            ),
             ("calibration error", str(share(test.ece)), "expected; 0 % would be perfect"),
         ]
     return facts

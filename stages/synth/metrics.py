@@ -71,7 +71,7 @@ def measure(
     chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
     total, done = sum(map(len, chosen.values())), 0
     moments, classes, right = Moments(), {}, 0
-    keys, duplicates = selection.column("key"), list[tuple[str, str]]()
+    keys, duplicates = selection.column("key"), list[list[str]]()
     names = unique_names(selection.info.class_names)
     for label, rows in chosen.items():
         parts = []
@@ -85,7 +85,7 @@ def measure(
             on_images(done, total)
         facts, pairs = diversity(torch.cat(parts) if parts else None, same)
         classes[names[label]] = facts | {"images": len(rows)}
-        duplicates += [(keys[rows[a]], keys[rows[b]]) for a, b in pairs]
+        duplicates += [[keys[rows[a]], keys[rows[b]]] for a, b in pairs]
     alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
     return {
         "images": total,

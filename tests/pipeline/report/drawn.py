@@ -32,7 +32,9 @@ def write_hostile(folder: Path, rows: int = 120) -> str:
     with ShardWriter(storage, 0, info.fingerprint) as writer:
         for i in range(rows):
             kept = bool(random.random() > 0.2)
-            some = {name: None if random.random() < 0.1 else float(random.random()) for name in ("confidence", "cosine")}
+            some = {
+                name: None if random.random() < 0.1 else float(random.random()) for name in ("confidence", "cosine")
+            }
             # what a threshold of 0.7 or 0.005 must treat as --where does, in float32
             some["confidence"] = (0.7, 0.005, 1.0, 0.0)[i] if i < 4 else some["confidence"]
             values = {

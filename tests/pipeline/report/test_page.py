@@ -39,7 +39,9 @@ def set_input(browser, selector, value):
     name = "checked" if isinstance(value, bool) else "value"
     text = str(value).lower() if isinstance(value, bool) else f"'{value}'"
     kind = "change" if isinstance(value, bool) else "input"
-    browser.run(f"(e => {{ e.{name} = {text}; e.dispatchEvent(new Event('{kind}')) }})(document.querySelector('{selector}'))")
+    browser.run(
+        f"(e => {{ e.{name} = {text}; e.dispatchEvent(new Event('{kind}')) }})(document.querySelector('{selector}'))"
+    )
 
 
 def test_text_of_a_dataset_stays_text(browser):
@@ -54,7 +56,9 @@ def test_text_of_a_dataset_stays_text(browser):
 
 
 def test_a_script_that_got_in_would_not_run(browser):
-    browser.run("(s => { s.textContent = 'window.attacked = 2'; document.body.append(s) })(document.createElement('script'))")
+    browser.run(
+        "(s => { s.textContent = 'window.attacked = 2'; document.body.append(s) })(document.createElement('script'))"
+    )
     browser.run("document.body.insertAdjacentHTML('beforeend', '<p onclick=\"window.attacked = 3\" id=bait>')")
     browser.run("document.querySelector('#bait').click()")
     assert browser.run("window.attacked") is None
@@ -82,7 +86,10 @@ SELECTIONS = [
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
 def test_counts_are_those_of_where(browser, page, folder, selection):
     browser.open(page)
-    names = [label.split()[0] for label in browser.run("[...document.querySelectorAll('.slider label')].map(l => l.textContent)")]
+    names = [
+        label.split()[0]
+        for label in browser.run("[...document.querySelectorAll('.slider label')].map(l => l.textContent)")
+    ]
     for name, value in selection.items():
         if name.startswith("#"):
             set_input(browser, name, value)
