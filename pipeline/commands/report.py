@@ -23,15 +23,14 @@ class ReportFile:
     seconds: float
 
     def lines(self) -> Iterator[str]:
-        yield f"{plain(self.report)}: {self.rows:,} rows, {self.pictures:,} pictures, {size(self.bytes)}, {duration(self.seconds)}"
+        about = f"{self.rows:,} rows, {self.pictures:,} pictures, {size(self.bytes)}"
+        yield f"{plain(self.report)}: {about}, {duration(self.seconds)}"
 
 
 def report(
     run: Annotated[
         str,
-        typer.Argument(
-            metavar="RUN|MANIFEST", help="Run folder of stage 1, or m.parquet (path or URL).", show_default=False
-        ),
+        typer.Argument(metavar="RUN|MANIFEST", help="Run folder of stage 1, or m.parquet.", show_default=False),
     ],
     out: Annotated[
         Path | None,
@@ -39,9 +38,7 @@ def report(
     ] = None,
     students: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FOLDER", help="Run folder of stage 2; repeatable (default: RUN/distill).", show_default=False
-        ),
+        typer.Option(metavar="FOLDER", help="Run of stage 2; repeatable (default: RUN/distill).", show_default=False),
     ] = None,
     test_data: Annotated[
         str | None, typer.Option(help="Labeled images: show those that students get wrong.", show_default=False)

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,7 @@ def slider(name: str, values: npt.NDArray[np.float32]) -> Slider | None:
     operator = SCORES[name]
     low, high = (0.0, 1.0) if name == "confidence" else (float(present.min()), float(present.max()))
     stops = nice_stops(min(low, 0.0) if operator == "<=" else low, high)
-    side = "right" if operator == ">=" else "left"
+    side: Literal["left", "right"] = "right" if operator == ">=" else "left"
     passed = np.searchsorted(np.array(stops, np.float32), values, side).astype(np.uint8)
     passed[np.isnan(values)] = MISSING
     return Slider(name, operator, stops, passed)
@@ -143,7 +143,7 @@ def nice_stops(low: float, high: float) -> list[float]:
     power = math.floor(math.log10(width / STOPS))
     scale = next(s for s in (1, 2, 5, 10) if width / (s * 10.0**power) <= STOPS * (1 + 1e-9))
     step, digits = scale * 10.0**power, max(0, -power)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step), math.ceil(high / step)
     if np.float32(round(last * step, digits)) < np.float32(high):  # the largest row passes the last threshold
         last += 1
     last = max(last, first + 1)

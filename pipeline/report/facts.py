@@ -208,8 +208,8 @@ def _diversity(metrics: Mapping[str, Any] | None, why: str) -> Verdict:
     vendi, each = (np.mean([facts[name] for facts in metrics["classes"].values()]) for name in ("vendi", "images"))
     good = alike <= DUPLICATES * n
     meaning = (
-        f"{share(alike / n)} hardly differ from another image of their class. To the teacher the {each:.0f} images of a "
-        f"class count as {vendi:.1f} that have nothing in common (Vendi score, mean). Images that are alike teach little."
+        f"{share(alike / n)} hardly differ from another image of their class. To the teacher the {each:.0f} images of "
+        f"a class count as {vendi:.1f} with nothing in common (mean Vendi score). Images that are alike teach little."
     )
     return _verdict(title, f"{alike:,} alike", f"{n:,} images measured", good, meaning)
 

@@ -34,10 +34,10 @@ PICTURES, PICTURES_REMOTE, BYTES = 1500, 300, 6 << 20
 PER_CLASS = 40
 STRIPS, FLAGGED, UNSURE = 8, 16, 0.5
 """Strips and flagged images of a kind that are shown; confidence below which the teacher counts as unsure."""
-DETAILS = (
-    "key label prompt prior_label method group trajectory step timestep cosine confidence entropy margin teacher_label "
-    "loss_bn kept reject_reason"
-).split()
+DETAILS = [
+    *("key", "label", "prompt", "prior_label", "group", "trajectory", "step", "timestep", "cosine", "confidence"),
+    *("entropy", "margin", "teacher_label", "loss_bn", "kept", "reject_reason"),
+]
 Pixels = npt.NDArray[np.uint8]
 
 

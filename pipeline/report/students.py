@@ -63,7 +63,8 @@ class Confusion:
 class Training:
     """One run of stage 2: its folder, results, and what else its page shows by student; ``where`` is its selection.
 
-    ``datasets``: how many it was trained on; ``other_data``: this one is none of them; ``note``: why there are no ``mistakes``.
+    ``datasets``: how many it was trained on; ``other_data``: this one is none of them; ``note``: why there are no
+    ``mistakes``.
     """
 
     url: str
@@ -219,7 +220,7 @@ def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
             (
                 "agreement on test images",
                 share(test.model_teacher_agreement) or "–",
-                "student and teacher, right or not",
+                "with the teacher, right or not",
             ),
             ("calibration error", str(share(test.ece)), "expected; 0 % would be perfect"),
         ]

@@ -32,11 +32,9 @@ def write_hostile(folder: Path, rows: int = 120) -> str:
     with ShardWriter(storage, 0, info.fingerprint) as writer:
         for i in range(rows):
             kept = bool(random.random() > 0.2)
-            some = {
-                name: None if random.random() < 0.1 else float(random.random()) for name in ("confidence", "cosine")
-            }
-            # what a threshold of 0.7 or 0.005 must treat as --where does, in float32
-            some["confidence"] = (0.7, 0.005, 1.0, 0.0)[i] if i < 4 else some["confidence"]
+            confidence, cosine = (None if random.random() < 0.1 else float(random.random()) for _ in range(2))
+            if i < 4:  # what lies on a threshold, once rounded to float32
+                confidence = (0.7, 0.005, 1.0, 0.0)[i]
             values = {
                 "label": i % 6,
                 "class_name": ATTACKS[i % 6],
@@ -48,7 +46,8 @@ def write_hostile(folder: Path, rows: int = 120) -> str:
                 "timestep": (700, 300, 0)[i % 3],
                 "kept": kept,
                 "reject_reason": None if kept else ATTACKS[1],
-                **some,
+                "confidence": confidence,
+                "cosine": cosine,
             }
             writer.add(row(0, i) | values, image(0, i))
         writer.commit()

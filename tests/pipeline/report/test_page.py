@@ -39,9 +39,8 @@ def set_input(browser, selector, value):
     name = "checked" if isinstance(value, bool) else "value"
     text = str(value).lower() if isinstance(value, bool) else f"'{value}'"
     kind = "change" if isinstance(value, bool) else "input"
-    browser.run(
-        f"(e => {{ e.{name} = {text}; e.dispatchEvent(new Event('{kind}')) }})(document.querySelector('{selector}'))"
-    )
+    change = f"e.{name} = {text}; e.dispatchEvent(new Event('{kind}'))"
+    browser.run(f"(e => {{ {change} }})(document.querySelector('{selector}'))")
 
 
 def test_text_of_a_dataset_stays_text(browser):
@@ -56,9 +55,8 @@ def test_text_of_a_dataset_stays_text(browser):
 
 
 def test_a_script_that_got_in_would_not_run(browser):
-    browser.run(
-        "(s => { s.textContent = 'window.attacked = 2'; document.body.append(s) })(document.createElement('script'))"
-    )
+    run = "s.textContent = 'window.attacked = 2'; document.body.append(s)"
+    browser.run(f"(s => {{ {run} }})(document.createElement('script'))")
     browser.run("document.body.insertAdjacentHTML('beforeend', '<p onclick=\"window.attacked = 3\" id=bait>')")
     browser.run("document.querySelector('#bait').click()")
     assert browser.run("window.attacked") is None
@@ -86,10 +84,7 @@ SELECTIONS = [
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
 def test_counts_are_those_of_where(browser, page, folder, selection):
     browser.open(page)
-    names = [
-        label.split()[0]
-        for label in browser.run("[...document.querySelectorAll('.slider label')].map(l => l.textContent)")
-    ]
+    names = browser.run("data.columns.sliders.map(slider => slider.name)")
     for name, value in selection.items():
         if name.startswith("#"):
             set_input(browser, name, value)
@@ -140,11 +135,14 @@ def test_light_and_dark(browser, page):
 def contrast(browser) -> float:
     """The lowest contrast of text with the nearest background behind it (WCAG 2.2), of elements that hold text."""
     colors = browser.run(
-        """[...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-        && e.checkVisibility() && !e.closest('script, :disabled, option, .skip, .hidden, .top')).map(e => {
+        """[...document.querySelectorAll('body *')]
+        .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.checkVisibility())
+        .filter(e => !e.closest('script, :disabled, option, .skip, .hidden, .top'))
+        .map(e => {
+          const clear = e => /, 0\\)|transparent/.test(getComputedStyle(e).backgroundColor);
           let behind = e;
-          while (behind && /, 0\\)|transparent/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
-          return [getComputedStyle(e).color, getComputedStyle(behind ?? document.body).backgroundColor];
+          while (behind !== document.body && clear(behind)) behind = behind.parentElement;
+          return [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor];
         })"""
     )
     assert len(colors) > 50

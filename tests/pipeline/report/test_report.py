@@ -75,13 +75,21 @@ def test_stops_enclose_their_range(low, width):
     assert np.float32(stops[0]) <= np.float32(low) and np.float32(stops[-1]) >= np.float32(high)
 
 
-def some_columns(label, confidence, kept, **others) -> Columns:
+def some_columns(label, confidence, kept) -> Columns:
     n = len(label)
     missing = np.full(n, -1)
-    values = dict(teacher_label=np.array(label), timestep=np.zeros(n, int), step=missing, trajectory=missing)
-    values |= dict(group=missing, final=np.ones(n, bool), loss_bn=np.full(n, np.nan), reject_reasons={}, same_bytes=[])
-    scores = {"confidence": np.array(confidence, np.float32)}
-    return Columns(label=np.array(label), kept=np.array(kept), scores=scores, **(values | others))
+    values = {
+        "label": np.array(label),
+        "kept": np.array(kept),
+        "scores": {"confidence": np.array(confidence, np.float32)},
+        "teacher_label": np.array(label),
+        "timestep": np.zeros(n, int),
+        "final": np.ones(n, bool),
+        "loss_bn": np.full(n, np.nan),
+        "reject_reasons": {},
+        "same_bytes": [],
+    }
+    return Columns(**(values | dict.fromkeys(("step", "trajectory", "group"), missing)))
 
 
 def test_a_gallery_is_sorted_by_confidence_and_shows_rejected_images():
