@@ -158,11 +158,10 @@ def _funnel(columns: Columns, trainings: Sequence[Training]) -> list[tuple[str, 
     made, kept = len(columns.kept), int(columns.kept.sum())
     steps = [("made", made, f"{int(columns.final.sum()):,} final images" if not columns.final.all() else "")]
     steps.append(("kept", kept, f"{share(kept / made)} pass the filters of stage 1"))
-    for training in trainings:
+    for training in (each for each in trainings if not each.other_data):
         held = f"{training.result.val_images:,} of them held out"
         selection = f"; --where {training.where}" if training.where else ""
-        other = "; of another dataset" if training.other_data else ""
-        other = f"; of {training.datasets} datasets" if training.datasets > 1 else other
+        other = f"; of {training.datasets} datasets" if training.datasets > 1 else ""
         steps.append((f"used by {_last(training.url)}", training.used, held + selection + other))
     return steps
 

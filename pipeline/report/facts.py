@@ -207,8 +207,11 @@ def _diversity(metrics: Mapping[str, Any] | None, why: str) -> Verdict:
     alike, n = metrics["near_duplicates"], metrics["images"]
     vendi, each = (np.mean([facts[name] for facts in metrics["classes"].values()]) for name in ("vendi", "images"))
     good = alike <= DUPLICATES * n
+    same = (
+        f"{alike:,} ({share(alike / n)}) hardly differ from an earlier image" if alike else "None repeats another one"
+    )
     meaning = (
-        f"{share(alike / n)} hardly differ from another image of their class. To the teacher the {each:.0f} images of "
+        f"{same} of the class. To the teacher the {each:.0f} images of "
         f"a class count as {vendi:.1f} with nothing in common (mean Vendi score). Images that are alike teach little."
     )
     return _verdict(title, f"{alike:,} alike", f"{n:,} images measured", good, meaning)
@@ -270,9 +273,9 @@ def commands(manifest: Manifest, trainings: Sequence["Training"]) -> list[tuple[
         made.append(f"factory run synth -c {_quoted(storage.path(RESOLVED))} --out {run}")
         following += [f"factory verify {run}", f"factory inspect {name} --metrics"]
     for training in trainings:
-        where = f" --where {_quoted(training.where)}" if training.where else ""
-        students = "".join(f" --student {_quoted(each)}" for each in training.students)
-        made.append(f"factory run distill --manifest {name}{students}{where} --out {_quoted(training.url)}")
+        if not training.other_data and training.datasets == 1:  # of several, the others' places are not recorded
+            settings = _quoted(f"{training.url}/{RESOLVED}")
+            made.append(f"factory run distill --manifest {name} -c {settings} --out {_quoted(training.url)}")
         for student in [*training.students][:1]:
             folder = _quoted(f"{training.url}/{student}")
             following += [f"factory export {folder} --onnx student.onnx", f"factory eval {folder} DATA"]

@@ -45,9 +45,17 @@ class Mistake:
     """A test image that the teacher gets right and the student wrong."""
 
     image: Encoded
-    key: str
-    true: str
+    actual: str
     predicted: str
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Some of ``count`` mistakes among ``examined`` images."""
+
+    shown: list[Mistake]
+    count: int
+    examined: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Training:
     datasets: int
     other_data: bool
     curves: dict[str, list[Curve]]
-    mistakes: dict[str, list[Mistake]]
+    mistakes: dict[str, Mistakes]
     note: str
 
     @property
@@ -104,7 +112,7 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
         settings = spec["settings"]
         prints = [str(entry["fingerprint"]) for entry in spec["manifests"]]
     curves = {name: [*_curves(_metrics(storage, name))] for name in result.students}
-    mistakes, note = dict[str, list[Mistake]](), ""
+    mistakes, note = dict[str, Mistakes](), ""
     scored = [student.test.data.path for student in result.students.values() if student.test]
     if test_data and teacher is not None:
         for name in result.students:
@@ -171,7 +179,7 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Co
     return Confusion(names, whole, [(int(t), int(p), int(counts[t, p]), float(shares[t, p])) for t, p in places])
 
 
-def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> list[Mistake]:
+def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> Mistakes:
     """Among the first :data:`LOOKED_AT` images of ``data``, up to :data:`MISTAKES` that ``teacher`` gets right and the
     student in ``folder`` wrong, evenly spread over them. Errors as :func:`stages.distill.evaluate.evaluate`."""
     import torch
@@ -192,11 +200,12 @@ def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> l
     wrong = ((judge.argmax(1) == labels) & (predicted != labels)).nonzero().flatten().numpy()
     shown = {int(i) for i in wrong[np.linspace(0, len(wrong) - 1, min(MISTAKES, len(wrong))).round().astype(int)]}
     names = unique_names(manifest.info.class_names)
-    return [
-        Mistake(encoded(decode(image)), key, names[label], names[int(predicted[place])])
-        for place, (key, image, label) in enumerate(some())
+    found = [
+        Mistake(encoded(decode(image)), names[label], names[int(predicted[place])])
+        for place, (_, image, label) in enumerate(some())
         if place in shown
     ]
+    return Mistakes(found, len(wrong), len(labels))
 
 
 def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
