@@ -55,10 +55,14 @@ def make_report(
     absent = [f"Images of a tar: {problem}" for problem in manifest.problems]
     teacher, why = _teacher(manifest) if measure or test_data else (None, "Left out with --no-metrics.")
     measured = _measured(manifest, teacher, why) if measure else "Left out with --no-metrics."
-    if students is None:
-        beside = manifest.storage.path("distill")
-        students = [beside] if manifest.storage.exists("distill/results.json") else []
-    trainings = [read_training(folder, manifest, test_data, teacher) for folder in students]
+    trainings = []
+    if students is not None:
+        trainings = [read_training(folder, manifest, test_data, teacher) for folder in students]
+    elif manifest.storage.exists("distill/results.json"):
+        try:
+            trainings = [read_training(manifest.storage.path("distill"), manifest, test_data, teacher)]
+        except DataError as error:  # of files that nobody named
+            absent.append(f"Students: {error}")
 
     chosen = gallery_rows(columns, len(np.unique(columns.label)), pictures.affordable)
     pictures.load(row for rows in chosen.values() for row in rows)
@@ -76,9 +80,11 @@ def make_report(
         absent.append("Latent CutMix: no stored image went through it.")
     if not flagged:
         absent.append("Flagged images: none is a duplicate, contradicts its label or leaves the teacher unsure.")
-    if not trainings:
+    if not trainings and students is None and not manifest.storage.exists("distill/results.json"):
         absent.append("Students: no finished training lies beside the manifest; --students FOLDER names one elsewhere.")
     absent += [training.note for training in trainings if training.note]
+    if len(chosen) < (classes := len(np.unique(columns.label))):
+        absent.append(f"Images of {classes - len(chosen):,} of {classes:,} classes.")
     if pictures.bad:
         first = next(iter(pictures.bad.values()))
         absent.append(f"Images that cannot be read: {len(pictures.bad)}. The first: {first}")
@@ -104,7 +110,7 @@ def make_report(
         flags=flagged,
         trainings=trainings,
         absent=absent,
-        packed=packed(columns),
+        packed=packed(columns, len(manifest.info.class_names)),
         finals=int(columns.final.sum()),
     )
     return Page(html, manifest.num_rows, len(book.entries))
@@ -146,11 +152,18 @@ def _measured(manifest: Manifest, teacher: Any, why: str) -> dict[str, Any] | st
     from stages.synth.metrics import measure
 
     try:
-        selection = manifest.where("timestep == 0")
+        selection = _final_images(manifest)
         per_class = max(2, MEASURED // len(np.unique(selection.labels)))
         return measure(selection, teacher, per_class)
     except FactoryError as error:
         return f"Not measured: {error}."
+
+
+def _final_images(manifest: Manifest) -> Manifest:
+    try:
+        return manifest.where("timestep == 0")
+    except DataError:  # of a method without timesteps
+        return manifest.where()
 
 
 def _funnel(columns: Columns, trainings: Sequence[Training]) -> list[tuple[str, int, str]]:

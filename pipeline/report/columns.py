@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from manifests.dataset import unique_names
+from manifests.errors import DataError
 from manifests.order import spread
 from manifests.reader import Manifest
 
@@ -38,7 +40,8 @@ Integers = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Columns:
     """One value for each row of the file. Reals are float32 with NaN where there is none; ``teacher_label``, ``step``
-    and ``trajectory`` are −1 where there is none; ``timestep`` is 0 there, as for final images."""
+    ``trajectory`` and ``group`` are −1 where there is none; ``timestep`` is 0 there. ``final``: at timestep 0; every
+    row of a manifest without timesteps."""
 
     label: Integers
     kept: npt.NDArray[np.bool_]
@@ -60,6 +63,11 @@ class Columns:
         return self.teacher_label == self.label
 
 
+def class_names(manifest: Manifest) -> list[str]:
+    """Names to tell classes apart by, of bounded length."""
+    return [name if len(name) <= 80 else f"{name[:79]}…" for name in unique_names(manifest.info.class_names)]
+
+
 def read_columns(manifest: Manifest) -> Columns:
     """Of every row, rejected ones included. Raises DataError for a label outside the classes."""
     every = manifest.where(None, include_rejected=True)
@@ -74,6 +82,11 @@ def read_columns(manifest: Manifest) -> Columns:
         return np.asarray(column(name).to_numpy(), np.float32)
 
     timestep = column("timestep")
+    final = np.asarray(pc.fill_null(pc.equal(timestep, 0), timestep.null_count == len(timestep)).to_numpy(), bool)
+    try:
+        reasons = _reasons(column("reject_reason"))
+    except UnicodeDecodeError:
+        raise DataError(f"{manifest.url}: column 'reject_reason' holds text that is not UTF-8") from None
     return Columns(
         label=every.labels,
         kept=np.asarray(column("kept").to_numpy(), bool),
@@ -82,10 +95,10 @@ def read_columns(manifest: Manifest) -> Columns:
         step=integers("step", -1),
         trajectory=integers("trajectory", -1),
         group=integers("group", -1),
-        final=np.asarray(pc.fill_null(pc.equal(timestep, 0), False).to_numpy(), bool),
+        final=final,
         scores={name: reals(name) for name in SCORES},
         loss_bn=reals("loss_bn"),
-        reject_reasons=_reasons(column("reject_reason")),
+        reject_reasons=reasons,
         same_bytes=_same_bytes(column("xxh3")),
     )
 
@@ -155,12 +168,13 @@ def sliders(columns: Columns) -> list[Slider]:
     return [each for name, values in columns.scores.items() if (each := slider(name, values))]
 
 
-def packed(columns: Columns) -> dict[str, Any]:
+def packed(columns: Columns, classes: int) -> dict[str, Any]:
     """What the page's script counts with, JSON-able: little-endian arrays in base64."""
     rows = spread(np.arange(len(columns.label)), MAX_ROWS)
     flags = columns.kept * KEPT + columns.agrees * AGREES + columns.final * FINAL
     timesteps, place = np.unique(columns.timestep, return_inverse=True)
     return {
+        "classes": classes,
         "total": len(columns.label),
         "rows": len(rows),
         "flags": _base64(flags[rows].astype("<u1")),

@@ -12,7 +12,7 @@ from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import read_events
 from pipeline.plan import PLAN, RESOLVED
-from pipeline.report.columns import Columns
+from pipeline.report.columns import Columns, class_names
 from pipeline.terminal import duration, number, share, size
 from stages.settings import SynthSettings
 
@@ -33,6 +33,9 @@ AGREEMENT, BALANCE, GAP, DUPLICATES = 0.9, 0.5, 0.5, 0.05
 of the largest; from this BatchNorm gap (docs/guidance.md: guided images reach 0.2, wrong normalization begins at 0.6);
 above this share of near-duplicates."""
 
+MAX_CLASSES, MAX_SETTINGS = 1000, 100
+"""Classes in the table of classes, settings in the list of settings."""
+
 
 def made_by(manifest: Manifest) -> list[tuple[str, str]]:
     """Teacher, prior, method and identity, as name and value."""
@@ -42,8 +45,8 @@ def made_by(manifest: Manifest) -> list[tuple[str, str]]:
     prior, teacher = info.prior, info.teacher
     tars = sum(tar.bytes for tar in info.tars)
     facts = [
-        ("recipe", " – ".join(str(info.recipe[key]) for key in ("name", "description") if info.recipe.get(key))),
-        ("method", METHODS.get(method, method)),
+        ("recipe", " – ".join(_short(info.recipe[key]) for key in ("name", "description") if info.recipe.get(key))),
+        ("method", METHODS.get(method, _short(method))),
         ("teacher", _identity(teacher, "architecture")),
         ("prior", _identity(prior, "name", "pipeline")),
         ("images", f"{info.image_size} × {info.image_size} pixels, {size(tars)} in {len(info.tars)} shards"),
@@ -55,7 +58,7 @@ def made_by(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _identity(facts: Mapping[str, Any], *names: str) -> str:
-    words = [str(facts[name]) for name in names if facts.get(name)]
+    words = [_short(facts[name]) for name in names if facts.get(name)]
     return ", ".join([*words, f"sha256 {str(facts['sha256'])[:12]}"] if facts.get("sha256") else words)
 
 
@@ -64,8 +67,10 @@ def changed_settings(manifest: Manifest) -> list[tuple[str, str, str]]:
     stored = manifest.info.recipe.get("synth")
     settings = dict(_flat(stored)) if isinstance(stored, dict) else {}
     defaults = dict(_flat(SynthSettings().model_dump(mode="json")))
-    keys = (key for key in settings if settings[key] != defaults.get(key, {}))
-    return [(key, _short(settings[key]), _short(defaults[key]) if key in defaults else "") for key in keys]
+    keys = [key for key in settings if settings[key] != defaults.get(key, {})]
+    lines = [(_short(key), _short(settings[key]), _short(defaults[key]) if key in defaults else "") for key in keys]
+    more = [(f"{len(lines) - MAX_SETTINGS:,} more", "", "")] if len(lines) > MAX_SETTINGS else []
+    return lines[:MAX_SETTINGS] + more
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,7 +103,7 @@ def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     seconds = sum(event.get("seconds") or 0 for event in shards.values())
     data = sum(event.get("bytes") or 0 for event in shards.values())
     evaluations = sum(n for event in shards.values() if isinstance(n := event.get("evaluations"), int | float))
-    workers = {event.get("worker") for event in shards.values()}
+    workers = {str(event.get("worker")) for event in shards.values()}
     times = [event["time"] for event in events]
     facts = [
         ("time per 1,000 images", f"{duration(1000 * seconds / rows)} of one worker"),
@@ -169,7 +174,7 @@ def _agreement(manifest: Manifest, columns: Columns) -> Verdict:
 
 def _balance(manifest: Manifest, columns: Columns) -> Verdict:
     counts = np.bincount(columns.label[columns.kept & columns.final], minlength=len(manifest.info.class_names))
-    names = unique_names(manifest.info.class_names)
+    names = class_names(manifest)
     low, high = int(counts.argmin()), int(counts.argmax())
     good = bool(counts[low] >= BALANCE * counts[high] and counts[low] > 0)
     least = f"{names[low]} has {counts[low]:,}, {names[high]} {counts[high]:,}."
@@ -234,8 +239,9 @@ class ClassRow:
 
 
 def class_rows(manifest: Manifest, columns: Columns, measured: Mapping[str, Any] | str) -> list[ClassRow]:
-    """Every class, in the order of labels. Counts are of all images, predictions included, as the sliders count."""
-    names = unique_names(manifest.info.class_names)
+    """Classes in the order of labels; of more than :data:`MAX_CLASSES` those with the fewest kept images. Counts are of
+    all images, predictions included, as the sliders count."""
+    names = class_names(manifest)
     classes = {} if isinstance(measured, str) else measured["classes"]
 
     def count(rows: Any, weights: Any = None) -> Any:
@@ -246,12 +252,13 @@ def class_rows(manifest: Manifest, columns: Columns, measured: Mapping[str, Any]
     made, kept, seen, agrees = count(slice(None)), count(columns.kept), count(judged), count(judged & columns.agrees)
     known, confidence = count(sure), count(sure, columns.scores["confidence"])
     rows = []
-    for label, name in enumerate(names):
-        facts = classes.get(name, {})
+    unique = unique_names(manifest.info.class_names)
+    for label in np.sort(np.argsort(kept, kind="stable")[:MAX_CLASSES]).tolist():
+        facts = classes.get(unique[label], {})
         rows.append(
             ClassRow(
                 label,
-                name,
+                names[label],
                 int(made[label]),
                 int(kept[label]),
                 float(agrees[label] / seen[label]) if seen[label] else None,

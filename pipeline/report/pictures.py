@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from manifests.dataset import unique_names
 from manifests.errors import DataError
 from manifests.images import decode
 from manifests.order import spread
 from manifests.reader import Manifest
-from pipeline.report.columns import Columns, Integers
+from pipeline.report.columns import Columns, Integers, class_names
 
 SIDE = 72
 """Pixels of a picture's side on the page, about: small images are enlarged to at most this."""
@@ -87,7 +86,7 @@ class Pictures:
 
     def __init__(self, manifest: Manifest) -> None:
         self.every = manifest.where(None, include_rejected=True)
-        self.names = unique_names(manifest.info.class_names)
+        self.names = class_names(manifest)
         self.bad: dict[int, str] = {}
         self._pictures: dict[int, Picture] = {}
         self.side = manifest.info.image_size
@@ -219,8 +218,10 @@ def cuts(pictures: Pictures, columns: Columns, kind: str) -> list[Cut]:
 def _cut(pictures: Pictures, columns: Columns, row: int, by_trajectory: dict[int, list[int]]) -> Cut | None:
     mixes = pictures.every.row(row)["lca"]
     last = mixes[-1]
-    share = 1 - (last["lam"] if last["lam"] is not None else 1)
-    if share <= 0:
+    if last is None or any(value is None for value in last.values()):
+        return None
+    share = 1 - last["lam"]
+    if share <= 0 or last["h"] <= 0 or last["w"] <= 0:
         return None
     side = max(1, round(math.sqrt(last["h"] * last["w"] / share)))
     box = tuple(min(1.0, max(0.0, last[name] / side)) for name in ("x", "y", "w", "h"))

@@ -78,11 +78,9 @@ function recount() {
   $("#copy-where").disabled = !parts.length;
   $("#stays").textContent = stays.toLocaleString("en");
   $("#among").textContent = among.toLocaleString("en");
-  let fewest = Infinity;
+  const fewest = perClass.size < columns.classes ? 0 : [...perClass.values()].reduce((a, b) => Math.min(a, b));
   $$("[data-stays]").forEach((cell) => {
-    const count = perClass.get(Number(cell.dataset.stays)) ?? 0;
-    fewest = Math.min(fewest, count);
-    cell.textContent = count.toLocaleString("en");
+    cell.textContent = (perClass.get(Number(cell.dataset.stays)) ?? 0).toLocaleString("en");
   });
   $$("[data-bar]").forEach((bar) => bar.setAttribute("width", (perClass.get(Number(bar.dataset.bar)) ?? 0) * bar.dataset.scale));
   $("#fewest").textContent = `, ${fewest.toLocaleString("en")} or more of each class`;

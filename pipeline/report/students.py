@@ -1,6 +1,5 @@
 """What stage 2 left of a dataset's students, as the page shows it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -8,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manifests.checked_json import load_checked
-from manifests.dataset import unique_names
+from manifests.checked_json import load_checked, load_json
 from manifests.errors import DataError, FactoryError
 from manifests.images import decode
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from pipeline.report.columns import class_names
 from pipeline.report.pictures import Encoded, encoded
 from pipeline.terminal import share
 
@@ -62,7 +61,7 @@ class Mistakes:
 class Confusion:
     """``cells``: (true, predicted, images, share of the true class's) of the matrix, or of its commonest mistakes."""
 
-    names: tuple[str, ...]
+    names: list[str]
     whole: bool
     cells: list[tuple[int, int, int, float]]
 
@@ -111,9 +110,11 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
         spec = load_checked(storage.read(RUN))
         settings = spec["settings"]
         prints = [str(entry["fingerprint"]) for entry in spec["manifests"]]
+        tests = [student.test for student in result.students.values() if student.test]
+        if any({len(test.confusion), *map(len, test.confusion)} != {len(test.per_class)} for test in tests):
+            raise ValueError("a confusion matrix does not fit its classes")
     curves = {name: [*_curves(_metrics(storage, name))] for name in result.students}
     mistakes, note = dict[str, Mistakes](), ""
-    scored = [student.test.data.path for student in result.students.values() if student.test]
     if test_data and teacher is not None:
         for name in result.students:
             try:
@@ -122,8 +123,8 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
                 note = f"No images that students get wrong: {error}"
     elif test_data:
         note = "No images that students get wrong: the teacher cannot be asked."
-    elif scored:
-        note = f"Images that students get wrong are shown with --test-data {scored[0]}"
+    elif tests:
+        note = f"Images that students get wrong are shown with --test-data {tests[0].data.path}"
     return Training(
         url=storage.url,
         result=result,
@@ -144,11 +145,10 @@ def _metrics(storage: Storage, name: str) -> list[dict[str, float]]:
     found = []
     for line in lines:
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = load_json(line)
+            found.append({key: float(values[key]) for key, _ in CURVES if key in values})
+        except (ValueError, TypeError, OverflowError):  # half a line, or somebody else's
             continue
-        if isinstance(values, dict):
-            found.append({key: value for key, value in values.items() if isinstance(value, int | float)})
     return found
 
 
@@ -164,11 +164,10 @@ def _curves(lines: Sequence[dict[str, float]]) -> Iterator[Curve]:
         yield Curve(title, points, low, high, float(values[-1]), len(values))
 
 
-def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Confusion:
+def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Confusion:
     """The whole matrix of few classes, the commonest mistakes among many."""
     counts = np.asarray(matrix, np.int64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = unique_names(class_names)
     whole = len(counts) <= MATRIX
     if whole:
         places = [*np.ndindex(*counts.shape)]
@@ -176,7 +175,7 @@ def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Co
         wrong = counts - np.diag(np.diag(counts))
         flat = np.argsort(-wrong, axis=None, kind="stable")[:WORST]
         places = [place for place in zip(*np.unravel_index(flat, counts.shape), strict=True) if wrong[place]]
-    return Confusion(names, whole, [(int(t), int(p), int(counts[t, p]), float(shares[t, p])) for t, p in places])
+    return Confusion([*names], whole, [(int(t), int(p), int(counts[t, p]), float(shares[t, p])) for t, p in places])
 
 
 def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> Mistakes:
@@ -199,7 +198,7 @@ def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> M
     predicted = student.argmax(1)
     wrong = ((judge.argmax(1) == labels) & (predicted != labels)).nonzero().flatten().numpy()
     shown = {int(i) for i in wrong[np.linspace(0, len(wrong) - 1, min(MISTAKES, len(wrong))).round().astype(int)]}
-    names = unique_names(manifest.info.class_names)
+    names = class_names(manifest)
     found = [
         Mistake(encoded(decode(image)), names[label], names[int(predicted[place])])
         for place, (_, image, label) in enumerate(some())
