@@ -113,9 +113,13 @@ def _reasons(values: pa.ChunkedArray) -> dict[str, int]:
 
 def _same_bytes(digests: pa.ChunkedArray) -> list[Integers]:
     codes = np.asarray(digests.combine_chunks().dictionary_encode().indices.to_numpy(), np.int64)
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    return [rows for rows in groups if len(rows) > 1]
+    return runs(codes, np.flatnonzero(np.bincount(codes)[codes] > 1))
+
+
+def runs(values: Integers, rows: Integers) -> list[Integers]:
+    """``rows`` by their value, ascending; in the order that they come in within a value."""
+    order = rows[np.argsort(values[rows], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from manifests.errors import DataError
 from manifests.images import decode
 from manifests.order import spread
 from manifests.reader import Manifest
-from pipeline.report.columns import Columns, Integers, class_names
+from pipeline.report.columns import Columns, Integers, class_names, runs
 
 SIDE = 72
 """Pixels of a picture's side on the page, about: small images are enlarged to at most this."""
@@ -152,11 +152,8 @@ def gallery_rows(columns: Columns, classes: int, affordable: int) -> dict[int, I
     most = min(PER_CLASS, max(1, affordable // max(classes, 1)))
     rows = np.flatnonzero(columns.final if columns.final.any() else np.ones(len(columns.label), bool))
     confidence = np.nan_to_num(columns.scores["confidence"], nan=-1.0)
-    order = rows[np.lexsort((-confidence[rows], columns.label[rows]))]
     chosen = {}
-    for label_rows in np.split(order, np.flatnonzero(np.diff(columns.label[order])) + 1)[: max(affordable, 1)]:
-        if not len(label_rows):
-            continue
+    for label_rows in runs(columns.label, rows[np.argsort(-confidence[rows], kind="stable")])[: max(affordable, 1)]:
         kept = columns.kept[label_rows]
         rejected_count = min(int((~kept).sum()), max(most // 4, most - int(kept.sum())))
         picked = np.concatenate(
@@ -170,9 +167,10 @@ def trajectories(columns: Columns) -> list[Integers]:
     """Rows of up to :data:`STRIPS` trajectories of which several steps are stored, of different classes where that
     goes; each from noise to final image."""
     known = np.flatnonzero(columns.trajectory >= 0)
-    order = known[np.lexsort((columns.step[known], columns.trajectory[known]))]
-    strips = np.split(order, np.flatnonzero(np.diff(columns.trajectory[order])) + 1)
-    several = [rows for rows in strips if len(rows) > 1 and (np.diff(columns.step[rows]) > 0).all()]
+    _, place, counts = np.unique(columns.trajectory[known], return_inverse=True, return_counts=True)
+    known = known[counts[place] > 1]
+    strips = runs(columns.trajectory, known[np.argsort(columns.step[known], kind="stable")])
+    several = [rows for rows in strips if (np.diff(columns.step[rows]) > 0).all()]
     first_of_class = {int(columns.label[rows[0]]): rows for rows in reversed(several)}
     ordered = [first_of_class[label] for label in sorted(first_of_class)]
     chosen = {int(rows[0]) for rows in ordered}
@@ -199,23 +197,14 @@ def cuts(pictures: Pictures, columns: Columns, kind: str) -> list[Cut]:
     """
     if kind != "cutmix":
         return []
-    mixed = [row for row in np.flatnonzero(columns.final).tolist() if columns.step[row] >= 0]
-    lists = pictures.every.file.read_columns(["lca"], pictures.every.rows[np.array(mixed, np.int64)])["lca"]
+    mixed = np.flatnonzero(columns.final & (columns.step >= 0))
+    lists = pictures.every.file.read_columns(["lca"], pictures.every.rows[mixed])["lca"]
     lengths = np.asarray(lists.combine_chunks().value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-    if not lengths.any():
-        return []
-    by_trajectory: dict[int, list[int]] = {}
-    for row in np.argsort(columns.step, kind="stable").tolist():
-        by_trajectory.setdefault(int(columns.trajectory[row]), []).append(row)
-    found = []
-    for row in spread(np.array(mixed, np.int64)[lengths > 0], STRIPS).tolist():
-        cut = _cut(pictures, columns, row, by_trajectory)
-        if cut:
-            found.append(cut)
-    return found
+    found = (_cut(pictures, columns, row) for row in spread(mixed[lengths > 0], STRIPS).tolist())
+    return [cut for cut in found if cut]
 
 
-def _cut(pictures: Pictures, columns: Columns, row: int, by_trajectory: dict[int, list[int]]) -> Cut | None:
+def _cut(pictures: Pictures, columns: Columns, row: int) -> Cut | None:
     mixes = pictures.every.row(row)["lca"]
     last = mixes[-1]
     if last is None or any(value is None for value in last.values()):
@@ -224,24 +213,28 @@ def _cut(pictures: Pictures, columns: Columns, row: int, by_trajectory: dict[int
     if share <= 0 or last["h"] <= 0 or last["w"] <= 0:
         return None
     side = max(1, round(math.sqrt(last["h"] * last["w"] / share)))
-    box = tuple(min(1.0, max(0.0, last[name] / side)) for name in ("x", "y", "w", "h"))
-    before, partner = (
-        [r for r in by_trajectory.get(trajectory, []) if 0 <= columns.step[r] <= last["step"]][-1:]
-        for trajectory in (int(columns.trajectory[row]), int(last["partner"]))
-    )
+    x, y, w, h = (min(1.0, max(0.0, last[name] / side)) for name in ("x", "y", "w", "h"))
+    own, partner = (_steps_of(columns, number) for number in (int(columns.trajectory[row]), last["partner"]))
+    before, other = (rows[columns.step[rows] <= last["step"]][-1:] for rows in (own, partner))
+    after = own[columns.step[own] > last["step"]]
     composed = None
-    if before and partner and columns.step[before[0]] == columns.step[partner[0]]:
-        composed = _composed(pictures, before[0], partner[0], box)
-    after = [r for r in by_trajectory[int(columns.trajectory[row])] if columns.step[r] > last["step"]]
+    if len(before) and len(other) and columns.step[before[0]] == columns.step[other[0]]:
+        composed = _composed(pictures, int(before[0]), int(other[0]), (x, y, w, h))
     times = f", the last of {len(mixes)} cuts" if len(mixes) > 1 else ""
     return Cut(
         pictures[before],
-        pictures[partner],
+        pictures[other],
         composed,
-        pictures[[*after[:1], *after[-1:]] if len(after) > 1 else after],
-        (box[0], box[1], box[2], box[3]),
+        pictures[[*after[:1], *after[1:][-1:]]],
+        (x, y, w, h),
         f"{pictures.names[int(columns.label[row])]}, cut at timestep {last['timestep']}{times}",
     )
+
+
+def _steps_of(columns: Columns, trajectory: int) -> Integers:
+    """Rows of a trajectory, from noise to final image."""
+    rows = np.flatnonzero((columns.trajectory == trajectory) & (columns.step >= 0))
+    return rows[np.argsort(columns.step[rows], kind="stable")]
 
 
 def _composed(pictures: Pictures, row: int, partner: int, box: Sequence[float]) -> Encoded | None:
