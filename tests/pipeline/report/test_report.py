@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError
 from manifests.integrity import verify
 from manifests.reader import Manifest
@@ -198,6 +199,25 @@ def test_recorded_test_data_is_not_opened(tmp_path):
     text = make_report(dataset).html.decode()
     assert "Teacher right, student wrong" not in text
     assert f"are shown with --test-data {dataset}" in text
+
+
+def test_names_in_results_are_text_and_stay_in_their_folder(tmp_path):
+    dataset, folder = write_dataset(tmp_path / "run", 48), tmp_path / "run/distill"
+    run_distill(settings(), [(dataset, 1.0)], str(folder), test_data=dataset)
+    results = load_checked((folder / "results.json").read_bytes())
+    (student,) = results["students"].values()
+
+    def with_students(**changes):
+        (folder / "results.json").write_bytes(dump_checked(results | changes))
+        return make_report(dataset).html.decode()
+
+    name = "<script>window.attacked = 1<x>"
+    text = with_students(students={name: student}, parked={ATTACKS[0]: ATTACKS[1]})
+    assert text.count("<script") == 2 and ATTACKS[1] not in text
+    assert "&lt;script&gt;window.attacked = 1&lt;x&gt;" in text
+    assert "Students: " in with_students(students={"../../elsewhere": student})
+    uneven = student["test"] | {"confusion": [[1], [2, 3]]}
+    assert "does not fit its classes" in with_students(students={"digits-cnn-small": student | {"test": uneven}})
 
 
 def test_a_large_confusion_matrix_becomes_its_commonest_mistakes():
