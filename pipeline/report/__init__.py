@@ -64,7 +64,8 @@ def make_report(
         except DataError as error:  # of files that nobody named
             absent.append(f"Students: {error}")
 
-    chosen = gallery_rows(columns, len(np.unique(columns.label)), pictures.affordable)
+    classes = len(np.unique(columns.label))
+    chosen = gallery_rows(columns, classes, pictures.affordable)
     pictures.load(row for rows in chosen.values() for row in rows)
     gallery = [(pictures.names[label], pictures[rows], _finals(columns, label)) for label, rows in chosen.items()]
     strips = [pictures[rows] for rows in trajectories(columns)]
@@ -75,15 +76,16 @@ def make_report(
     duplicates, examined = ([], 0) if isinstance(measured, str) else (measured["duplicates"], measured["images"])
     flagged = flags(pictures, columns, duplicates, examined)
     if not strips:
-        absent.append("Trajectories: only final images are stored (images.intermediates: 0).")
+        absent.append("Trajectories: of none several steps are stored (images.intermediates).")
     if not mixed:
         absent.append("Latent CutMix: no stored image went through it.")
     if not flagged:
-        absent.append("Flagged images: none is a duplicate, contradicts its label or leaves the teacher unsure.")
+        unmeasured = "; near-duplicates were not looked for" if isinstance(measured, str) else ""
+        absent.append(f"Flagged images: there are none{unmeasured}.")
     if not trainings and students is None and not manifest.storage.exists("distill/results.json"):
         absent.append("Students: no finished training lies beside the manifest; --students FOLDER names one elsewhere.")
     absent += [training.note for training in trainings if training.note]
-    if len(chosen) < (classes := len(np.unique(columns.label))):
+    if len(chosen) < classes:
         absent.append(f"Images of {classes - len(chosen):,} of {classes:,} classes.")
     if pictures.bad:
         first = next(iter(pictures.bad.values()))
@@ -93,7 +95,7 @@ def make_report(
     book = Book(columns)
     html = _render(
         book=book,
-        name=str(manifest.info.recipe.get("name") or manifest.storage.url.rsplit("/", 1)[-1]),
+        name=str(manifest.info.recipe.get("name") or manifest.storage.url.rsplit("/", 1)[-1])[:80],
         manifest=manifest,
         columns=columns,
         made_by=facts.made_by(manifest),

@@ -200,8 +200,8 @@ def cuts(pictures: Pictures, columns: Columns, kind: str) -> list[Cut]:
     mixed = np.flatnonzero(columns.final & (columns.step >= 0))
     lists = pictures.every.file.read_columns(["lca"], pictures.every.rows[mixed])["lca"]
     lengths = np.asarray(lists.combine_chunks().value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-    found = (_cut(pictures, columns, row) for row in spread(mixed[lengths > 0], STRIPS).tolist())
-    return [cut for cut in found if cut]
+    shown = (_cut(pictures, columns, row) for row in spread(mixed[lengths > 0], STRIPS).tolist())
+    return [cut for cut in shown if cut]
 
 
 def _cut(pictures: Pictures, columns: Columns, row: int) -> Cut | None:
@@ -214,9 +214,9 @@ def _cut(pictures: Pictures, columns: Columns, row: int) -> Cut | None:
         return None
     side = max(1, round(math.sqrt(last["h"] * last["w"] / share)))
     x, y, w, h = (min(1.0, max(0.0, last[name] / side)) for name in ("x", "y", "w", "h"))
-    own, partner = (_steps_of(columns, number) for number in (int(columns.trajectory[row]), last["partner"]))
-    before, other = (rows[columns.step[rows] <= last["step"]][-1:] for rows in (own, partner))
-    after = own[columns.step[own] > last["step"]]
+    steps, partner = (_steps_of(columns, number) for number in (int(columns.trajectory[row]), last["partner"]))
+    before, other = (rows[columns.step[rows] <= last["step"]][-1:] for rows in (steps, partner))
+    after = steps[columns.step[steps] > last["step"]]
     composed = None
     if len(before) and len(other) and columns.step[before[0]] == columns.step[other[0]]:
         composed = _composed(pictures, int(before[0]), int(other[0]), (x, y, w, h))
@@ -238,11 +238,11 @@ def _steps_of(columns: Columns, trajectory: int) -> Integers:
 
 
 def _composed(pictures: Pictures, row: int, partner: int, box: Sequence[float]) -> Encoded | None:
-    own, other = pictures.pixels(row), pictures.pixels(partner)
-    if own is None or other is None:
+    base, other = pictures.pixels(row), pictures.pixels(partner)
+    if base is None or other is None:
         return None
     x, y, w, h = (round(part * pictures.side) for part in box)
-    whole = own.copy()
+    whole = base.copy()
     whole[y : y + h, x : x + w] = other[y : y + h, x : x + w]
     return encoded(whole)
 
@@ -262,12 +262,12 @@ def flags(pictures: Pictures, columns: Columns, duplicates: Sequence[Sequence[st
     """Images to look at first. ``duplicates``: near-duplicates by key among ``examined`` images."""
     used = columns.kept & (columns.final if columns.final.any() else True)
     confidence = columns.scores["confidence"]
-    found = []
+    kinds = []
 
     def add(title: str, meaning: str, count: int, total: int, groups: Sequence[Iterable[int]]) -> None:
         if count:
             shown = [pictures[group] for group in groups]
-            found.append(Flag(title, meaning, count, total, [group for group in shown if group]))
+            kinds.append(Flag(title, meaning, count, total, [group for group in shown if group]))
 
     other = np.flatnonzero(used & (columns.teacher_label >= 0) & ~columns.agrees)
     surest = other[np.argsort(-np.nan_to_num(confidence[other]), kind="stable")]
@@ -310,7 +310,7 @@ def flags(pictures: Pictures, columns: Columns, duplicates: Sequence[Sequence[st
         int(used.sum()),
         [spread(far, FLAGGED)],
     )
-    return found
+    return kinds
 
 
 def _rows_of_keys(pictures: Pictures, columns: Columns, pairs: Sequence[Sequence[str]]) -> list[Iterable[int]]:

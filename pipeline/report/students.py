@@ -142,14 +142,14 @@ def _metrics(storage: Storage, name: str) -> list[dict[str, float]]:
     """The lines of a student's metrics.jsonl that hold numbers; [] without the file."""
     file = f"{name}/metrics.jsonl"
     lines = storage.read(file).splitlines() if storage.exists(file) else []
-    found = []
+    numbers = []
     for line in lines:
         try:
             values = load_json(line)
-            found.append({key: float(values[key]) for key, _ in CURVES if key in values})
+            numbers.append({key: float(values[key]) for key, _ in CURVES if key in values})
         except (ValueError, TypeError, OverflowError):  # half a line, or somebody else's
             continue
-    return found
+    return numbers
 
 
 def _curves(lines: Sequence[dict[str, float]]) -> Iterator[Curve]:
@@ -199,12 +199,12 @@ def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> M
     wrong = ((judge.argmax(1) == labels) & (predicted != labels)).nonzero().flatten().numpy()
     shown = {int(i) for i in wrong[np.linspace(0, len(wrong) - 1, min(MISTAKES, len(wrong))).round().astype(int)]}
     names = class_names(manifest)
-    found = [
+    mistakes = [
         Mistake(encoded(decode(image)), names[label], names[int(predicted[place])])
         for place, (_, image, label) in enumerate(some())
         if place in shown
     ]
-    return Mistakes(found, len(wrong), len(labels))
+    return Mistakes(mistakes, len(wrong), len(labels))
 
 
 def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
