@@ -70,6 +70,7 @@ def distill(*more: str) -> tuple[str, ...]:
 
 MODEL = "RUN/distill/digits-cnn-small"
 LOOK = (
+    ("report", "RUN", "-o", "RUN/page.html", "--test-data", "RUN/m.parquet"),
     ("verify", "RUN"),
     ("inspect", "RUN/m.parquet", "--columns", "2"),
     ("status", "RUN"),
@@ -79,8 +80,8 @@ KEEP = (("rebuild", "RUN"), ("rescore", "RUN/m.parquet", "--threshold", "0.2"), 
 SYNTH = ("run", "synth", "-o", "RUN", *(text for value in SETS for text in ("--set", value)))
 DRY = ("run", "synth", "-c", "RUN/resolved.yaml", "--dry-run", "-o", "RUN/new")
 CASES: tuple[tuple[int, Callable[[Path, random.Random], None], tuple[tuple[str, ...], ...]], ...] = (
-    (6, manifest, (*LOOK[:2], *KEEP, distill(), distill("--skip-bad"))),
-    (4, shard, (*LOOK[:2], *KEEP, distill("--skip-bad", "-o", "RUN/again"), distill("-o", "RUN/again"))),
+    (6, manifest, (*LOOK[:3], *KEEP, distill(), distill("--skip-bad"))),
+    (4, shard, (*LOOK[:3], *KEEP, distill("--skip-bad", "-o", "RUN/again"), distill("-o", "RUN/again"))),
     (4, some_json, (*LOOK, *KEEP, distill(), SYNTH)),
     (2, recipe, (DRY, (*DRY, "--method", "noise"), (*DRY, "--method", "noise"))),
     (2, labeled, (("eval", MODEL, "RUN/labeled.tar"), ("eval", MODEL, "RUN/labeled.parquet"))),

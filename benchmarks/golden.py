@@ -80,7 +80,10 @@ TIMED = frozenset(
     | {"started", "images_per_s", "waited", "pid", "host", "machine", "token", "worker", "driver"}
 )
 """Keys of JSON whose values differ from run to run."""
-UNSTABLE = ("plan.json", "run.json", "results.json", "events.jsonl", "metrics.jsonl", "checkpoint.pt", "README.md")
+UNSTABLE = (
+    "plan.json", "run.json", "results.json", "events.jsonl", "metrics.jsonl", "checkpoint.pt", "README.md",
+    "report.html",
+)  # fmt: skip
 """Files with versions, times or tracebacks inside: compared by their normalized content, not by their sha256."""
 SKIPPED = ("lease", "tmp")
 """Folders of which only the presence of files is left out altogether."""

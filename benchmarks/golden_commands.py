@@ -175,7 +175,7 @@ def sums(folder: str) -> dict[str, str]:
     """What changed in ``folder`` since it was copied from ``whole``: gone, new, other content."""
     left = {p.relative_to("whole").as_posix(): p for p in Path("whole").rglob("*") if p.is_file()}
     right = {p.relative_to(folder).as_posix(): p for p in Path(folder).rglob("*") if p.is_file()}
-    skip = ("events.jsonl", "lease/")
+    skip = ("events.jsonl", "lease/", "report.html")
     return {
         name: "gone" if name not in right else "new" if name not in left else "changed"
         for name in sorted({*left, *right})

@@ -30,7 +30,7 @@ WORK = {
     ],
     "distill": ["--set", "checkpoint_seconds=0.05", "--set", "batch_size=16", "--set", "epochs=3"],
 }
-LOGS = ("events.jsonl", "lease/", "results.json", "README.md", "metrics.jsonl", "checkpoint.pt")
+LOGS = ("events.jsonl", "lease/", "results.json", "README.md", "metrics.jsonl", "checkpoint.pt", "report.html")
 """What tells a run's history or times: it differs where these do."""
 WHOM = {"worker": "a worker", "driver": "the driver", "all": "every process"}
 

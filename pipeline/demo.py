@@ -34,6 +34,8 @@ UNGUIDED = (
     "distill.min_agreement=0",
 )
 """The same prior, seeds and number of images; nothing that method dmkd would refuse as unused, or warn about."""
+DATASETS = ("guided", "unguided")
+"""Folders of the demo's datasets."""
 PICTURE = "guidance.png"
 TEST = "test-digits.parquet"
 PICTURES_PER_CLASS = 6
@@ -79,7 +81,8 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()
-    recipes, datasets = {"guided": guided, "unguided": guided.changed(*UNGUIDED)}, {}
+    unguided = guided.changed(*UNGUIDED)
+    recipes, datasets = dict(zip(DATASETS, (guided, unguided), strict=True)), {}
     for name, recipe in recipes.items():
         datasets[name] = run_synth(recipe, root.folder(name), place, title=f"{name} images")
     root.write(PICTURE, picture(datasets["unguided"].run, datasets["guided"].run))

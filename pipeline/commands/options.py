@@ -32,4 +32,7 @@ ActorsOption = Annotated[
 ]
 RetryOption = Annotated[bool, place_option("--retry-failed", help="Try quarantined shards again.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
+NoReportOption = Annotated[
+    bool, typer.Option("--no-report", help="Write no report.html beside the results.", rich_help_panel=RESULT)
+]
 RunArgument = Annotated[str, argument(metavar="RUN", help="Run folder of stage 1 (path or URL).")]

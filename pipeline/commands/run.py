@@ -12,6 +12,7 @@ from pipeline.commands.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    NoReportOption,
     RecipeOption,
     RetryOption,
     SetOption,
@@ -28,12 +29,18 @@ def demo(
         int, typer.Option(envvar="FACTORY_WORKERS", help="1 runs in this process, more as Ray actors.")
     ] = 1,
     retry_failed: RetryOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
-    from pipeline.demo import run_demo
+    from pipeline.demo import DATASETS, TEST, run_demo
+    from pipeline.report import write_report
 
-    show(run_demo(out, set_ or [], workers, retry_failed), as_json)
+    result = run_demo(out, set_ or [], workers, retry_failed)
+    show(result, as_json)
+    if not no_report:
+        students = [f"{result.out}/{name}/distill" for name in DATASETS]
+        write_report(f"{result.out}/{DATASETS[0]}", result.out, students, f"{result.out}/{TEST}")
 
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
@@ -62,12 +69,14 @@ def synth(
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
     from pipeline import synth as stage
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
+    from pipeline.report import write_report
 
     flags = {
         "synth.shards": ("--shards", shards),
@@ -84,8 +93,11 @@ def synth(
     folder = out or f"runs/{resolved.name}"
     if dry_run:
         show(stage.dry_run(resolved, folder, place.workers), as_json)
-    else:
-        show(stage.run_synth(resolved, folder, place), as_json)
+        return
+    result = stage.run_synth(resolved, folder, place)
+    show(result, as_json)
+    if not no_report:
+        write_report(result.manifest)
 
 
 @app.command()
@@ -128,12 +140,14 @@ def distill(
     address: AddressOption = None,
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
     from manifests.reader import Manifest, parse_source
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
+    from pipeline.report import write_report
 
     flags = {
         "distill.students": ("--student", student or None),
@@ -154,6 +168,8 @@ def distill(
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(result, as_json, stage.result_lines(result))
+    if not no_report:
+        write_report(first.url, folder, [folder], test_data)
     if result.parked or result.unscored:
         raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
 

@@ -85,26 +85,33 @@ class DistillResult:
         return load_as(cls, values)
 
 
+def read_results(storage: Storage, remedy: str) -> DistillResult | None:
+    """The results of the run in ``storage``, None where it has not finished. Raises DataError, which ends with
+    ``remedy``, if they cannot be read."""
+    size = storage.size(RESULTS)
+    if size is None:
+        return None
+    with damage_reported(storage, RESULTS, remedy):
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes")
+        result = DistillResult.from_dict(load_checked(storage.read(RESULTS)))
+        if any(student.test and student.test.teacher_accuracy is None for student in result.students.values()):
+            raise ValueError("a test score is not compared with the teacher's")
+        return result
+
+
 def previous_results(storage: Storage, measured_again: bool = False) -> dict[str, StudentResult]:
     """The students as an earlier command left them, by name; their test scores are of interest.
 
     Raises DataError if they cannot be read and are not ``measured_again``: the scores would be lost.
     """
-    size = storage.size(RESULTS)
-    if size is None:
-        return {}
     try:
-        with damage_reported(storage, RESULTS, "measure its test scores again with --test-data, or delete it"):
-            if size > MAX_BYTES:
-                raise ValueError(f"{size} bytes")
-            students = DistillResult.from_dict(load_checked(storage.read(RESULTS))).students
-            if any(student.test and student.test.teacher_accuracy is None for student in students.values()):
-                raise ValueError("a test score is not compared with the teacher's")
-            return students
+        before = read_results(storage, "measure its test scores again with --test-data, or delete it")
     except DataError:
         if measured_again:
             return {}
         raise
+    return before.students if before else {}
 
 
 def keep_score(name: str, weights: str, before: Mapping[str, StudentResult], callbacks: Callbacks) -> Scores | None:

@@ -20,6 +20,7 @@ from stages.synth.scores import BATCH, stored_images
 
 PER_CLASS = 512
 """Images of a class that are looked at, evenly spread over the dataset."""
+MAX_DUPLICATES = 100
 SAME = 0.999
 """Images of a class whose features have a larger cosine are near-duplicates."""
 
@@ -45,10 +46,13 @@ def vendi_score(features: Tensor) -> float:
     return float(torch.special.entr(values).sum().exp())
 
 
-def near_duplicates(features: Tensor, threshold: float) -> int:
-    """How many rows of ``[n, D]`` have a cosine above ``threshold`` with an earlier row."""
+def near_duplicates(features: Tensor, threshold: float) -> list[tuple[int, int]]:
+    """``(row, first earlier row)`` for each row of ``[n, D]`` that has a cosine above ``threshold`` with an earlier
+    one."""
     unit = F.normalize(features.double(), dim=1)
-    return int(((unit @ unit.T).tril(-1) > threshold).any(1).sum())
+    alike = torch.tril(unit @ unit.T > threshold, -1)
+    rows = alike.any(1).nonzero().flatten()
+    return [*zip(rows.tolist(), alike[rows].int().argmax(1).tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -59,13 +63,15 @@ def measure(
     same: float = SAME,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Metrics of the images of ``selection``; JSON-able. A teacher without a last linear layer shows no features:
+    """Metrics of the images of ``selection``; JSON-able. ``duplicates``: keys of near-duplicates, each with that of the
+    first image like it, the first ``MAX_DUPLICATES`` of them. A teacher without a last linear layer shows no features:
     diversity is then None. Raises DataError where teacher and images do not fit."""
     check_classes(teacher, selection)
     labels = selection.labels
     chosen = {int(label): spread(np.flatnonzero(labels == label), per_class) for label in np.unique(labels)}
     total, done = sum(map(len, chosen.values())), 0
     moments, classes, right = Moments(), {}, 0
+    keys, duplicates = selection.column("key"), list[list[str]]()
     names = unique_names(selection.info.class_names)
     for label, rows in chosen.items():
         parts = []
@@ -77,7 +83,9 @@ def measure(
             parts += [] if features is None else [features]
             done += len(images)
             on_images(done, total)
-        classes[names[label]] = diversity(torch.cat(parts) if parts else None, same) | {"images": len(rows)}
+        facts, pairs = diversity(torch.cat(parts) if parts else None, same)
+        classes[names[label]] = facts | {"images": len(rows)}
+        duplicates += [[keys[rows[a]], keys[rows[b]]] for a, b in pairs]
     alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
     return {
         "images": total,
@@ -85,16 +93,15 @@ def measure(
         "teacher_accuracy": right / total,
         "near_duplicate_cosine": same,
         "near_duplicates": sum(alike) if alike else None,
+        "duplicates": duplicates[:MAX_DUPLICATES],
         "classes": classes,
     }
 
 
-def diversity(features: Tensor | None, same: float) -> dict[str, Any]:
-    """The numbers of one class."""
+def diversity(features: Tensor | None, same: float) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """The numbers of one class, and its :func:`near_duplicates`."""
     if features is None:
-        return {"cosine": None, "vendi": None, "near_duplicates": None}
-    return {
-        "cosine": mean_pairwise_cosine(features),
-        "vendi": vendi_score(features),
-        "near_duplicates": near_duplicates(features, same),
-    }
+        return {"cosine": None, "vendi": None, "near_duplicates": None}, []
+    pairs = near_duplicates(features, same)
+    numbers = {"cosine": mean_pairwise_cosine(features), "vendi": vendi_score(features), "near_duplicates": len(pairs)}
+    return numbers, pairs

@@ -27,6 +27,7 @@ COMMANDS = (
     "demo",
     "status",
     "inspect",
+    "report",
     "verify",
     "eval",
     "export",

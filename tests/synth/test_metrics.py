@@ -41,11 +41,12 @@ def test_vendi_score_lies_between_one_and_the_number_of_rows(n, width, seed):
     assert 1 - 1e-9 <= vendi_score(features) <= min(n, width) + 1e-9
 
 
-def test_near_duplicates_count_all_but_the_first_of_a_kind():
-    assert near_duplicates(RIGHT_ANGLES, 0.9) == 0
-    assert near_duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [9.0, 0.0]]), 0.9) == 2
-    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.59) == 1
-    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.61) == 0
+def test_near_duplicates_are_all_but_the_first_of_a_kind():
+    assert near_duplicates(RIGHT_ANGLES, 0.9) == []
+    repeated = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 4.0], [9.0, 0.0], [6.0, 8.0]])
+    assert near_duplicates(repeated, 0.9) == [(1, 0), (3, 0), (4, 2)]
+    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.59) == [(1, 0)]
+    assert near_duplicates(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.61) == []
 
 
 def test_measures_the_kept_images_of_each_class(tmp_path):
