@@ -72,8 +72,9 @@ class InputSpec:
             picture = _center_crop(picture, min(picture.width, longest), min(picture.height, longest))
             short = min(picture.size)
             target = (int(target * picture.height / short), int(target * picture.width / short))
-        picture = picture.resize(target[::-1], PILLOW[self.settings.resize])
-        return _center_crop(picture, size, size, self.settings.crop_rounding)
+        gray = picture.convert("L") if self.channels == 1 else picture  # before the passes that end at black and white
+        picture = gray.resize(target[::-1], PILLOW[self.settings.resize])
+        return _center_crop(picture, size, size, self.settings.crop_rounding).convert("RGB")
 
 
 PILLOW = {
