@@ -173,7 +173,8 @@ def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = F
 
 
 def one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error of a library, which may repeat what stands in a file."""
+    return repr((str(error).strip() or type(error).__name__).splitlines()[0])[1:-1]
 
 
 def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str) -> Any:
