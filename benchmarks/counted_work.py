@@ -89,6 +89,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("distilled prior (LCM, Turbo), 4 steps, 2 guided", DISTILLED, {"decoder": "tiny", "interval": [0.5, 1.0]}),
     ("distilled prior, 4 steps, all guided", DISTILLED, {"decoder": "tiny"}),
     ("distilled prior, 4 steps, all guided, fitted decoder", DISTILLED, {"decoder": "fitted"}),
+    ("the same, stored images decoded by the tiny decoder", DISTILLED, {"decoder": "fitted", "stored": "tiny"}),
 ]
 
 
@@ -101,6 +102,7 @@ def write_prior(folder: Path, pipeline: str, parts: dict[str, dict[str, Any]]) -
         (folder / name / "config.json").write_text(json.dumps(config))
     DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     if "unet" in parts:
+        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         text.save_pretrained(folder / "text_encoder")
         (folder / "tokenizer").mkdir()
@@ -142,8 +144,11 @@ def rows(prior: dict[str, Any], tiny: str) -> Iterator[tuple[str, float, float, 
         None,
     )
     for name, sampled, guidance in ROWS:
-        chosen = guidance | ({"tiny_decoder": tiny} if guidance.get("decoder") == "tiny" else {})
-        cost = synth_cost(settings(prior | sampled, chosen))
+        stored = guidance.get("stored", "full")
+        chosen = {key: value for key, value in guidance.items() if key != "stored"}
+        if "tiny" in guidance.values():
+            chosen["tiny_decoder"] = tiny
+        cost = synth_cost(settings(prior | sampled, chosen, images={"decoder": stored}))
         yield name, cost.flop_per_trajectory, cost.saved_bytes_per_trajectory, cost
     chosen = {"default settings": defaults(prior)}
     if "labels" not in prior:

@@ -232,7 +232,7 @@ def _described(plan: Plan) -> dict[str, Any]:
     settings = dict(plan.recipe.get("synth", {}))
     for place in ("shards", "device", "teacher", "adversary"):
         settings.pop(place, None)
-    for section, place in (("prior", "path"), ("guidance", "tiny_decoder")):
+    for section, place in (("prior", "path"), ("prior", "lora"), ("guidance", "tiny_decoder")):
         settings[section] = {key: value for key, value in settings.get(section, {}).items() if key != place}
     return {**plan.semantics, "settings": settings}
 

@@ -29,7 +29,7 @@ from stages.models.teacher import Teacher
 from stages.settings import DistillSettings, GuidanceSettings, LossSettings, SynthSettings
 from stages.synth import decoders
 from stages.synth.cmi import cmi
-from stages.synth.decoders import FittedDecoder, load_decoder, sobolev_loss, trajectories, visited
+from stages.synth.decoders import FittedDecoder, load_decoder, sobolev_loss, trajectories, use_tiny_decoder, visited
 from stages.synth.group import make_group
 from stages.synth.guidance import Guidance
 from stages.synth.inputs import model_sources
@@ -190,6 +190,7 @@ def _sampling_cost(
     prior = load_prior(labeled.model_copy(update={"attention": "sdpa", "compile": False}), "meta")
     assert isinstance(prior, DiffusionPrior)
     condition = prior.encode(make_group(settings, 0, class_names).conditions(prior.conditioning)[:1])
+    use_tiny_decoder(prior, settings)
     decoder = load_decoder(prior, settings, teacher) if settings.guides and teacher else None
     label = torch.zeros(1, dtype=torch.long, device=META)
 
@@ -200,7 +201,13 @@ def _sampling_cost(
     latents = torch.empty(1, *prior.latent_shape, device=META)
     images = torch.empty(1, 3, prior.image_size, prior.image_size, device=META)
     rng = torch.Generator()
-    parts = [prior.network, prior.vae, getattr(decoder, "network", decoder), *prior.encoders]
+    parts = [
+        prior.network,
+        prior.vae,
+        getattr(prior.tiny, "network", None),
+        getattr(decoder, "network", decoder),
+        *prior.encoders,
+    ]
     networks = [part for part in (*parts, teacher and teacher.net, adversary and adversary.net) if part is not None]
 
     def predict(step: int, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 """Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
 
 Stem = Literal["native", "small"]
@@ -284,7 +284,7 @@ class GuidanceSettings(Settings):
     updates_per_step: int = Field(1, gt=0, le=MAX_STEPS, description="updates per guided step (x0 only)")
     jitter: float = Field(0.0, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
     decoder: Literal["full", "tiny", "fitted"] = Field(
-        "fitted", description="what guidance decodes with (stored images always use the prior's own)"
+        "fitted", description="what guidance decodes with (stored images: images.decoder)"
     )
     tiny_decoder: str | None = Field(None, description="AutoencoderTiny: folder or hub id; default: the prior's own")
 
@@ -294,8 +294,6 @@ class GuidanceSettings(Settings):
             raise ValueError(
                 "updates_per_step > 1 needs gradient_at: x0 (each z_t update costs a pass through the denoiser)"
             )
-        if self.tiny_decoder and self.decoder != "tiny":
-            raise ValueError("tiny_decoder does nothing unless decoder is tiny")
         return self
 
     def at(self, step: int, steps: int) -> bool:
@@ -333,6 +331,9 @@ class ImageSettings(Settings):
         0, ge=0, le=MAX_STEPS, description="decoded x0-predictions stored besides the final image"
     )
     format: Literal["png", "jpg", "webp"] = "png"
+    decoder: Literal["full", "tiny"] = Field(
+        "full", description="what decodes stored images: the prior's own VAE, or guidance.tiny_decoder (far cheaper)"
+    )
     size: int | None = Field(
         None,
         gt=0,
@@ -478,6 +479,14 @@ class SynthSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _tiny(self) -> "SynthSettings":
+        if self.images.decoder == "tiny" and not self.needs_prior:
+            raise ValueError(f"{self.method} decodes no latents: leave images.decoder at full")
+        if self.guidance.tiny_decoder and "tiny" not in (self.guidance.decoder, self.images.decoder):
+            raise ValueError("guidance.tiny_decoder does nothing unless guidance.decoder or images.decoder is tiny")
+        return self
+
+    @model_validator(mode="after")
     def _inverted(self) -> "SynthSettings":
         if (self.inverts or self.method == "noise") and self.images.intermediates:
             raise ValueError(f"{self.method} has no intermediate images: leave images.intermediates at 0")
@@ -498,6 +507,11 @@ class SynthSettings(Settings):
     def needs_prior(self) -> bool:
         """Whether the method samples a diffusion prior."""
         return self.method in ("diffdfkd", "dmkd", "dda")
+
+    @property
+    def uses_tiny_decoder(self) -> bool:
+        """Whether guidance or stored images are decoded by an AutoencoderTiny."""
+        return self.images.decoder == "tiny" or (self.guides and self.guidance.decoder == "tiny")
 
     @property
     def guides(self) -> bool:

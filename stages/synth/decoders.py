@@ -1,8 +1,8 @@
 """What guidance decodes ẑ0 with: the prior's own decoder, a tiny autoencoder, or a small network fitted to the decoder.
 
-Images that are stored never pass here. For the fitted decoder the prior draws the latents itself; the network learns
-what they decode to and, since guidance needs nothing else, how a change of the image is pulled back to the latent
-(Sobolev training: Czarnecki et al. 2017, equation 1).
+Images that are stored pass here only with ``images.decoder: tiny``. For the fitted decoder the prior draws the latents
+itself; the network learns what they decode to and, since guidance needs nothing else, how a change of the image is
+pulled back to the latent (Sobolev training: Czarnecki et al. 2017, equation 1).
 """
 
 import hashlib
@@ -48,6 +48,21 @@ POOR = 0.5
 """Below this cosine a decoder's gradient is hardly the full decoder's: worth a warning."""
 
 
+def use_tiny_decoder(prior: DiffusionPrior, settings: SynthSettings) -> None:
+    """Let a tiny autoencoder decode whatever ``prior`` decodes, where ``images.decoder`` asks for it.
+
+    Raises UsageError where the prior works on pixels, DataError as :class:`TinyDecoder`.
+    """
+    if settings.images.decoder == "tiny":
+        prior.tiny = _tiny(prior, settings.guidance)
+
+
+def _tiny(prior: DiffusionPrior, settings: GuidanceSettings) -> "TinyDecoder":
+    if prior.vae is None:
+        raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace")
+    return TinyDecoder(prior, settings)
+
+
 def load_decoder(
     prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None = None
 ) -> Decode | None:
@@ -57,9 +72,7 @@ def load_decoder(
     """
     kind = settings.guidance.decoder
     if kind == "tiny":
-        if prior.vae is None:
-            raise UsageError(f"prior {prior.folder} works on pixels: there is no decoder to replace")
-        return TinyDecoder(prior, settings.guidance)
+        return prior.tiny or _tiny(prior, settings.guidance)
     if kind == "full" or prior.vae is None:  # a prior of pixels is guided on its pixels
         return None
     return fitted_decoder(prior, settings, teacher, run)

@@ -51,7 +51,7 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "dda":
         check_start(settings, varies(prior))
     tiny = None
-    if source and settings.guides and settings.guidance.decoder == "tiny":
+    if source and settings.uses_tiny_decoder:
         tiny = locate_tiny_decoder(settings.guidance.tiny_decoder, source).sha256
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
     decisions = source.decisions if source else {}
@@ -90,7 +90,7 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     Settings at their defaults are left out, so that a new setting does not orphan a half-made dataset.
     """
     elsewhere: Any = dict.fromkeys(("shards", "device", "teacher", "adversary"), True)
-    elsewhere |= {"prior": {"path"}, "guidance": {"tiny_decoder"}}
+    elsewhere |= {"prior": {"path", "lora"}, "guidance": {"tiny_decoder"}}
     chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     covered = {
         "algorithm": ALGORITHM_VERSION,

@@ -21,7 +21,7 @@ from stages.models.teacher import Teacher
 from stages.settings import SynthSettings
 from stages.synth.cmi import cmi
 from stages.synth.dda import dda
-from stages.synth.decoders import TinyDecoder, fidelity, load_decoder
+from stages.synth.decoders import TinyDecoder, fidelity, load_decoder, use_tiny_decoder
 from stages.synth.group import Group, make_group
 from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
@@ -74,9 +74,11 @@ def load_models(
     if prior:
         check_folder(planned, "prior", prior.source)
         check_intermediates(settings.images.intermediates, prior.timesteps)
+        use_tiny_decoder(prior, settings)
     decode = load_decoder(prior, settings, teacher, run) if prior and settings.guides else None
-    if isinstance(decode, TinyDecoder):
-        check_folder(planned, "tiny_decoder", decode.source)
+    for tiny in (decode, prior and prior.tiny):
+        if isinstance(tiny, TinyDecoder):
+            check_folder(planned, "tiny_decoder", tiny.source)
     return Models(prior, teacher, adversary, device, decode)
 
 

@@ -68,7 +68,7 @@ def test_a_tiny_decoder_of_another_prior_is_refused(prior, prior_folder, tmp_pat
         with pytest.raises(DataError, match=why):
             TinyDecoder(prior, asked(wrong))
     with pytest.raises(ValueError, match="does nothing"):
-        GuidanceSettings(tiny_decoder="somewhere")
+        SynthSettings(guidance=GuidanceSettings(tiny_decoder="somewhere"))
 
 
 def test_families_without_a_tiny_decoder_say_so(tmp_path):

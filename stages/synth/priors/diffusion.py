@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class DiffusionPrior(ABC):
 
     encoders: Sequence[Any] = ()  # of prompts, and of images
     batch_limit: int | None = None  # most trajectories that a network sees at once
+    tiny: Callable[[Tensor], Tensor] | None = None  # decodes in place of the VAE
 
     @quiet()
     def __init__(self, source: PriorSource, settings: PriorSettings, device: str) -> None:
@@ -83,7 +84,7 @@ class DiffusionPrior(ABC):
         by_name = {cls.__name__: cls for cls in classes}
         if kind not in by_name:
             raise DataError(f"prior {self.folder}: {name} is a {kind}, expected {' or '.join(by_name)}")
-        how = loading(place, self.settings.variant)
+        how = {} if self.device == "meta" else loading(place, self.settings.variant)  # shapes come without weights
         self.parts[name] = load_network(by_name[kind], place, DTYPES[self.settings.dtype], self.device, **how)
         return self.parts[name]
 
@@ -192,6 +193,8 @@ class DiffusionPrior(ABC):
 
     def decode(self, z0: Tensor) -> Tensor:
         """Clean latents to images (not clamped). Differentiable."""
+        if self.tiny is not None:
+            return self.tiny(z0)
         if self.vae is None:
             return z0.expand(-1, 3, -1, -1)  # gray becomes RGB
         latents = (z0 * self.latent_std / self.vae.config.scaling_factor + self.latent_mean).to(self.vae.dtype)

@@ -108,6 +108,13 @@ class PriorSource(ModelFolder):
     scheduler: dict[str, Any] = field(compare=False)
     loras: tuple[tuple[Path, float], ...] = ()  # files to merge, with their weights
 
+    @cached_property
+    def sha256(self) -> str:
+        """Over the folder's files, as of every :class:`ModelFolder`, and the LoRA files with their weights."""
+        folder = ModelFolder(self.folder, self.variant).sha256
+        merged = "".join(f" {_file_sha256(file).hex()} {weight!r}" for file, weight in self.loras)
+        return hashlib.sha256(f"{folder}{merged}".encode()).hexdigest() if merged else folder
+
     @property
     def pipeline(self) -> str:
         """The class of diffusers pipeline."""
@@ -147,7 +154,7 @@ class PriorSource(ModelFolder):
     @property
     def identity(self) -> dict[str, Any]:
         """What the manifest records: name, pipeline class, conditioning, image size, sha256 over its files (and the
-        number of its classes, and sha256 and weight of merged LoRA files)."""
+        number of its classes, and names and weights of merged LoRA files)."""
         return {
             "name": self.name,
             "pipeline": self.pipeline,
@@ -156,7 +163,7 @@ class PriorSource(ModelFolder):
             "sha256": self.sha256,
             **({"classes": self.geometry.classes} if self.geometry.classes else {}),
             **({"cfg_scale_input": True} if self.geometry.scale_input else {}),
-            **({"lora": [[_file_sha256(file).hex(), weight] for file, weight in self.loras]} if self.loras else {}),
+            **({"lora": [[lora.name, weight] for lora, weight in self.loras]} if self.loras else {}),
         }
 
     @property
