@@ -31,8 +31,8 @@ TOLERANCE = 1e-5  # of the largest logit
 
 
 def side(name: str) -> int:
-    """A small side that the network takes: attention in MaxViT is cut for 224 px."""
-    return 224 if name.startswith("maxvit") else 112
+    """A small side that the network takes: MaxViT and patches of ViT (14, 16, 32) divide 224 px."""
+    return 224 if name.startswith(("maxvit", "vit_")) else 112
 
 
 @torch.no_grad()
