@@ -9,7 +9,7 @@ import numpy as np
 
 from manifests.checked_json import load_checked, load_json
 from manifests.errors import DataError, FactoryError
-from manifests.images import decode
+from manifests.images import LABELED_FORMATS, decode
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.report.columns import class_names
@@ -184,7 +184,7 @@ def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> M
     import torch
 
     from stages.distill.eval_data import LabeledImages, labeled_images
-    from stages.distill.evaluate import run_models
+    from stages.distill.evaluate import run_models, viewing
     from stages.models.inputs import InputSpec
     from stages.models.loading import load_model
 
@@ -194,13 +194,15 @@ def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> M
 
     net, config = load_model(folder)
     spec = InputSpec(config.input)
-    labels, student, judge = run_models(some(), [lambda x: net(spec(x)), teacher.logits], torch.device("cpu"))
+    images = some()
+    models = [viewing(lambda x: net(spec(x)), spec, images), viewing(teacher.logits, teacher.input, images)]
+    labels, student, judge = run_models(images, models, torch.device("cpu"))
     predicted = student.argmax(1)
     wrong = ((judge.argmax(1) == labels) & (predicted != labels)).nonzero().flatten().numpy()
     shown = {int(i) for i in wrong[np.linspace(0, len(wrong) - 1, min(MISTAKES, len(wrong))).round().astype(int)]}
     names = class_names(manifest)
     mistakes = [
-        Mistake(encoded(decode(image)), names[label], names[int(predicted[place])])
+        Mistake(encoded(decode(image, formats=LABELED_FORMATS)), names[label], names[int(predicted[place])])
         for place, (_, image, label) in enumerate(some())
         if place in shown
     ]

@@ -133,6 +133,11 @@ def _classify(net: nn.Module, config: ModelConfig) -> Callable[[Tensor], Tensor]
     return classify
 
 
+def viewing(classify: Callable[[Tensor], Tensor], spec: InputSpec, images: LabeledImages) -> Callable[[Tensor], Tensor]:
+    """``classify`` of pictures resized and cropped as ``spec`` says; images of a dataset are so already."""
+    return classify if images.of_dataset else lambda x: classify(spec.view(x))
+
+
 def score(
     classify: Callable[[Tensor], Tensor],
     config: ModelConfig,
@@ -144,14 +149,9 @@ def score(
 ) -> Scores:
     """:class:`Scores` of ``classify``, from images ``[n, 3, h, w]`` in [−1, 1] to logits ``[n, C]``, on ``data``."""
     images = labeled_images(data, config.class_names)
-
-    def prepared(judge: Callable[[Tensor], Tensor], spec: InputSpec) -> Callable[[Tensor], Tensor]:
-        return judge if images.of_dataset else lambda x: judge(spec.view(x))  # those are views already
-
-    models = [
-        prepared(classify, InputSpec(config.input)),
-        *([prepared(teacher.logits, teacher.input)] if teacher else []),
-    ]
+    models = [viewing(classify, InputSpec(config.input), images)]
+    if teacher:
+        models.append(viewing(teacher.logits, teacher.input, images))
     notes: Counter[str] = Counter()
     labels, logits, *by_teacher = run_models(images, models, device, threads, on_progress, notes)
     bad = int((~logits.isfinite()).any(1).sum())

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.sweep_schedulers import LIMIT, classes, sweep
 
 PLAIN = ["DDIMParallelScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler", "HeunDiscreteScheduler"]
-OTHERS = ["CogVideoXDDIMScheduler", "EDMEulerScheduler", "LCMScheduler", "RePaintScheduler", "UnCLIPScheduler"]
+OTHERS = ["CogVideoXDDIMScheduler", "EDMEulerScheduler", "RePaintScheduler", "UnCLIPScheduler"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -15,6 +15,7 @@ def test_noise_schedules_are_read_exactly_or_refused_by_name():
     for _, outcome, difference in sweep(PLAIN):
         assert outcome in ("read: 20 schedules", "read: 24 schedules") and difference <= LIMIT
     assert {outcome for _, outcome, _ in sweep(OTHERS)} == {"refused by name"}
+    assert [outcome for _, outcome, _ in sweep(["LCMScheduler", "TCDScheduler"])] == ["read: 6 schedules"] * 2
 
 
 def test_a_schedule_that_is_read_wrongly_is_seen(monkeypatch):

@@ -126,7 +126,7 @@ def test_test_data_are_gone_through_once_before_the_training(dataset, tmp_path, 
     opened = []
     original = eval_data.find_files
     monkeypatch.setattr(eval_data, "find_files", lambda *args: opened.append(args) or original(*args))
-    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", dataset)
+    args = ("run", "distill", "-m", dataset, "-o", tmp_path / "out", *SHORT, "--test-data", dataset, "--no-report")
     assert factory(*args).exit_code == 0
     assert len(opened) == 2  # to check them, and for the score
 
