@@ -63,7 +63,7 @@ class InputSpec:
             return x
         pixels = ((x.detach() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         views = [np.asarray(self._view(Image.fromarray(picture))) for picture in pixels]
-        return to_unit(torch.from_numpy(np.stack(views))).to(x.device)
+        return to_unit(torch.from_numpy(np.stack(views))).contiguous().to(x.device)
 
     def _view(self, picture: Image.Image) -> Image.Image:
         size, target = self.size, self.settings.resize_size or (self.size, self.size)

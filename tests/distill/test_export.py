@@ -41,8 +41,9 @@ def test_load_student_takes_every_kind_of_image(student):
     pixels = torch.randint(0, 256, (2, 3, 20, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     logits = net(pixels)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
-    assert torch.equal(net(pictures), logits) and torch.equal(net(pictures[1]), logits[1:])
-    assert torch.equal(net(pixels[0]), logits[:1])
+    assert torch.equal(net(pictures), logits)
+    assert torch.allclose(net(pictures[1]), logits[1:], atol=1e-6)  # other batches may round differently
+    assert torch.allclose(net(pixels[0]), logits[:1], atol=1e-6)
     for floats in (pixels / 255, (pixels / 255).double()):
         assert torch.allclose(net(floats), logits, atol=1e-5) and torch.allclose(net(floats[0]), logits[:1], atol=1e-5)
     gray = Image.fromarray(pixels[0, 0].numpy())
