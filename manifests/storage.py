@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ RETRY_DELAYS = (0.2, 1.0, 4.0)
 STREAM_BUFFER = 4 << 20
 _TOGETHER = 256
 _LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
-_LASTING = (ValueError, TypeError, ImportError, NotImplementedError, AttributeError, MemoryError)
+LASTING = (ValueError, TypeError, ImportError, NotImplementedError, AttributeError, MemoryError)
 
 
 def check_name(name: str) -> str:
@@ -88,15 +89,15 @@ class Storage:
                 raise DataError(f"{self.path(name)}: no such file") from None
             except IsADirectoryError:
                 raise DataError(f"{self.path(name)}: is a folder, expected a file") from None
-            except (FactoryError, PermissionError, FileExistsError, *_LASTING) as error:
+            except (FactoryError, PermissionError, FileExistsError, *LASTING) as error:
                 if isinstance(error, FactoryError):
                     raise
-                raise StoreError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+                raise StoreError(f"{self.path(name)}: cannot {action}: {one_line(error)}") from error
             except Exception as error:
                 lasting = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
                 if lasting or delay is None:
                     self._down = not lasting
-                    raise StoreError(f"{self.path(name)}: cannot {action}: {_reason(error)}") from error
+                    raise StoreError(f"{self.path(name)}: cannot {action}: {one_line(error)}") from error
                 time.sleep(delay * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -133,6 +134,11 @@ class Storage:
         if len(data) != size:
             raise DataError(f"{self.path(name)}: ends inside bytes {offset}..{offset + size}: the file is cut short")
         return data
+
+    def start_range(self, name: str, offset: int, size: int) -> Future[bytes]:
+        """Begin to read a range of a remote file: one attempt, whose result may be short and errors are the store's."""
+        assert isinstance(self._backend, RemoteBackend)
+        return self._backend.start_range(self._full(name), offset, size)
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """Whole small files, fetched together where the store can."""
@@ -245,7 +251,7 @@ class _RangeStream(io.RawIOBase):
         return count
 
 
-def _reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:300]
 
@@ -256,7 +262,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{path.parent}: cannot write: {_reason(error)}") from error
+        raise StoreError(f"{path.parent}: cannot write: {one_line(error)}") from error
 
 
 def split(url: str | os.PathLike[str]) -> tuple[Storage, str]:
