@@ -288,6 +288,11 @@ class Manifest:
         inside[inside] &= offset[inside] <= lengths[tar[inside]] - size[inside]
         return np.where(inside, tar, -1), offset, size, np.frombuffer(raw, np.uint8).reshape(-1, 16)
 
+    @property
+    def tars(self) -> Integers:
+        """Number of each row's tar in ``info.tars``, −1 for a row that lies in none."""
+        return self._places[0]
+
     def _runs(self, wanted: Integers) -> Iterator[Integers]:
         """Positions in ``wanted`` by place, cut where the next image is elsewhere, far away, or the run is long."""
         if not len(wanted):

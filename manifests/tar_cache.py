@@ -31,6 +31,8 @@ _FILE = re.compile(r"([0-9a-f]{64})\.(tar|part)", re.ASCII)
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _POLL = 0.2
 """Seconds between two looks at what another process does."""
+_LOOK = 2.0
+"""Seconds that a reader waits to learn which tars are there; the folder may be on a busy disk."""
 
 
 class TarCache:
@@ -62,7 +64,7 @@ class TarCache:
         self._wanted: dict[str, tuple[Storage, TarInfo]] = {}
         self._job: tuple[str, int] | None = None
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop, self._looked = threading.Event(), threading.Event()
         self._stalled: StalledError | None = None
 
     def __contains__(self, tar: TarInfo) -> bool:
@@ -89,20 +91,11 @@ class TarCache:
         """Begin to fetch those that are missing, in this order, and keep those that are there."""
         if self._thread and self._thread.is_alive():
             return
-        try:
-            self._wanted = {tar.sha256: (storage, tar) for storage, tar in tars}
-            with self._locked():
-                self._pin()
-                sizes = {name: size for name, size, _ in self._listed()}
-                self._here = {sha for sha, (_, tar) in self._wanted.items() if sizes.get(_tar(sha)) == tar.bytes}
-                self._touch()
-        except (OSError, FactoryError) as error:
-            self._give_up(error)
-            return
-        missing = [item for sha, item in self._wanted.items() if sha not in self._here]
-        if missing:
-            self._thread = threading.Thread(target=self._fetch_all, args=(missing,), name="tar-cache", daemon=True)
-            self._thread.start()
+        self._wanted = {tar.sha256: (storage, tar) for storage, tar in tars}
+        self._looked.clear()
+        self._thread = threading.Thread(target=self._work, name="tar-cache", daemon=True)
+        self._thread.start()
+        self._looked.wait(_LOOK)
 
     def wait(self, tars: Iterable[TarInfo]) -> None:
         """Until these tars are there or will not be fetched. Raises StalledError where the store ended that."""
@@ -124,32 +117,42 @@ class TarCache:
             os.close(self._job[1])
             self._job = None
 
-    def _fetch_all(self, missing: Sequence[tuple[Storage, TarInfo]]) -> None:
-        left, bad = [*missing], 0
+    def _work(self) -> None:
         try:
-            while left and not self._stop.is_set():
-                before, left = left, []
-                for storage, tar in before:
-                    if self._stop.is_set():
-                        return
-                    try:
-                        if not self._fetched(storage, tar):
-                            left.append((storage, tar))  # another process is fetching it
-                    except _Full:
-                        held = len(self._here)
-                        self.on_note(
-                            f"cache_dir {self.folder}: {held} of {len(self._wanted)} tars fit cache_gb "
-                            f"{self.limit / 1e9:g} beside what other jobs use; the rest is read from the store"
-                        )
-                        return
-                    except DataError as error:
-                        bad += 1
-                        if bad == 1:
-                            self.on_note(f"{error}; not kept in cache_dir")
-                if len(left) == len(before):
-                    self._stop.wait(_POLL)
-        except (OSError, StoreError) as error:
+            with self._locked():
+                self._pin()
+                sizes = {name: size for name, size, _ in self._listed()}
+                self._here = {sha for sha, (_, tar) in self._wanted.items() if sizes.get(_tar(sha)) == tar.bytes}
+                self._touch()
+            self._looked.set()
+            self._fetch([item for sha, item in self._wanted.items() if sha not in self._here])
+        except _Full:
+            self.on_note(
+                f"cache_dir {self.folder}: {len(self._here)} of {len(self._wanted)} tars fit cache_gb "
+                f"{self.limit / 1e9:g} beside what other jobs use; the rest is read from the store"
+            )
+        except (OSError, FactoryError) as error:
             self._give_up(error)
+        finally:
+            self._looked.set()
+
+    def _fetch(self, left: Sequence[tuple[Storage, TarInfo]]) -> None:
+        bad = False
+        while left:
+            busy = []  # other processes are fetching these
+            for storage, tar in left:
+                if self._stop.is_set():
+                    return
+                try:
+                    if not self._fetched(storage, tar):
+                        busy.append((storage, tar))
+                except DataError as error:
+                    if not bad:
+                        self.on_note(f"{error}; not kept in cache_dir")
+                    bad = True
+            if len(busy) == len(left):
+                self._stop.wait(_POLL)
+            left = busy
 
     def _give_up(self, error: Exception) -> None:
         if self._stop.is_set():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stages.distill.results import DistillResult, StudentResult
     from stages.distill.run import Prepared
 
-NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher"})
+NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher", "cache_dir", "cache_gb"})
 """Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]

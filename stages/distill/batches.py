@@ -1,5 +1,6 @@
 """From an epoch's order to batches of augmented views, over images decoded once or as needed."""
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from manifests.errors import DataError, UsageError
-from manifests.images import decode
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.runtime import ALONE, Ranks
+from stages.distill.streaming import FETCHED_AHEAD, Stream, StreamedPixels
 from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
 from stages.settings import DistillSettings
@@ -31,33 +32,36 @@ class Pixels(Protocol):
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
 
+    def begin(self, order: Ints) -> None:
+        """An epoch begins, in this order."""
+
+    def expect(self, rows: Ints) -> None:
+        """``rows`` will be taken soon, together."""
+
 
 class CachedPixels:
     """Every image decoded once, kept as one uint8 tensor on ``device``."""
 
-    def __init__(self, rows: Rows, side: int, device: torch.device):
+    def __init__(self, rows: Rows, side: int, device: torch.device, stream: Stream | None = None):
         self.pixels = torch.empty(len(rows), side, side, 3, dtype=torch.uint8)
-        for start in range(0, len(rows), CHUNK):
-            chunk = np.arange(start, min(start + CHUNK, len(rows)))
-            for row, data in zip(chunk.tolist(), rows.read(chunk), strict=True):
-                self.pixels[row] = torch.from_numpy(_checked(rows, row, data, side).copy())
+        source = StreamedPixels(rows, side, torch.device("cpu"), stream, whole=True)
+        source.begin(np.arange(len(rows)))
+        size = images_at_once(CHUNK, side**2 * 3)
+        chunks = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            if following is not None:
+                source.expect(following)
+            self.pixels[chunk[0] : chunk[-1] + 1] = source.take(chunk)
         self.pixels = self.pixels.to(device)
+
+    def begin(self, order: Ints) -> None:
+        """They are here."""
+
+    def expect(self, rows: Ints) -> None:
+        """They are here."""
 
     def take(self, rows: Ints) -> Tensor:
         return self.pixels.index_select(0, torch.from_numpy(rows).to(self.pixels.device))
-
-
-class StreamedPixels:
-    """Nothing kept: images are read and decoded, in ``threads`` threads, whenever they are asked for."""
-
-    def __init__(self, rows: Rows, side: int, device: torch.device, threads: int = 2):
-        self.rows, self.side, self.device = rows, side, device
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    def take(self, rows: Ints) -> Tensor:
-        encoded = zip(rows.tolist(), self.rows.read(rows), strict=True)
-        images = self._pool.map(lambda pair: _checked(self.rows, pair[0], pair[1], self.side), encoded)
-        return torch.from_numpy(np.stack(list(images))).to(self.device)
 
 
 def images_at_once(most: int, size: int) -> int:
@@ -65,7 +69,7 @@ def images_at_once(most: int, size: int) -> int:
     return min(most, max(1, AT_ONCE // size))
 
 
-def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
+def open_pixels(rows: Rows, memory_gb: float, device: torch.device, stream: Stream | None = None) -> Pixels:
     """Cached where all images fit ``memory_gb``, else streamed. Raises DataError for images of unequal size."""
     side = rows.selections[0].info.image_size
     for selection in rows.selections:
@@ -75,14 +79,7 @@ def open_pixels(rows: Rows, memory_gb: float, device: torch.device) -> Pixels:
                 f"but {rows.selections[0].url} has {side}; distill from manifests of one size"
             )
     fits = len(rows) * side * side * 3 <= memory_gb * 1e9
-    return CachedPixels(rows, side, device) if fits else StreamedPixels(rows, side, device)
-
-
-def _checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
-    try:
-        return decode(data, side)
-    except ValueError as error:
-        raise DataError(f"{rows.name(row)}: {error}") from None
+    return (CachedPixels if fits else StreamedPixels)(rows, side, device, stream)
 
 
 @dataclass(frozen=True)
@@ -159,28 +156,29 @@ class Batches:
         self.steps = len(self.bounds) - 1
         self._labels = torch.from_numpy(rows.label).to(device)
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
-        self._epoch: _Epoch | None = None
+        self._epochs: dict[int, _Epoch] = {}
 
     def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
+        unannounced = iter(range(first, stop))
+
+        def make(step: int) -> Batch:
+            for later in itertools.islice(unannounced, FETCHED_AHEAD if step == first else 1):
+                epoch, _, seen = self._part(later)
+                self.pixels.expect(epoch.order[seen])
+            return self.make(step)
+
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
             waiting: deque[Future[Batch]] = deque()
             for step in range(first, stop + AHEAD):
                 if step < stop:
-                    waiting.append(pool.submit(self.make, step))
+                    waiting.append(pool.submit(make, step))
                 if step >= first + AHEAD and waiting:
                     yield waiting.popleft().result()
 
     def make(self, step: int) -> Batch:
         """The batch of one step of the run. A view's partner is the sample that follows it in the epoch's order."""
-        number, place = divmod(step, self.steps)
-        if self._epoch is None or self._epoch.number != number:
-            self._epoch = self._drawn(number)
-        epoch = self._epoch
-        whole = np.arange(self.bounds[place], self.bounds[place + 1])
-        here = whole[self.ranks.part(len(whole))]
-        if epoch.mixes:  # the last one's partner is seen as well
-            here = np.append(here, (here[-1] + 1) % len(epoch.order))
+        epoch, whole, here = self._part(step)
         views = epoch.views.at(here).to(self.device)
         x = to_unit(apply_views(self.pixels.take(epoch.order[here]), views))
         following = epoch.order[(here + 1) % len(epoch.order)]
@@ -192,6 +190,21 @@ class Batches:
         labels, partners = self._labels[index], self._labels[other]
         derived = int(self.rows.derived[epoch.order[whole]].sum())
         return Batch(x, labels, partners, views.lam, self._derived[index], rows, epoch.turns[here], len(whole), derived)
+
+    def _part(self, step: int) -> tuple[_Epoch, Ints, Ints]:
+        """The epoch of a step; where in its order the batch lies, and what this process sees of it: its part, and the
+        partner of the last view where views are mixed."""
+        number, place = divmod(step, self.steps)
+        if number not in self._epochs:
+            self._epochs = {each: epoch for each, epoch in self._epochs.items() if each == number - 1}
+            self._epochs[number] = self._drawn(number)
+            self.pixels.begin(self._epochs[number].order[self.bounds[place] :])
+        epoch = self._epochs[number]
+        whole = np.arange(self.bounds[place], self.bounds[place + 1])
+        here = whole[self.ranks.part(len(whole))]
+        if epoch.mixes:
+            here = np.append(here, (here[-1] + 1) % len(epoch.order))
+        return epoch, whole, here
 
     def _drawn(self, number: int) -> _Epoch:
         settings, order = self.settings, self.order(number)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from manifests.errors import UsageError
+from manifests.fetch import Patience
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import checkpoint, export
@@ -24,6 +25,7 @@ from stages.distill.loop import Training, test_scores, train
 from stages.distill.results import DistillResult, StudentResult, keep_score, previous_results, write_results
 from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
+from stages.distill.streaming import Stream
 from stages.distill.student import Student
 from stages.distill.teacher_cache import open_teacher_cache
 from stages.distill.teacher_check import TeacherCheck, check_teacher, find_teacher
@@ -92,6 +94,8 @@ def prepare(
     """Open and check everything; the same in every process of ``ranks``."""
     device = ranks.device or find_device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    for manifest, _ in manifests:
+        manifest.file.patience = Patience(settings.stall_seconds)
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.allow_other_teacher, device)
     if settings.channels_last:
         teacher.to(memory_format=torch.channels_last)
@@ -135,9 +139,10 @@ def train_students(
     if test_data and ranks.first:  # now, not after the training
         callbacks.note(f"test data: {check_data(test_data, teacher.class_names)}")
     before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
-    with torch_threads(settings.threads):
+    stream = Stream(prepared.rows, settings, callbacks.warn, ranks)
+    with torch_threads(settings.threads), stream:
         announce(prepared, test_data, callbacks)
-        pixels = open_pixels(prepared.rows, settings.memory_gb, prepared.device)
+        pixels = open_pixels(prepared.rows, settings.memory_gb, prepared.device, stream)
         batches = Batches(prepared.rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.train_rows) if ranks.first else None
         if check:
