@@ -1,0 +1,298 @@
+"""Stage 2 in front of an object store 30 ms away, beside plain ``webdataset`` (and peers) on the same images.
+
+    python benchmarks/streaming.py [--images 3000] [--tars 30] [--step-rate 150] [--peers FOLDER] [--json FILE]
+
+Every row is one pass over images of 256×256 px (PNG) in batches of 64, decoded, in a process of its own; ``local`` is
+``factory run distill``'s reader on local tars, ``ranges`` on the store without a cache, ``cold`` with an empty one and
+``warm`` with a full one, all in a global shuffle and with crop and flip. ``webdataset`` reads the tars one after
+another, shuffled by a buffer of 1,000 images, or by one of all images, in one process or with a loader process for each
+core. ``wait`` is the share of the time for which a step finds no batch, where a step takes as long as an accelerator
+that trains ``--step-rate`` images a second (it sleeps: the cores are free for decoding). ``--peers`` is a folder into
+which pip installed ``mosaicml-streaming`` and ``litdata``; without it they are left out.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WDS_SECURE", "1")
+SIDE, BATCH, DISTINCT = 256, 64, 64
+STORE = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
+ROWS = {
+    "ours, local": ("ours", "local", "none"),
+    "ours, ranges": ("ours", "s3", "none"),
+    "ours, cold": ("ours", "s3", "empty"),
+    "ours, warm": ("ours", "s3", "full"),
+    "webdataset, buffer of 1,000": ("webdataset", "s3", "1000"),
+    "webdataset, buffer of all": ("webdataset", "s3", "all"),
+    "webdataset, loaders, buffer of all": ("loaders", "s3", "all"),
+}
+PEERS = {
+    "mosaicml-streaming, cold": ("mosaic", "s3", "empty"),
+    "mosaicml-streaming, warm": ("mosaic", "s3", "full"),
+    "litdata, cold": ("litdata", "s3", "empty"),
+    "litdata, warm": ("litdata", "s3", "full"),
+}
+
+
+def pictures() -> list[bytes]:
+    """Smooth textures with noise, whose PNGs are about as large as those of photographs."""
+    import numpy as np
+    from PIL import Image
+
+    rng, made = np.random.default_rng(0), []
+    for _ in range(DISTINCT):
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.int16)
+        buffer = io.BytesIO()
+        noisy = np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(buffer, "PNG", compress_level=3)
+        made.append(buffer.getvalue())
+    return made
+
+
+def write_dataset(folder: Path, count: int, tars: int, images: list[bytes]) -> None:
+    from manifests.dataset import DatasetInfo
+    from manifests.merge import merge
+    from manifests.shard import ShardWriter, done_records
+    from manifests.storage import Storage
+
+    storage = Storage(folder)
+    for shard in range(tars):
+        with ShardWriter(storage, shard, "benchmark") as writer:
+            for number in range(shard * count // tars, (shard + 1) * count // tars):
+                row = {"label": number % 10, "class_name": str(number % 10), "method": "texture", "trajectory": number}
+                writer.add(row | {"kept": True}, images[number % DISTINCT])
+            writer.commit()
+    names = tuple(map(str, range(10)))
+    merge(storage, DatasetInfo("benchmark", {}, {}, {}, SIDE, names), list(done_records(storage)))
+
+
+def write_peers(folder: Path, count: int, tars: int, images: list[bytes]) -> None:
+    """The same images in the formats of the peers."""
+    from litdata.streaming.writer import BinaryWriter
+    from streaming import MDSWriter
+
+    size = sum(map(len, images)) // DISTINCT * (count // tars)
+    with MDSWriter(out=str(folder / "mds"), columns={"png": "bytes", "label": "int"}, size_limit=size) as writer:
+        for number in range(count):
+            writer.write({"png": images[number % DISTINCT], "label": number % 10})
+    (folder / "lit").mkdir()
+    binary = BinaryWriter(str(folder / "lit"), chunk_size=count // tars)
+    for number in range(count):
+        binary[number] = {"png": images[number % DISTINCT], "label": number % 10}
+    binary.done()
+    binary.merge()
+
+
+def ours(url: str, cache: str | None, where: str | None = None) -> Iterator[Any]:
+    import numpy as np
+    import torch
+
+    from manifests.reader import Manifest
+    from stages.distill.batches import Batches, open_pixels
+    from stages.distill.rows import EpochOrder, select_rows
+    from stages.distill.streaming import Stream
+    from stages.settings import DistillSettings
+
+    augment = {"flip": True, "cutmix": 0, "mixup": 0}
+    settings = DistillSettings.model_validate(
+        {"batch_size": BATCH, "val_fraction": 0, "augment": augment, "cache_dir": cache, "where": where}
+    )
+    rows = select_rows([(Manifest.open(url), 1.0)], settings)
+    with Stream(rows, settings, lambda line: print(line, file=sys.stderr)) as stream:
+        pixels = open_pixels(rows, 0, torch.device("cpu"), stream)
+        order = EpochOrder(rows, np.arange(len(rows)), settings)
+        batches = Batches(rows, order, pixels, settings, torch.device("cpu"))
+        yield from (batch.x for batch in batches.stream(0, batches.steps))
+
+
+def webdataset(tars: list[str], buffer: int, loaders: int) -> Iterator[Any]:
+    import webdataset as wds
+
+    if tars[0].startswith("s3://"):
+        import fsspec
+
+        wds.gopen_schemes["s3"] = lambda url, *_, **__: fsspec.open(url, "rb").open()
+    data = wds.WebDataset(tars, shardshuffle=len(tars), seed=0).shuffle(buffer, initial=buffer, seed=0).decode("rgb8")
+    data = data.to_tuple("png", "json").map_tuple(_plain, lambda row: row["label"]).batched(BATCH)
+    yield from (wds.WebLoader(data, batch_size=None, num_workers=loaders) if loaders else data)
+
+
+def _plain(image: Any) -> Any:
+    return image
+
+
+def mosaic(url: str, cache: str) -> Iterator[Any]:
+    from streaming import StreamingDataset
+
+    data = StreamingDataset(remote=f"{url}/mds", local=f"{cache}/mds", shuffle=True, batch_size=BATCH)
+    yield from _loaded(data)
+
+
+def litdata(url: str, cache: str) -> Iterator[Any]:
+    from litdata import StreamingDataset
+
+    client = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
+    yield from _loaded(StreamingDataset(f"{url}/lit", cache_dir=cache, shuffle=True, storage_options=client))
+
+
+def _loaded(data: Any) -> Iterator[Any]:
+    from torch.utils.data import DataLoader
+
+    yield from DataLoader(data, batch_size=BATCH, num_workers=os.cpu_count() or 1, collate_fn=_decoded)
+
+
+def _decoded(samples: list[dict[str, Any]]) -> Any:
+    import numpy as np
+
+    from manifests.images import decode
+
+    return np.stack([decode(sample["png"], SIDE) for sample in samples])
+
+
+def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> dict[str, float]:
+    """One pass in this process: images, seconds, seconds to the first batch, share of the time without a batch."""
+    import stages.distill.run  # noqa: F401 - not part of what is timed
+    import webdataset as _  # noqa: F401
+
+    root = f"s3://bucket/{options.out.name}" if place == "s3" else str(options.out)
+    cache = None if extra == "none" else str(options.cache)
+    if kind == "ours":
+        source = ours(f"{root}/m.parquet", cache, options.where)
+    elif kind in ("webdataset", "loaders"):
+        tars = [f"{root}/shards/{path.name}" for path in sorted(options.out.glob("shards/*.tar"))]
+        loaders = (os.cpu_count() or 1) if kind == "loaders" else 0
+        source = webdataset(tars, options.images if extra == "all" else int(extra), loaders)
+    else:
+        source = {"mosaic": mosaic, "litdata": litdata}[kind](root, str(cache))
+    step = BATCH / options.step_rate if options.step_rate else 0.0
+    started, images, waited, first = time.perf_counter(), 0, 0.0, 0.0
+    asked, cpu = started, time.process_time()
+    for batch in source:
+        now = time.perf_counter()
+        first = first or now - started
+        waited += now - asked if images else 0.0  # the first batch is a matter of its own
+        images += len(batch)
+        time.sleep(step)
+        asked = time.perf_counter()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    return {
+        "images": images,
+        "rate": images / seconds,
+        "per_cpu_second": images / cpu,
+        "first": first,
+        "wait": waited / (seconds - first),
+        "megabytes": peak[0] / 1024,
+        "child_megabytes": peak[1] / 1024,
+    }
+
+
+def child(
+    row: tuple[str, str, str], options: argparse.Namespace, step_rate: float, where: str = ""
+) -> dict[str, float]:
+    """:func:`measure` in a fresh process, with the requests that it made."""
+    if row[2] == "empty":
+        shutil.rmtree(options.cache, ignore_errors=True)
+    before = requests()
+    command = [sys.executable, __file__, "--child", *row, "--out", str(options.out), "--cache", str(options.cache)]
+    command += ["--images", str(options.images), "--step-rate", str(step_rate), "--where", where]
+    env = os.environ | ({"PYTHONPATH": options.peers} if options.peers else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=False, timeout=300)
+    if done.returncode:
+        return {}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found | {"requests": 1000 * (requests() - before) / found["images"]}
+
+
+def requests() -> int:
+    with urllib.request.urlopen(f"{os.environ['AWS_ENDPOINT_URL']}/requests") as answer:
+        return int(json.load(answer)["requests"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--tars", type=int, default=30)
+    parser.add_argument("--step-rate", type=float, default=150)
+    parser.add_argument("--latency", type=float, default=0.03)
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--where", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(*options.child, options)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        options.out, options.cache = Path(temporary) / "bucket" / "data", Path(temporary) / "cache"
+        images = pictures()
+        write_dataset(options.out, options.images, options.tars, images)
+        if options.peers:
+            sys.path.insert(0, options.peers)
+            write_peers(options.out, options.images, options.tars, images)
+        command = [sys.executable, str(ROOT / "benchmarks/slow_store.py"), temporary]
+        store = subprocess.Popen([*command, "--latency", str(options.latency)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert store.stdout
+            os.environ.update(STORE | {"AWS_ENDPOINT_URL": store.stdout.readline().strip()})
+            report(options, sum(map(len, images)) / DISTINCT)
+        finally:
+            store.kill()
+
+
+def report(options: argparse.Namespace, size: float) -> None:
+    rows = {name: row for name, row in (ROWS | (PEERS if options.peers else {})).items() if options.only in name}
+    print(f"{options.images} images of {SIDE} px, {size / 1000:.0f} kB each, {options.tars} tars, batches of {BATCH}\n")
+    print("| reader | images/s | first batch, s | wait | requests / 1,000 images | peak memory, MB |")
+    print("|---|---|---|---|---|---|")
+    found = {}
+    for name, row in rows.items():
+        drained = child(row, options, 0)
+        stepped = child(row, options, options.step_rate)
+        if not drained or not stepped:
+            print(f"| {name} | failed | | | | |")
+            continue
+        found[name] = drained | {"wait": stepped["wait"]}
+        loaders = row[0] in ("loaders", "mosaic", "litdata")
+        memory = f"{drained['megabytes']:,.0f}" + (
+            f" + {os.cpu_count()} × {drained['child_megabytes']:,.0f}" if loaders else ""
+        )
+        print(
+            f"| {name} | {drained['rate']:,.0f} | {drained['first']:.2f} | {stepped['wait']:.1%} | "
+            f"{drained['requests']:,.0f} | {memory} |",
+            flush=True,
+        )
+    if "ours" in options.only or not options.only:
+        part = child(ROWS["ours, warm"], options, 0, f"shard < {options.tars // 4}")
+        print(f"\npeak memory with a quarter of the images: {part.get('megabytes', 0):,.0f} MB")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
