@@ -1,17 +1,19 @@
 """Stage 2 in front of an object store 30 ms away, beside plain ``webdataset`` (and peers) on the same images.
 
-    python benchmarks/streaming.py [--images 3000] [--tars 30] [--step-rate 150] [--peers FOLDER] [--json FILE]
+    python benchmarks/streaming.py [--images 1200] [--tars 24] [--step-rate 150] [--peers FOLDER] [--json FILE]
 
-Every row is one pass over images of 256×256 px (PNG) in batches of 64, decoded, in a process of its own; ``local`` is
+Every row is a pass over images of 256×256 px (PNG) in batches of 64, decoded, in a process of its own; ``local`` is
 ``factory run distill``'s reader on local tars, ``ranges`` on the store without a cache, ``cold`` with an empty one and
 ``warm`` with a full one, all in a global shuffle and with crop and flip. ``webdataset`` reads the tars one after
 another, shuffled by a buffer of 1,000 images, or by one of all images, in one process or with a loader process for each
 core. ``wait`` is the share of the time for which a step finds no batch, where a step takes as long as an accelerator
 that trains ``--step-rate`` images a second (it sleeps: the cores are free for decoding). ``--peers`` is a folder into
-which pip installed ``mosaicml-streaming`` and ``litdata``; without it they are left out.
+which pip installed ``litdata``; without it that is left out.
 """
 
 import argparse
+import importlib
+import importlib.util
 import io
 import json
 import os
@@ -48,8 +50,6 @@ ROWS = {
     "webdataset, loaders, buffer of all": ("loaders", "s3", "all"),
 }
 PEERS = {
-    "mosaicml-streaming, cold": ("mosaic", "s3", "empty"),
-    "mosaicml-streaming, warm": ("mosaic", "s3", "full"),
     "litdata, cold": ("litdata", "s3", "empty"),
     "litdata, warm": ("litdata", "s3", "full"),
 }
@@ -88,21 +88,23 @@ def write_dataset(folder: Path, count: int, tars: int, images: list[bytes]) -> N
     merge(storage, DatasetInfo("benchmark", {}, {}, {}, SIDE, names), list(done_records(storage)))
 
 
-def write_peers(folder: Path, count: int, tars: int, images: list[bytes]) -> None:
+def write_peers(folder: Path, count: int, tars: int, images: list[bytes], peers: list[str]) -> None:
     """The same images in the formats of the peers."""
-    from litdata.streaming.writer import BinaryWriter
-    from streaming import MDSWriter
+    if "litdata" in peers:
+        from litdata.streaming.writer import BinaryWriter
 
-    size = sum(map(len, images)) // DISTINCT * (count // tars)
-    with MDSWriter(out=str(folder / "mds"), columns={"png": "bytes", "label": "int"}, size_limit=size) as writer:
+        (folder / "lit").mkdir()
+        binary = BinaryWriter(str(folder / "lit"), chunk_size=count // tars)
         for number in range(count):
-            writer.write({"png": images[number % DISTINCT], "label": number % 10})
-    (folder / "lit").mkdir()
-    binary = BinaryWriter(str(folder / "lit"), chunk_size=count // tars)
-    for number in range(count):
-        binary[number] = {"png": images[number % DISTINCT], "label": number % 10}
-    binary.done()
-    binary.merge()
+            binary[number] = {"png": images[number % DISTINCT], "label": number % 10}
+        binary.done()
+        binary.merge()
+
+
+def installed(folder: str) -> list[str]:
+    """The peers that can be imported."""
+    sys.path.append(folder)
+    return ["litdata"] if importlib.util.find_spec("litdata") else []
 
 
 def ours(url: str, cache: str | None, where: str | None = None) -> Iterator[Any]:
@@ -143,13 +145,6 @@ def _plain(image: Any) -> Any:
     return image
 
 
-def mosaic(url: str, cache: str) -> Iterator[Any]:
-    from streaming import StreamingDataset
-
-    data = StreamingDataset(remote=f"{url}/mds", local=f"{cache}/mds", shuffle=True, batch_size=BATCH)
-    yield from _loaded(data)
-
-
 def litdata(url: str, cache: str) -> Iterator[Any]:
     from litdata import StreamingDataset
 
@@ -172,58 +167,66 @@ def _decoded(samples: list[dict[str, Any]]) -> Any:
 
 
 def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> dict[str, float]:
-    """One pass in this process: images, seconds, seconds to the first batch, share of the time without a batch."""
-    import stages.distill.run  # noqa: F401 - not part of what is timed
-    import webdataset as _  # noqa: F401
+    """Two passes in this process, at full speed and in steps. Of the first: images/s (of wall and CPU time), seconds to
+    the first batch, requests, peak memory; of the second the share of the time without a batch."""
+    import webdataset as _
+
+    import stages.distill.run  # noqa: F401
 
     root = f"s3://bucket/{options.out.name}" if place == "s3" else str(options.out)
-    cache = None if extra == "none" else str(options.cache)
-    if kind == "ours":
-        source = ours(f"{root}/m.parquet", cache, options.where)
-    elif kind in ("webdataset", "loaders"):
-        tars = [f"{root}/shards/{path.name}" for path in sorted(options.out.glob("shards/*.tar"))]
-        loaders = (os.cpu_count() or 1) if kind == "loaders" else 0
-        source = webdataset(tars, options.images if extra == "all" else int(extra), loaders)
-    else:
-        source = {"mosaic": mosaic, "litdata": litdata}[kind](root, str(cache))
-    step = BATCH / options.step_rate if options.step_rate else 0.0
-    started, images, waited, first = time.perf_counter(), 0, 0.0, 0.0
-    asked, cpu = started, time.process_time()
-    for batch in source:
-        now = time.perf_counter()
-        first = first or now - started
-        waited += now - asked if images else 0.0  # the first batch is a matter of its own
-        images += len(batch)
-        time.sleep(step)
-        asked = time.perf_counter()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+
+    def batches() -> Iterator[Any]:
+        cache = None if extra == "none" else str(options.cache)
+        if extra == "empty":
+            shutil.rmtree(options.cache, ignore_errors=True)
+        if kind == "ours":
+            return ours(f"{root}/m.parquet", cache, options.where)
+        if kind in ("webdataset", "loaders"):
+            tars = [f"{root}/shards/{path.name}" for path in sorted(options.out.glob("shards/*.tar"))]
+            loaders = (os.cpu_count() or 1) if kind == "loaders" else 0
+            return webdataset(tars, options.images if extra == "all" else int(extra), loaders)
+        return litdata(root, str(cache))
+
+    before = requests()
+    images, seconds, cpu, first, _ = one_pass(batches(), 0.0)
+    asked = requests() - before
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    wait = one_pass(batches(), BATCH / options.step_rate)[4] if options.step_rate else 0.0
     return {
         "images": images,
         "rate": images / seconds,
         "per_cpu_second": images / cpu,
         "first": first,
-        "wait": waited / (seconds - first),
+        "wait": wait,
+        "requests": 1000 * asked / images,
         "megabytes": peak[0] / 1024,
         "child_megabytes": peak[1] / 1024,
     }
 
 
-def child(
-    row: tuple[str, str, str], options: argparse.Namespace, step_rate: float, where: str = ""
-) -> dict[str, float]:
-    """:func:`measure` in a fresh process, with the requests that it made."""
-    if row[2] == "empty":
-        shutil.rmtree(options.cache, ignore_errors=True)
-    before = requests()
+def one_pass(batches: Iterator[Any], step: float) -> tuple[int, float, float, float, float]:
+    """Images, seconds, CPU seconds, seconds to the first batch, and the share of the rest that was spent waiting."""
+    started, cpu, images, waited, first = time.perf_counter(), time.process_time(), 0, 0.0, 0.0
+    asked = started
+    for batch in batches:
+        now = time.perf_counter()
+        first = first or now - started
+        waited += now - asked if images else 0.0
+        images += len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        time.sleep(step)
+        asked = time.perf_counter()
+    seconds = time.perf_counter() - started
+    return images, seconds, time.process_time() - cpu, first, waited / (seconds - first)
+
+
+def child(row: tuple[str, str, str], options: argparse.Namespace, where: str = "") -> dict[str, float]:
+    """:func:`measure` in a fresh process; empty where it failed."""
     command = [sys.executable, __file__, "--child", *row, "--out", str(options.out), "--cache", str(options.cache)]
-    command += ["--images", str(options.images), "--step-rate", str(step_rate), "--where", where]
+    command += ["--images", str(options.images), "--where", where]
+    command += ["--step-rate", "0" if where else str(options.step_rate)]
     env = os.environ | ({"PYTHONPATH": options.peers} if options.peers else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=False, timeout=300)
-    if done.returncode:
-        return {}
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found | {"requests": 1000 * (requests() - before) / found["images"]}
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def requests() -> int:
@@ -233,8 +236,8 @@ def requests() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--tars", type=int, default=30)
+    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--tars", type=int, default=24)
     parser.add_argument("--step-rate", type=float, default=150)
     parser.add_argument("--latency", type=float, default=0.03)
     parser.add_argument("--peers", default="")
@@ -252,44 +255,43 @@ def main() -> None:
         options.out, options.cache = Path(temporary) / "bucket" / "data", Path(temporary) / "cache"
         images = pictures()
         write_dataset(options.out, options.images, options.tars, images)
-        if options.peers:
-            sys.path.insert(0, options.peers)
-            write_peers(options.out, options.images, options.tars, images)
+        peers = installed(options.peers) if options.peers else []
+        write_peers(options.out, options.images, options.tars, images, peers)
         command = [sys.executable, str(ROOT / "benchmarks/slow_store.py"), temporary]
         store = subprocess.Popen([*command, "--latency", str(options.latency)], stdout=subprocess.PIPE, text=True)
         try:
             assert store.stdout
             os.environ.update(STORE | {"AWS_ENDPOINT_URL": store.stdout.readline().strip()})
-            report(options, sum(map(len, images)) / DISTINCT)
+            report(options, sum(map(len, images)) / DISTINCT, peers)
         finally:
             store.kill()
 
 
-def report(options: argparse.Namespace, size: float) -> None:
-    rows = {name: row for name, row in (ROWS | (PEERS if options.peers else {})).items() if options.only in name}
+def report(options: argparse.Namespace, size: float, peers: list[str]) -> None:
+    rows = {name: row for name, row in (ROWS | PEERS).items() if options.only in name}
     print(f"{options.images} images of {SIDE} px, {size / 1000:.0f} kB each, {options.tars} tars, batches of {BATCH}\n")
-    print("| reader | images/s | first batch, s | wait | requests / 1,000 images | peak memory, MB |")
-    print("|---|---|---|---|---|---|")
+    print("| reader | images/s | images / CPU s | first batch, s | wait | requests / 1,000 images | peak memory, MB |")
+    print("|---|---|---|---|---|---|---|")
     found = {}
     for name, row in rows.items():
-        drained = child(row, options, 0)
-        stepped = child(row, options, options.step_rate)
-        if not drained or not stepped:
-            print(f"| {name} | failed | | | | |")
+        if name in PEERS and row[0] not in peers:
             continue
-        found[name] = drained | {"wait": stepped["wait"]}
-        loaders = row[0] in ("loaders", "mosaic", "litdata")
-        memory = f"{drained['megabytes']:,.0f}" + (
-            f" + {os.cpu_count()} × {drained['child_megabytes']:,.0f}" if loaders else ""
-        )
+        result = child(row, options)
+        if not result:
+            print(f"| {name} | failed | | | | |", flush=True)
+            continue
+        found[name] = result
+        memory = f"{result['megabytes']:,.0f}"
+        if row[0] in ("loaders", "litdata"):
+            memory += f" + {os.cpu_count()} × {result['child_megabytes']:,.0f}"
         print(
-            f"| {name} | {drained['rate']:,.0f} | {drained['first']:.2f} | {stepped['wait']:.1%} | "
-            f"{drained['requests']:,.0f} | {memory} |",
+            f"| {name} | {result['rate']:,.0f} | {result['per_cpu_second']:,.0f} | {result['first']:.2f} | "
+            f"{result['wait']:.1%} | {result['requests']:,.0f} | {memory} |",
             flush=True,
         )
     if "ours" in options.only or not options.only:
-        part = child(ROWS["ours, warm"], options, 0, f"shard < {options.tars // 4}")
-        print(f"\npeak memory with a quarter of the images: {part.get('megabytes', 0):,.0f} MB")
+        part = child(ROWS["ours, warm"], options, f"shard < {options.tars // 2}")
+        print(f"\npeak memory of the warm one with half of the images: {part.get('megabytes', 0):,.0f} MB")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
