@@ -169,9 +169,8 @@ def _decoded(samples: list[dict[str, Any]]) -> Any:
 def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> dict[str, float]:
     """Two passes in this process, at full speed and in steps. Of the first: images/s (of wall and CPU time), seconds to
     the first batch, requests, peak memory; of the second the share of the time without a batch."""
-    import webdataset as _
-
-    import stages.distill.run  # noqa: F401
+    for module in ("webdataset", "stages.distill.run"):  # no part of what is timed
+        importlib.import_module(module)
 
     root = f"s3://bucket/{options.out.name}" if place == "s3" else str(options.out)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
+from pipeline.bench import Time
 from pipeline.events import EventLog
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
@@ -263,6 +264,7 @@ class DistillEstimate:
     students: list[str]
     workers: int
     cost: Cost | None
+    time: Time | None
 
     def lines(self) -> Iterator[str]:
         import yaml
@@ -290,12 +292,18 @@ class DistillEstimate:
             ("length", f"about {self.steps} steps ({self.steps_per_epoch} an epoch)"),
             ("compute", compute),
             ("memory", memory),
+            *(self.time.entries() if self.time else ()),
             ("out", self.out),
         )
 
 
 def dry_run(
-    recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None, workers: int = 1
+    recipe: Recipe,
+    sources: Sequence[tuple[str, float]],
+    out: str,
+    teacher: str | None,
+    workers: int = 1,
+    price: float | None = None,
 ) -> DistillEstimate:
     """What ``run_distill`` would do; writes nothing, and reads no image."""
     from stages.distill.batches import batch_bounds
@@ -307,6 +315,8 @@ def dry_run(
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]
+    total = cost(settings, manifest, teacher, images, len(rows))
+    seen = images * settings.epochs
     return DistillEstimate(
         out=Storage(out).url,
         settings=settings.model_dump(mode="json"),
@@ -320,7 +330,8 @@ def dry_run(
         steps=batches * settings.epochs,
         students=list(settings.students),
         workers=workers,
-        cost=cost(settings, manifest, teacher, images, len(rows)),
+        cost=total,
+        time=Time.of("distill", recipe, seen, total.flop if total else None, workers, price),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from manifests.shard import committed
 from manifests.storage import Storage
+from pipeline.bench import Time
 from pipeline.plan import make_plan, refuse_file
 from pipeline.recipe import Recipe
 from pipeline.terminal import flop, pairs, size
@@ -74,6 +75,7 @@ class SynthEstimate:
     denoiser_calls: int
     disk_bytes_at_most: int | None
     cost: Cost | None
+    time: Time | None
     prior: dict[str, Any] | None
     teacher: dict[str, Any] | None
     versions: dict[str, str] | None
@@ -101,13 +103,14 @@ class SynthEstimate:
             ("images", f"{self.images} of {pixels}, from {self.trajectories} trajectories"),
             ("denoiser calls", f"{self.denoiser_calls} still to make (a batch of one each; CFG included)"),
             *(self.cost.lines(self.images, self.recipe["synth"]["group_size"]) if self.cost else ()),
+            *(self.time.entries() if self.time else ()),
             ("disk", disk or None),
             ("fingerprint", self.fingerprint),
         ]
         yield from pairs(16, *entries)
 
 
-def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
+def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = None) -> SynthEstimate:
     """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be
     fetched."""
     synth, storage = recipe.synth, Storage(out)
@@ -124,6 +127,9 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
     per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + JSON_BYTES
     plan = make_plan(recipe, inputs) if inputs else None
     done = len(committed(storage))
+    total = cost(synth, inputs) if inputs else None
+    left = max(0, synth.shards - done)
+    work = total.flop * left // synth.shards if total else None
     return SynthEstimate(
         out=storage.url,
         fingerprint=plan.fingerprint if plan else None,
@@ -136,9 +142,10 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
         images=images * synth.shards,
         image_size=image_size,
         classes=len(inputs.class_names) if inputs else None,
-        denoiser_calls=denoiser_calls(synth, inputs) * trajectories * max(0, synth.shards - done),
+        denoiser_calls=denoiser_calls(synth, inputs) * trajectories * left,
         disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
-        cost=cost(synth, inputs) if inputs else None,
+        cost=total,
+        time=Time.of("synth", recipe, images * left, work, workers, price) if left else None,
         prior=inputs.prior if inputs else None,
         teacher=inputs.teacher if inputs else None,
         versions=plan.versions if plan else None,

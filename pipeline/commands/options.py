@@ -27,6 +27,14 @@ DryRunOption = Annotated[
         "--dry-run", help="Show settings, sizes, cost; make nothing (a hub's prior is fetched).", rich_help_panel=RESULT
     ),
 ]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a GPU (or worker) for an hour; the dry run then says what it costs, by `factory bench`.",
+        show_default=False,
+        rich_help_panel=RESULT,
+    ),
+]
 AddressOption = Annotated[
     str | None,
     typer.Option(

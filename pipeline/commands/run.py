@@ -13,6 +13,7 @@ from pipeline.commands.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    PriceOption,
     RecipeOption,
     RetryOption,
     SetOption,
@@ -63,6 +64,7 @@ def synth(
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
@@ -90,7 +92,7 @@ def synth(
         "retry_failed": ("--retry-failed", retry_failed),
     }
     place, folder = executor(places), out or f"runs/{resolved.name}"
-    show(estimate(resolved, folder, place.workers) if dry_run else run_synth(resolved, folder, place), as_json)
+    show(estimate(resolved, folder, place.workers, price) if dry_run else run_synth(resolved, folder, place), as_json)
 
 
 @app.command()
@@ -131,6 +133,7 @@ def distill(
     address: AddressOption = None,
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
@@ -153,7 +156,7 @@ def distill(
     folder = out or stage.default_out(first, resolved)
     place = executor({"workers": ("--workers", workers), "address": ("--address", address)})
     if dry_run:
-        show(stage.dry_run(resolved, sources, folder, teacher, place.workers), as_json)
+        show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(stage.DistillReport(result), as_json)
