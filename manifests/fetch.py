@@ -88,6 +88,7 @@ class _Transfer:
         self.under_way: dict[Future[bytes], _Request] = {}
         self.finished: queue.SimpleQueue[Future[bytes]] = queue.SimpleQueue()
         self.reason = "no answer"
+        self.share = 1  # of the bounds: a narrow connection brings nothing in time where it brings all at once
 
     def __iter__(self) -> Iterator[tuple[int, bytes | DataError]]:
         progress, warned = time.monotonic(), False
@@ -118,14 +119,14 @@ class _Transfer:
                     f"waiting for {self._waited_for()}: nothing has arrived for {silent:.0f} s ({self.reason}); this "
                     f"goes on for {left:.0f} s more"
                 )
-            self._give_up_hung()
+            self._give_up_hung(silent)
 
     def _submit(self) -> None:
         now = time.monotonic()
-        while len(self.under_way) < AT_ONCE:
+        while len(self.under_way) < max(1, AT_ONCE // self.share):
             if self.again and self.again[0].not_before <= now:
                 request: _Request | None = self.again.popleft()
-            elif self.under_way and sum(each.wanted.size for each in self.under_way.values()) >= BYTES_AT_ONCE:
+            elif self.under_way and self._size() >= BYTES_AT_ONCE // self.share:
                 return
             else:
                 request = next(self.fresh, None)
@@ -135,6 +136,9 @@ class _Transfer:
             future = self.storage.start_range(*request.wanted)
             self.under_way[future] = request
             future.add_done_callback(self.finished.put)
+
+    def _size(self) -> int:
+        return sum(request.wanted.size for request in self.under_way.values())
 
     def _pause(self) -> float:
         """Seconds until there is something to do although nothing arrives."""
@@ -177,15 +181,17 @@ class _Transfer:
         request.not_before = time.monotonic() + pause
         self.again.append(request)
 
-    def _give_up_hung(self) -> None:
-        """Ask once more for what has been under way for long: of several connections a single one may hang."""
+    def _give_up_hung(self, silent: float) -> None:
+        """Ask once more for what has been under way for long: of several connections a single one may hang. Where all
+        are as slow, for less at once."""
         longest = self.patience.stall_seconds / 3
         now = time.monotonic()
-        for future, request in [*self.under_way.items()]:
-            if now - request.started > longest:
-                del self.under_way[future]
-                future.cancel()
-                self._try_again(request)
+        hung = [future for future, request in self.under_way.items() if now - request.started > longest]
+        for future in hung:
+            self._try_again(self.under_way.pop(future))
+            future.cancel()
+        if hung and silent > longest:
+            self.share *= 4
 
     def _waited_for(self) -> str:
         waiting = [*self.under_way.values(), *self.again]

@@ -50,7 +50,7 @@ class TarCache:
         patience: Patience | None = None,
         on_note: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.limit, self.patience, self.on_note = limit, patience or Patience(), on_note
+        self.limit, self.patience, self._on_note = limit, patience or Patience(), on_note
         self._files = Storage(folder)
         if not self._files.is_local:
             raise UsageError(f"cache_dir {folder}: expected a folder of this machine")
@@ -66,6 +66,8 @@ class TarCache:
         self._thread: threading.Thread | None = None
         self._stop, self._looked = threading.Event(), threading.Event()
         self._stalled: StalledError | None = None
+        self._altered: set[str] = set()
+        self._said: set[str] = set()
 
     def __contains__(self, tar: TarInfo) -> bool:
         return tar.sha256 in self._here
@@ -83,7 +85,7 @@ class TarCache:
         """Remove a tar that does not hold what it should."""
         if tar.sha256 in self._here:
             self._here.discard(tar.sha256)
-            self.on_note(f"{self._path(_tar(tar.sha256))}: damaged since it was fetched: removed, read from the store")
+            self._note(f"{self._path(_tar(tar.sha256))}: damaged since it was fetched: removed, read from the store")
             with suppress(FactoryError):
                 self._files.delete(_tar(tar.sha256))
 
@@ -127,7 +129,7 @@ class TarCache:
             self._looked.set()
             self._fetch([item for sha, item in self._wanted.items() if sha not in self._here])
         except _Full:
-            self.on_note(
+            self._note(
                 f"cache_dir {self.folder}: {len(self._here)} of {len(self._wanted)} tars fit cache_gb "
                 f"{self.limit / 1e9:g} beside what other jobs use; the rest is read from the store"
             )
@@ -137,29 +139,34 @@ class TarCache:
             self._looked.set()
 
     def _fetch(self, left: Sequence[tuple[Storage, TarInfo]]) -> None:
-        bad = False
         while left:
             busy = []  # other processes are fetching these
             for storage, tar in left:
                 if self._stop.is_set():
                     return
+                if tar.sha256 in self._altered:
+                    continue
                 try:
                     if not self._fetched(storage, tar):
                         busy.append((storage, tar))
                 except DataError as error:
-                    if not bad:
-                        self.on_note(f"{error}; not kept in cache_dir")
-                    bad = True
+                    self._altered.add(tar.sha256)
+                    self._note(f"{error}; not kept in cache_dir")
             if len(busy) == len(left):
                 self._stop.wait(_POLL)
             left = busy
+
+    def _note(self, line: str) -> None:
+        if line not in self._said:  # every epoch would repeat it
+            self._said.add(line)
+            self._on_note(line)
 
     def _give_up(self, error: Exception) -> None:
         if self._stop.is_set():
             return
         self._stalled = error if isinstance(error, StalledError) else None
         why = str(error) if isinstance(error, FactoryError) else one_line(error)
-        self.on_note(f"cache_dir {self.folder}: {why}: no more tars are kept, the rest is read from the store")
+        self._note(f"cache_dir {self.folder}: {why}: no more tars are kept, the rest is read from the store")
 
     def _fetched(self, storage: Storage, tar: TarInfo) -> bool:
         """Whether ``tar`` is there now; False where another process is fetching it."""

@@ -108,6 +108,29 @@ def test_a_single_hung_connection_is_replaced() -> None:
     assert len(ranges_of(Fake(hangs=3), stall_seconds=0.9)) == 100  # type: ignore[arg-type]
 
 
+class Narrow(Fake):
+    """Brings nothing while more than four requests are under way."""
+
+    def start_range(self, name: str, offset: int, size: int) -> "Future[bytes]":
+        future: Future[bytes] = Future()
+        future.add_done_callback(lambda _: setattr(self, "under_way", self.under_way - 1))
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+
+        def answer() -> None:
+            if self.under_way <= 4 and future.set_running_or_notify_cancel():
+                future.set_result(DATA[offset : offset + size])
+
+        threading.Timer(0.02, answer).start()
+        return future
+
+
+def test_a_narrow_connection_is_asked_for_less_at_once() -> None:
+    store = Narrow()
+    assert len(ranges_of(store, stall_seconds=3)) == 100  # type: ignore[arg-type]
+    assert store.most == AT_ONCE
+
+
 def test_a_refusal_is_not_repeated() -> None:
     store = Fake(error=PermissionError("Access Denied"))
     with pytest.raises(StoreError, match="a: cannot read: Access Denied"):
