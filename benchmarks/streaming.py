@@ -3,8 +3,9 @@
     python benchmarks/streaming.py [--images 1200] [--tars 24] [--step-rate 150] [--peers FOLDER] [--json FILE]
 
 Every row is a pass over images of 256×256 px (PNG) in batches of 64, decoded, in a process of its own; ``local`` is
-``factory run distill``'s reader on local tars, ``ranges`` on the store without a cache, ``cold`` with an empty one and
-``warm`` with a full one, all in a global shuffle and with crop and flip. ``webdataset`` reads the tars one after
+``factory run distill``'s reader on local tars, ``ranges`` on the store without a cache (``one request at a time``: as
+any reader with random access does by default), ``cold`` with an empty one and ``warm`` with a full one, all in a global
+shuffle and with crop and flip. ``webdataset`` reads the tars one after
 another, shuffled by a buffer of 1,000 images, or by one of all images, in one process or with a loader process for each
 core. ``wait`` is the share of the time for which a step finds no batch, where a step takes as long as an accelerator
 that trains ``--step-rate`` images a second (it sleeps: the cores are free for decoding). ``--peers`` is a folder into
@@ -42,6 +43,7 @@ STORE = {
 }
 ROWS = {
     "ours, local": ("ours", "local", "none"),
+    "ours, one request at a time": ("serial", "s3", "none"),
     "ours, ranges": ("ours", "s3", "none"),
     "ours, cold": ("ours", "s3", "empty"),
     "ours, warm": ("ours", "s3", "full"),
@@ -178,7 +180,10 @@ def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> d
         cache = None if extra == "none" else str(options.cache)
         if extra == "empty":
             shutil.rmtree(options.cache, ignore_errors=True)
-        if kind == "ours":
+        if kind == "serial":
+            importlib.import_module("manifests.fetch").AT_ONCE = 1  # type: ignore[attr-defined]
+            importlib.import_module("stages.distill.streaming").FETCHED_AHEAD = 1  # type: ignore[attr-defined]
+        if kind in ("ours", "serial"):
             return ours(f"{root}/m.parquet", cache, options.where)
         if kind in ("webdataset", "loaders"):
             tars = [f"{root}/shards/{path.name}" for path in sorted(options.out.glob("shards/*.tar"))]

@@ -293,6 +293,11 @@ class Manifest:
         """Number of each row's tar in ``info.tars``, −1 for a row that lies in none."""
         return self._places[0]
 
+    @property
+    def sizes(self) -> Integers:
+        """Bytes of each row's stored image."""
+        return self._places[2]
+
     def _runs(self, wanted: Integers) -> Iterator[Integers]:
         """Positions in ``wanted`` by place, cut where the next image is elsewhere, far away, or the run is long."""
         if not len(wanted):

@@ -61,6 +61,11 @@ class Rows:
         """Number of each row's tar in its manifest, −1 where it has none."""
         return np.concatenate([selection.tars for selection in self.selections])
 
+    @cached_property
+    def size(self) -> Ints:
+        """Bytes of each row's stored image."""
+        return np.concatenate([selection.sizes for selection in self.selections])
+
     def name(self, row: int) -> str:
         """The row as an error message names it."""
         number = int(self.source[row])

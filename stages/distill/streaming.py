@@ -19,8 +19,8 @@ from stages.distill.rows import Ints, Rows
 from stages.distill.runtime import ALONE, Ranks
 from stages.settings import DistillSettings
 
-FETCHED_AHEAD = 4
-"""Batches whose files are fetched before they are decoded, beside those that are ready."""
+FETCHED_AHEAD, BYTES_AHEAD = 4, 512 << 20
+"""Batches whose files are fetched before they are decoded, beside those that are ready, and their bytes at most."""
 SAME_LINE_SECONDS = 5.0
 
 
@@ -62,6 +62,8 @@ class StreamedPixels:
         """``rows`` will be taken soon, together."""
         while len(self._fetched) >= FETCHED_AHEAD:  # announced and never taken
             self._fetched.popitem(last=False)[1].cancel()
+        if self.rows.size[rows].sum() > BYTES_AHEAD // FETCHED_AHEAD:
+            return
         self._fetched[rows.tobytes()] = self._fetchers.submit(self._read, rows)
 
     def _read(self, rows: Ints) -> list[bytes]:

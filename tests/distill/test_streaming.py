@@ -130,6 +130,10 @@ def test_announced_batches_are_fetched_once_and_ahead(dataset, monkeypatch):
     taken = [pixels.take(batch) for batch in batches]
     assert sorted(seen) == [batch.tolist() for batch in batches]
     assert torch.equal(torch.cat(taken), pixels.take(np.arange(24)))
+    seen.clear()
+    monkeypatch.setattr(streaming, "BYTES_AHEAD", 4 * 4 * 50)  # images are larger
+    pixels.expect(batches[0])
+    assert not seen and torch.equal(pixels.take(batches[0]), taken[0])
 
 
 def test_decoding_follows_the_cores_that_a_process_has(monkeypatch):
