@@ -182,7 +182,8 @@ def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> d
             shutil.rmtree(options.cache, ignore_errors=True)
         if kind == "serial":
             importlib.import_module("manifests.fetch").AT_ONCE = 1  # type: ignore[attr-defined]
-            importlib.import_module("stages.distill.streaming").FETCHED_AHEAD = 1  # type: ignore[attr-defined]
+            for module in ("streaming", "batches"):
+                importlib.import_module(f"stages.distill.{module}").FETCHED_AHEAD = 1  # type: ignore[attr-defined]
         if kind in ("ours", "serial"):
             return ours(f"{root}/m.parquet", cache, options.where)
         if kind in ("webdataset", "loaders"):
