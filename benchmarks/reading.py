@@ -35,7 +35,7 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.shard import ShardWriter, done_records
 from manifests.storage import Storage
-from stages.distill.batches import Batches, CachedPixels, Pixels, StreamedPixels
+from stages.distill.batches import Batches, Pixels
 from stages.distill.rows import EpochOrder, select_rows
 from stages.settings import DistillSettings
 
@@ -78,7 +78,7 @@ def plain_webdataset(tars: list[str], augment: bool) -> Iterator[Any]:
     yield from data.to_tuple("png", "json").map_tuple(view, lambda row: row["label"]).batched(BATCH)
 
 
-def ours(manifest: str, make_pixels: Callable[..., Pixels]) -> tuple[Batches, float]:
+def ours(manifest: str, memory_gb: float) -> tuple[Batches, float]:
     """Batches of stage 2 on this machine's CPU, and the seconds of CPU time that opening them took."""
     started = time.process_time()
     settings = DistillSettings.model_validate(
@@ -86,7 +86,7 @@ def ours(manifest: str, make_pixels: Callable[..., Pixels]) -> tuple[Batches, fl
     )
     rows = select_rows([(Manifest.open(manifest), 1.0)], settings)
     order = EpochOrder(rows, np.arange(len(rows)), settings)
-    batches = Batches(rows, order, make_pixels(rows, SIDE, CPU), settings, CPU)
+    batches = Batches(rows, order, Pixels(rows, memory_gb, CPU), settings, CPU)
     return batches, time.process_time() - started
 
 
@@ -110,8 +110,8 @@ def main() -> None:
         folder = options.out or Path(temporary)
         manifest = write_images(folder, options.images)
         tars = sorted(map(str, folder.glob("shards/*.tar")))
-        cached, opening = ours(manifest, CachedPixels)
-        streamed, _ = ours(manifest, StreamedPixels)
+        cached, opening = ours(manifest, memory_gb=4)
+        streamed, _ = ours(manifest, memory_gb=0)
         readers: dict[str, Callable[[int], Iterator[Any]]] = {
             "webdataset, decoded": lambda _: plain_webdataset(tars, False),
             "webdataset, decoded and augmented": lambda _: plain_webdataset(tars, True),

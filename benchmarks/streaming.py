@@ -114,9 +114,9 @@ def ours(url: str, cache: str | None, where: str | None = None) -> Iterator[Any]
     import torch
 
     from manifests.reader import Manifest
-    from stages.distill.batches import Batches, open_pixels
+    from stages.distill.batches import Batches
     from stages.distill.rows import EpochOrder, select_rows
-    from stages.distill.streaming import Stream
+    from stages.distill.streaming import Pixels, Stream
     from stages.settings import DistillSettings
 
     augment = {"flip": True, "cutmix": 0, "mixup": 0}
@@ -125,7 +125,7 @@ def ours(url: str, cache: str | None, where: str | None = None) -> Iterator[Any]
     )
     rows = select_rows([(Manifest.open(url), 1.0)], settings)
     with Stream(rows, settings, lambda line: print(line, file=sys.stderr)) as stream:
-        pixels = open_pixels(rows, 0, torch.device("cpu"), stream)
+        pixels = Pixels(rows, 0, torch.device("cpu"), stream)
         order = EpochOrder(rows, np.arange(len(rows)), settings)
         batches = Batches(rows, order, pixels, settings, torch.device("cpu"))
         yield from (batch.x for batch in batches.stream(0, batches.steps))

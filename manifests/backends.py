@@ -95,7 +95,7 @@ class RemoteBackend:
             return False
         return True
 
-    def put_file(self, local: Path, path: str) -> None:
+    def put_file(self, path: str, local: Path) -> None:
         self._make_parent(path)
         self.fs.put_file(str(local), path)
         local.unlink()
@@ -122,8 +122,8 @@ class RemoteBackend:
     def temporary(self) -> tuple[dict[str, int], list[str]]:
         return {}, []  # unfinished uploads are invisible
 
-    def drop_temporary(self, name: str) -> None:
-        raise AssertionError(f"a store lists no temporary file, so {name} cannot be one")
+    def drop(self, path: str) -> None:
+        raise AssertionError(f"a store lists no temporary file, so {path} cannot be one")
 
     def scratch(self) -> Path:
         if self._scratch is None or self._scratch[0] != os.getpid():

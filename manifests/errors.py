@@ -49,3 +49,9 @@ class Interrupted(FactoryError):
     """Stopped on request; the same command resumes."""
 
     exit_code = 130
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What ``error`` says, in one line of at most ``limit`` characters; the name of its type if it says nothing."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:limit]

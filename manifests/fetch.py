@@ -14,8 +14,8 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from manifests.errors import DataError, FactoryError, StalledError, StoreError
-from manifests.storage import LASTING, Storage, one_line
+from manifests.errors import DataError, FactoryError, StalledError, StoreError, one_line
+from manifests.storage import LASTING, Storage
 
 AT_ONCE, BYTES_AT_ONCE = 64, 64 << 20
 """Requests under way at most, and the bytes that they may bring together (a single one may be larger)."""
@@ -160,7 +160,7 @@ class _Transfer:
             raise
         except CancelledError:
             self.reason = "cancelled"
-        except (PermissionError, *LASTING) as error:
+        except LASTING as error:
             raise StoreError(f"{path}: cannot read: {one_line(error)}") from error
         except Exception as error:
             self.reason = one_line(error)

@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from manifests.errors import one_line
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """What may be decoded. Pillow knows dozens of formats by their content, and hands one of them to Ghostscript."""
 MAX_PIXELS = 1 << 26
@@ -26,4 +28,4 @@ def decode(data: bytes, side: int | None = None) -> np.ndarray:
                 raise ValueError(f"{width}×{height} pixels are more than {MAX_PIXELS}")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's parsers raise whatever hostile bytes provoke
-        raise ValueError(f"not a readable image: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"not a readable image: {one_line(error, 200)}") from None

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 
@@ -24,7 +23,7 @@ from manifests.errors import DataError, LinkError
 from manifests.manifest_file import ManifestFile
 from manifests.merge import load_shard_table, merge
 from manifests.reader import manifest_url
-from manifests.schema import SCHEMA, SCORED, to_table
+from manifests.schema import SCHEMA, SCORED, Row, make_key, to_table
 from manifests.shard import (
     DoneRecord,
     committed,
@@ -59,7 +58,7 @@ def verify(url: str | os.PathLike[str], deep: bool = True) -> list[Problem]:
     storage, name = split(manifest_url(url))
     if not any(storage.exists(file) for file in (name, "plan.json")) and not storage.list("done"):
         raise DataError(f"{storage.url}: no dataset here (no {name}, plan.json or done records)")
-    return _Verification(storage, name, deep).problems
+    return [*_Verification(storage, name, deep).problems]
 
 
 class _Verification:
@@ -67,7 +66,7 @@ class _Verification:
 
     def __init__(self, storage: Storage, name: str, deep: bool) -> None:
         self.storage, self.name, self.deep = storage, name, deep
-        self.problems: list[Problem] = []
+        self.problems: dict[Problem, None] = {}  # in order, each once: many shards may meet the same one
         self.records: dict[int, DoneRecord] = {}
         self.manifest: ManifestFile | None = None
         for record in storage.list("done"):
@@ -84,7 +83,7 @@ class _Verification:
         self.check_shards({tar.shard: tar for tar in info.tars} if info else {})
 
     def note(self, where: str, what: str) -> None:
-        self.problems.append(Problem(where, what))
+        self.problems[Problem(where, what)] = None
 
     @contextmanager
     def noted(self, where: str) -> Iterator[None]:
@@ -128,7 +127,6 @@ class _Verification:
 
     def check_shards(self, listed: dict[int, TarInfo]) -> None:
         sizes = self.storage.sizes("shards")
-        sound: dict[int, DoneRecord] = {}
         for shard in sorted({*self.records, *listed}):
             record = self.records.get(shard)
             tar = record.tar_info() if record else listed[shard]
@@ -140,7 +138,8 @@ class _Verification:
             if record and self.deep:
                 with self.noted(f"shard {shard}"):
                     table = load_shard_table(self.storage, record)
-                    sound[shard] = record
+            if table is not None and listed.get(shard) == tar:
+                self.check_rows(shard, table)
             if tar.name not in sizes:
                 self.note(f"shard {shard}", f"{tar.name} is missing")
                 continue
@@ -148,9 +147,6 @@ class _Verification:
                 self.note(f"shard {shard}", f"{tar.name} has {sizes[tar.name]} bytes, expected {tar.bytes}")
             if self.deep:
                 self.check_tar(tar, table)
-        if self.manifest and self.deep and sound.keys() >= listed.keys():
-            with self.noted(self.name):
-                self.check_rows(self.manifest, [sound[shard] for shard in listed])
 
     def check_tar(self, tar: TarInfo, table: pa.Table | None) -> None:
         """Every sample against its row in the shard's ``table``, or in the manifest, or else its own JSON."""
@@ -159,7 +155,7 @@ class _Verification:
             free = _free(self.manifest)
             with suppress(DataError):
                 table = self.manifest.shard_rows(tar.shard)
-        rows: list[dict[str, Any]] | None = None
+        rows: list[Row] | None = None
         try:
             rows = table.to_pylist() if table is not None else None
         except UnicodeDecodeError:
@@ -169,38 +165,29 @@ class _Verification:
             flaws = [Problem(sample.where, sample.flaw) for sample in check if sample.flaw]
         if not flaws and check.samples != tar.rows:
             flaws = [Problem(f"shard {tar.shard}", f"{tar.name} holds {check.samples} samples, expected {tar.rows}")]
-        self.problems += flaws
+        self.problems |= dict.fromkeys(flaws)
         if check.sha256 != tar.sha256:
             intact = "" if flaws else ", though its samples are intact"
             self.note(f"shard {tar.shard}", f"{tar.name} was altered: its sha256 differs{intact}")
 
-    def check_rows(self, manifest: ManifestFile, records: list[DoneRecord]) -> None:
-        """The manifest's rows against the tables of its shards, group by group."""
-        held, pending = SCHEMA.empty_table(), iter(records)
-        compared = [name for name in SCHEMA.names if name not in _free(manifest)]
-        for theirs in manifest.groups():
-            while held.num_rows < theirs.num_rows:
-                record = next(pending, None)
-                if record is None:
-                    return self.note(self.name, "holds more rows than its shards' tables")
-                held = pa.concat_tables([held, load_shard_table(self.storage, record)])
-            ours, held = held.slice(0, theirs.num_rows), held.slice(theirs.num_rows)
-            ours, theirs = ours.select(compared).combine_chunks(), theirs.select(compared).combine_chunks()
-            if not theirs.equals(ours):
-                self.note(self.name, f"differs from the shards: {_first_difference(ours, theirs)}")
-        return None
+    def check_rows(self, shard: int, table: pa.Table) -> None:
+        """The manifest's rows of a shard against its ``table``."""
+        assert self.manifest is not None
+        with self.noted(self.name):
+            compared = [name for name in SCHEMA.names if name not in _free(self.manifest)]
+            rows = self.manifest.shard_rows(shard)
+            for name in compared:
+                ours, theirs = table[name].combine_chunks(), rows[name].combine_chunks()
+                if not theirs.equals(ours):
+                    index = next(index for index in range(len(ours)) if theirs[index] != ours[index])
+                    which = f"shard {shard}, sample {make_key(shard, index)}"
+                    self.note(self.name, f"differs from the shards: column {name!r} of {which}")
+                    break
 
 
 def _free(manifest: ManifestFile) -> frozenset[str]:
     """Columns of a manifest that need not be those of its tars."""
     return SCORED if manifest.info.rescored is not None else frozenset()
-
-
-def _first_difference(ours: pa.Table, theirs: pa.Table) -> str:
-    name = next(name for name in theirs.column_names if not theirs[name].equals(ours[name]))
-    index = next(index for index in range(theirs.num_rows) if theirs[name][index] != ours[name][index])
-    where = ours.slice(index, 1).select(["shard", "key"]).to_pylist()[0]
-    return f"column {name!r} of shard {where['shard']}, sample {where['key']}"
 
 
 _TAR = re.compile(r"^shards/([0-9]{6,8})-[0-9a-f]{12}\.tar$", re.ASCII)

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from posixpath import join, split
 from typing import BinaryIO
 
 from manifests.errors import LinkError
@@ -54,20 +55,14 @@ class LocalBackend:
             return file.read()
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
-        handle = self._file(path, os.O_RDONLY)
-        try:
-            return os.pread(handle, size, offset)
-        finally:
-            os.close(handle)
-
-    def read_many(self, paths: list[str]) -> list[bytes]:
-        return [self.read(path) for path in paths]
+        with self.open(path) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb", opener=lambda *_: self._file(path, os.O_RDONLY))
 
     def write(self, path: str, data: bytes, beside: bool = False) -> None:
-        folder, name = _parts(path)
+        folder, name = split(path)
         with self._staged(data, folder if beside else TMP, f".{name}" if beside else "write") as (source, staged):
             self._publish(staged, source, path)
 
@@ -99,7 +94,7 @@ class LocalBackend:
             _sync(folder)
         return True
 
-    def put_file(self, local: Path, path: str) -> None:
+    def put_file(self, path: str, local: Path) -> None:
         with open(local, "rb") as file:
             os.fsync(file.fileno())
             try:
@@ -107,14 +102,10 @@ class LocalBackend:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                self._put_copy(file, path)
+                folder, name = split(path)  # on another file system: a killed attempt leaves a hidden file beside it
+                with self._staged(file, folder, f".{name}") as (source, staged):
+                    self._publish(staged, source, path)
                 local.unlink()
-
-    def _put_copy(self, file: BinaryIO, path: str) -> None:
-        """For a target on another file system; a killed attempt leaves a hidden file beside it."""
-        folder, name = _parts(path)
-        with self._staged(file, folder, f".{name}") as (source, staged):
-            self._publish(staged, source, path)
 
     def sizes(self, path: str) -> dict[str, int]:
         found = {}
@@ -125,7 +116,7 @@ class LocalBackend:
                         if entry.is_file(follow_symlinks=False):
                             found[entry.name] = entry.stat(follow_symlinks=False).st_size
                         elif not entry.is_dir(follow_symlinks=False):
-                            self._refuse(entry.stat(follow_symlinks=False).st_mode, _join(path, entry.name))
+                            self._refuse(entry.stat(follow_symlinks=False).st_mode, join(path, entry.name))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return found
@@ -138,7 +129,7 @@ class LocalBackend:
     def folder(self, path: str, make: bool = False) -> str:
         with suppress(FileNotFoundError):
             os.close(self._folder(path, make))
-        return os.path.join(self.root, path)
+        return join(self.root, path)
 
     def scratch(self) -> Path:
         return Path(self.folder(TMP, make=True))
@@ -157,9 +148,9 @@ class LocalBackend:
                         own[entry.name] = _tree_size(entry.name, handle)
         return dict(sorted(own.items())), sorted(foreign)
 
-    def drop_temporary(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._parent(f"{TMP}/{name}") as (folder, _):
-            if stat.S_ISDIR(self._stat(folder, name, f"{TMP}/{name}").st_mode):
+    def drop(self, path: str) -> None:
+        with suppress(FileNotFoundError), self._parent(path) as (folder, name):
+            if stat.S_ISDIR(self._stat(folder, name, path).st_mode):
                 shutil.rmtree(name, dir_fd=folder)  # follows no link either
             else:
                 os.unlink(name, dir_fd=folder)
@@ -171,7 +162,7 @@ class LocalBackend:
         handle = os.open(self.root, _FOLDER)
         walked = ""
         for part in path.split("/") if path else ():
-            walked = _join(walked, part)
+            walked = join(walked, part)
             try:
                 if make:
                     with suppress(FileExistsError):
@@ -189,7 +180,7 @@ class LocalBackend:
     @contextmanager
     def _parent(self, path: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The folder that holds ``path``, as a descriptor, and the last component."""
-        folder, name = _parts(path)
+        folder, name = split(path)
         handle = self._folder(folder, make)
         try:
             yield handle, name
@@ -198,7 +189,7 @@ class LocalBackend:
 
     @contextmanager
     def _listed(self, path: str) -> Iterator[tuple[int, Iterator[os.DirEntry[str]]]]:
-        with self._parent(_join(path, ".")) as (folder, here):
+        with self._parent(join(path, ".")) as (folder, here):
             handle = os.open(here, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
         try:
             with os.scandir(handle) as entries:
@@ -208,7 +199,7 @@ class LocalBackend:
 
     def _file(self, path: str, flags: int) -> int:
         """A descriptor of a regular file."""
-        above, name = _parts(path)
+        above, name = split(path)
         folder = self._folder(above)
         try:
             handle = os.open(name, flags | _FILE, 0o666, dir_fd=folder)
@@ -277,15 +268,6 @@ class LocalBackend:
             else "remove it"
         )
         raise LinkError(f"{self.root}/{path}: is {kind}, which is not used inside a dataset or run folder: {instead}")
-
-
-def _parts(path: str) -> tuple[str, str]:
-    folder, _, name = path.rpartition("/")
-    return folder, name
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
 
 
 def _sync(folder: int) -> None:

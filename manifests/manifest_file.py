@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, one_line
 from manifests.fetch import Patience
-from manifests.schema import SCHEMA, open_table, parquet_errors
+from manifests.schema import SCHEMA, Row, open_table, parquet_errors
 from manifests.storage import Storage
 from manifests.tar_cache import TarCache
 from manifests.where import columns_of, compile_where
@@ -104,25 +105,23 @@ class ManifestFile:
 
         Raises :class:`UsageError` for a bad expression or unknown column.
         """
-        for condition in conditions:
-            compile_where(condition, SCHEMA)
-        kept = [] if include_rejected else ["kept"]
-        columns = sorted({*kept, *(name for condition in conditions for name in columns_of(condition))})
-        if not columns and not conditions:
+        filters = {text: compile_where(text, SCHEMA) for text in (*([] if include_rejected else ["kept"]), *conditions)}
+        if not filters:
             with parquet_errors(self.url):  # a number of rows is only a claim
                 return np.arange(self.num_rows, dtype=np.int64)
-        found = [self._matching(group, columns, [*kept, *conditions]) for group in range(self.num_groups)]
+        columns = sorted({name for text in filters for name in columns_of(text)})
+        found = [self._matching(group, columns, filters) for group in range(self.num_groups)]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
-    def _matching(self, group: int, columns: list[str], conditions: list[str]) -> Integers:
+    def _matching(self, group: int, columns: list[str], filters: dict[str, pc.Expression]) -> Integers:
         with parquet_errors(self.url):
             table = self._read_group(group, columns)
             table = table.append_column(_ROW, pa.array(np.arange(*self._starts[group : group + 2])))
-        for condition in conditions:
+        for text, expression in filters.items():
             try:
-                table = table.filter(compile_where(condition, table.schema))
+                table = table.filter(expression)
             except pa.ArrowException as error:
-                raise UsageError(f"--where {condition!r}: {' '.join(str(error).split())[:200]}") from None
+                raise UsageError(f"--where {text!r}: {one_line(error, 200)}") from None
         return np.asarray(table[_ROW].to_numpy(), dtype=np.int64)
 
     def read_columns(self, names: list[str], rows: Integers) -> pa.Table:
@@ -158,23 +157,23 @@ class ManifestFile:
                 self._held = held = (group, table.cast(SCHEMA))
         return held[1]
 
-    def groups(self) -> Iterator[pa.Table]:
-        """Every row, in tables of one row group."""
-        return map(self.group, range(self.num_groups))
-
-    def row(self, number: int) -> dict[str, Any]:
+    def row(self, number: int) -> Row:
         """One row as a dict with every column; the row group it lies in is kept for the next call."""
         group = int(np.searchsorted(self._starts, number, side="right")) - 1
-        row: dict[str, Any] = self.group(group).slice(number - int(self._starts[group]), 1).to_pylist()[0]
+        row: Row = self.group(group).slice(number - int(self._starts[group]), 1).to_pylist()[0]
         return row
 
+    @cached_property
+    def _shards(self) -> dict[int, tuple[int, int]]:
+        """The first row of each shard, and the one after its last: rows lie in the order of the tars."""
+        stops = np.cumsum([tar.rows for tar in self.info.tars]).tolist()
+        return {tar.shard: (stop - tar.rows, stop) for tar, stop in zip(self.info.tars, stops, strict=True)}
+
     def shard_rows(self, shard: int) -> pa.Table:
-        """Every row of a shard's tar, in order; the rows of a manifest lie in the order of its tars."""
-        tars = [tar for tar in self.info.tars if tar.shard <= shard]
-        if not tars or tars[-1].shard != shard:
+        """Every row of a shard's tar, in order."""
+        if shard not in self._shards:
             raise DataError(f"{self.url}: shard {shard} is not in it")
-        stop = sum(tar.rows for tar in tars)
-        start = stop - tars[-1].rows
+        start, stop = self._shards[shard]
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = [self.group(group) for group in range(first, int(np.searchsorted(self._starts, stop)))]
         return pa.concat_tables([SCHEMA.empty_table(), *parts]).slice(start - int(self._starts[first]), stop - start)

@@ -30,7 +30,7 @@ from manifests.fetch import Range, fetch
 from manifests.images import decode
 from manifests.manifest_file import Integers, ManifestFile
 from manifests.order import spread
-from manifests.schema import MAX_IMAGE, SCHEMA
+from manifests.schema import MAX_IMAGE, SCHEMA, Row
 from manifests.storage import split
 from manifests.tar_cache import TarCache
 
@@ -70,8 +70,8 @@ class Manifest:
     """Selected rows of a manifest, addressed ``0..len-1`` in its order, and their images. Can be pickled and used after
     a fork.
 
-    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise
-    :class:`DataError` where nothing is left. ``file`` holds every row whatever is selected; ``info`` describes the
+    :meth:`open` selects the images that were kept, :meth:`where` narrows that down; both raise :class:`DataError` where
+    nothing is left. ``file`` holds every row whatever is selected, ``num_rows`` of them; ``info`` describes the
     dataset; ``problems`` lists the tars that :meth:`open` passed over.
     """
 
@@ -83,7 +83,7 @@ class Manifest:
         base: Integers | None = None,
     ) -> None:
         self.file, self.info, self.url, self.storage = file, file.info, file.url, file.storage
-        self.problems: list[str] = []
+        self.num_rows, self.problems = file.num_rows, list[str]()
         self._conditions, self._include_rejected, self._base = (*conditions,), include_rejected, base
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,11 +139,6 @@ class Manifest:
         return len(self.rows)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the file, selected or not."""
-        return self.file.num_rows
-
-    @property
     def digest(self) -> str:
         """:attr:`ManifestFile.digest`: of the whole file, whatever is selected."""
         return self.file.digest
@@ -170,7 +165,7 @@ class Manifest:
             raise DataError(f"{self.url}: {found}, but its classes are {classes}")
         return values
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> Row:
         """Every column of one sample."""
         try:
             return self.file.row(int(self.rows[index]))
@@ -250,7 +245,7 @@ class Manifest:
         if bad:  # by itself: a tar that was cut short still holds its first samples
             bad = self._read_runs(wanted, [np.array([position]) for position in sorted(bad)], images, None)
         for position in sorted(bad):
-            error = self._bad(int(wanted[position]), bad[position])
+            error = DataError(f"{self.name(int(wanted[position]))} {bad[position]}")
             if on_bad is None:
                 raise error
             on_bad(int(wanted[position]), error)
@@ -354,13 +349,13 @@ class Manifest:
                 put(run, start, found)
         return bad
 
-    def _bad(self, index: int, reason: str) -> DataError:
+    def name(self, index: int) -> str:
+        """One sample as messages name it."""
         try:
             found = self.file.read_columns(["shard", "key"], self.rows[index : index + 1]).to_pylist()[0]
-            which = f"shard {found['shard']}, sample {found['key']!r}"
+            return f"{self.url}: shard {found['shard']}, sample {found['key']!r}"
         except (FactoryError, UnicodeDecodeError):
-            which = f"row {int(self.rows[index])}"
-        return DataError(f"{self.url}: {which} {reason}")
+            return f"{self.url}: row {int(self.rows[index])}"
 
 
 @dataclass(frozen=True)

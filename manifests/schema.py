@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.checked_json import load_json
-from manifests.errors import DataError
+from manifests.errors import DataError, one_line
 
+Row = dict[str, Any]
+"""A row by column name, in plain types as :data:`SCHEMA` has them (lists, dicts of a cut, None for null)."""
 FORMAT_VERSION = 2  # raise when files of an earlier version can no longer be read
 KEY = "^[0-9]{6,}-[0-9]{6,}$"
 EXTENSIONS = ("png", "jpg", "webp")
@@ -41,44 +44,40 @@ _CUT = pa.struct(
 )
 
 
-def _column(name: str, kind: pa.DataType, *, required: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=not required)
-
-
 SCHEMA = pa.schema(
     [
-        _column("key", pa.string(), required=True),  # unique, no dots: 000012-000345
-        _column("shard", pa.int32(), required=True),
-        _column("offset", pa.int64(), required=True),  # of the image payload in the tar, bytes
-        _column("size", pa.int32(), required=True),
-        _column("xxh3", pa.binary(16), required=True),  # xxh3-128 of the stored image bytes, big-endian
-        _column("label", pa.int32(), required=True),
-        _column("class_name", pa.string()),
-        _column("prompt", pa.string()),
-        _column("negative_prompt", pa.string()),
-        _column("prior_label", pa.int32()),  # class-conditional priors
-        _column("method", pa.string(), required=True),
-        _column("seed", pa.int64()),
-        _column("group", pa.int32()),
-        _column("trajectory", pa.int32()),
-        _column("source_key", pa.string()),  # the image it was derived from
-        _column("step", pa.int16()),
-        _column("timestep", pa.int32()),  # 0 = final image
-        _column("lca", pa.list_(_CUT)),  # by lca.kind: stages/synth/latent_mix.py
-        _column("cosine", pa.float32()),
-        _column("cosine_ref", pa.string()),
-        _column("cosine_space", pa.string()),  # teacher | contrastive
-        _column("teacher_label", pa.int32()),
-        _column("confidence", pa.float32()),
-        _column("entropy", pa.float32()),
-        _column("margin", pa.float32()),
-        _column("loss_ce", pa.float32()),
-        _column("loss_adv", pa.float32()),
-        _column("loss_bn", pa.float32()),
-        _column("kept", pa.bool_(), required=True),
-        _column("reject_reason", pa.string()),
-        _column("logits", pa.list_(pa.float16())),
-        _column("skipped_updates", pa.int16()),  # of the guidance, for a gradient that was not finite; null: none
+        pa.field("key", pa.string(), nullable=False),  # unique, no dots: 000012-000345
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # of the image payload in the tar, bytes
+        pa.field("size", pa.int32(), nullable=False),
+        pa.field("xxh3", pa.binary(16), nullable=False),  # xxh3-128 of the stored image bytes, big-endian
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("class_name", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("prior_label", pa.int32()),  # class-conditional priors
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("seed", pa.int64()),
+        pa.field("group", pa.int32()),
+        pa.field("trajectory", pa.int32()),
+        pa.field("source_key", pa.string()),  # the image it was derived from
+        pa.field("step", pa.int16()),
+        pa.field("timestep", pa.int32()),  # 0 = final image
+        pa.field("lca", pa.list_(_CUT)),  # by lca.kind: stages/synth/latent_mix.py
+        pa.field("cosine", pa.float32()),
+        pa.field("cosine_ref", pa.string()),
+        pa.field("cosine_space", pa.string()),  # teacher | contrastive
+        pa.field("teacher_label", pa.int32()),
+        pa.field("confidence", pa.float32()),
+        pa.field("entropy", pa.float32()),
+        pa.field("margin", pa.float32()),
+        pa.field("loss_ce", pa.float32()),
+        pa.field("loss_adv", pa.float32()),
+        pa.field("loss_bn", pa.float32()),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reject_reason", pa.string()),
+        pa.field("logits", pa.list_(pa.float16())),
+        pa.field("skipped_updates", pa.int16()),  # of the guidance, for a gradient that was not finite; null: none
     ]
 )
 REQUIRED = frozenset(field.name for field in SCHEMA if not field.nullable)
@@ -173,7 +172,7 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any]:
 _CONVERT = {field.name: _converter(field.type) for field in SCHEMA}
 
 
-def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
+def normalize(row: Mapping[str, Any]) -> Row:
     """``row`` with exactly the stored values: every column present, in order, null where it was missing.
 
     Raises ``ValueError`` naming the column for an unknown column, a wrong type or a missing required value.
@@ -181,7 +180,7 @@ def normalize(row: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(map(str, row)) - set(_CONVERT))
     if unknown:
         raise ValueError(f"unknown column {unknown[0]!r}")
-    full: dict[str, Any] = {}
+    full: Row = {}
     for name, convert in _CONVERT.items():
         value = row.get(name)
         try:
@@ -200,7 +199,7 @@ def row_json(row: Mapping[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_row(data: bytes, offset: int, size: int) -> dict[str, Any]:
+def parse_row(data: bytes, offset: int, size: int) -> Row:
     """The normalized row of a ``KEY.json`` whose image lies at ``offset``. Raises ``ValueError`` for anything else."""
     if len(data) > MAX_ROW_JSON:
         raise ValueError(f"{len(data)} bytes, at most {MAX_ROW_JSON} are read")
@@ -210,21 +209,19 @@ def parse_row(data: bytes, offset: int, size: int) -> dict[str, Any]:
     return normalize({**values, "offset": offset, "size": size})
 
 
-def to_table(rows: list[dict[str, Any]]) -> pa.Table:
+def to_table(rows: list[Row]) -> pa.Table:
     """Normalized rows as a table of :data:`SCHEMA`."""
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def same_columns(schema: pa.Schema) -> str | None:
     """None where names, order and types are those of :data:`SCHEMA`; else what differs."""
-    for index, field in enumerate(SCHEMA):
-        if index >= len(schema) or schema.field(index).name != field.name:
-            found = repr(schema.field(index).name[:80]) if index < len(schema) else "missing"
-            return f"column {index + 1} is {found}, expected {field.name!r}"
-        if schema.field(index).type != field.type:
-            return f"column {field.name!r} is {str(schema.field(index).type)[:80]}, expected {field.type}"
-    if len(schema) > len(SCHEMA):
-        return f"unexpected column {schema.field(len(SCHEMA)).name[:80]!r}"
+    for number, (theirs, ours) in enumerate(zip_longest(schema, SCHEMA), 1):
+        if theirs is None or ours is None or theirs.name != ours.name:
+            found, expected = (field and field.name[:80] for field in (theirs, ours))
+            return f"column {number} is {found!r}, expected {expected!r}"
+        if theirs.type != ours.type:
+            return f"column {ours.name!r} is {str(theirs.type)[:80]}, expected {ours.type}"
     loose = [field.name for field in schema if field.nullable and field.name in REQUIRED]
     return f"column {loose[0]!r} may be null" if loose else None
 
@@ -255,8 +252,7 @@ def parquet_errors(where: str) -> Iterator[None]:
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{where}: not a readable Parquet file: {reason}") from None
+        raise DataError(f"{where}: not a readable Parquet file: {one_line(error, 200)}") from None
 
 
 def open_table(source: BinaryIO | pa.NativeFile, where: str, dictionary: bool = False) -> pq.ParquetFile:

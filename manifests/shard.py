@@ -28,6 +28,7 @@ from manifests.schema import (
     FORMAT_VERSION,
     MAX_IMAGE,
     MAX_ROW_JSON,
+    Row,
     make_key,
     normalize,
     read_table,
@@ -89,9 +90,13 @@ def committed(storage: Storage) -> set[int]:
     return {int(name) for name in names if name.isdigit()}
 
 
-def read_record(storage: Storage, name: str) -> DoneRecord:
-    """The record in the file ``name``. A damaged one, or one of another shard, is a :class:`DataError`."""
-    return _parsed(storage, name, storage.read(name))
+def read_record(storage: Storage, name: str, data: bytes | None = None) -> DoneRecord:
+    """The record in the file ``name`` (its ``data``, if it was read). A damaged one, or one of another shard, is a
+    :class:`DataError`."""
+    record = DoneRecord.from_json(storage.read(name) if data is None else data, storage.path(name))
+    if done_name(record.shard) != name:
+        raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
+    return record
 
 
 def done_record(storage: Storage, shard: int) -> DoneRecord | None:
@@ -103,15 +108,8 @@ def done_record(storage: Storage, shard: int) -> DoneRecord | None:
 def done_records(storage: Storage) -> dict[int, DoneRecord]:
     """Every complete shard, by number, in order."""
     names = [name for name in storage.list("done") if name.endswith(".json")]
-    found = [_parsed(storage, *file) for file in zip(names, storage.read_many(names), strict=True)]
+    found = [read_record(storage, *file) for file in zip(names, storage.read_many(names), strict=True)]
     return {record.shard: record for record in sorted(found, key=lambda record: record.shard)}
-
-
-def _parsed(storage: Storage, name: str, data: bytes) -> DoneRecord:
-    record = DoneRecord.from_json(data, storage.path(name))
-    if done_name(record.shard) != name:
-        raise DataError(f"{storage.path(name)}: holds the record of shard {record.shard}")
-    return record
 
 
 STEPS = (
@@ -152,7 +150,7 @@ class ShardWriter:
 
     def __init__(self, storage: Storage, shard: int, fingerprint: str) -> None:
         self.storage, self.shard, self.fingerprint = storage, shard, fingerprint
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
         stem = f"{shard:06d}"
         self._tar_path = storage.scratch() / temporary_name(stem, ".tar")
         self._table_path = storage.scratch() / temporary_name(stem, ".parquet")
@@ -238,7 +236,7 @@ def write_shard_table(table: pa.Table, path: Path, shard: int, fingerprint: str)
 
 
 def make_record(
-    shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[dict[str, Any]], fingerprint: str
+    shard: int, tar_sha256: str, tar_bytes: int, table_path: Path, rows: list[Row], fingerprint: str
 ) -> DoneRecord:
     """The done record of a finished tar and a finished local table."""
     with open(table_path, "rb") as file:
@@ -269,7 +267,7 @@ def declare_done(storage: Storage, record: DoneRecord) -> DoneRecord:
     name = done_name(record.shard)
     if storage.create(name, record.to_json()):
         return record
-    winner = DoneRecord.from_json(storage.read(name), storage.path(name))
+    winner = read_record(storage, name)
     if winner.fingerprint != record.fingerprint:
         raise DataError(f"{storage.path(name)}: made by another plan ({winner.fingerprint[:12]}): use another folder")
     for ours, theirs in ((record.tar, winner.tar), (record.table, winner.table)):

@@ -14,13 +14,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
 from manifests.backends import RemoteBackend
-from manifests.errors import DataError, FactoryError, StoreError, UsageError
+from manifests.errors import DataError, FactoryError, StoreError, UsageError, one_line
 from manifests.local import LocalBackend
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 RETRY_DELAYS = (0.2, 1.0, 4.0)
 """Seconds before the second, third and fourth attempt; object-store clients also retry by themselves."""
@@ -28,7 +29,8 @@ RETRY_DELAYS = (0.2, 1.0, 4.0)
 STREAM_BUFFER = 4 << 20
 _TOGETHER = 256
 _LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
-LASTING = (ValueError, TypeError, ImportError, NotImplementedError, AttributeError, MemoryError)
+LASTING: tuple[type[Exception], ...] = (PermissionError, FileExistsError, ValueError, TypeError, ImportError)
+LASTING += (NotImplementedError, AttributeError, MemoryError)
 
 
 def check_name(name: str) -> str:
@@ -50,7 +52,7 @@ class Storage:
         text = os.fspath(url)
         if not text:
             raise UsageError("empty folder name: give a path or a URL")
-        local = text.removeprefix("file://") if text.startswith("file://") else text
+        local = text.removeprefix("file://")
         self._down = False
         self.is_local = "://" not in local and "::" not in local
         self._backend: LocalBackend | RemoteBackend
@@ -85,52 +87,49 @@ class Storage:
                 result = call()
                 self._down = False
                 return result
+            except FactoryError:
+                raise
             except (FileNotFoundError, NotADirectoryError):
                 raise DataError(f"{self.path(name)}: no such file") from None
             except IsADirectoryError:
                 raise DataError(f"{self.path(name)}: is a folder, expected a file") from None
-            except (FactoryError, PermissionError, FileExistsError, *LASTING) as error:
-                if isinstance(error, FactoryError):
-                    raise
-                raise StoreError(f"{self.path(name)}: cannot {action}: {one_line(error)}") from error
             except Exception as error:
-                lasting = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
+                local = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
+                lasting = local or isinstance(error, LASTING)
                 if lasting or delay is None:
                     self._down = not lasting
                     raise StoreError(f"{self.path(name)}: cannot {action}: {one_line(error)}") from error
                 time.sleep(delay * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _full(self, name: str) -> str:
-        return self._backend.full(check_name(name))
+    def _do(self, action: str, name: str, call: Callable[Concatenate[str, P], T], *args: P.args, **kw: P.kwargs) -> T:
+        """:meth:`_run` a method of the backend on the file ``name``."""
+        full = self._backend.full(check_name(name))
+        return self._run(action, name, lambda: call(full, *args, **kw))
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
-        full = self._full(name)
-        return self._run("look up", name, lambda: self._backend.size(full))
+        return self._do("look up", name, self._backend.size)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file directly in ``folder``, by name relative to the root; one listing, sorted by name."""
-        full = self._full(folder) if folder else self._backend.full("")
+        full = self._backend.full(check_name(folder) if folder else "")
         found = self._run("list", folder, lambda: self._backend.sizes(full))
-        prefix = f"{folder}/" if folder else ""
-        return {f"{prefix}{name}": size for name, size in sorted(found.items())}
+        return {f"{folder}/{name}".lstrip("/"): size for name, size in sorted(found.items())}
 
     def list(self, folder: str) -> list[str]:
         """Sorted names of the files directly in ``folder``, relative to the root; [] where it is absent."""
         return [*self.sizes(folder)]
 
     def read(self, name: str) -> bytes:
-        full = self._full(name)
-        return self._run("read", name, lambda: self._backend.read(full))
+        return self._do("read", name, self._backend.read)
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; fewer are a :class:`DataError`."""
-        full = self._full(name)
-        data = self._run("read", name, lambda: self._backend.read_range(full, offset, size))
+        data = self._do("read", name, self._backend.read_range, offset, size)
         if len(data) != size:
             raise DataError(f"{self.path(name)}: ends inside bytes {offset}..{offset + size}: the file is cut short")
         return data
@@ -138,23 +137,22 @@ class Storage:
     def start_range(self, name: str, offset: int, size: int) -> Future[bytes]:
         """Begin to read a range of a remote file: one attempt, whose result may be short and errors are the store's."""
         assert isinstance(self._backend, RemoteBackend)
-        return self._backend.start_range(self._full(name), offset, size)
+        return self._backend.start_range(self._backend.full(check_name(name)), offset, size)
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """Whole small files, fetched together where the store can."""
-        wanted = [*names]
-        if self.is_local:
-            yield from map(self.read, wanted)
+        if isinstance(self._backend, LocalBackend):
+            yield from map(self.read, names)
             return
+        wanted = [*names]
         for start in range(0, len(wanted), _TOGETHER):
-            full = [self._full(name) for name in wanted[start : start + _TOGETHER]]
+            full = [self._backend.full(check_name(name)) for name in wanted[start : start + _TOGETHER]]
             yield from self._run("read", wanted[start], partial(self._backend.read_many, full))
 
     def open(self, name: str) -> BinaryIO:
         """A seekable stream for reading; remote ones fetch a few MB at a time, with retries."""
-        full = self._full(name)
         if isinstance(self._backend, LocalBackend):
-            return self._run("read", name, partial(self._backend.open, full))
+            return self._do("read", name, self._backend.open)
         size = self.size(name)
         if size is None:
             raise DataError(f"{self.path(name)}: no such file")
@@ -165,15 +163,13 @@ class Storage:
 
         ``beside``: staged next to it, so that a folder that is only read gets no ``tmp/``.
         """
-        full = self._full(name)
-        self._run("write", name, lambda: self._backend.write(full, data, beside))
+        self._do("write", name, self._backend.write, data, beside)
 
     def append(self, name: str, data: bytes) -> bool:
         """Add to the end of a file of a local root, made where it is absent. False where the root itself is absent."""
         if not isinstance(self._backend, LocalBackend):
             raise UsageError(f"{self.path(name)}: a store cannot append")
-        full = self._full(name)
-        return self._run("write", name, partial(self._backend.append, full, data))
+        return self._do("write", name, self._backend.append, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write unless the file exists: True if this call made it.
@@ -181,31 +177,27 @@ class Storage:
         Also where the reply of an attempt was lost, and a client that tries again by itself was told that the file
         exists: a remote file with exactly this ``data`` counts as made.
         """
-        full = self._full(name)
         attempts = 0
 
-        def attempt() -> bool:
+        def attempt(full: str) -> bool:
             nonlocal attempts
             attempts += 1
             return self._backend.create(full, data)
 
-        made = self._run("write", name, attempt)
+        made = self._do("write", name, attempt)
         return made or ((attempts > 1 or not self.is_local) and self.read(name) == data)
 
     def put_file(self, local_path: str | Path, name: str) -> None:
         """Publish a finished local file, which is moved away; the target is replaced at once or not at all."""
-        full = self._full(name)
-        self._run("write", name, lambda: self._backend.put_file(Path(local_path), full))
+        self._do("write", name, self._backend.put_file, Path(local_path))
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
-        full = self._full(name)
-        self._run("delete", name, lambda: self._backend.delete(full))
+        self._do("delete", name, self._backend.delete)
 
     def folder(self, name: str) -> str:
         """What to type to reach the folder ``name``, there already or not, for a root of its own or another library."""
-        full = self._full(name)
-        return self._run("open", name, lambda: self._backend.folder(full))
+        return self._do("open", name, self._backend.folder)
 
     def temporary(self) -> tuple[dict[str, int], Sequence[str]]:
         """Bytes of the files and folders in ``tmp/`` that have names of this program, and the names of all else there.
@@ -216,8 +208,7 @@ class Storage:
 
     def drop_temporary(self, name: str) -> None:
         """Remove one of :meth:`temporary`, with what is in it."""
-        check_name(name)
-        self._run("delete", f"tmp/{name}", lambda: self._backend.drop_temporary(name))
+        self._do("delete", f"tmp/{name}", self._backend.drop)
 
     def scratch(self) -> Path:
         """A local folder for temporary files: ``tmp/`` of a local root, else one that goes with this process."""
@@ -240,20 +231,12 @@ class _RangeStream(io.RawIOBase):
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
         if count:
             buffer[:count] = self._storage.read_range(self._name, self._at, count)
             self._at += count
         return count
-
-
-def one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300]
 
 
 @contextmanager

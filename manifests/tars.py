@@ -12,12 +12,12 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import xxhash
 
 from manifests.errors import DataError
-from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, make_key, normalize, parse_row, row_json
+from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, Row, make_key, normalize, parse_row, row_json
 
 BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'json'))})$", re.ASCII)
@@ -112,7 +112,7 @@ class Checked:
     """A sample's full row, or the ``flaw`` of what ``where`` names: a sample, or the shard where no sample is known."""
 
     where: str
-    row: dict[str, Any]
+    row: Row
     flaw: str | None = None
 
 
@@ -126,7 +126,7 @@ class TarCheck:
     """
 
     def __init__(
-        self, file: BinaryIO, shard: int, rows: list[dict[str, Any]] | None = None, free: frozenset[str] = frozenset()
+        self, file: BinaryIO, shard: int, rows: list[Row] | None = None, free: frozenset[str] = frozenset()
     ) -> None:
         self._file, self._shard, self._rows, self._free = file, shard, rows, free
         self._digest = hashlib.sha256()
@@ -159,14 +159,14 @@ class TarCheck:
                 yield Checked(f"{where}, sample {row['key']}", row, flaw)
 
     def _checked(self, where: str, sample: Sample) -> Checked:
-        row: dict[str, Any] = {}
+        row: Row = {}
         try:
             row = self._row(sample)
             return Checked(where, row, self._flaw(sample, row))
         except ValueError as error:  # a table, too, can hold what the factory never writes
             return Checked(where, row, f"no valid row describes it: {error}")
 
-    def _row(self, sample: Sample) -> dict[str, Any]:
+    def _row(self, sample: Sample) -> Row:
         """The full row that describes ``sample``. Raises ``ValueError`` where there is none."""
         if self._rows is not None and self.samples >= len(self._rows):
             raise ValueError("the manifest has no more")
@@ -175,7 +175,7 @@ class TarCheck:
             return own
         return normalize(self._rows[self.samples] | {name: own[name] for name in self._free})
 
-    def _flaw(self, sample: Sample, row: dict[str, Any]) -> str | None:
+    def _flaw(self, sample: Sample, row: Row) -> str | None:
         expected = (make_key(self._shard, self.samples), self._shard, sample.offset, len(sample.image))
         if sample.key != expected[0] or (row["key"], row["shard"], row["offset"], row["size"]) != expected:
             which = f"{row['key'][:40]!r}, {row['size']} bytes at {row['offset']}"
@@ -186,7 +186,7 @@ class TarCheck:
             return "its JSON in the tar differs from its row as the factory writes it"
         return None
 
-    def _image_flaw(self, row: dict[str, Any]) -> str | None:
+    def _image_flaw(self, row: Row) -> str | None:
         """Whether the image is intact at its place, whatever lies between; a table may claim any place."""
         image = b""
         if 0 <= row["offset"] <= self.bytes and 0 <= row["size"] <= MAX_IMAGE:

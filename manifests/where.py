@@ -32,12 +32,17 @@ _ALLOWED = "comparisons, and, or, not, in, is None, + - * /, column names and co
 
 @dataclass(frozen=True)
 class _Term:
-    """A compiled piece: its expression and what it yields; ``value`` of a constant, ``column`` of a column or sum."""
+    """A compiled piece: its expression and what it yields; the Arrow ``type`` of a column or sum, ``value`` of a
+    constant."""
 
     kind: Kind
     expression: pc.Expression
+    type: pa.DataType | None = None
     value: Any = None
-    column: pa.Field | None = None
+
+    @property
+    def real(self) -> bool:
+        return isinstance(self.value, float) if self.type is None else pa.types.is_floating(self.type)
 
 
 def compile_where(text: str, schema: pa.Schema) -> pc.Expression:
@@ -87,21 +92,22 @@ class _Compiler:
             case ast.Constant(value=value):
                 return self.constant(value)
             case ast.BoolOp(op=operator, values=values):
-                parts = [self.expect("condition", value).expression for value in values]
                 join = pc.and_kleene if isinstance(operator, ast.And) else pc.or_kleene
-                return _Term("condition", reduce(join, parts))
+                return _Term(
+                    "condition", reduce(join, (self.expect("condition", value).expression for value in values))
+                )
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 return _Term("condition", pc.invert(self.expect("condition", operand).expression))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 inner = self.expect("number", operand)
-                return self.constant(-inner.value) if inner.value is not None else _negated(inner)
+                if inner.value is not None:
+                    return self.constant(-inner.value)
+                return self.arithmetic(ast.Mult(), self.constant(-1), inner)
             case ast.BinOp(op=operator, left=left, right=right) if type(operator) in _ARITHMETIC:
                 return self.arithmetic(operator, self.expect("number", left), self.expect("number", right))
             case ast.Compare(left=left, ops=operators, comparators=others):
-                operands = [left, *others]
-                pairs = zip(operands, operators, others, strict=False)
-                parts = [self.compare(first, operator, second) for first, operator, second in pairs]
-                return _Term("condition", reduce(pc.and_kleene, parts))
+                pairs = zip([left, *others], operators, others, strict=False)
+                return _Term("condition", reduce(pc.and_kleene, (self.compare(*pair) for pair in pairs)))
         raise self.fail(f"{ast.unparse(node)[:60]!r} is not allowed here; allowed: {_ALLOWED}")
 
     def column(self, name: str) -> _Term:
@@ -109,29 +115,24 @@ class _Compiler:
             near = difflib.get_close_matches(name, self.schema.names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise self.fail(f"unknown column {name!r}{hint}; columns: {', '.join(self.schema.names)}")
-        field = self.schema.field(name)
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            return _Term("number", pc.field(name), column=field)
-        if pa.types.is_string(kind):
-            return _Term("text", pc.field(name), column=field)
-        if pa.types.is_boolean(kind):
-            return _Term("condition", pc.field(name), column=field)
-        raise self.fail(f"column {name!r} holds {kind}: only numbers, text and true/false can be selected on")
+        stored = self.schema.field(name).type
+        stored = stored.value_type if pa.types.is_dictionary(stored) else stored
+        if pa.types.is_string(stored):  # where it is read as an Arrow dictionary, it must be cast
+            return _Term("text", pc.field(name).cast(stored), stored)
+        if pa.types.is_boolean(stored):
+            return _Term("condition", pc.field(name), stored)
+        if pa.types.is_integer(stored) or pa.types.is_floating(stored):
+            return _Term("number", pc.field(name), stored)
+        raise self.fail(f"column {name!r} holds {stored}: only numbers, text and true/false can be selected on")
 
     def constant(self, value: Any) -> _Term:
-        if value is None:
-            return _Term("null", pc.scalar(None))
-        if isinstance(value, bool):
-            return _Term("condition", pc.scalar(value), value)
-        if isinstance(value, str):
-            return _Term("text", pc.scalar(value), value)
-        if isinstance(value, int | float):
-            try:
-                return _Term("number", pc.scalar(value), value)
-            except (OverflowError, pa.ArrowInvalid):
-                raise self.fail(f"{str(value)[:30]} is too large") from None
-        raise self.fail(f"{value!r} is no number, text, True, False or None")
+        kinds: dict[type, Kind] = {type(None): "null", bool: "condition", str: "text", int: "number", float: "number"}
+        if type(value) not in kinds:
+            raise self.fail(f"{value!r} is no number, text, True, False or None")
+        try:
+            return _Term(kinds[type(value)], pc.scalar(value), value=value)
+        except (OverflowError, pa.ArrowInvalid):
+            raise self.fail(f"{str(value)[:30]} is too large") from None
 
     def expect(self, kind: Kind, node: ast.expr) -> _Term:
         term = self.term(node)
@@ -141,10 +142,9 @@ class _Compiler:
 
     def arithmetic(self, operator: ast.operator, left: _Term, right: _Term) -> _Term:
         """Integers stay 64-bit integers where they can; a division is always one of reals."""
-        wide = pa.float64() if isinstance(operator, ast.Div) or _real(left) or _real(right) else pa.int64()
+        wide = pa.float64() if isinstance(operator, ast.Div) or left.real or right.real else pa.int64()
         operate = _ARITHMETIC[type(operator)]
-        joined = operate(left.expression.cast(wide), right.expression.cast(wide))
-        return _Term("number", joined, column=pa.field("", wide))
+        return _Term("number", operate(left.expression.cast(wide), right.expression.cast(wide)), wide)
 
     def compare(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> pc.Expression:
         first = self.term(left)
@@ -153,7 +153,7 @@ class _Compiler:
             return pc.invert(found) if isinstance(operator, ast.NotIn) else found
         second = self.term(right)
         if isinstance(operator, ast.Is | ast.IsNot):
-            if second.kind != "null" or first.column is None:
+            if second.kind != "null" or first.type is None:
                 raise self.fail("'is' only asks whether a column is None")
             missing = pc.is_null(first.expression)
             return pc.invert(missing) if isinstance(operator, ast.IsNot) else missing
@@ -163,7 +163,7 @@ class _Compiler:
             raise self.fail(f"{ast.unparse(left)!r} is a {first.kind}, {ast.unparse(right)!r} a {second.kind}")
         if first.kind == "condition" and not isinstance(operator, ast.Eq | ast.NotEq):
             raise self.fail("conditions have no order")
-        return _COMPARE[type(operator)](_fitted(first, second), _fitted(second, first))
+        return _COMPARE[type(operator)](_rounded(first, second), _rounded(second, first))
 
     def member(self, first: _Term, left: ast.expr, right: ast.expr) -> pc.Expression:
         if not isinstance(right, ast.Tuple | ast.List | ast.Set) or not right.elts:
@@ -171,23 +171,11 @@ class _Compiler:
         values = [self.term(entry) for entry in right.elts]
         if any(value.value is None or value.kind != first.kind for value in values):
             raise self.fail(f"'in' needs constants of the kind of {ast.unparse(left)!r} ({first.kind})")
-        same = [pc.equal(_fitted(first, value), _fitted(value, first)) for value in values]
-        return reduce(pc.or_kleene, same)
+        return reduce(pc.or_kleene, (pc.equal(_rounded(first, value), _rounded(value, first)) for value in values))
 
 
-def _negated(term: _Term) -> _Term:
-    wide = pa.float64() if _real(term) else pa.int64()
-    return _Term("number", pc.negate_checked(term.expression.cast(wide)), column=pa.field("", wide))
-
-
-def _real(term: _Term) -> bool:
-    return isinstance(term.value, float) if term.column is None else pa.types.is_floating(term.column.type)
-
-
-def _fitted(term: _Term, other: _Term) -> pc.Expression:
+def _rounded(term: _Term, other: _Term) -> pc.Expression:
     """A constant beside a 32-bit column is rounded as the column was, so ``confidence >= 0.7`` includes 0.7."""
-    if term.value is not None and other.column is not None and other.column.type == pa.float32():
-        return pc.scalar(pa.scalar(float(term.value), pa.float32()))
-    if term.kind == "text" and term.column is not None and pa.types.is_dictionary(term.column.type):
-        return term.expression.cast(pa.string())
-    return term.expression
+    if term.value is None or other.type != pa.float32():
+        return term.expression
+    return pc.scalar(pa.scalar(float(term.value), pa.float32()))

@@ -277,9 +277,7 @@ def bench_distill(recipe: Recipe, seconds: float, manifest: str | None, run: str
     begin(prepared, storage, lambda kind, **fields: None)
     with suppress(Interrupted):
         train_students(prepared, storage, None, Callbacks(should_stop=should_stop))
-    data = checkpoint.read(storage)
-    assert data is not None
-    state = checkpoint.parse(data, storage, prepared.device)
+    state = checkpoint.parse(storage.read(checkpoint.STATE), storage, prepared.device)
     steps, took = state["step"], state["seconds"]
     length = prepared.order.length
     each = length / (len(batch_bounds(length, settings.batch_size)) - 1)

@@ -5,7 +5,8 @@ kernels. What does need the whole group, the mean and variance of BatchNorm's in
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +83,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
+@contextmanager
+def memory_error_in_a_line(what: str, way_out: str) -> Iterator[None]:
+    """Around work that needs memory: a lack of it becomes a FactoryError, ``what`` does not fit and the ``way_out``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FactoryError(f"{what} ({reason}): {way_out}") from error
+
+
 def retry_with_smaller_batches(
     call: Callable[[], T], size: int, limit: Callable[[int], None], what: str, way_out: str
 ) -> T:
@@ -89,18 +102,17 @@ def retry_with_smaller_batches(
 
     Raises what ``call`` raises; FactoryError, ``what`` does not fit and the ``way_out``, where one row is too many.
     """
-    while True:
+    while size > 1:
         try:
             return call()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if size == 1:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise FactoryError(f"{what} ({reason}): {way_out}") from error
         size = -(-size // 2)
         limit(size)
         free_memory()  # after the except block, which held the failed attempt's tensors
+    with memory_error_in_a_line(what, way_out):
+        return call()
 
 
 def free_memory() -> None:

@@ -1,85 +1,25 @@
-"""From an epoch's order to batches of augmented views, over images decoded once or as needed."""
+"""From an epoch's order to batches of augmented views."""
 
 import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import UsageError
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.runtime import ALONE, Ranks
-from stages.distill.streaming import FETCHED_AHEAD, Stream, StreamedPixels
+from stages.distill.streaming import FETCHED_AHEAD, Pixels, images_at_once
 from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
 from stages.settings import DistillSettings
 
-CHUNK = 1024
-AT_ONCE = 256 << 20
-"""Bytes of decoded images that a network is shown at once, where nothing else bounds them."""
 AHEAD = 2
 """Batches prepared before they are needed."""
-
-
-class Pixels(Protocol):
-    """Stored images by row number: decoded once and kept, or decoded as they are needed."""
-
-    def take(self, rows: Ints) -> Tensor:
-        """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
-
-    def begin(self, order: Ints) -> None:
-        """An epoch begins, in this order."""
-
-    def expect(self, rows: Ints) -> None:
-        """``rows`` will be taken soon, together."""
-
-
-class CachedPixels:
-    """Every image decoded once, kept as one uint8 tensor on ``device``."""
-
-    def __init__(self, rows: Rows, side: int, device: torch.device, stream: Stream | None = None):
-        self.pixels = torch.empty(len(rows), side, side, 3, dtype=torch.uint8)
-        source = StreamedPixels(rows, side, torch.device("cpu"), stream, whole=True)
-        source.begin(np.arange(len(rows)))
-        size = images_at_once(CHUNK, side**2 * 3)
-        chunks = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            if following is not None:
-                source.expect(following)
-            self.pixels[chunk[0] : chunk[-1] + 1] = source.take(chunk)
-        self.pixels = self.pixels.to(device)
-
-    def begin(self, order: Ints) -> None:
-        """They are here."""
-
-    def expect(self, rows: Ints) -> None:
-        """They are here."""
-
-    def take(self, rows: Ints) -> Tensor:
-        return self.pixels.index_select(0, torch.from_numpy(rows).to(self.pixels.device))
-
-
-def images_at_once(most: int, size: int) -> int:
-    """How many images of ``size`` bytes, decoded, a network is shown at once: ``most``, fewer where they are large."""
-    return min(most, max(1, AT_ONCE // size))
-
-
-def open_pixels(rows: Rows, memory_gb: float, device: torch.device, stream: Stream | None = None) -> Pixels:
-    """Cached where all images fit ``memory_gb``, else streamed. Raises DataError for images of unequal size."""
-    side = rows.selections[0].info.image_size
-    for selection in rows.selections:
-        if selection.info.image_size != side:
-            raise DataError(
-                f"{selection.url}: images of {selection.info.image_size} pixels, "
-                f"but {rows.selections[0].url} has {side}; distill from manifests of one size"
-            )
-    fits = len(rows) * side * side * 3 <= memory_gb * 1e9
-    return (CachedPixels if fits else StreamedPixels)(rows, side, device, stream)
 
 
 @dataclass(frozen=True)
@@ -104,17 +44,6 @@ class Batch:
     def share(self) -> float:
         """This part of the whole batch, 0 … 1."""
         return len(self.rows) / self.count
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """Everything about an epoch but its pixels, drawn at once: the rows in order, their views."""
-
-    number: int
-    order: Ints
-    turns: Ints
-    views: Views
-    mixes: bool
 
 
 def batch_bounds(length: int, batch_size: int) -> Ints:
@@ -154,9 +83,10 @@ class Batches:
         self.side = rows.selections[0].info.image_size
         self.bounds = batch_bounds(order.length, settings.batch_size)
         self.steps = len(self.bounds) - 1
+        self._mixes = settings.augment.cutmix + settings.augment.mixup > 0
         self._labels = torch.from_numpy(rows.label).to(device)
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
-        self._epochs: dict[int, _Epoch] = {}
+        self._epochs: dict[int, tuple[Ints, Ints, Views]] = {}  # order, turns and views of each
 
     def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
@@ -164,8 +94,8 @@ class Batches:
 
         def make(step: int) -> Batch:
             for later in itertools.islice(unannounced, FETCHED_AHEAD if step == first else 1):
-                epoch, _, seen = self._part(later)
-                self.pixels.expect(epoch.order[seen])
+                (order, *_), _, seen = self._part(later)
+                self.pixels.expect(order[seen])
             return self.make(step)
 
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
@@ -178,39 +108,39 @@ class Batches:
 
     def make(self, step: int) -> Batch:
         """The batch of one step of the run. A view's partner is the sample that follows it in the epoch's order."""
-        epoch, whole, here = self._part(step)
-        views = epoch.views.at(here).to(self.device)
-        x = to_unit(apply_views(self.pixels.take(epoch.order[here]), views))
-        following = epoch.order[(here + 1) % len(epoch.order)]
-        if epoch.mixes:
+        (order, taken, every), whole, here = self._part(step)
+        views = every.at(here).to(self.device)
+        x = to_unit(apply_views(self.pixels.take(order[here]), views))
+        following = order[(here + 1) % len(order)]
+        if self._mixes:
             here, following, views = here[:-1], following[:-1], views.at(slice(-1))
             x = mix(x[:-1], x[1:], views)
-        rows = epoch.order[here]
+        rows = order[here]
         index, other = (torch.from_numpy(each).to(self.device) for each in (rows, following))
         labels, partners = self._labels[index], self._labels[other]
-        derived = int(self.rows.derived[epoch.order[whole]].sum())
-        return Batch(x, labels, partners, views.lam, self._derived[index], rows, epoch.turns[here], len(whole), derived)
+        derived = int(self.rows.derived[order[whole]].sum())
+        return Batch(x, labels, partners, views.lam, self._derived[index], rows, taken[here], len(whole), derived)
 
-    def _part(self, step: int) -> tuple[_Epoch, Ints, Ints]:
+    def _part(self, step: int) -> tuple[tuple[Ints, Ints, Views], Ints, Ints]:
         """The epoch of a step; where in its order the batch lies, and what this process sees of it: its part, and the
         partner of the last view where views are mixed."""
         number, place = divmod(step, self.steps)
-        if number not in self._epochs:
+        if number not in self._epochs:  # what is announced may lie in the next one
             self._epochs = {each: epoch for each, epoch in self._epochs.items() if each == number - 1}
             self._epochs[number] = self._drawn(number)
-            self.pixels.begin(self._epochs[number].order[self.bounds[place] :])
+            self.pixels.begin(self._epochs[number][0][self.bounds[place] :])
         epoch = self._epochs[number]
         whole = np.arange(self.bounds[place], self.bounds[place + 1])
         here = whole[self.ranks.part(len(whole))]
-        if epoch.mixes:
-            here = np.append(here, (here[-1] + 1) % len(epoch.order))
+        if self._mixes:
+            here = np.append(here, (here[-1] + 1) % len(epoch[0]))
         return epoch, whole, here
 
-    def _drawn(self, number: int) -> _Epoch:
+    def _drawn(self, number: int) -> tuple[Ints, Ints, Views]:
         settings, order = self.settings, self.order(number)
         taken = turns(settings.augment, number, repeats(order))
         views = draw_views(settings.augment, self.side, settings.seed, number, self.rows.ids[order], taken)
-        return _Epoch(number, order, taken.astype(np.int64), views, views.mixes)
+        return order, taken.astype(np.int64), views
 
     def fixed(self, rows: Ints, turn: int) -> Tensor:
         """View number ``turn`` of ``rows`` where views are fixed, ``[n, 3, h, w]`` in [−1, 1]."""

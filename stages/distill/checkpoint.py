@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ import torch
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
+from stages.memory import out_of_memory
 
 RUN, STATE = "run.json", "checkpoint.pt"
+REMEDY = "delete it to start over"
+ABSENT = object()
 TRAILER = b"\nsha256:"
 """Begins the end of a checkpoint: torch does not compare the checksums inside its zip files."""
 
@@ -26,6 +29,8 @@ def damage_reported(storage: Storage, name: str, remedy: str) -> Iterator[None]:
     except FactoryError:
         raise
     except Exception as error:  # JSON, zip, pickle, safetensors, torch and type errors alike
+        if out_of_memory(error):  # says nothing about the file
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise DataError(f"{storage.path(name)} is damaged ({reason[:200]}): {remedy}") from None
 
@@ -57,16 +62,10 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     ['b.c: 2 -> 3', 'd: absent -> null']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        changes = []
-        for key in sorted({*old, *new}):
-            name = f"{where}.{key}" if where else str(key)
-            if key in old and key in new:
-                changes += differences(old[key], new[key], name)
-            else:
-                before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
-                changes.append(f"{name}: {before} -> {after}")
-        return changes
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+        pairs = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in sorted({*old, *new}))
+        return [line for key, a, b in pairs for line in differences(a, b, f"{where}.{key}".lstrip("."))]
+    before, after = ("absent" if side is ABSENT else json.dumps(side) for side in (old, new))
+    return [] if old == new else [f"{where}: {before} -> {after}"]
 
 
 def save(storage: Storage, state: Mapping[str, Any]) -> None:
@@ -91,20 +90,10 @@ def without_digest(data: bytes) -> bytes:
     return content
 
 
-def read(storage: Storage) -> bytes | None:
-    """The last checkpoint's bytes, None where there is none yet; there is never an older one."""
-    return storage.read(STATE) if storage.exists(STATE) else None
-
-
-def state_damage(storage: Storage) -> AbstractContextManager[None]:
-    """:func:`damage_reported`, of the checkpoint."""
-    return damage_reported(storage, STATE, "delete it to start over")
-
-
 def parse(data: bytes, storage: Storage, device: torch.device) -> dict[str, Any]:
-    """What :func:`save` was given, from what :func:`read` returned. Raises DataError where that is damaged, before
+    """What :func:`save` was given, from the bytes of :data:`STATE`. Raises DataError where that is damaged, before
     anything of it is used."""
-    with state_damage(storage):
+    with damage_reported(storage, STATE, REMEDY):
         state: dict[str, Any] = torch.load(io.BytesIO(without_digest(data)), map_location=device, weights_only=True)
         for name, kind in {"step": int, "seconds": float, "waited": float, "students": dict}.items():
             if not isinstance(state[name], kind) or (kind is int and state[name] < 0):

@@ -194,34 +194,6 @@ def _export(
     return Exported(str(student), str(target), kind, size, ("batch", *shape), config.num_classes, worst)
 
 
-CARD = """---
-library_name: pytorch
-tags: [image-classification, knowledge-distillation, data-free, synthetic-data]
----
-# {architecture}, distilled without the teacher's data
-
-A student of {parameters:,} parameters, {mflop:.2f} MFLOP per image (two per multiply-add), {kilobytes:.0f} kB of
-safetensors, {latency:.2f} ms per image (batch 1, {device}, {threads} thread(s), median, on the training machine).
-
-- **Input**: {input}
-- **Classes**: {classes}
-- **Teacher**: {teacher}
-- **Data**: {images:,} synthetic images ({val_images:,} more held out) of {datasets}; selection: {where}
-- **Training**: {epochs} epochs, batch {batch_size}, {optimizer}, {schedule} schedule, peak learning rate {lr},
-  seed {seed}; loss: {loss}; weights kept: {keep}
-- **Held-out synthetic images**: {held_out_score}
-- **Test data** (read once, at the end): {test}
-
-Load it with `stages.distill.export.load_student({model})` (PIL images, or tensors `[n, 3, h, w]` of uint8 or in [0, 1],
-in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
-`factory export {model} --onnx FILE`.{named}
-"""
-NAMED = """
-No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
-`num_classes`, `class_names`, `input` and `stem` as they are in `config.json` into it.
-"""
-
-
 @dataclass(frozen=True)
 class Footprint:
     """Parameters, MFLOP per image (two per multiply-add), and latency of one image in ms (median)."""
@@ -255,46 +227,50 @@ def measure(net: nn.Module, config: ModelConfig) -> Footprint:
 
 def model_card(config: ModelConfig, settings: DistillSettings, spec: Mapping[str, Any], result: StudentResult) -> str:
     """The README.md of a student folder. ``spec``: what run.json records of the teacher and the manifests."""
-    taken, teacher, test = config.input, spec["teacher"], result.test
-    names = [markdown(name) for name in config.class_names[:10]]
+    taken, teacher, test, optimizer = config.input, spec["teacher"], result.test, settings.optimizer
     architecture, by_name = markdown(config.architecture), not buildable_from_file(config.architecture)
-    return CARD.format(
-        architecture=architecture,
-        parameters=result.parameters,
-        mflop=result.mflop,
-        kilobytes=result.bytes / 1e3,
-        latency=result.latency_ms,
-        device=result.device,
-        threads=settings.threads,
-        input=f"{taken.channels}×{taken.size}×{taken.size}, mean {_plain(taken.mean)}, std {_plain(taken.std)}"
-        + ("; first layers changed to keep the resolution of small images" if config.stem == "small" else ""),
-        classes=f"{config.num_classes} ({', '.join(names)}{', …' if config.num_classes > len(names) else ''})",
-        teacher=f"{markdown(teacher['architecture'])}, sha256 {markdown(teacher['sha256'])}",
-        images=result.images,
-        val_images=result.val_images,
-        datasets=", ".join(
-            f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"]
-        ),
-        where=markdown(settings.where or "") or ("every image" if settings.include_rejected else "every kept image"),
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        optimizer=settings.optimizer.name,
-        schedule=settings.optimizer.schedule,
-        lr=settings.optimizer.lr,
-        seed=settings.seed,
-        loss=", ".join(f"{term} {getattr(settings.loss, term):g}" for term in settings.loss.active)
-        + f" (τ = {settings.loss.temperature:g})",
-        keep=settings.select,
-        held_out_score="none"
-        if result.val_agreement is None
-        else f"agreement with the teacher {result.val_agreement:.1%}",
-        test=f"accuracy {test.accuracy:.1%}, agreement with the teacher {test.model_teacher_agreement:.1%}; "
-        f"{test.images:,} images, sha256 {test.data.sha256}"
-        if test
-        else "not given",
-        model="MODEL.yaml" if by_name else "FOLDER",
-        named=NAMED.rstrip("\n").format(architecture=architecture) if by_name else "",
-    )
+    names = [*map(markdown, config.class_names[:10]), *(["…"] if config.num_classes > 10 else [])]
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (taken.mean, taken.std))
+    stem = "; first layers changed to keep the resolution of small images" if config.stem == "small" else ""
+    data = ", ".join(f"fingerprint {markdown(m['fingerprint'])} (weight {m['weight']:g})" for m in spec["manifests"])
+    where = markdown(settings.where or "") or ("every image" if settings.include_rejected else "every kept image")
+    loss = ", ".join(f"{term} {getattr(settings.loss, term):g}" for term in settings.loss.active)
+    held_out, tested, model, named = "none", "not given", "FOLDER", ""
+    if result.val_agreement is not None:
+        held_out = f"agreement with the teacher {result.val_agreement:.1%}"
+    if test:
+        tested = f"accuracy {test.accuracy:.1%}, agreement with the teacher {test.model_teacher_agreement:.1%}; "
+        tested += f"{test.images:,} images, sha256 {test.data.sha256}"
+    if by_name:
+        model = "MODEL.yaml"
+        named = f"""
+No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
+`num_classes`, `class_names`, `input` and `stem` as they are in `config.json` into it."""
+    return f"""---
+library_name: pytorch
+tags: [image-classification, knowledge-distillation, data-free, synthetic-data]
+---
+# {architecture}, distilled without the teacher's data
+
+A student of {result.parameters:,} parameters, {result.mflop:.2f} MFLOP per image (two per multiply-add), \
+{result.bytes / 1e3:.0f} kB of
+safetensors, {result.latency_ms:.2f} ms per image (batch 1, {result.device}, {settings.threads} thread(s), median, \
+on the training machine).
+
+- **Input**: {taken.channels}×{taken.size}×{taken.size}, mean {mean}, std {std}{stem}
+- **Classes**: {config.num_classes} ({", ".join(names)})
+- **Teacher**: {markdown(teacher["architecture"])}, sha256 {markdown(teacher["sha256"])}
+- **Data**: {result.images:,} synthetic images ({result.val_images:,} more held out) of {data}; selection: {where}
+- **Training**: {settings.epochs} epochs, batch {settings.batch_size}, {optimizer.name}, \
+{optimizer.schedule} schedule, peak learning rate {optimizer.lr},
+  seed {settings.seed}; loss: {loss} (τ = {settings.loss.temperature:g}); weights kept: {settings.select}
+- **Held-out synthetic images**: {held_out}
+- **Test data** (read once, at the end): {tested}
+
+Load it with `stages.distill.export.load_student({model})` (PIL images, or tensors `[n, 3, h, w]` of uint8 or in [0, 1],
+in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
+`factory export {model} --onnx FILE`.{named}
+"""
 
 
 def markdown(text: object) -> str:
@@ -304,7 +280,3 @@ def markdown(text: object) -> str:
     """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))
-
-
-def _plain(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -1,12 +1,12 @@
 """The training loop of stage 2: one read, one augmentation and one teacher forward pass serve every student."""
 
-import hashlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +18,46 @@ from stages.distill import checkpoint
 from stages.distill.batches import Batches
 from stages.distill.evaluate import Scores, evaluate_net
 from stages.distill.losses import paired_layers, teacher_targets
-from stages.distill.rows import Ints
-from stages.distill.runtime import ALONE, Callbacks, Ranks, autocast
+from stages.distill.rows import EpochOrder, Ints, Rows
+from stages.distill.runtime import Callbacks, Ranks, autocast
 from stages.distill.student import Diverged, Student, lr_factor
 from stages.distill.teacher_cache import TeacherCache
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
 from stages.settings import DistillSettings
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb-id.txt"
 
 
 @dataclass
-class Training:
-    """What :func:`train` needs, and its clocks, which survive a resume.
+class Prepared:
+    """What a run trains, on what, and what decides its result (``spec``, for run.json): read and checked, nothing
+    written yet. ``train_rows`` and ``val_rows``: numbers of the ``rows`` to train on and held out."""
+
+    settings: DistillSettings
+    teacher: Teacher
+    rows: Rows
+    train_rows: Ints
+    val_rows: Ints
+    order: EpochOrder
+    students: list[Student]
+    spec: dict[str, Any]
+    device: torch.device
+    ranks: Ranks
+
+
+@dataclass
+class Training(Prepared):
+    """A run under way, and its clocks, which survive a resume.
 
     Of several ``ranks`` the first one writes files, sends events and may be asked to stop; all do the same steps.
     """
 
-    settings: DistillSettings
-    teacher: Teacher
-    students: list[Student]
-    batches: Batches
-    val_rows: Ints
     storage: Storage
-    device: torch.device
     callbacks: Callbacks
+    batches: Batches
     test_data: str | None = None
     teacher_cache: TeacherCache | None = None
-    ranks: Ranks = ALONE
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0  # part of the seconds: no batch was ready
@@ -85,7 +96,9 @@ def train(run: Training) -> None:
     resume(run)
     student_input = InputSpec(run.students[0].config.input)
     saved = time.monotonic()
-    with open_loggers(run) as loggers, closing(run.batches.stream(run.step, total)) as batches:
+    with ExitStack() as stack:
+        loggers = [stack.enter_context(LOGGERS[name](run)) for name in settings.loggers if ranks.first]
+        batches = stack.enter_context(closing(run.batches.stream(run.step, total)))
         while run.step < total:
             check_active(run)
             started = time.monotonic()
@@ -101,21 +114,21 @@ def train(run: Training) -> None:
 
             # one step of every student; those that diverge are parked, the others go on
             x = student_input(batch.x)
-            failures: dict[str, str] = {}
             for student in run.active:
                 try:
                     student.learn(x, batch, targets, run.step, total)
                 except Diverged as error:
-                    failures[student.name] = str(error)
-            stop = park(run, failures, callbacks.should_stop())
+                    park(run, student, str(error))
+            stop = ranks.any([callbacks.should_stop()])[0]
             run.step += 1
             run.seconds += time.monotonic() - started
 
             # the end of an epoch: metrics, validation, the best weights so far
             if run.step % steps == 0:
                 started = time.monotonic()
-                reason = f"weights are not finite at the end of epoch {epoch}"  # no loss has seen the last update
-                park(run, {student.name: reason for student in run.active if not student.finite})
+                for student in run.active:
+                    if not student.finite:  # no loss has seen the last update
+                        park(run, student, f"weights are not finite at the end of epoch {epoch}")
                 for student in run.active:
                     lr = settings.optimizer.lr * lr_factor(settings.optimizer, run.step - 1, total)
                     line: dict[str, float] = {"epoch": epoch, "step": run.step, "lr": lr, **student.take_means()}
@@ -131,8 +144,8 @@ def train(run: Training) -> None:
                     if ranks.first:
                         text = "".join(dump_json(each) + "\n" for each in student.metrics)
                         run.storage.write(f"{student.name}/{METRICS}", text.encode())
-                    for logger in loggers:
-                        logger.log(student.name, run.step, line)
+                    for log in loggers:
+                        log(student.name, run.step, line)
                 callbacks.on_event("epoch_done", epoch=epoch, students={s.name: s.metrics[-1] for s in run.active})
                 run.seconds += time.monotonic() - started
 
@@ -160,20 +173,12 @@ def check_active(run: Training) -> None:
         raise FactoryError("no student is left: " + "; ".join(f"{s.name}: {s.parked}" for s in run.students))
 
 
-def park(run: Training, failures: dict[str, str], stop: bool = False) -> bool:
-    """Park, in every process, the students that cannot go on in one (``failures``: reason by name).
-
-    Returns whether any process is to stop: one message between the processes settles both.
-    """
-    students = run.active
-    flags = run.ranks.any([stop, *(student.name in failures for student in students)])
-    for student, failed in zip(students, flags[1:], strict=True):
-        if failed:
-            student.optimizer.zero_grad(set_to_none=True)  # memory for the others
-            student.parked = run.ranks.share_text(failures.get(student.name))
-            run.callbacks.on_event("student_parked", student=student.name, step=run.step, reason=student.parked)
-            run.callbacks.warn(f"{student.name} is parked, the others go on: {student.parked}")
-    return flags[0]
+def park(run: Training, student: Student, reason: str) -> None:
+    """Let ``student`` take no further part. Losses and weights are the same in all processes, and so is this."""
+    student.optimizer.zero_grad(set_to_none=True)  # memory for the others
+    student.parked = reason
+    run.callbacks.on_event("student_parked", student=student.name, step=run.step, reason=reason)
+    run.callbacks.warn(f"{student.name} is parked, the others go on: {reason}")
 
 
 @torch.no_grad()
@@ -206,77 +211,60 @@ def save(run: Training) -> None:
 
 def resume(run: Training) -> None:
     """Go on from the checkpoint, if there is one: all processes from the first one's. Raises DataError if damaged."""
-    data = run.ranks.share(checkpoint.read(run.storage) if run.ranks.first else None)
+    written = run.ranks.first and run.storage.exists(checkpoint.STATE)
+    data = run.ranks.share(run.storage.read(checkpoint.STATE) if written else None)
     if data is None:
         return
     state = checkpoint.parse(data, run.storage, run.device)
-    with checkpoint.state_damage(run.storage):
+    with checkpoint.damage_reported(run.storage, checkpoint.STATE, checkpoint.REMEDY):
         run.step, run.seconds, run.waited = state["step"], state["seconds"], state["waited"]
         for student in run.students:
             student.load(state["students"][student.name])
     run.callbacks.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
 
 
-class Logger(Protocol):
-    """Where metrics go besides metrics.jsonl."""
-
-    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
-        """One student's metrics of an epoch."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
-class TensorBoard:
-    """Event files in OUT/tensorboard/STUDENT. A resumed run replaces what it does again."""
-
-    def __init__(self, storage: Storage, step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
-        if not storage.is_local:
-            raise UsageError(f"loggers: tensorboard writes to a local folder only, not {storage.url}")
-        self._open = lambda student: SummaryWriter(storage.folder(f"{TENSORBOARD}/{student}"), purge_step=step + 1)
-        self._writers: dict[str, Any] = {}
-
-    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
-        if student not in self._writers:
-            self._writers[student] = self._open(student)
-        for name, value in metrics.items():
-            self._writers[student].add_scalar(name, value, step)
-        self._writers[student].flush()
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
-
-
-class WandB:
-    """One Weights & Biases run for the run folder; names are STUDENT/metric. Resumes the run of the same folder."""
-
-    def __init__(self, storage: Storage, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError("loggers: wandb needs pip install 'dfkd-factory[wandb]'") from None
-        number = hashlib.sha256(storage.url.encode()).hexdigest()[:16]
-        self._run = wandb.init(project="dfkd-factory", name=storage.url, id=number, resume="allow", config=config)
-
-    def log(self, student: str, step: int, metrics: dict[str, float]) -> None:
-        self._run.log({f"{student}/{name}": value for name, value in metrics.items()}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+Log = Callable[[str, int, dict[str, float]], object]
+"""Takes (student, step, its metrics) at the end of an epoch."""
 
 
 @contextmanager
-def open_loggers(run: Training) -> Iterator[list[Logger]]:
-    """The loggers of the settings, in the first process. Raises UsageError if one is not installed."""
+def tensorboard(run: Training) -> Iterator[Log]:
+    """Event files in OUT/tensorboard/STUDENT. A resumed run replaces what it does again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
+    if not run.storage.is_local:
+        raise UsageError(f"loggers: tensorboard writes to a local folder only, not {run.storage.url}")
+    first, writers = run.step + 1, dict[str, Any]()
     with ExitStack() as stack:
-        loggers: list[Logger] = []
-        for name in run.settings.loggers if run.ranks.first else ():
-            config = run.settings.model_dump(mode="json")
-            loggers.append(TensorBoard(run.storage, run.step) if name == "tensorboard" else WandB(run.storage, config))
-            stack.callback(loggers[-1].close)
-        yield loggers
+
+        def log(student: str, step: int, metrics: dict[str, float]) -> None:
+            if student not in writers:
+                folder = run.storage.folder(f"{TENSORBOARD}/{student}")
+                writers[student] = stack.enter_context(SummaryWriter(folder, purge_step=first))
+            for name, value in metrics.items():
+                writers[student].add_scalar(name, value, step)
+            writers[student].flush()
+
+        yield log
+
+
+@contextmanager
+def wandb(run: Training) -> Iterator[Log]:
+    """One Weights & Biases run for the run folder, which keeps its id; names are STUDENT/metric."""
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError("loggers: wandb needs pip install 'dfkd-factory[wandb]'") from None
+    run.storage.create(WANDB_ID, uuid.uuid4().hex[:16].encode())  # of this folder alone: paths repeat in containers
+    number = run.storage.read(WANDB_ID).decode("ascii", "replace")
+    config, url = run.settings.model_dump(mode="json"), run.storage.url
+    remote = wandb.init(project="dfkd-factory", name=url, id=number, resume="allow", config=config)
+    try:
+        yield lambda student, step, metrics: remote.log({f"{student}/{k}": v for k, v in metrics.items()}, step=step)
+    finally:
+        remote.finish()
+
+
+LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}

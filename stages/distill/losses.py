@@ -114,15 +114,12 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
         cams: list[Tensor] = []
         if settings.gradcam:
             cams = gradcam(logits, logits.argmax(1), [maps[path] for path in layers])
-    cam = class_activation_maps(maps[last], class_weights(teacher)).detach() if settings.cam else None
+    cam = None
+    if settings.cam:
+        if teacher.class_weights is None:
+            raise UsageError(f"{teacher.what} ends in no linear layer on pooled features: set loss.cam to 0")
+        cam = class_activation_maps(maps[last], teacher.class_weights).detach()
     return Targets(logits.detach(), cam, [g.detach() for g in cams])
-
-
-def class_weights(teacher: Teacher) -> Tensor:
-    """The teacher's ``[C, D]``; raises UsageError where it has none."""
-    if teacher.class_weights is None:
-        raise UsageError(f"{teacher.what} ends in no linear layer on pooled features: set loss.cam to 0")
-    return teacher.class_weights
 
 
 def student_terms(

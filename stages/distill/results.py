@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from manifests.checked_json import dump_checked, load_checked
+from manifests.checked_json import load_checked
 from manifests.errors import DataError
 from manifests.storage import Storage
 from stages.distill.checkpoint import damage_reported
@@ -15,6 +15,7 @@ from stages.distill.runtime import Callbacks
 from stages.distill.teacher_check import TeacherCheck
 
 RESULTS = "results.json"
+"""Sealed: a score that is kept must be the one that was measured."""
 MAX_BYTES = 256 << 20
 """Of results that are read again; a confusion matrix of 1000 classes takes some 10 MB."""
 
@@ -83,11 +84,6 @@ class DistillResult:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def write_results(storage: Storage, result: DistillResult) -> None:
-    """Replace the results, sealed: a score that is kept must be the one that was measured."""
-    storage.write(RESULTS, dump_checked(result.to_dict()))
 
 
 def previous_results(storage: Storage, measured_again: bool = False) -> dict[str, StudentResult]:

@@ -69,8 +69,7 @@ class Rows:
     def name(self, row: int) -> str:
         """The row as an error message names it."""
         number = int(self.source[row])
-        values = self.selections[number].row(int(row - self.starts[number]))
-        return f"{self.selections[number].url}: shard {values['shard']}, sample {values['key']!r}"
+        return self.selections[number].name(int(row - self.starts[number]))
 
 
 def intact(selection: Manifest) -> tuple[Manifest, list[str]]:
@@ -132,9 +131,8 @@ def links_of(rows: Rows) -> Iterator[list[tuple[object, ...]]]:
         columns = (selection.column(name) for name in ("key", "trajectory", "lca", "source_key"))
         for key, trajectory, cuts, source in zip(*columns, strict=True):
             links: list[tuple[object, ...]] = [(number, "key", key)]
-            if trajectory is not None and trajectory == trajectory:  # null reads as None or NaN
-                links.append((number, "trajectory", int(trajectory)))
-            links += [(number, "trajectory", cut["partner"]) for cut in cuts or ()]
+            near = [trajectory, *(cut["partner"] for cut in cuts or ())]
+            links += [(number, "trajectory", other) for other in near if other is not None]
             links += [(number, "key", source)] if source is not None else []
             yield links
 

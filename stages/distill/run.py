@@ -9,27 +9,28 @@ OUT/STUDENT/            model.safetensors, config.json, README.md, metrics.jsonl
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from manifests.checked_json import dump_checked
 from manifests.errors import UsageError
 from manifests.fetch import Patience
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import checkpoint, export
-from stages.distill.batches import Batches, check_parts, open_pixels
-from stages.distill.evaluate import Scores, check_data
-from stages.distill.loop import Training, test_scores, train
-from stages.distill.results import DistillResult, StudentResult, keep_score, previous_results, write_results
-from stages.distill.rows import EpochOrder, Ints, Rows, rows_digest, select_rows, split_validation
+from stages.distill.batches import Batches, check_parts
+from stages.distill.evaluate import check_data
+from stages.distill.loop import Prepared, Training, test_scores, train
+from stages.distill.results import RESULTS, DistillResult, StudentResult, keep_score, previous_results
+from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
-from stages.distill.streaming import Stream
+from stages.distill.streaming import Pixels, Stream
 from stages.distill.student import Student
 from stages.distill.teacher_cache import open_teacher_cache
 from stages.distill.teacher_check import TeacherCheck, check_teacher, find_teacher
-from stages.memory import find_device
+from stages.memory import find_device, memory_error_in_a_line
 from stages.models.build import adaptation_of
 from stages.models.loading import model_files
 from stages.models.source import WEIGHTS, NamedConfig, default_stem
@@ -41,23 +42,11 @@ __all__ = ["DistillResult", "Prepared", "begin", "prepare", "run_distill", "stud
 NO_DERIVED = "loss.variants_ce does nothing: no image to train on was made from another, as method dda makes them"
 NOT_COMPARED: Any = {**dict.fromkeys(PLACE, True), "teacher_cache": {"folder"}}
 """Settings left out of what a resumed run must share with its beginning."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run trains, on what, and what decides its result (``spec``, for run.json): read and checked, nothing
-    written yet. ``train_rows`` and ``val_rows``: numbers of the ``rows`` to train on and held out."""
-
-    settings: DistillSettings
-    teacher: Teacher
-    rows: Rows
-    train_rows: Ints
-    val_rows: Ints
-    order: EpochOrder
-    students: list[Student]
-    spec: dict[str, Any]
-    device: torch.device
-    ranks: Ranks
+IN_MEMORY = memory_error_in_a_line(
+    "the training does not fit the memory",
+    "free memory and repeat the command, which resumes from the last checkpoint; or train fewer students at a time, or "
+    "with a smaller batch_size or dtype: bf16, in another folder",
+)
 
 
 def run_distill(
@@ -85,6 +74,7 @@ def run_distill(
     return result
 
 
+@IN_MEMORY
 def prepare(
     settings: DistillSettings,
     sources: Sequence[tuple[str, float]],
@@ -131,6 +121,7 @@ def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int 
     checkpoint.open_run(storage, prepared.spec)
 
 
+@IN_MEMORY
 def train_students(
     prepared: Prepared, storage: Storage, test_data: str | None, callbacks: Callbacks
 ) -> DistillResult | None:
@@ -142,7 +133,7 @@ def train_students(
     stream = Stream(prepared.rows, settings, callbacks.warn, ranks)
     with torch_threads(settings.threads), stream:
         announce(prepared, test_data, callbacks)
-        pixels = open_pixels(prepared.rows, settings.memory_gb, prepared.device, stream)
+        pixels = Pixels(prepared.rows, settings.memory_gb, prepared.device, stream)
         batches = Batches(prepared.rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.train_rows) if ranks.first else None
         if check:
@@ -152,12 +143,11 @@ def train_students(
         cache = open_teacher_cache(teacher, batches, storage, callbacks) if settings.teacher_cache.enabled else None
 
         run = Training(
-            settings=settings, teacher=teacher, students=prepared.students, batches=batches,
-            val_rows=prepared.val_rows, storage=storage, device=prepared.device, callbacks=callbacks, ranks=ranks,
-            teacher_cache=cache, test_data=test_data,
+            **vars(prepared), storage=storage, callbacks=callbacks, batches=batches, test_data=test_data,
+            teacher_cache=cache,
         )  # fmt: skip
         train(run)
-        return finish(prepared, run, check, before) if check else None
+        return finish(run, check, before) if check else None
 
 
 def announce(prepared: Prepared, test_data: str | None, callbacks: Callbacks) -> None:
@@ -176,58 +166,47 @@ def announce(prepared: Prepared, test_data: str | None, callbacks: Callbacks) ->
         callbacks.warn("eval_every does nothing without --test-data")
 
 
-def finish(
-    prepared: Prepared, run: Training, check: TeacherCheck, before: Mapping[str, StudentResult]
-) -> DistillResult:
+def finish(run: Training, check: TeacherCheck, before: Mapping[str, StudentResult]) -> DistillResult:
     """Score and write every student, and the results of the run. ``before``: students of an earlier command."""
     students = {}
     for student in run.active:
-        if prepared.settings.select == "best":
+        kept = student.metrics[-1]
+        if run.settings.select == "best":
             student.result.load_state_dict(student.best_weights)
+            kept = max(student.metrics, key=lambda line: (line["val_agreement"], line["epoch"]))
         files = model_files(student.result, student.config)
         weights = hashlib.sha256(files[WEIGHTS]).hexdigest()
-        test = test_scores(run, student) or keep_score(student.name, weights, before, run.callbacks)
-        facts = student_result(prepared, student, test, run.storage.path(student.name), len(files[WEIGHTS]), weights)
-        files["README.md"] = export.model_card(student.config, prepared.settings, prepared.spec, facts).encode()
+        facts = StudentResult(
+            folder=run.storage.path(student.name),
+            images=len(run.train_rows),
+            val_images=len(run.val_rows),
+            device=str(run.device),
+            last_epoch=student.metrics[-1],
+            val_agreement=kept.get("val_agreement"),
+            val_accuracy=kept.get("val_accuracy"),
+            test=test_scores(run, student) or keep_score(student.name, weights, before, run.callbacks),
+            **asdict(export.measure(student.result, student.config)),
+            bytes=len(files[WEIGHTS]),
+            weights_sha256=weights,
+        )
+        files["README.md"] = export.model_card(student.config, run.settings, run.spec, facts).encode()
         for name, data in files.items():
             run.storage.write(f"{student.name}/{name}", data)
         students[student.name] = facts
     result = DistillResult(
         out=run.storage.url,
-        teacher=prepared.spec["teacher"],
+        teacher=run.spec["teacher"],
         teacher_check=check,
-        images=len(prepared.train_rows),
-        val_images=len(prepared.val_rows),
+        images=len(run.train_rows),
+        val_images=len(run.val_rows),
         workers=run.ranks.size,
         seconds=run.seconds,
         data_wait=run.data_wait,
         students=students,
         parked={student.name: student.parked for student in run.students if student.parked is not None},
     )
-    write_results(run.storage, result)
+    run.storage.write(RESULTS, dump_checked(result.to_dict()))
     return result
-
-
-def student_result(
-    prepared: Prepared, student: Student, test: Scores | None, folder: str, size: int, sha256: str
-) -> StudentResult:
-    """What is known of a finished student, its network measured now."""
-    kept = student.metrics[-1]
-    if prepared.settings.select == "best":
-        kept = max(student.metrics, key=lambda line: (line["val_agreement"], line["epoch"]))
-    return StudentResult(
-        folder=folder,
-        images=len(prepared.train_rows),
-        val_images=len(prepared.val_rows),
-        device=str(prepared.device),
-        last_epoch=student.metrics[-1],
-        val_agreement=kept.get("val_agreement"),
-        val_accuracy=kept.get("val_accuracy"),
-        test=test,
-        **asdict(export.measure(student.result, student.config)),
-        bytes=size,
-        weights_sha256=sha256,
-    )
 
 
 def student_config(name: str, settings: DistillSettings, teacher: Teacher) -> NamedConfig:

@@ -152,10 +152,5 @@ class Ranks:
         dist.broadcast(message, source)
         return message.cpu().numpy().tobytes()
 
-    def share_text(self, text: str | None) -> str | None:
-        """:meth:`share`, of text."""
-        data = self.share(None if text is None else text.encode())
-        return None if data is None else data.decode()
-
 
 ALONE = Ranks()

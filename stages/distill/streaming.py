@@ -1,4 +1,4 @@
-"""Images that do not fit the memory: fetched, decoded and forgotten, batches ahead of their use."""
+"""Stored images by row: decoded once and kept, or fetched, decoded and forgotten, batches ahead of their use."""
 
 import os
 import threading
@@ -21,6 +21,8 @@ from stages.settings import DistillSettings
 
 FETCHED_AHEAD, BYTES_AHEAD = 4, 512 << 20
 """Batches whose files are fetched before they are decoded, beside those that are ready, and their bytes at most."""
+CHUNK, AT_ONCE = 1024, 256 << 20
+"""Images decoded together, and their bytes at most, where nothing else bounds them."""
 SAME_LINE_SECONDS = 5.0
 
 
@@ -30,53 +32,81 @@ def decode_threads() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def checked(rows: Rows, row: int, data: bytes, side: int) -> np.ndarray:
-    """uint8 ``[side, side, 3]`` of one stored image. Raises DataError naming it where it is none."""
-    try:
-        return decode(data, side)
-    except ValueError as error:
-        raise DataError(f"{rows.name(row)}: {error}") from None
+def images_at_once(most: int, size: int) -> int:
+    """How many images of ``size`` bytes, decoded, a network is shown at once: ``most``, fewer where they are large."""
+    return min(most, max(1, AT_ONCE // size))
 
 
-class StreamedPixels:
-    """Nothing kept: images are read and decoded, on all cores, whenever they are asked for.
+class Pixels:
+    """Stored images by row number: decoded once and kept on ``device`` where all fit ``memory_gb``, else read and
+    decoded as they are needed, on all cores. Raises DataError for manifests whose images differ in size.
 
-    What :meth:`expect` announces is fetched meanwhile, ``FETCHED_AHEAD`` announcements at most. ``whole``: in the order
-    of the rows, so that it is better to wait for a tar than to read its images one by one.
+    What :meth:`expect` announces is fetched meanwhile, ``FETCHED_AHEAD`` announcements at most.
     """
 
-    def __init__(
-        self, rows: Rows, side: int, device: torch.device, stream: "Stream | None" = None, whole: bool = False
-    ):
-        self.rows, self.side, self.device, self.stream, self.whole = rows, side, device, stream, whole
+    def __init__(self, rows: Rows, memory_gb: float, device: torch.device, stream: "Stream | None" = None):
+        self.rows, self.device, self.side = rows, device, rows.selections[0].info.image_size
+        for selection in rows.selections:
+            if selection.info.image_size != self.side:
+                raise DataError(
+                    f"{selection.url}: images of {selection.info.image_size} pixels, "
+                    f"but {rows.selections[0].url} has {self.side}; distill from manifests of one size"
+                )
+        self._stream = stream
         self._decoders = ThreadPoolExecutor(decode_threads(), thread_name_prefix="decode")
         self._fetchers = ThreadPoolExecutor(FETCHED_AHEAD, thread_name_prefix="fetch")
         self._fetched: OrderedDict[bytes, Future[list[bytes]]] = OrderedDict()
+        self._filling = len(rows) * self.side**2 * 3 <= memory_gb * 1e9
+        self._kept: Tensor | None = None
+        if self._filling:
+            self._kept = self._all().to(device)
 
     def begin(self, order: Ints) -> None:
         """An epoch begins, in this order."""
-        if self.stream:
-            self.stream.begin(order)
+        if self._stream and self._kept is None:
+            self._stream.begin(order)
 
     def expect(self, rows: Ints) -> None:
         """``rows`` will be taken soon, together."""
+        if self._kept is not None or self.rows.size[rows].sum() > BYTES_AHEAD // FETCHED_AHEAD:
+            return
         while len(self._fetched) >= FETCHED_AHEAD:  # announced and never taken
             self._fetched.popitem(last=False)[1].cancel()
-        if self.rows.size[rows].sum() > BYTES_AHEAD // FETCHED_AHEAD:
-            return
         self._fetched[rows.tobytes()] = self._fetchers.submit(self._read, rows)
-
-    def _read(self, rows: Ints) -> list[bytes]:
-        if self.stream and self.whole:
-            self.stream.wait(rows)
-        return self.rows.read(rows)
 
     def take(self, rows: Ints) -> Tensor:
         """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
+        if self._kept is None:
+            return self._decoded(rows).to(self.device)
+        return self._kept.index_select(0, torch.from_numpy(rows).to(self.device))
+
+    def _all(self) -> Tensor:
+        """Every image, in the order of the rows."""
+        every = np.arange(len(self.rows))
+        kept = torch.empty(len(every), self.side, self.side, 3, dtype=torch.uint8)
+        self.begin(every)
+        chunks = np.array_split(every, -(-len(every) // images_at_once(CHUNK, self.side**2 * 3)))
+        for number, chunk in enumerate(chunks):
+            for following in chunks[number + 1 : number + 2]:
+                self.expect(following)
+            kept[chunk[0] : chunk[-1] + 1] = self._decoded(chunk)
+        return kept
+
+    def _decoded(self, rows: Ints) -> Tensor:
+        def pixels(row: int, data: bytes) -> np.ndarray:
+            try:
+                return decode(data, self.side)
+            except ValueError as error:
+                raise DataError(f"{self.rows.name(row)}: {error}") from None
+
         fetched = self._fetched.pop(rows.tobytes(), None)
-        encoded = zip(rows.tolist(), fetched.result() if fetched else self._read(rows), strict=True)
-        images = self._decoders.map(lambda pair: checked(self.rows, pair[0], pair[1], self.side), encoded)
-        return torch.from_numpy(np.stack(list(images))).to(self.device)
+        encoded = fetched.result() if fetched else self._read(rows)
+        return torch.from_numpy(np.stack(list(self._decoders.map(pixels, rows.tolist(), encoded))))
+
+    def _read(self, rows: Ints) -> list[bytes]:
+        if self._stream and self._filling:  # in the order of the rows it is better to wait for a tar
+            self._stream.wait(rows)
+        return self.rows.read(rows)
 
 
 class Stream:

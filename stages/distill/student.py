@@ -11,8 +11,8 @@ from manifests.errors import FactoryError
 from stages.distill.batches import Batch
 from stages.distill.losses import Targets, student_terms, weighted
 from stages.distill.runtime import ALONE, Ranks, autocast
-from stages.memory import out_of_memory
 from stages.models import build
+from stages.models.inputs import finite
 from stages.models.source import ModelConfig
 from stages.seeds import derive
 from stages.settings import DistillSettings, OptimizerSettings, student_name
@@ -53,7 +53,7 @@ def build_optimizer(net: nn.Module, settings: OptimizerSettings) -> torch.optim.
 
 
 class Diverged(FactoryError):
-    """A student that cannot go on: its loss is not finite any more, or memory ran out."""
+    """A student that cannot go on: its loss or gradient is not finite any more."""
 
 
 class Student:
@@ -85,53 +85,38 @@ class Student:
     @property
     def finite(self) -> bool:
         """Whether every weight and running statistic is finite."""
-        values = (v for net in (self.net, self.average) if net is not None for v in net.state_dict().values())
-        return all(bool(value.isfinite().all()) for value in values)
+        return finite(self.net) and (self.average is None or finite(self.average))
 
     def learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
         """One optimizer step on ``x``, this process's part of the batch as the student's input.
 
-        Raises Diverged if the loss of the whole batch is not finite or memory runs out.
+        Raises Diverged if the loss of the whole batch, or its gradient, is not finite.
         """
-        try:
-            self._learn(x, batch, targets, step, total)
-        except (RuntimeError, MemoryError) as error:
-            raise Diverged(_memory_error(error)) from None
-
-    def _learn(self, x: Tensor, batch: Batch, targets: Targets, step: int, total: int) -> None:
+        settings = self.settings
         salt = [self.ranks.rank] if self.ranks.rank else []
-        torch.manual_seed(derive(self.settings.seed, "step", self.name, step, *salt))  # for dropout and the like
+        torch.manual_seed(derive(settings.seed, "step", self.name, step, *salt))  # for dropout and the like
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
-        terms, failure = ("loss", *self.settings.loss.active), None
-        try:
-            part = self._gradients(x, batch, targets)
-        except (RuntimeError, MemoryError) as error:  # the other processes wait for this one's part: not finite
-            part, failure = torch.full((len(terms),), math.nan, device=x.device), _memory_error(error)
+        if settings.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(settings.dtype, x.device):
+            terms = student_terms(self.forward, x, batch, targets, settings.loss, self.layers)
+            loss = weighted(terms, settings.loss)
+        loss.backward()
+        part = torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
         values = self.ranks.add_up(self.net, part, batch.share).tolist()
         if not math.isfinite(values[0]):
-            why = f"loss is {values[0]} at step {step}; a smaller learning rate or optimizer.clip may help"
-            raise Diverged(self.ranks.share_text(failure) or why)
-        if self.settings.optimizer.clip:
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optimizer.clip)
+            raise Diverged(f"loss is {values[0]} at step {step}; a smaller learning rate or optimizer.clip may help")
+        if settings.optimizer.clip:
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.optimizer.clip)
             if not math.isfinite(norm.item()):
                 raise Diverged(f"gradients are not finite at step {step}; a smaller learning rate may help")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.lr * lr_factor(self.settings.optimizer, step, total)
+            group["lr"] = settings.optimizer.lr * lr_factor(settings.optimizer, step, total)
         self.optimizer.step()
         self._update_average(step)
-        for name, value in zip(("images", *terms), (1.0, *values), strict=True):
+        for name, value in zip(("images", "loss", *terms), (1.0, *values), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value * batch.count
-
-    def _gradients(self, x: Tensor, batch: Batch, targets: Targets) -> Tensor:
-        """Forward and backward; the loss and its terms ``[1 + terms]``."""
-        if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with autocast(self.settings.dtype, x.device):
-            terms = student_terms(self.forward, x, batch, targets, self.settings.loss, self.layers)
-            loss = weighted(terms, self.settings.loss)
-        loss.backward()
-        return torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -172,33 +157,17 @@ class Student:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`. Raises what torch raises, or TypeError, for anything else."""
-        kinds: dict[str, Any] = {
-            "net": dict,
-            "optimizer": dict,
-            "sums": dict,
-            "metrics": list,
-            "best": float,
-            "best_weights": dict,
-        }
-        kinds["parked"] = str | None
-        fits = {name: isinstance(state[name], kind) for name, kind in kinds.items()}
-        fits |= {"metrics": fits["metrics"] and all(map(_is_metrics, state["metrics"]))}
-        if not all(fits.values()):
-            names = ", ".join(name for name, fit in fits.items() if not fit)
-            raise TypeError(f"{names} of {self.name} has another type")
+        kinds: dict[str, Any] = dict.fromkeys(("net", "optimizer", "sums", "best_weights"), dict)
+        kinds |= {"metrics": list, "best": float, "parked": str | None}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        if wrong or not all(map(_is_metrics, state["metrics"])):
+            raise TypeError(f"{', '.join(wrong) or 'metrics'} of {self.name} has another type")
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
         self.best, self.best_weights, self.parked = state["best"], state["best_weights"], state["parked"]
-
-
-def _memory_error(error: Exception) -> str:
-    """The first line of a lack of memory; any other error is raised on."""
-    if not out_of_memory(error):
-        raise error
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_metrics(line: Any) -> bool:

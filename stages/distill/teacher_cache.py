@@ -9,6 +9,7 @@ Used by ``factory run distill --set teacher_cache.enabled=true --set augment.num
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,12 @@ CHUNK = 512
 HALF_MAX = 65504.0
 
 
+@dataclass(frozen=True)
 class TeacherCache:
     """Logits by row and view number."""
 
-    def __init__(self, tensors: dict[str, Tensor], classes: int):
-        self.tensors, self.classes = tensors, classes
+    tensors: dict[str, Tensor]
+    classes: int
 
     def targets(self, batch: Batch) -> Targets:
         """What :func:`stages.distill.losses.teacher_targets` would compute, to half precision."""

@@ -16,7 +16,7 @@ from manifests.errors import DataError
 from manifests.order import spread
 from manifests.reader import Manifest
 from stages.distill.batches import Batches
-from stages.distill.rows import Ints, Rows
+from stages.distill.rows import Ints
 from stages.models.loading import ASK, check_classes, dataset_teacher, load_teacher
 from stages.models.teacher import Moments, Teacher
 from stages.settings import ModelSettings
@@ -115,7 +115,8 @@ def check_teacher(teacher: Teacher, batches: Batches, rows: Ints) -> TeacherChec
         parts.append(best.indices.cpu().numpy())
         confidence += float(best.values.sum())
     predicted, labels = np.concatenate(parts), batches.rows.label[chosen]
-    recorded = recorded_predictions(batches.rows, chosen)
+    columns = (label for selection in batches.rows.selections for label in selection.column("teacher_label"))
+    recorded = np.array([-1 if label is None else label for label in columns], np.int64)[chosen]
     counts = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
     renamed = counts.argmax(1)[counts.sum(1) > 0]
     by_prediction = counts.sum(0)
@@ -142,10 +143,3 @@ def batchnorm_gap(teacher: Teacher, batches: Batches, rows: Ints) -> float | Non
         for part in images.split(IMAGES_AT_ONCE):  # the inputs of every layer are held together
             moments.add(teacher.with_batchnorm_inputs(part)[1])
     return moments.gap(teacher.batchnorms)
-
-
-def recorded_predictions(rows: Rows, chosen: Ints) -> Ints:
-    """``teacher_label`` of the manifests for the row numbers ``chosen``; −1 where there is none."""
-    columns = [selection.column("teacher_label") for selection in rows.selections]
-    labels = [-1 if value is None or value != value else int(value) for column in columns for value in column]
-    return np.array(labels, np.int64)[chosen]

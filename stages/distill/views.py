@@ -1,6 +1,6 @@
 """Augmented views: drawn as a pure function of (seed, epoch, sample), applied to a batch of stored pixels at once."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,7 @@ from stages.seeds import Ids, mixed, uniform
 from stages.settings import AugmentSettings
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """What happens to each of ``n`` images: shift ``[n]`` in pixels, flip ``[n]``, and how it is mixed with a partner.
 
     ``lam [n]`` is the share that the image itself keeps (1: not mixed); ``box [n, 4]`` is y, x, height, width of what
@@ -25,16 +24,12 @@ class Views:
     lam: Tensor
     box: Tensor
 
-    @property
-    def mixes(self) -> bool:
-        return bool((self.lam < 1).any())
-
     def at(self, index: Ids | npt.NDArray[np.int64] | slice) -> "Views":
         """The views of some of the images."""
-        return Views(*(getattr(self, name)[index] for name in ("dy", "dx", "flip", "lam", "box")))
+        return Views(*(part[index] for part in self))
 
     def to(self, device: torch.device | str) -> "Views":
-        return Views(*(getattr(self, name).to(device) for name in ("dy", "dx", "flip", "lam", "box")))
+        return Views(*(part.to(device) for part in self))
 
 
 def turns(settings: AugmentSettings, epoch: int, repeats: Ids) -> Ids:

@@ -94,6 +94,11 @@ def require_finite(logits: Tensor, what: str) -> Tensor:
     return logits
 
 
+def finite(net: nn.Module) -> bool:
+    """Whether no weight or running statistic is NaN or infinite."""
+    return all(bool(value.isfinite().all()) for value in net.state_dict().values())
+
+
 def require_finite_weights(net: nn.Module, what: str) -> None:
     """Raises DataError naming a weight or running statistic of ``net`` that holds NaN or infinities."""
     for name, value in net.state_dict().items():

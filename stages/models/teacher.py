@@ -227,17 +227,29 @@ class Moments:
             self.squares[layer] += flat.square().sum(1)
 
     def gap(self, running: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-        """Distance to the ``running`` (mean m, variance s²), ``[c]`` each: mean over layers of
-        RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), the ``bn`` term of guidance (DiffDFKD, equation 6) over a dataset. None
-        without BatchNorm layers."""
-        terms = []
-        for count, total, square, (mean, variance) in zip(self.count, self.sums, self.squares, running, strict=True):
-            data_mean = total / count
-            data_variance = square / count - data_mean.square()
-            scale = variance.double().clamp_min(1e-5)
-            shift, spread = (data_mean - mean) / scale.sqrt(), (data_variance - variance) / scale
-            terms.append(shift.square().mean().sqrt() + spread.square().mean().sqrt())
-        return float(torch.stack(terms).mean()) if terms else None
+        """:func:`moments_gap` to the ``running`` statistics: the ``bn`` term of guidance, over a dataset. None without
+        BatchNorm layers."""
+        means = [total / count for total, count in zip(self.sums, self.count, strict=True)]
+        squares = [total / count for total, count in zip(self.squares, self.count, strict=True)]
+        data = [(mean, square - mean.square()) for mean, square in zip(means, squares, strict=True)]
+        return float(moments_gap(data, running, eps=0.0)) if data else None
+
+
+def moments_gap(
+    data: Sequence[tuple[Tensor, Tensor]], running: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-12
+) -> Tensor:
+    """Distance of ``data``'s BatchNorm statistics to the ``running`` ones, a scalar (DiffDFKD, equation 6, normalized):
+    the mean over layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), from each layer's (mean, biased variance), ``[c]``.
+
+    Dividing by the running std s per channel and averaging over layers makes one weight fit every teacher. ``eps``
+    under the roots keeps gradients finite at 0.
+    """
+    terms = []
+    for (mean, variance), (running_mean, running_variance) in zip(data, running, strict=True):
+        scale = running_variance.to(variance.dtype).clamp_min(1e-5)
+        shift, spread = (mean - running_mean) / scale.sqrt(), (variance - running_variance) / scale
+        terms.append((shift.square().mean() + eps).sqrt() + (spread.square().mean() + eps).sqrt())
+    return torch.stack(terms).mean()
 
 
 def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:

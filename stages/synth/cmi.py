@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from manifests.errors import UsageError
 from stages.memory import in_micro_batches, moment_sums, moments
-from stages.models.teacher import Teacher
+from stages.models.teacher import Teacher, moments_gap
 from stages.seeds import derive, torch_rng
 from stages.settings import SynthSettings
 from stages.synth.group import Group
-from stages.synth.guidance import Losses, class_prior, disagreement, moments_gap
+from stages.synth.guidance import Losses, class_prior, disagreement
 from stages.synth.inversion import Best, as_rgb, inverted_side
 from stages.synth.sampler import Counters, DecodedGroup, Models
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from manifests.errors import DataError, FactoryError, NumericsError, UsageError
 from manifests.storage import Storage
 from stages.memory import in_micro_batches, retry_with_smaller_batches
-from stages.models.inputs import resized
+from stages.models.inputs import finite, resized
 from stages.models.loading import fill, parse_weights
 from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
@@ -60,8 +60,7 @@ def load_decoder(
         return TinyDecoder(prior, settings.guidance)
     if kind == "full" or prior.vae is None:  # a prior of pixels is guided on its pixels
         return None
-    size = min(teacher.input.size, prior.image_size)
-    return fitted_decoder(prior, settings, teacher.class_names, size, teacher.input.settings.resize, run)
+    return fitted_decoder(prior, settings, teacher, run)
 
 
 def fidelity(decode: Decode, prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher) -> dict[str, float]:
@@ -273,20 +272,11 @@ def fit_in_memory(prior: DiffusionPrior, prompts: Sequence[str], size: int, rule
     )
 
 
-def finite(net: nn.Module) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return all(bool(weight.isfinite().all()) for weight in net.parameters())
-
-
 def fitted_decoder(
-    prior: DiffusionPrior,
-    settings: SynthSettings,
-    class_names: Sequence[str],
-    size: int,
-    rule: str,
-    run: Storage | None = None,
+    prior: DiffusionPrior, settings: SynthSettings, teacher: Teacher, run: Storage | None
 ) -> FittedDecoder:
-    """The decoder for this prior and size: from the folder of the ``run``, else from this machine's cache, else fitted.
+    """The decoder for this prior and what the teacher sees of it: from the folder of the ``run``, else from this
+    machine's cache, else fitted.
 
     The first worker to finish leaves its weights in the run's folder; every worker, on any machine and device, takes
     those. The cache also tells devices and threads apart, on which the weights depend: a run that begins on this
@@ -294,11 +284,12 @@ def fitted_decoder(
     damaged weights.
     """
     channels, side, _ = prior.latent_shape
+    size, rule = min(teacher.input.size, prior.image_size), teacher.input.settings.resize
     with torch.device(prior.device):
         net = FittedDecoder(channels, side, size, rule).requires_grad_(False)
     if prior.device == "meta":
         return net
-    prompts = conditions(prior, settings, class_names, trajectories(side))
+    prompts = conditions(prior, settings, teacher.class_names, trajectories(side))
     identity = {
         "version": ALGORITHM_VERSION,
         "prior": [prior.source.sha256, settings.prior.model_dump(mode="json", exclude={"path"})],

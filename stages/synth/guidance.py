@@ -1,14 +1,14 @@
 """Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalized update of ẑ0 (equation 10)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.models.teacher import Teacher
+from stages.models.teacher import Teacher, moments_gap
 from stages.settings import GuidanceSettings
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import Prediction
@@ -91,21 +91,6 @@ class Guidance:
 def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy per sample ``[n]`` (equation 7)."""
     return F.cross_entropy(logits, labels, reduction="none")
-
-
-def moments_gap(batch: Sequence[tuple[Tensor, Tensor]], running: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Distance of a batch's BatchNorm statistics to the running ones, a scalar (equation 6, normalized): the mean over
-    layers of RMS_c((μ − m)/s) + RMS_c((σ² − s²)/s²), from each layer's (mean, biased variance), ``[c]`` each.
-
-    Dividing by the running std s per channel and averaging over layers makes one weight fit every teacher.
-    """
-    terms = []
-    for (batch_mean, batch_variance), (mean, variance) in zip(batch, running, strict=True):
-        scale = variance.clamp_min(1e-5)
-        shift = (batch_mean - mean) / scale.sqrt()
-        spread = (batch_variance - variance) / scale
-        terms.append((shift.square().mean() + EPS).sqrt() + (spread.square().mean() + EPS).sqrt())
-    return torch.stack(terms).mean()
 
 
 def disagreement(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

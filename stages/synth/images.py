@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from manifests.images import decode
+from manifests.schema import Row
 from manifests.shard import ShardWriter
 
 
@@ -42,7 +42,7 @@ def as_stored(pixels: Tensor, kind: str) -> tuple[Tensor, list[Tensor] | list[by
     return torch.from_numpy(np.stack([decode(data) for data in encoded])), encoded
 
 
-Sample = tuple[dict[str, Any], Tensor | bytes]
+Sample = tuple[Row, Tensor | bytes]
 """A manifest row and its image: pixels, uint8 ``[h, w, 3]`` on the CPU, or the encoded file."""
 
 

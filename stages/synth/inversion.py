@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from manifests.errors import DataError
-from stages.models.teacher import Teacher
+from stages.models.teacher import Teacher, moments_gap
 from stages.seeds import torch_rng
 from stages.settings import DeepInversionSettings, SynthSettings
 from stages.synth.group import Group
-from stages.synth.guidance import Losses, class_prior, inconsistency, moments_gap, shifted
+from stages.synth.guidance import Losses, class_prior, inconsistency, shifted
 from stages.synth.sampler import Counters, DecodedGroup, Models
 
 
@@ -83,7 +83,7 @@ def competition(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 def weighted_statistics(batch: Moments, running: Moments, first: float) -> Tensor:
     """Σ_l w_l·d_l / L with w = ``first`` for the first layer and 1 for the others, d that of
-    :func:`~stages.synth.guidance.moments_gap`: the paper's plain norms differ by two orders of magnitude between
+    :func:`~stages.models.teacher.moments_gap`: the paper's plain norms differ by two orders of magnitude between
     teachers, so no weight would fit another one."""
     return moments_gap(batch, running) + (first - 1) / len(batch) * moments_gap(batch[:1], running[:1])
 

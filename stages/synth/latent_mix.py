@@ -82,23 +82,19 @@ def draw_mixes(
             partners = [position]
         if not partners or rng.random() >= settings.probability:
             continue
-        drawn = _draw(settings, rng, rng.choice(partners), height, width)
-        if drawn[3] and drawn[4]:
-            mixes[position] = Mix(step, timestep, *drawn)
+        partner, lam = rng.choice(partners), 1.0
+        if settings.kind == "traditional":
+            y, x, h, w = draw_window(rng, height, width)
+        elif settings.kind == "mixup":
+            y, x, h, w = 0, 0, height, width
+            lam = float(np.float32(rng.betavariate(settings.alpha, settings.alpha)))  # as the manifest stores it
+        else:
+            lam = rng.betavariate(settings.alpha, settings.alpha)
+            y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
+            lam = 1 - h * w / (height * width)
+        if h and w:
+            mixes[position] = Mix(step, timestep, partner, y, x, h, w, lam)
     return mixes
-
-
-def _draw(
-    settings: LatentMixSettings, rng: Random, partner: int, height: int, width: int
-) -> tuple[int, int, int, int, int, float]:
-    """``(partner, y, x, h, w, lam)``."""
-    if settings.kind == "traditional":
-        return partner, *draw_window(rng, height, width), 1.0
-    lam = rng.betavariate(settings.alpha, settings.alpha)
-    if settings.kind == "mixup":
-        return partner, 0, 0, height, width, float(np.float32(lam))  # as the manifest stores it
-    y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
-    return partner, y, x, h, w, 1 - h * w / (height * width)
 
 
 def draw_box(lam: float, cy: float, cx: float, height: int, width: int) -> tuple[int, int, int, int]:

@@ -81,7 +81,7 @@ def measure(
     alike = [facts["near_duplicates"] for facts in classes.values() if facts["near_duplicates"] is not None]
     return {
         "images": total,
-        "bn_gap": moments.gap(teacher.batchnorms) if teacher.has_batchnorm else None,
+        "bn_gap": moments.gap(teacher.batchnorms),
         "teacher_accuracy": right / total,
         "near_duplicate_cosine": same,
         "near_duplicates": sum(alike) if alike else None,

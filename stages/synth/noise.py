@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from manifests.schema import Row
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.models.source import resolve
@@ -47,13 +48,13 @@ class NoiseWorker:
             "seconds": seconds,
         }
 
-    def _samples(self, group: int) -> list[tuple[dict[str, Any], bytes]]:
+    def _samples(self, group: int) -> list[tuple[Row, bytes]]:
         settings, side = self.settings, self.settings.images.size or SIDE
         rng = np.random.default_rng((settings.seed, group))
         pixels = rng.integers(0, 256, (settings.group_size, side, side, 3), dtype=np.uint8)
         return [(self._row(group, i), self._encode(image)) for i, image in enumerate(pixels)]
 
-    def _row(self, group: int, i: int) -> dict[str, Any]:
+    def _row(self, group: int, i: int) -> Row:
         trajectory = group * self.settings.group_size + i
         made = {"method": "noise", "seed": self.settings.seed, "group": group, "trajectory": trajectory}
         return {**made, "label": trajectory % self.classes, "kept": True}

@@ -3,7 +3,7 @@
 Stored images are also read here for ``factory inspect --metrics``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifests.reader import Manifest
-from manifests.schema import SCHEMA
+from manifests.schema import SCHEMA, Row
 from stages.models.inputs import to_unit
 from stages.models.loading import check_classes
 from stages.models.teacher import Teacher
 from stages.settings import DdaSettings
-
-Row = Mapping[str, Any]
 
 REJECTED = "teacher gives its class"
 """How the reason of a rejection by the threshold begins."""
@@ -48,7 +46,7 @@ def score(
     min_cosine: float,
     *,
     embeddings: Tensor | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The columns that the teacher decides, one dict for each of ``rows``, which hold whole trajectories.
 
     ``logits [n, C]`` and ``features [n, D]`` are of the stored images, ``weights [C, D]`` of the teacher's last layer
@@ -85,21 +83,18 @@ def teacher_columns(logits: Tensor, labels: Sequence[int], min_confidence: float
     entropy = -(probability * probability.clamp_min(1e-30).log()).sum(1)
     top = probability.topk(2, dim=1)
     target = probability[torch.arange(len(labels)), torch.tensor(labels)]
-    rows = []
-    for i in range(len(labels)):
-        kept = target[i].item() >= min_confidence
-        reason = f"{REJECTED} {target[i].item():.3f} < {min_confidence:g}"
-        rows.append(
-            {
-                "teacher_label": int(top.indices[i, 0]),
-                "confidence": top.values[i, 0].item(),
-                "entropy": entropy[i].item(),
-                "margin": (top.values[i, 0] - top.values[i, 1]).item(),
-                "kept": kept,
-                "reject_reason": None if kept else reason,
-            }
-        )
-    return rows
+    columns = {
+        "teacher_label": top.indices[:, 0].tolist(),
+        "confidence": top.values[:, 0].tolist(),
+        "entropy": entropy.tolist(),
+        "margin": (top.values[:, 0] - top.values[:, 1]).tolist(),
+        "kept": (kept := [share >= min_confidence for share in target.tolist()]),
+        "reject_reason": [
+            None if keep else f"{REJECTED} {share:.3f} < {min_confidence:g}"
+            for keep, share in zip(kept, target.tolist(), strict=True)
+        ],
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def cosines(rows: Sequence[Row], features: Tensor, weights: Tensor | None = None) -> list[float | None]:
@@ -123,7 +118,7 @@ def cosines(rows: Sequence[Row], features: Tensor, weights: Tensor | None = None
     return [value if there else None for value, there in zip(values, known, strict=True)]
 
 
-def filtered(row: Row, min_cosine: float) -> dict[str, Any]:
+def filtered(row: Row, min_cosine: float) -> Row:
     """``kept`` and ``reject_reason`` of a derived sample after DDA's filter, cos > ω (equation 8)."""
     if row["cosine"] > min_cosine:
         return {}
@@ -141,7 +136,6 @@ def stands(reason: str, filters: bool) -> bool:
 # From here on: stored images, read back.
 
 BATCH = 64
-PIECE = 4096
 NEEDED = ("key", "shard", "trajectory", "timestep", "label", "source_key", "kept", "reject_reason")
 
 
@@ -164,13 +158,13 @@ def rescored(
 
     Derived rows (DDA) must also pass the cosine filter of their recipe, at their new cosine; rows rejected for another
     reason than these two stay rejected. Logits are renewed where a row has them, cosines where they were taken in the
-    teacher's feature space. ``on_rows`` is given the number of rows that are done. Rows stream in pieces that hold
-    whole trajectories, so memory does not grow with the dataset.
-    Raises DataError where classes or images do not fit.
+    teacher's feature space. ``on_rows`` is given the number of rows that are done. Rows stream shard by
+    shard, which hold whole trajectories. Raises DataError where classes or images do not fit.
     """
     check_classes(teacher, manifest)
     everything = manifest.where(include_rejected=True)
-    for first, table in pieces(manifest):
+    first = 0
+    for table in (manifest.file.shard_rows(tar.shard).combine_chunks() for tar in manifest.info.tars if tar.rows):
         selection = everything.take(slice(first, first + table.num_rows))
         _ = selection.labels  # refuses those that are no class
         logits, features = [], []
@@ -183,27 +177,7 @@ def rescored(
             on_rows(first + some.stop)
         every = torch.cat(features) if features else None
         yield renewed(table, torch.cat(logits), every, teacher.class_weights, threshold, min_cosine_of(manifest))
-
-
-def pieces(manifest: Manifest, rows: int = PIECE) -> Iterator[tuple[int, pa.Table]]:
-    """(number of its first row, table) of at most ``rows`` rows, cut between trajectories wherever that is possible."""
-    held, first = SCHEMA.empty_table(), 0
-    for group in manifest.file.groups():
-        held = pa.concat_tables([held, group])
-        while held.num_rows > rows:
-            starts = trajectory_starts(held.slice(0, rows + 1))
-            cut = int(starts[-1]) if len(starts) else rows
-            yield first, held.slice(0, cut).combine_chunks()
-            held, first = held.slice(cut), first + cut
-    if held.num_rows:
-        yield first, held.combine_chunks()
-
-
-def trajectory_starts(table: pa.Table) -> np.ndarray:
-    """Numbers of the rows, but for the first, whose predecessor belongs to another trajectory or to none."""
-    shard = table["shard"].to_numpy()
-    trajectory = table["trajectory"].fill_null(-1).to_numpy()
-    return np.flatnonzero((np.diff(shard) != 0) | (np.diff(trajectory) != 0) | (trajectory[1:] < 0)) + 1
+        first += table.num_rows
 
 
 def renewed(

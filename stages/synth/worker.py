@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manifests.errors import DataError, NumericsError, UsageError
-from manifests.schema import make_key
+from manifests.schema import Row, make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
@@ -27,7 +27,6 @@ from stages.synth.guidance import two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
-from stages.synth.latent_mix import Mix
 from stages.synth.priors.kinds import load_prior
 from stages.synth.sampler import Counters, DecodedGroup, Models, check_intermediates, diffdfkd, dmkd
 from stages.synth.scores import FINAL, SOURCE, judge, score
@@ -58,7 +57,8 @@ def load_models(
     for source in (sources or {}).values():
         source.release()
     teacher, adversary = models["teacher"], models.get("adversary")
-    check_network(planned, "teacher", settings.teacher.name, teacher.identity)
+    for role, model in models.items():
+        check_network(planned, role, getattr(settings, role).name, model.identity)
     if settings.method != "dmkd":
         if not teacher.differentiable:
             raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
@@ -68,8 +68,7 @@ def load_models(
             log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
     if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
         raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
-    if settings.adversary and adversary:
-        check_network(planned, "adversary", settings.adversary.name, adversary.identity)
+    if adversary:
         check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
@@ -211,7 +210,7 @@ class ShardWorker:
         files = [frame_files[i] for i in range(len(group.trajectories)) for _, frame_files in stored]
         return [(row | column, file) for row, column, file in zip(rows, columns, files, strict=True)], counters
 
-    def rows(self, group: Group, frames: Sequence[DecodedGroup], shard: int, position: int) -> list[dict[str, Any]]:
+    def rows(self, group: Group, frames: Sequence[DecodedGroup], shard: int, position: int) -> list[Row]:
         """The columns of each sample that say how it was made, and what its cosine is with."""
         settings, made = self.settings, []
         first = position * len(group.trajectories) * len(frames)
@@ -236,7 +235,7 @@ class ShardWorker:
                         "source_key": None if frame.source is None else keys[frame.source],
                         "step": frame.step,
                         "timestep": frame.timestep,
-                        "lca": [mix_row(mix, group.trajectories) for mix in frame.mixes[i]],
+                        "lca": [asdict(m) | {"partner": group.trajectories[m.partner]} for m in frame.mixes[i]],
                         "loss_ce": losses.ce[i].item() if losses else None,
                         "loss_adv": losses.adversarial[i].item() if losses else None,
                         "loss_bn": losses.bn.item() if losses else None,
@@ -279,8 +278,3 @@ def check_skipped(counters: Counters, settings: SynthSettings, share: float) -> 
         half = settings.prior.dtype == "fp16"
         remedy = "set prior.dtype=bf16 or fp32" if half else "check the weights and inputs of teacher and prior"
         raise NumericsError(f"{skipped_line(counters, settings)}, more than {MAX_SKIPPED:.0%} of a shard's; {remedy}")
-
-
-def mix_row(mix: Mix, trajectories: Sequence[int]) -> dict[str, Any]:
-    """A mix as the manifest stores it: the partner by its trajectory number, not its position."""
-    return asdict(mix) | {"partner": trajectories[mix.partner]}

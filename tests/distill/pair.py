@@ -81,7 +81,7 @@ def distill(ranks, settings, manifest, out, test_data=None, stop=0, spoil=None):
         )
         found["results"] = run.train_students(prepared, Storage(out), test_data, callbacks)
     except FactoryError as error:
-        found["error"] = type(error).__name__
+        found["error"], found["message"] = type(error).__name__, str(error)
     finally:
         student.Student.learn = learn
     found["weights"] = {each.name: _digest(each.result) for each in prepared.students}

@@ -45,12 +45,17 @@ def test_wandb(dataset, tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    run_distill(DistillSettings.model_validate(SMALL | {"loggers": ["wandb"]}), [(dataset, 1.0)], str(tmp_path))
+    settings = DistillSettings.model_validate(SMALL | {"loggers": ["wandb"]})
+    run_distill(settings, [(dataset, 1.0)], str(tmp_path / "one"))
     assert calls[0]["resume"] == "allow"
     assert calls[0]["config"]["epochs"] == 2
     assert [step for step, _ in calls[1:3]] == [5, 10]
     assert "digits-cnn-small/val_agreement" in calls[1][1]
     assert calls[-1] == "finish"
+    run_distill(settings, [(dataset, 1.0)], str(tmp_path / "one"))
+    run_distill(settings, [(dataset, 1.0)], str(tmp_path / "two"))
+    first, same, other = (call["id"] for call in calls if isinstance(call, dict))
+    assert first == same != other  # resumed by its folder alone, whatever path a container gives to it
 
 
 def test_an_extra_that_is_not_installed(dataset, tmp_path, monkeypatch):

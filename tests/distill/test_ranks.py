@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manifests.errors import UsageError
+from manifests.errors import FactoryError, UsageError
 from manifests.reader import Manifest
-from stages.distill.batches import Batches, batch_bounds, check_parts, open_pixels
+from stages.distill.batches import Batches, Pixels, batch_bounds, check_parts
 from stages.distill.rows import EpochOrder, select_rows
+from stages.distill.run import run_distill
 from stages.distill.runtime import ALONE, Ranks
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, alone, distill
@@ -84,7 +85,7 @@ def test_parts_of_a_batch_laid_end_to_end_are_the_batch(derived, size, memory):
     """Mixed views included: a view's partner may lie in another process's part."""
     asked, cpu = settings(batch_size=7), torch.device("cpu")
     rows = select_rows([(Manifest.open(derived), 1.0)], asked)
-    order, pixels = EpochOrder(rows, np.arange(len(rows)), asked), open_pixels(rows, memory, cpu)
+    order, pixels = EpochOrder(rows, np.arange(len(rows)), asked), Pixels(rows, memory, cpu)
     whole = Batches(rows, order, pixels, asked, cpu)
     parts = [Batches(rows, order, pixels, asked, cpu, Ranks(rank, size)) for rank in range(size)]
     for step in range(2 * whole.steps):
@@ -168,26 +169,14 @@ def spoil_forward(student, step):
         student.forward = exhausted
 
 
-def spoil_step(student, step):
-    if student.name == "resnet8" and step == 4:
-        student.optimizer.step = exhausted
-
-
-def exhausted(*_):
+def exhausted(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (spoil_weights, "loss is nan at step 4; a smaller learning rate or optimizer.clip may help"),
-        (spoil_forward, "CUDA out of memory. Tried to allocate 2 GiB."),
-        (spoil_step, "CUDA out of memory. Tried to allocate 2 GiB."),
-    ],
-)
-def test_a_student_that_fails_in_one_is_parked_in_both(pair, dataset, tmp_path, spoil, reason):
+def test_a_student_that_diverges_in_one_is_parked_in_both(pair, dataset, tmp_path):
     solo = pair(distill, settings(), dataset, str(tmp_path / "solo"))
-    found = pair(distill, settings(**TWO), dataset, str(tmp_path / "both"), None, 0, spoil)
+    found = pair(distill, settings(**TWO), dataset, str(tmp_path / "both"), None, 0, spoil_weights)
+    reason = "loss is nan at step 4; a smaller learning rate or optimizer.clip may help"
     for each in found:
         assert each["parked"] == {"resnet8": reason}
         assert each["weights"]["digits-cnn-small"] == solo[0]["weights"]["digits-cnn-small"]
@@ -223,6 +212,42 @@ def words(ranks):
     return ranks.share(second), ranks.share(b""), ranks.share(None), ranks.share(b"zero" if ranks.first else b"one")
 
 
-def test_a_student_alone_that_runs_out_of_memory_is_parked(dataset, tmp_path):
-    found = alone(settings(**TWO), dataset, str(tmp_path), spoil=spoil_forward)
-    assert found["parked"] == {"resnet8": "CUDA out of memory. Tried to allocate 2 GiB."}
+def test_a_lack_of_memory_ends_in_a_line_and_the_same_command_resumes(dataset, tmp_path):
+    """It says nothing about a student: nobody is parked, and the weights are those of a run that had the memory."""
+    whole = alone(settings(**TWO), dataset, str(tmp_path / "whole"))
+    asked = settings(**TWO, checkpoint_seconds=0)
+    found = alone(asked, dataset, str(tmp_path / "run"), spoil=spoil_forward)
+    assert found["error"] == "FactoryError" and not found["parked"]
+    line = "the training does not fit the memory (CUDA out of memory. Tried to allocate 2 GiB.): free memory and repeat"
+    assert found["message"].startswith(line)
+    again = alone(asked, dataset, str(tmp_path / "run"))
+    assert again["events"].count("run_resumed") == 1 and not again["parked"]
+    assert again["weights"] == whole["weights"]
+
+
+CACHED = {"augment": {"num_views": 2, "cutmix": 0, "mixup": 0}, "teacher_cache": {"enabled": True, "top_k": 2}}
+
+
+@pytest.mark.parametrize(
+    ("where", "extra"),
+    [
+        ("loop.teacher_targets", {}),
+        ("loop.validate", {}),
+        ("batches.Pixels.take", {}),
+        ("teacher_cache.to_top", CACHED),
+        ("export.measure", {}),
+        ("run.Student", {}),
+    ],
+)
+def test_a_lack_of_memory_elsewhere_is_the_same_line(dataset, tmp_path, monkeypatch, where, extra):
+    monkeypatch.setattr(f"stages.distill.{where}", exhausted)
+    with pytest.raises(FactoryError, match=r"^the training does not fit the memory \(CUDA out of memory\. Tried"):
+        run_distill(settings(**extra), [(dataset, 1.0)], str(tmp_path / "run"))
+
+
+def test_a_checkpoint_that_does_not_fit_the_memory_is_not_called_damaged(dataset, tmp_path):
+    alone(settings(), dataset, str(tmp_path / "run"))
+    for name in ("torch.load", "stages.distill.student.Student.load"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, exhausted)
+            assert "does not fit the memory" in alone(settings(), dataset, str(tmp_path / "run"))["message"]

@@ -84,8 +84,8 @@ def diverging(monkeypatch, *names):
 
 def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
     asked = settings(teacher_cache={"enabled": True}, augment={"num_views": 2, "cutmix": 0, "mixup": 0})
-    taken, take = [], batches.CachedPixels.take
-    monkeypatch.setattr(batches.CachedPixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
+    taken, take = [], batches.Pixels.take
+    monkeypatch.setattr(batches.Pixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
     for out, at_once, most in (("all", batches.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
         monkeypatch.setattr(batches, "AT_ONCE", at_once)
         run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))

@@ -16,7 +16,7 @@ from stages.distill import streaming
 from stages.distill.rows import select_rows
 from stages.distill.run import run_distill
 from stages.distill.runtime import Ranks
-from stages.distill.streaming import Stream, StreamedPixels, decode_threads
+from stages.distill.streaming import Pixels, Stream, decode_threads
 from tests.distill.drawn import write_dataset
 from tests.distill.pair import Pair, distill
 from tests.distill.short import settings, weights
@@ -123,7 +123,7 @@ def test_announced_batches_are_fetched_once_and_ahead(dataset, monkeypatch):
     rows = select_rows([(Manifest.open(dataset), 1.0)], settings(val_fraction=0))
     read, seen = type(rows).read, []
     monkeypatch.setattr(type(rows), "read", lambda self, each: (seen.append(each.tolist()), read(self, each))[1])
-    pixels = StreamedPixels(rows, 8, torch.device("cpu"))
+    pixels = Pixels(rows, 0, torch.device("cpu"))
     batches = [np.arange(start, start + 4) for start in range(0, 24, 4)]
     for batch in batches[: streaming.FETCHED_AHEAD]:
         pixels.expect(batch)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifests.reader import Manifest
-from stages.distill.batches import Batches, open_pixels
+from stages.distill.batches import Batches, Pixels
 from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.teacher_check import check_teacher
 from stages.models.inputs import InputSpec
@@ -36,7 +36,7 @@ def check_as(tmp_path, teacher, **columns):
     settings, cpu = DistillSettings(val_fraction=0), torch.device("cpu")
     rows = select_rows([(Manifest.open(path), 1.0)], settings)
     order = EpochOrder(rows, np.arange(12), settings)
-    batches = Batches(rows, order, open_pixels(rows, 1.0, cpu), settings, cpu)
+    batches = Batches(rows, order, Pixels(rows, 1.0, cpu), settings, cpu)
     return check_teacher(teacher, batches, np.arange(12))
 
 

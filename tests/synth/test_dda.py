@@ -50,7 +50,7 @@ def made(prior_folder, tmp_path_factory):
 
 
 def all_rows(manifest):
-    return [row for group in manifest.file.groups() for row in group.to_pylist()]
+    return manifest.where(include_rejected=True).to_table().to_pylist()
 
 
 def pictures(n=3, side=16):

@@ -1,14 +1,13 @@
-"""Columns made again: against hand-computed values, and in pieces that hold whole trajectories."""
+"""Columns made again: against hand-computed values."""
 
 import math
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
 
 from manifests.schema import SCHEMA, normalize
-from stages.synth.scores import pieces, renewed, trajectory_starts
+from stages.synth.scores import renewed
 
 
 def table(*rows):
@@ -82,21 +81,3 @@ def test_derived_rows_need_threshold_and_cosine():
     assert renewed(old, logits, features, torch.eye(2), 0.0, 0.5)["kept"].to_pylist() == [True] * 5
     blind = renewed(old, logits, None, None, 0.0)["kept"].to_pylist()
     assert blind == [True, True, True, False, False]  # what the filter said stands where it cannot be asked again
-
-
-def test_pieces_hold_whole_trajectories_across_row_groups():
-    rows = table(*({"trajectory": i // 3} for i in range(12)))
-    groups = [rows.slice(0, 4), rows.slice(4, 4), rows.slice(8)]
-    manifest = SimpleNamespace(file=SimpleNamespace(groups=lambda: groups))
-    found = list(pieces(manifest, 5))
-    assert [(first, len(set(part["trajectory"].to_pylist())), part.num_rows) for first, part in found] == [
-        (0, 1, 3), (3, 1, 3), (6, 1, 3), (9, 1, 3)
-    ]  # fmt: skip
-    assert pa.concat_tables([part for _, part in found]).equals(rows)
-
-
-def test_a_trajectory_longer_than_a_piece_is_cut_and_rows_without_one_stand_alone():
-    long = table(*({"trajectory": 0} for _ in range(5)))
-    manifest = SimpleNamespace(file=SimpleNamespace(groups=lambda: [long]))
-    assert [part.num_rows for _, part in pieces(manifest, 2)] == [2, 2, 1]
-    assert trajectory_starts(table({}, {}, {})).tolist() == [1, 2]
