@@ -120,8 +120,7 @@ def counted(chosen: SynthSettings, as_published: bool) -> float:
     """FLOPs of an image. The published code evaluates the denoiser again after every update: forwards, as unguided."""
     ours = synth_cost(chosen.model_copy(update={"device": "cpu"}))
     free = synth_cost(chosen.model_copy(update={"device": "cpu", "method": "dmkd"}))
-    assert ours is not None and free is not None
-    return ours.flops + free.denoiser * as_published
+    return ours.flop_per_trajectory + free.denoiser * as_published
 
 
 def waits(sample: Any) -> int:

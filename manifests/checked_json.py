@@ -8,7 +8,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
 
 DEEPEST = 32
 """Levels of the JSON that describes a dataset, a run or a model; our own has 7."""
@@ -88,6 +92,15 @@ def load_checked(data: bytes) -> dict[str, Any]:
     if recorded is not None and recorded != _digest(values):
         raise ValueError(f"it was altered: its {SEAL} differs (remove that entry if you changed it yourself)")
     return values
+
+
+def load_as(kind: type[T], values: Any) -> T:
+    """``values`` as the dataclass ``kind``, its annotations checked. Raises ``ValueError`` in one line."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))) from None
 
 
 def _digest(values: Mapping[str, Any]) -> str:

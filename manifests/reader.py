@@ -130,13 +130,18 @@ class Manifest:
             rows = self._base[np.isin(self._base, rows)]
         if not len(rows) and (self._conditions or not self._include_rejected):
             some = self._conditions and not self._include_rejected
-            among = f"{len(self.file.matching((), False))} kept rows" if some else f"{self.num_rows} rows"
+            among = f"{self.num_kept} kept rows" if some else f"{self.num_rows} rows"
             wanted = " and ".join(self._conditions) or "kept == True"
             raise DataError(f"{self.url}: none of its {among} satisfies {wanted!r}")
         return rows
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_kept(self) -> int:
+        """Rows of the file that no filter of stage 1 rejected, selected or not."""
+        return len(self.file.matching((), False))
 
     @property
     def digest(self) -> str:

@@ -75,6 +75,14 @@ class Storage:
         """What a person would type to reach ``name``."""
         return f"{self.url}/{name}" if name else self.url
 
+    def refuse_file(self) -> None:
+        """Raises :class:`UsageError` where this is a local file, or lies below one."""
+        path = self.url
+        while self.is_local and not os.path.exists(path):
+            path = os.path.dirname(path)
+        if self.is_local and not os.path.isdir(path):
+            raise UsageError(f"{path} is a file; --out names a folder")
+
     def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
         """``call`` with retries; its last failure as one line.
 

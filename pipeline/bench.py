@@ -211,9 +211,7 @@ def machine(recipe: Recipe) -> str:
 
 def bench_synth(recipe: Recipe, place: ExecutorSettings, seconds: float, run: str) -> Pace:
     """Groups of the recipe's size, one a shard, after a small one that tells how long they take."""
-    from pipeline.estimate import cost
-    from pipeline.synth import run_synth
-    from stages.synth.inputs import inspect_inputs
+    from pipeline.synth import dry_run, run_synth
 
     group = recipe.synth.group_size
     try:
@@ -233,7 +231,7 @@ def bench_synth(recipe: Recipe, place: ExecutorSettings, seconds: float, run: st
     result = run_synth(full, f"{run}/full", place, title="bench", quiet=True)
     took = _seconds(f"{run}/full")
     took = took[place.workers :] or took  # a worker's first shard also warms up
-    counted = cost(full.synth, inspect_inputs(full.synth))
+    counted = dry_run(full, f"{run}/full").cost
     images = result.rows // result.shards
     return Pace(
         recipe=recipe.name,

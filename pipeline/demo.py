@@ -20,13 +20,20 @@ from pipeline.plan import local_folder
 from pipeline.recipe import Recipe, resolve
 from pipeline.synth import run_synth
 from pipeline.terminal import duration, say, share, table
-from stages.settings import SynthSettings, student_name
+from stages.settings import student_name
 
 if TYPE_CHECKING:
     from stages.distill.evaluate import Scores
 
 MINUTES = 2
-UNGUIDED = "dmkd"
+UNGUIDED = (
+    "synth.method=dmkd",
+    "synth.guidance.adversarial=0",
+    "synth.lca.every=0",
+    "synth.adversary=null",
+    "distill.min_agreement=0",
+)
+"""The same prior, seeds and number of images; nothing that method dmkd would refuse as unused, or warn about."""
 PICTURE = "guidance.png"
 TEST = "test-digits.parquet"
 PICTURES_PER_CLASS = 6
@@ -68,17 +75,11 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     FactoryError where a student was parked or could not be scored.
     """
     guided = resolve("demo", sets=sets)
-    place = executor({"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)})
+    place = executor(workers=workers, retry_failed=retry_failed)
     root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()
-    unguided = guided.model_copy(
-        update={
-            "synth": without_guidance(guided.synth),
-            "distill": guided.distill.model_copy(update={"min_agreement": 0.0}),  # no news: nothing guided it
-        }
-    )
-    recipes, datasets = {"guided": guided, "unguided": unguided}, {}
+    recipes, datasets = {"guided": guided, "unguided": guided.changed(*UNGUIDED)}, {}
     for name, recipe in recipes.items():
         datasets[name] = run_synth(recipe, root.folder(name), place, title=f"{name} images")
     root.write(PICTURE, picture(datasets["unguided"].run, datasets["guided"].run))
@@ -109,13 +110,6 @@ def _student(recipe: Recipe, manifest: str, out: str, test: str, title: str) -> 
     if student.test is None:  # a warning said why
         raise FactoryError(f"the {title} has no score on the test digits")
     return student.folder, student.test
-
-
-def without_guidance(synth: SynthSettings) -> SynthSettings:
-    """The same prior, seeds and number of images; nothing that :data:`UNGUIDED` would refuse as unused."""
-    guidance = synth.guidance.model_copy(update={"adversarial": 0.0})
-    lca = synth.lca.model_copy(update={"every": 0})
-    return synth.model_copy(update={"method": UNGUIDED, "guidance": guidance, "lca": lca, "adversary": None})
 
 
 def picture(unguided: str, guided: str) -> bytes:

@@ -6,30 +6,33 @@ A manifest alone is enough: its metadata holds the recipe, whose ``distill`` sec
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
 from pipeline.bench import Time
-from pipeline.events import EventLog
+from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
-from pipeline.plan import PLAN, RESOLVED, refuse_file
+from pipeline.plan import PLAN, RESOLVED
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
 if TYPE_CHECKING:
+    from stages.cost import DistillCost
     from stages.distill.results import DistillResult, StudentResult
-    from stages.distill.run import Prepared
 
-NOT_STORED = frozenset({"loggers", "skip_bad", "allow_other_teacher", "cache_dir", "cache_gb"})
-"""Settings that are the user's own: never taken from the recipe in a manifest; nor is teacher_cache.folder."""
+NOT_STORED = (
+    *(("loggers",), ("skip_bad",), ("allow_other_teacher",)),
+    *(("teacher_cache", "folder"), ("cache_dir",), ("cache_gb",)),
+)
+"""Settings that are the user's own: never taken from the recipe in a manifest."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]
 """A manifest: path or URL, ``PATH@WEIGHT``, or ``(PATH, weight)``."""
@@ -42,32 +45,23 @@ def trained(result: "DistillResult", name: str, title: str) -> "StudentResult":
     return result.students[name]
 
 
-@dataclass(frozen=True)
-class DistillReport:
-    """A result for people."""
-
-    result: "DistillResult"
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.result.to_dict()
-
-    def lines(self) -> Iterator[str]:
-        yield check_line(self.to_dict()["teacher_check"])
-        for name, student in self.result.students.items():
-            scores = []
-            if student.val_agreement is not None:
-                scores.append(f"{share(student.val_agreement)} agreement with the teacher on validation images")
-            if student.test:
-                scores.append(f"{share(student.test.accuracy)} on the test data")
-            yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
-        for name, reason in self.result.parked.items():
-            yield f"{plain(name)}: parked, {reason}"
-        tests = [student.test for student in self.result.students.values() if student.test]
-        for order in dict.fromkeys(test.class_order for test in tests):
-            yield f"test data: {order}"
-        if tests:
-            yield f"teacher: {share(tests[-1].teacher_accuracy)} on the test data"
-        yield f"{self.result.images} images, {duration(self.result.seconds)}"
+def result_lines(result: "DistillResult") -> Iterator[str]:
+    """What people read of a run's result."""
+    yield check_line(asdict(result.teacher_check))
+    for name, student in result.students.items():
+        scores = []
+        if student.val_agreement is not None:
+            scores.append(f"{share(student.val_agreement)} agreement with the teacher on validation images")
+        if student.test:
+            scores.append(f"{share(student.test.accuracy)} on the test data")
+        yield f"{plain(name)}: {', '.join(scores) or 'trained'}; {student.folder}"
+    for name, reason in result.parked.items():
+        yield f"{plain(name)}: parked, {reason}"
+    for order in dict.fromkeys(student.test.class_order for student in result.students.values() if student.test):
+        yield f"test data: {order}"
+    if result.teacher_accuracy is not None:
+        yield f"teacher: {share(result.teacher_accuracy)} on the test data"
+    yield f"{result.images} images, {duration(result.seconds)}"
 
 
 def resolve_distill(
@@ -78,13 +72,12 @@ def resolve_distill(
     Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
     is let through, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
     """
-    stored = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
-    if isinstance(stored.get("distill"), dict):
-        stored["distill"] = {key: value for key, value in stored["distill"].items() if key not in NOT_STORED}
-        if isinstance(cache := stored["distill"].get("teacher_cache"), dict):
-            stored["distill"]["teacher_cache"] = {key: value for key, value in cache.items() if key != "folder"}
+    known = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
+    stored = mapping_layer(known, f"recipe stored in {manifest.url}")
+    for path in NOT_STORED:
+        stored = stored.without(("distill", *path))
     mine = given(source, "distill", sets, flags)
-    recipe = validate(Recipe, mine.over(mapping_layer(stored, f"recipe stored in {manifest.url}")))
+    recipe = validate(Recipe, mine.over(stored))
     if "students" not in mine.values.get("distill", {}):
         for name in recipe.distill.students:
             if split_name(name)[0] in ("code", "hf", "onnx"):
@@ -93,11 +86,6 @@ def resolve_distill(
                     f"name it yourself, with --student {name}"
                 )
     return recipe
-
-
-def parse_sources(sources: Sequence[Source]) -> list[tuple[str, float]]:
-    """``(URL, weight)`` of every source."""
-    return [parse_source(source) if isinstance(source, str) else source for source in sources]
 
 
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
@@ -127,18 +115,17 @@ def run_distill(
     Raises UsageError where ``out`` is a file or a run of stage 1, DataError where data, teacher and folder do not fit,
     Interrupted (after a checkpoint) on the first Ctrl-C, FactoryError while another process trains in ``out``.
     """
-    place = place or executor({"workers": ("workers", workers)})
-    sources = parse_sources(manifests)
+    place = place or executor(workers=workers)
+    sources = [parse_source(source) if isinstance(source, str) else source for source in manifests]
     if test_data and "://" not in test_data and not os.path.exists(test_data):
         raise DataError(f"--test-data {test_data}: no such file or folder")  # now, not after the training
     if out is None:
         out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
-    refuse_file(storage)
+    storage.refuse_file()
     if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
         raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
-    from stages.distill.run import begin, prepare, train_students
-    from stages.distill.runtime import Callbacks
+    from stages.distill import run as stage
 
     chosen = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
     with (
@@ -147,32 +134,23 @@ def run_distill(
         ExitStack() as stack,
     ):
         signals = stack.enter_context(StopSignals(UNTIL))
-        lease = Lease(storage, on_event=events.write, on_line=say)
+        lease, loud = Lease(storage, on_event=events.write, on_line=say), Loud(events)
 
         def on_event(kind: str, **fields: Any) -> None:
             if kind == "run_started":  # data and teacher fit; nothing was written yet
                 stack.enter_context(lease)
             if kind == "teacher_checked":  # data, teacher and folder fit: from here on this is a run folder
                 storage.write(RESOLVED, to_yaml(recipe, ("name", "description", "distill")))
-            events.write(kind, **fields)
-            if kind == "teacher_checked":
                 say(check_line(fields))
-            if kind in ("note", "warning"):
-                say(fields["message"])
-            if kind == "worker_lost":
-                say(f"{fields['error']}; all workers start again from the last checkpoint")
+            loud.write(kind, **fields)
 
         def should_stop() -> bool:
             lease.check()
             return signals.draining
 
         if place.inline:
-            prepared = prepare(recipe.distill, sources, chosen)
-            check(prepared, test_data)
-            begin(prepared, storage, on_event)
-            result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
-            assert result is not None  # of the first rank
-            return result
+            settings = recipe.distill
+            return stage.run_distill(settings, sources, storage, chosen, test_data, on_event, shown, should_stop)
 
         import torch
 
@@ -183,9 +161,8 @@ def run_distill(
 
         place = _with_gpus(place, recipe.distill)
         # here once, on the CPU: what does not fit is said at once, and by one process
-        prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
-        check(prepared, test_data)
-        begin(prepared, storage, on_event, place.workers)
+        prepared = stage.prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
+        stage.begin(prepared, storage, on_event, place.workers, test_data)
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
@@ -198,18 +175,6 @@ def run_distill(
             "test_data": test_data,
         }
         return DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
-
-
-def check(prepared: "Prepared", test_data: str | None) -> None:
-    """What would otherwise be found only in the claimed folder: test data and Grad-CAM layers that do not fit."""
-    from stages.distill.evaluate import check_data
-    from stages.distill.losses import paired_layers
-
-    if test_data:
-        check_data(test_data, prepared.teacher.class_names)
-    if prepared.settings.loss.gradcam:
-        for student in prepared.students:
-            paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:
@@ -229,17 +194,6 @@ def check_line(check: Mapping[str, Any]) -> str:
         f"{check['confidence']:.1%} ({check['images']} images looked at); {gap}{min(counts)} to "
         f"{max(counts)} images in each of {len(counts)} classes"
     )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Counted FLOPs of a whole training, and bytes of memory."""
-
-    teacher: int
-    students: dict[str, int]
-    flop: int
-    weights_bytes: int
-    saved_bytes_per_batch: int
 
 
 @dataclass(frozen=True)
@@ -263,7 +217,7 @@ class DistillEstimate:
     steps: int
     students: list[str]
     workers: int
-    cost: Cost | None
+    cost: "DistillCost | None"
     time: Time | None
 
     def lines(self) -> Iterator[str]:
@@ -335,28 +289,19 @@ def dry_run(
     )
 
 
-def cost(settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int) -> Cost | None:
+def cost(
+    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
+) -> "DistillCost | None":
     """The cost of training on ``images`` of ``rows`` an epoch (the cache answers to every row); None where the teacher
     is not at hand or a black box."""
     from stages.cost import distill_cost
     from stages.models.loading import dataset_teacher_config, untrained_teacher
 
-    if teacher:
-        shape = untrained_teacher(resolve(ModelSettings(name=teacher)))
-    elif manifest.info.teacher.get("kind") == "builtin":
-        shape = untrained_teacher(dataset_teacher_config(manifest))
-    else:
+    if not teacher and manifest.info.teacher.get("kind") != "builtin":
         return None
-    if shape is None:
+    known = resolve(ModelSettings(name=teacher)) if teacher else dataset_teacher_config(manifest)
+    if (shape := untrained_teacher(known)) is None:
         return None
-    found = distill_cost(settings, shape, manifest.info.image_size)
-    seen = images * settings.epochs
-    asked = rows * settings.augment.num_views if settings.teacher_cache.enabled else seen
-    students = {name: value * seen for name, value in found.students.items()}
-    return Cost(
-        teacher=found.teacher * asked,
-        students=students,
-        flop=found.teacher * asked + sum(students.values()),
-        weights_bytes=found.weights,
-        saved_bytes_per_batch=found.saved * settings.batch_size,
-    )
+    views = images * settings.epochs
+    answers = rows * settings.augment.num_views if settings.teacher_cache.enabled else views
+    return distill_cost(settings, shape, manifest.info.image_size, views, answers)

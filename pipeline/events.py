@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from manifests.checked_json import dump_json
+from manifests.checked_json import dump_json, load_as, load_json
 from manifests.errors import DataError, StoreError
 from manifests.storage import Storage
 from pipeline.terminal import say
@@ -56,8 +56,8 @@ def failures(storage: Storage) -> dict[int, Failure]:
     names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
     for name, data in zip(names, storage.read_many(names), strict=True):
         try:
-            failure = Failure(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            failure = load_as(Failure, load_json(data))
+        except ValueError as error:
             raise DataError(f"{storage.path(name)}: no quarantine record ({error}); delete it") from None
         found[failure.shard] = failure
     return dict(sorted(found.items()))
@@ -128,11 +128,13 @@ class Loud:
     def write(self, kind: str, **fields: Any) -> None:
         """Record one event; failures and warnings go to stderr too."""
         self.log.write(kind, **fields)
-        if kind == "warning":
-            say(str(fields.get("message")))
+        if kind in ("warning", "note"):
+            say(str(fields["message"]))
         elif kind == "group_split" and not self._split:  # once: usually every group is as large
             self._split = True
             say(f"out of memory: group {fields.get('group')} was done in micro-batches of {fields.get('micro_batch')}")
+        elif kind == "worker_lost" and "shard" not in fields:
+            say(f"{fields['error']}; all workers start again from the last checkpoint")
         elif kind in ("shard_failed", "worker_lost", "shard_quarantined"):
             say(f"{kind.replace('_', ' ')}: shard {fields.get('shard')}: {fields.get('error')}")
 
@@ -152,7 +154,7 @@ def read_events(storage: Storage) -> list[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = load_json(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str) or event.get("time") is None:

@@ -175,13 +175,9 @@ def metrics(manifest: Manifest, where: str | None = None, quiet: bool = False) -
         return measure(manifest.where(where), teacher, on_images=lambda done, total: shown(done, total, ""))
 
 
-def sheet(manifest: Manifest, where: str | None = None, columns: int = 12) -> bytes:
-    """A contact sheet as PNG bytes: for each class up to ``columns`` kept images, evenly spread over the run."""
-    return png(contact_sheet(samples(manifest, where, columns)))
-
-
 def samples(manifest: Manifest, where: str | None = None, columns: int = 12) -> list[tuple[str, list[bytes]]]:
-    """``(class name, encoded images)`` per class, in the order of the classes."""
+    """``(class name, encoded images)`` per class, in the order of the classes: up to ``columns`` kept images, evenly
+    spread over the run."""
     chosen = manifest.where(where)
     labels = chosen.labels
     rows = []

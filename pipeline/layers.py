@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import yaml
@@ -23,40 +24,55 @@ ENV_NESTING = "__"
 
 @dataclass(frozen=True)
 class Layer:
-    """Nested settings and, for each key path, the place that set it (``recipe.yaml:12``, ``--set seed=x``).
+    """Settings in the order in which they were set: key path, value, and the place that set it (``recipe.yaml:12``,
+    ``--set seed=x``). Mappings are spelled out key by key and merge; every other value replaces."""
 
-    ``origins`` is ordered: what was set later comes later.
-    """
-
-    values: dict[str, Any]
-    origins: dict[Path, str]
+    entries: tuple[tuple[Path, Any, str], ...] = ()
 
     def over(self, lower: "Layer") -> "Layer":
-        """This layer laid over ``lower``: mappings merge key by key, everything else replaces."""
-        below = {path: origin for path, origin in lower.origins.items() if path not in self.origins}
-        return Layer(_merge(lower.values, self.values), {**below, **self.origins})
+        """This layer laid over ``lower``."""
+        return Layer(lower.entries + self.entries)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings, nested."""
+        root: dict[str, Any] = {}
+        for path, value, _ in self.entries:
+            at = root
+            for part in path if value == {} else path[:-1]:
+                if not isinstance(at.get(part), dict):
+                    at[part] = {}
+                at = at[part]
+            if value != {}:
+                at[path[-1]] = value
+        return root
 
     def value(self, path: Path) -> Any:
         """What ``path`` is set to, None where it is not."""
-        found: Any = self.values
-        for part in path:
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
+        return next((value for key, value, _ in reversed(self.entries) if key == path), None)
 
     def without(self, path: Path) -> "Layer":
         """This layer without ``path`` and what lies below it."""
-        kept = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
-        return Layer(_without(self.values, path), kept)
+        return Layer(tuple(entry for entry in self.entries if entry[0][: len(path)] != path))
 
     def origin(self, path: Path) -> str:
         """The place that last set ``path`` or something below it, or else the nearest key above it."""
-        inside = [origin for key, origin in self.origins.items() if key[: len(path)] == path]
-        if path and inside:
-            return inside[-1]
-        return next((self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins), "defaults")
+        places = [(tuple(map(str, key)), place) for key, _, place in self.entries]
+        inside = [place for key, place in places if path and key[: len(path)] == path]
+        above = sorted((len(key), at) for at, (key, _) in enumerate(places) if key == path[: len(key)])
+        return inside[-1] if inside else places[above[-1][1]][1] if above else "defaults"
 
 
-EMPTY = Layer({}, {})
+EMPTY = Layer()
+
+
+def mapping_layer(values: Any, name: str, path: Path = (), lines: Mapping[Path, str] | None = None) -> Layer:
+    """``values``, stored in a manifest, say, at ``path``: all set by ``name``, or by what ``lines`` says of a key."""
+    where = (lines or {}).get(tuple(map(str, path)), name)
+    if not isinstance(values, Mapping):
+        return Layer(((path, values, where),))
+    inner = (mapping_layer(values[key], name, (*path, key), lines).entries for key in values)
+    return Layer(((path, {}, where), *chain.from_iterable(inner)))
 
 
 def yaml_layer(text: str, name: str) -> Layer:
@@ -68,35 +84,19 @@ def yaml_layer(text: str, name: str) -> Layer:
             raise UsageError(f"{name}: a recipe has no aliases: write out what *{aliases[0].anchor} stands for")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # ValueError: the date 2020-13-45
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UsageError(f"{name}: not valid YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # e.g. the date 2020-13-45
-        raise UsageError(f"{name}: not valid YAML: {error}") from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        raise UsageError(f"{where}: not valid YAML: {why}") from None
     if values is None:
         return EMPTY
     if not isinstance(values, dict):
-        raise UsageError(f"{name}: a recipe is a mapping of keys, found {_kind(values)}")
-    origins: dict[Path, str] = {(): name}
-    _marks(node, (), name, origins)
-    return Layer(values, origins)
-
-
-def mapping_layer(values: Mapping[str, Any], name: str) -> Layer:
-    """Settings that were stored elsewhere, such as in a manifest."""
-    origins: dict[Path, str] = {(): name}
-
-    def visit(inner: Mapping[str, Any], path: Path) -> None:
-        for key, value in inner.items():
-            origins[(*path, key)] = name
-            if isinstance(value, Mapping):
-                visit(value, (*path, key))
-
-    visit(values, ())
-    return Layer(dict(values), origins)
+        kind = "a list" if isinstance(values, list) else "text" if isinstance(values, str) else type(values).__name__
+        raise UsageError(f"{name}: a recipe is a mapping of keys, found {kind}")
+    lines: dict[Path, str] = {}
+    _mark(node, (), name, lines)
+    return mapping_layer(values, name, lines=lines)
 
 
 def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
@@ -151,8 +151,7 @@ def flag_layer(flags: Mapping[str, tuple[str, Any]]) -> Layer:
     layer = EMPTY
     for key, (flag, value) in flags.items():
         if value is not None:
-            path = tuple(key.split("."))
-            layer = Layer(_nested(path, value), {path: flag}).over(layer)
+            layer = mapping_layer(value, flag, tuple(key.split("."))).over(layer)
     return layer
 
 
@@ -167,7 +166,7 @@ def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> La
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             value = text  # pydantic then names the type that it wants
-    return Layer(_nested(path, value), {path: origin})
+    return mapping_layer(value, origin, path)
 
 
 def validate(model: type[Model], layer: Layer) -> Model:
@@ -187,25 +186,18 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     where = layer.origin(path[:-1] if problem["type"] == "missing" else path)  # what is missing was set nowhere
     head = f"{where}: {key}" if key else where
     if problem["type"] == "extra_forbidden":
-        elsewhere = [key for key in dotted_keys(model) if key.rpartition(".")[2] == path[-1]]
-        near = [key for key in elsewhere if key.startswith(f"{path[0]}.")] or elsewhere
+        keys = [tuple(known.split(".")) for known in dotted_keys(model)]
+        elsewhere = [".".join(known) for known in keys if known[-1] == path[-1]]
+        near = [known for known in elsewhere if known.startswith(f"{path[0]}.")] or elsewhere
         meant = f"did you mean {' or '.join(near[:4])}?" if near else ""
-        return f"{head}: unknown key; {meant or suggest(path[-1], fields_at(model, path[:-1]))}"
+        beside = [known[-1] for known in keys if known[:-1] == path[:-1]]
+        return f"{head}: unknown key; {meant or suggest(path[-1], beside)}"
     if problem["type"] == "missing":
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
-    if isinstance(given, str | int | float | bool) and problem["type"] != "value_error":
-        return f"{head}: {_lower(message)}, got {given!r}"
-    return f"{head}: {_lower(message)}"
-
-
-def fields_at(model: type[BaseModel], path: Path) -> list[str]:
-    """Names of the settings below ``path``; empty where ``path`` holds no settings class."""
-    for found in _types_at(model, path):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return list(found.model_fields)
-    return []
+    shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
+    return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r}" if shown else "")
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -245,45 +237,12 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(lower)
-    for key, value in upper.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _without(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    head, *rest = path
-    left = {key: value for key, value in values.items() if key != head}
-    if rest and isinstance(inner := values.get(head), dict):
-        return {**left, head: _without(inner, tuple(rest))}
-    return left
-
-
-def _nested(path: Path, value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return value
-
-
-def _marks(node: Any, path: Path, name: str, origins: dict[Path, str]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        where = f"{name}:{key.start_mark.line + 1}"
+def _mark(node: Any, path: Path, name: str, lines: dict[Path, str]) -> None:
+    """Note the line of each key; refuse repeated ones."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         assert isinstance(key, yaml.ScalarNode), "safe_load refuses keys that cannot be hashed"
-        if key.value in seen:
-            raise UsageError(f"{where}: {'.'.join((*path, key.value))} is given twice")
-        seen.add(key.value)
-        origins[(*path, key.value)] = where
-        _marks(value, (*path, key.value), name, origins)
-
-
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+        at, where = (*path, key.value), f"{name}:{key.start_mark.line + 1}"
+        if at in lines:
+            raise UsageError(f"{where}: {'.'.join(at)} is given twice")
+        lines[at] = where
+        _mark(value, at, name, lines)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from manifests.checked_json import load_as, load_json
 from manifests.errors import DataError, FactoryError
 from manifests.storage import Storage
 
@@ -58,41 +59,38 @@ class Lease:
     def __init__(
         self,
         storage: Storage,
-        on_event: Callable[..., None] | None = None,
+        on_event: Callable[..., None] = lambda kind, **fields: None,
         beat_every: float = 10.0,
         stale_after: float = 60.0,
-        on_line: Callable[[str], None] | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
     ):
         self._storage, self._beat_every, self._stale_after = storage, beat_every, stale_after
-        self._on_event, self._on_line = on_event or (lambda kind, **fields: None), on_line or (lambda line: None)
+        self._on_event, self._on_line = on_event, on_line
         self._stop = threading.Event()
         self._lost: str | None = None
-        self._number = 0
         self.after_crash = False
         """True if the previous holder did not release: workers of its may still be ending."""
 
     def __enter__(self) -> "Lease":
-        before = current(self._storage)
-        taken_over = before is not None and not before[1].released
-        if before is not None and taken_over:
-            self._wait_until_dead(*before)
-        number = before[0] + 1 if before else 1
-        now = time.time()
-        pid = os.getpid()
+        before, holder = current(self._storage) or (0, None)
+        if holder is not None and not holder.released:
+            self._wait_until_dead(before, holder)
+            self.after_crash = True
+        self._number, now, pid = before + 1, time.time(), os.getpid()
         self._me = Holder(socket.gethostname(), pid, _machine(), _started(pid), secrets.token_hex(8), now, now)
         _held.add(self._me.token)  # before another thread of this process can read the file
         with contextlib.ExitStack() as undo:
             undo.callback(_held.discard, self._me.token)
-            if not self._storage.create(_name(number), self._me.dump()):
-                rival = current(self._storage)
-                raise FactoryError(_refusal(self._storage, rival[1] if rival else self._me))
+            if not self._storage.create(_name(self._number), self._me.dump()):
+                raise self._refusal((current(self._storage) or (0, self._me))[1])
             undo.pop_all()
-        self._number, self.after_crash = number, taken_over
-        if before is not None and taken_over:
-            line = f"taking over {self._storage.url}: its driver ({before[1]}) stopped without releasing it"
+        if self.after_crash:
+            line = f"taking over {self._storage.url}: its driver ({holder}) stopped without releasing it"
             self._on_event("warning", message=line)
             self._on_line(line)
-        self._drop_older()
+        for name in _records(self._storage):
+            if name < _name(self._number):
+                self._storage.delete(name)
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
         return self
@@ -128,51 +126,42 @@ class Lease:
                     return
 
     def _wait_until_dead(self, number: int, holder: Holder) -> None:
-        if holder.machine == _machine():
-            if not _alive(holder):
-                return
-            raise FactoryError(_refusal(self._storage, holder))
-        if time.time() - holder.beat_at <= self._stale_after:
-            raise FactoryError(_refusal(self._storage, holder))
-        self._on_line(f"{self._storage.url}: waiting {2 * self._beat_every:g} s for a sign of life of {holder}")
-        time.sleep(2 * self._beat_every)
-        if current(self._storage) != (number, holder):
-            raise FactoryError(_refusal(self._storage, holder))
+        if _seems_alive(holder, self._stale_after):
+            raise self._refusal(holder)
+        if holder.machine != _machine():
+            self._on_line(f"{self._storage.url}: waiting {2 * self._beat_every:g} s for a sign of life of {holder}")
+            time.sleep(2 * self._beat_every)
+            if current(self._storage) != (number, holder):
+                raise self._refusal(holder)
 
-    def _drop_older(self) -> None:
-        for name in _records(self._storage):
-            if name < _name(self._number):
-                self._storage.delete(name)
+    def _refusal(self, holder: Holder) -> FactoryError:
+        return FactoryError(f"{self._storage.url} is in use by another driver ({holder}): wait for it or stop it")
 
 
 def current(storage: Storage) -> tuple[int, Holder] | None:
     """The newest lease of a run folder and its number; ``None`` if there never was one."""
-    for last_try in (False, False, True):
+    for attempt in range(3):
         names = _records(storage)
         if not names:
-            return None
-        name = max(names)
+            break
         try:
-            data = storage.read(name)
-        except DataError:  # taken over and dropped since the listing
-            if last_try:
-                raise
-            continue
+            data = storage.read(names[-1])
+        except DataError:
+            if attempt < 2:
+                continue  # taken over and dropped since the listing
+            raise
         try:
-            return int(name.rsplit("/", 1)[-1].removesuffix(".json")), Holder(**json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{storage.path(name)}: no lease record ({error}); delete it if no driver runs") from None
-    raise AssertionError("unreachable: the last try returns or raises")
+            return int(names[-1].removeprefix(f"{FOLDER}/").removesuffix(".json")), load_as(Holder, load_json(data))
+        except ValueError as error:
+            where = storage.path(names[-1])
+            raise DataError(f"{where}: no lease record ({error}); delete it if no driver runs") from None
+    return None
 
 
 def live(storage: Storage, stale_after: float = 60.0) -> Holder | None:
     """The driver at work in a run folder as far as one look can tell (``factory status``)."""
-    newest = current(storage)
-    if newest is None or newest[1].released:
-        return None
-    holder = newest[1]
-    alive = _alive(holder) if holder.machine == _machine() else time.time() - holder.beat_at <= stale_after
-    return holder if alive else None
+    _, holder = current(storage) or (0, None)
+    return holder if holder and not holder.released and _seems_alive(holder, stale_after) else None
 
 
 def _records(storage: Storage) -> list[str]:
@@ -184,10 +173,6 @@ def _name(number: int) -> str:
     return f"{FOLDER}/{number:06d}.json"
 
 
-def _refusal(storage: Storage, holder: Holder) -> str:
-    return f"{storage.url} is in use by another driver ({holder}): wait for it or stop it"
-
-
 def _machine() -> str:
     """Identifies the space in which a pid means something: host, boot and, in containers, process namespace."""
     parts = [socket.gethostname()]
@@ -197,6 +182,11 @@ def _machine() -> str:
     except OSError:
         pass  # no Linux: the host's name has to do
     return " ".join(parts)
+
+
+def _seems_alive(holder: Holder, stale_after: float) -> bool:
+    """As far as one look can tell: on this machine by its process, on another one by its last beat."""
+    return _alive(holder) if holder.machine == _machine() else time.time() - holder.beat_at <= stale_after
 
 
 def _alive(holder: Holder) -> bool:

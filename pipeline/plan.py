@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from manifests.checked_json import dump_checked, load_checked
-from manifests.dataset import DATASET, MAX_SHARD, is_count, is_sha256
+from pydantic import ConfigDict, Field
+
+from manifests.checked_json import dump_checked, load_as, load_checked
+from manifests.dataset import DATASET, MAX_SHARD
 from manifests.errors import DataError, UsageError
 from manifests.schema import FORMAT_VERSION
 from manifests.storage import Storage
@@ -26,15 +28,6 @@ from stages.models.source import ModelSource
 from stages.synth.inputs import SynthInputs, semantics
 
 
-def refuse_file(storage: Storage) -> None:
-    """Raises UsageError where ``storage`` is a file, or lies below one."""
-    path = storage.url
-    while storage.is_local and not os.path.exists(path):
-        path = os.path.dirname(path)
-    if storage.is_local and not os.path.isdir(path):
-        raise UsageError(f"{path} is a file; --out names a folder")
-
-
 def local_folder(out: str, why: str) -> Storage:
     """``out`` as a folder of this machine, there already or not.
 
@@ -43,7 +36,7 @@ def local_folder(out: str, why: str) -> Storage:
     storage = Storage(out)
     if not storage.is_local:
         raise UsageError(f"--out {out}: {why}")
-    refuse_file(storage)
+    storage.refuse_file()
     return storage
 
 
@@ -59,21 +52,14 @@ class TeacherCopy:
     identity: dict[str, Any]
     folder: str = FOLDER
 
-    def content_addressed(self) -> "TeacherCopy":
-        """The same in a folder named after its content, so that it never replaces another teacher's."""
-        if not self.files:
-            return self
-        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
-        folder = f"{FOLDER}-{digest[:12]}"
-        return replace(self, identity=self.identity | {"path": f"{folder}/{WEIGHTS}"}, folder=folder)
 
-
-def prepare(source: ModelSource) -> TeacherCopy:
+def prepare(source: ModelSource, content_addressed: bool = False) -> TeacherCopy:
     """Check and, where its weights are no safetensors file, convert the teacher ``source``. Loading its weights finds a
     damaged file before anything is written.
 
     The stored identity names the copy (``path``, ``sha256``); where converting changed the bytes, ``source_sha256`` is
-    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it.
+    the user's file. An external teacher is not copied: nothing is ever loaded from metadata for it. With
+    ``content_addressed`` the folder is named after its files, so that it never replaces another teacher's.
 
     Raises DataError where the weights are damaged or do not fit.
     """
@@ -82,11 +68,13 @@ def prepare(source: ModelSource) -> TeacherCopy:
         return TeacherCopy({}, identity)
     from stages.models.loading import source_files
 
-    files = source_files(source)
-    stored = identity | {"path": f"{FOLDER}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
+    files, folder = source_files(source), FOLDER
+    if content_addressed:
+        folder += f"-{hashlib.sha256(b''.join(files[name] for name in sorted(files))).hexdigest()[:12]}"
+    stored = identity | {"path": f"{folder}/{WEIGHTS}", "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest()}
     if stored["sha256"] != identity["sha256"]:
         stored["source_sha256"] = identity["sha256"]
-    return TeacherCopy(files, stored)
+    return TeacherCopy(files, stored, folder)
 
 
 def publish(storage: Storage, copy: TeacherCopy) -> None:
@@ -101,7 +89,6 @@ PLAN = "plan.json"
 BEFORE_SHARDS = (FOLDER, "decoder", "events", "lease", "failed")
 """Folders that stage 1 may write into before its first shard."""
 RESOLVED = "resolved.yaml"
-STAGE_2 = "distill"  # its section of a recipe
 RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow", "ray")
 
 
@@ -109,19 +96,14 @@ RECORDED_VERSIONS = ("dfkd-factory", "torch", "diffusers", "transformers", "nump
 class Plan:
     """``fingerprint`` covers ``semantics`` only: not the number of shards, nor versions (recorded, not compared)."""
 
-    fingerprint: str
-    shards: int
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARD + 1)]
     recipe: dict[str, Any]
     semantics: dict[str, Any]
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self) -> None:
-        if not is_sha256(self.fingerprint) or not is_count(self.shards, MAX_SHARD + 1) or not self.shards:
-            raise ValueError("fingerprint or number of shards malformed")
-        for name in ("recipe", "semantics", "versions"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} is no object")
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def to_json(self) -> bytes:
         """Readable, with its own checksum."""
@@ -134,8 +116,8 @@ class Plan:
             values = load_checked(data)
             if "recipe" in values and (version := values.get("format_version", 1)) != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version}, this program's {FORMAT_VERSION}: use another --out")
-            return cls(**values)
-        except (ValueError, TypeError) as error:
+            return load_as(cls, values)
+        except ValueError as error:
             raise DataError(f"{where} is not a plan of this program ({error})") from None
 
 
@@ -171,7 +153,7 @@ def open_or_create(storage: Storage, plan: Plan) -> bool:
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
     if not storage.exists(PLAN):
-        refuse_file(storage)
+        storage.refuse_file()
         _refuse_foreign(storage)
         if storage.create(PLAN, plan.to_json()):
             return True
@@ -212,8 +194,7 @@ def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = l
     stored = read_plan(storage)
     _check(storage, stored, plan)
     settled = stored
-    there, here = ({STAGE_2: recipe.get(STAGE_2)} for recipe in (stored.recipe, plan.recipe))
-    edited = differences(there, here)
+    edited = differences(*({"distill": recipe.get("distill")} for recipe in (stored.recipe, plan.recipe)))
     if stored.fingerprint != plan.fingerprint:
         release(storage, quarantined(storage))
         settled = plan
@@ -230,10 +211,10 @@ def resume_plan(storage: Storage, plan: Plan, on_line: Callable[[str], None] = l
 
 def _check(storage: Storage, stored: Plan, plan: Plan) -> None:
     if stored.fingerprint != plan.fingerprint:
-        if storage.list("done"):
-            raise _another_plan(storage, stored, plan)
-        if storage.list("shards"):  # a tar does not tell its plan: beside this one's it could be taken for one of them
-            raise _another_plan(storage, stored, plan, " (or delete its unfinished shards with factory gc)")
+        is_begun = bool(storage.list("done"))
+        if is_begun or storage.list("shards"):  # a tar does not tell its plan: it could be taken for one of this one's
+            way_out = "" if is_begun else " (or delete its unfinished shards with factory gc)"
+            raise _another_plan(storage, stored, plan, way_out)
     elif plan.shards < stored.shards:
         raise UsageError(
             f"{storage.url} is planned for {stored.shards} shards, {plan.shards} asked for: shards can only grow "
@@ -271,10 +252,8 @@ def versions() -> dict[str, str]:
     """Versions of what makes the bytes, without importing any of it."""
     found = {}
     for name in RECORDED_VERSIONS:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -76,22 +76,22 @@ def read(source: str, seen: tuple[str, ...] = ()) -> Layer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from None
-    return _extended(yaml_layer(text, source).over(Layer({"name": path.stem}, {})), path.parent, (*seen, source))
+    return _extended(
+        yaml_layer(text, source).over(mapping_layer({"name": path.stem}, source)), path.parent, (*seen, source)
+    )
 
 
 def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
     """``layer`` over the recipe that its key ``extends`` names: a packaged one, or a file beside it."""
-    if "extends" not in layer.values:
+    base, where = layer.value(("extends",)), layer.origin(("extends",))
+    if base is None:
         return layer
-    where, base = layer.origin(("extends",)), layer.values["extends"]
     if not isinstance(base, str):
         raise UsageError(f"{where}: extends: name a packaged recipe or a YAML file")
-    own = {key: value for key, value in layer.values.items() if key != "extends"}
-    origins = {path: origin for path, origin in layer.origins.items() if path[:1] != ("extends",)}
     source = base if base in packaged() else os.path.normpath(folder / base)
     if source in seen:
         raise UsageError(f"{where}: extends: goes round in a circle")
-    return Layer(own, origins).over(read(source, seen))
+    return layer.without(("extends",)).over(read(source, seen))
 
 
 def resolve(

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError
 from manifests.merge import MANIFEST, write_manifest
 from manifests.reader import Manifest
 from manifests.storage import split
 from pipeline.lease import Lease
-from pipeline.plan import TeacherCopy, prepare, publish
+from pipeline.plan import prepare, publish
 from pipeline.terminal import duration, plain, progress, say
 from stages.models.source import resolve
 from stages.settings import ModelSettings
@@ -70,20 +68,25 @@ def rescore(
     storage, name = manifest.storage, target(manifest, out)
     started = time.monotonic()
     source = resolve(ModelSettings(name=teacher)) if teacher else None
-    copy = prepare(source).content_addressed() if source else None
+    copy = prepare(source, content_addressed=True) if source else None
     least = own_threshold(manifest.info) if threshold is None else threshold
     from stages.memory import find_device
     from stages.models.loading import check_classes, dataset_teacher, load_teacher
-    from stages.synth.scores import rescored
+    from stages.synth.scores import rescored as score_again
 
     device = str(find_device(device))
     model = load_teacher(source, device) if source else dataset_teacher(manifest, device)
     check_classes(model, manifest)  # before anything is written
-    info = described(manifest, copy, least)
+    rescored = {
+        "threshold": least,
+        "from_manifest": manifest.digest,
+        "from_teacher": manifest.info.teacher.get("sha256"),
+    }
+    info = replace(manifest.info, teacher=copy.identity if copy else manifest.info.teacher, rescored=rescored)
     with Lease(storage, on_line=say), progress("rescore", quiet=quiet) as shown:
         if copy:
             publish(storage, copy)
-        tables = rescored(manifest, model, least, device, lambda rows: shown(rows, manifest.num_rows, ""))
+        tables = score_again(manifest, model, least, device, lambda rows: shown(rows, manifest.num_rows, ""))
         write_manifest(storage, name, info, tables)
     made = Manifest.open(storage.path(name))
     return RescoreResult(
@@ -92,8 +95,8 @@ def rescore(
         teacher=info.teacher,
         threshold=least,
         rows=made.num_rows,
-        kept_before=kept_rows(manifest),
-        kept=kept_rows(made),
+        kept_before=manifest.num_kept,
+        kept=made.num_kept,
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -119,21 +122,3 @@ def own_threshold(info: DatasetInfo) -> float:
     value = source.get("threshold" if info.rescored else "min_confidence", 0.0) if isinstance(source, dict) else 0.0
     fits = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
     return float(value) if fits else 0.0
-
-
-def described(manifest: Manifest, copy: TeacherCopy | None, threshold: float) -> DatasetInfo:
-    """What the new manifest says of the dataset: the same, but for teacher and threshold."""
-    return replace(
-        manifest.info,
-        teacher=copy.identity if copy else manifest.info.teacher,
-        rescored={
-            "threshold": threshold,
-            "from_manifest": manifest.digest,
-            "from_teacher": manifest.info.teacher.get("sha256"),
-        },
-    )
-
-
-def kept_rows(manifest: Manifest) -> int:
-    """How many rows are kept; 0 is no error here."""
-    return int(np.sum(manifest.where(include_rejected=True).column("kept")))

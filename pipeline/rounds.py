@@ -9,19 +9,19 @@ OUT/round-001/distill/   the students trained on the manifests of rounds 1 to th
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
-from pipeline import estimate
+from pipeline import synth
 from pipeline.distill import run_distill, trained
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
 from pipeline.recipe import Recipe, RoundsSettings
 from pipeline.synth import SynthResult, run_synth
-from pipeline.terminal import duration, pairs, share, table
+from pipeline.terminal import duration, share, table
 from stages.models.folders import WEIGHTS
 from stages.models.source import buildable_from_file, resolve
 from stages.settings import MAX_SEED, UNSTEERED, ModelSettings, SynthSettings, student_name
@@ -168,29 +168,13 @@ def round_result(
     )
 
 
-@dataclass(frozen=True)
-class RoundsEstimate:
-    """The first round, and how many there are."""
-
-    first: estimate.SynthEstimate
-    rounds: RoundsSettings
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self.first) | {"rounds": self.rounds.model_dump(mode="json")}
-
-    def lines(self) -> Iterator[str]:
-        yield from self.first.lines()
-        yield from pairs(
-            16,
-            (
-                "rounds",
-                f"{self.rounds.count} like this one, a student after each; from the second on steered by the last "
-                f"student, weight {self.rounds.adversarial:g}",
-            ),
-        )
-
-
-def dry_run(recipe: Recipe, out: str, workers: int = 1) -> RoundsEstimate:
-    """What the rounds would do; writes nothing."""
+def dry_run(recipe: Recipe, out: str, workers: int = 1) -> synth.SynthEstimate:
+    """What the first round would do, for the others are like it; writes nothing."""
     check(recipe, out)
-    return RoundsEstimate(estimate.dry_run(recipe, Storage(out).folder(round_name(1)), workers), recipe.rounds)
+    return synth.dry_run(recipe, Storage(out).folder(round_name(1)), workers)
+
+
+def rounds_line(rounds: RoundsSettings) -> str:
+    """How often, for people, below what the first round would do."""
+    count = f"{rounds.count} like this one, a student after each; from the second on steered by the last student"
+    return f"{'rounds':<16}{count}, weight {rounds.adversarial:g}"

@@ -86,11 +86,14 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
     done = {shard for shard in committed(storage) if shard < plan.shards}
     failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
     events = read_events(storage)
+    latest = events[max((i for i, event in enumerate(events) if event["kind"] == "run_started"), default=0) :]
+    results = {event.get("shard"): event for event in events if event["kind"] == "shard_done"}  # the last of each shard
     holder = live(storage)
     merged = holder is None and len(done) == plan.shards and _in_manifest(storage) == plan.shards
-    running = _running(events, done) if holder else {}
-    rate = _rate(events, now, holder is not None)
+    rate = _rate(latest, now, holder is not None)
+    rows = [event["rows"] for event in results.values() if event.get("rows")][-WINDOW:]
     left = plan.shards - len(done) - len(failed)
+    stops = [event for event in latest if event["kind"] in ("run_interrupted", "run_failed")]
     return RunStatus(
         run=storage.url,
         state="running" if holder else "complete" if merged else "stopped",
@@ -99,18 +102,18 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
         done=len(done),
         failed=sorted(failed),
         missing=left,
-        running=[RunningShard(shard, event.get("worker"), event["time"]) for shard, event in running.items()],
+        running=_running(latest, done) if holder else [],
         driver=str(holder) if holder else None,
-        rows=_total(events, "rows"),
-        bytes=_total(events, "bytes"),
+        rows=sum(event.get("rows") or 0 for event in results.values()),
+        bytes=sum(event.get("bytes") or 0 for event in results.values()),
         shards_per_hour=round(rate * 3600, 3) if rate else None,
-        images_per_second=_images(events, rate),
+        images_per_second=round(rate * sum(rows) / len(rows), 4) if rate and rows else None,
         seconds_left=round(left / rate) if rate and holder else None,
         last_errors=[
             AttemptError(event["time"], event.get("shard"), event.get("attempt"), event.get("error"))
             for event in [event for event in events if event["kind"] == "shard_failed"][-LAST_ERRORS:]
         ],
-        stopped_by=_stopped_by(events) if not holder else None,
+        stopped_by=str(stops[-1].get("error") or "interrupted") if stops and not holder else None,
     )
 
 
@@ -122,48 +125,24 @@ def _in_manifest(storage: Storage) -> int:
         return 0
 
 
-def _running(events: Sequence[dict[str, Any]], done: set[int]) -> dict[int, dict[str, Any]]:
+def _running(latest: Sequence[dict[str, Any]], done: set[int]) -> list[RunningShard]:
     """Shards of the latest run that were started and have not ended."""
-    running: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["kind"] == "run_started":
-            running = {}
-        elif event["kind"] == "shard_started":
-            running[event["shard"]] = event
+    running: dict[int, RunningShard] = {}
+    for event in latest:
+        shard = event.get("shard", -1)
+        if event["kind"] == "shard_started" and isinstance(shard, int) and shard >= 0:
+            running[shard] = RunningShard(shard, event.get("worker"), event["time"])
         elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined"):
-            running.pop(event["shard"], None)
-    return {shard: event for shard, event in sorted(running.items()) if shard not in done}
+            running.pop(shard, None)
+    return [running[shard] for shard in sorted(running.keys() - done)]
 
 
-def _rate(events: Sequence[dict[str, Any]], now: float, alive: bool) -> float | None:
+def _rate(latest: Sequence[dict[str, Any]], now: float, alive: bool) -> float | None:
     """Shards per second over the last ``WINDOW`` shards of the latest run; a driver at work that has been without a
     result for longer than ever before counts as slower."""
-    begun = max((i for i, event in enumerate(events) if event["kind"] == "run_started"), default=None)
-    if begun is None:
+    times = [event["time"] for event in latest if event["kind"] in ("run_started", "shard_done")][-(WINDOW + 1) :]
+    if len(times) < 2:
         return None
-    ended = [event["time"] for event in events[begun:] if event["kind"] == "shard_done"]
-    if not ended:
-        return None
-    times = [events[begun]["time"], *ended][-(WINDOW + 1) :]
     gap = max(later - earlier for earlier, later in pairwise(times))
     end = now if alive and now - times[-1] > gap else times[-1]
     return (len(times) - 1) / (end - times[0]) if end > times[0] else None
-
-
-def _total(events: Sequence[dict[str, Any]], field: str) -> int:
-    """Sum over shards, each counted once however often it was reported."""
-    latest = {e.get("shard"): e.get(field) or 0 for e in events if e["kind"] == "shard_done"}
-    return sum(latest.values())
-
-
-def _images(events: Sequence[dict[str, Any]], rate: float | None) -> float | None:
-    rows = [event["rows"] for event in events if event["kind"] == "shard_done" and event.get("rows")]
-    return round(rate * sum(rows[-WINDOW:]) / len(rows[-WINDOW:]), 4) if rows and rate else None
-
-
-def _stopped_by(events: Sequence[dict[str, Any]]) -> str | None:
-    """Why the latest run ended early."""
-    ends = [e for e in events if e["kind"] in ("run_started", "run_finished", "run_interrupted", "run_failed")]
-    if not ends or ends[-1]["kind"] not in ("run_interrupted", "run_failed"):
-        return None
-    return str(ends[-1].get("error") or "interrupted")

@@ -1,13 +1,20 @@
-"""Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge."""
+"""Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge.
+
+A dry run writes nothing and loads no weight; a prior that a hub holds is fetched into its cache.
+"""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from manifests.dataset import DATASET, DatasetInfo
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.merge import MANIFEST, merge
+from manifests.reader import Manifest
+from manifests.shard import committed
 from manifests.storage import Storage
+from pipeline.bench import Time
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
@@ -15,10 +22,17 @@ from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.lease import Lease
 from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
 from pipeline.recipe import Recipe
-from pipeline.terminal import duration, progress, say, size
-from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models
+from pipeline.terminal import duration, flop, pairs, progress, say, size
+from stages.settings import SynthSettings
+from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models, varies
+from stages.synth.priors.files import NotFetched
+
+if TYPE_CHECKING:
+    from stages.cost import SynthCost
 
 WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
+JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
+RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy images need about this much
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class SynthResult:
             f"{duration(self.seconds)}"
         )
         yield f"manifest: {self.manifest}"
+        if not self.kept:
+            yield "no image was kept: factory inspect counts the reasons, factory rescore --threshold judges again"
 
 
 def run_synth(
@@ -66,72 +82,59 @@ def run_synth(
     """
     if shards is not None:
         recipe = recipe.changed(f"synth.shards={shards}")
-    place = (place or executor({"workers": ("workers", workers)})).for_synth(recipe.synth)
+    place = (place or executor(workers=workers)).for_synth(recipe.synth)
     inputs = inspect_inputs(recipe.synth)
-    plan = make_plan(recipe, inputs)
-    storage = Storage(out)
-    teacher = teacher_copy(recipe, inputs)
+    plan, storage = make_plan(recipe, inputs), Storage(out)
+    is_noise = recipe.synth.method == "noise"  # a load test: no model is loaded, so none is checked or copied
+    teacher = TeacherCopy({}, inputs.teacher) if is_noise else prepare(inputs.sources["teacher"])
+    factory = worker or (NOISE_WORKER if is_noise else WORKER)
     is_new = open_or_create(storage, plan)
     try:
-        return carry_out(storage, plan, inputs, teacher, place, worker, title, quiet)
+        storage.folder("shards")  # a link there is found now, not by the first shard
+        with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
+            loud = Loud(events)
+            stored = resume_plan(storage, plan, lambda line: loud.write("note", message=line))
+            publish(storage, teacher)
+            info = dataset_info(stored, inputs, teacher)
+            del teacher  # its weights
+            storage.write(DATASET, info.to_json())
+            started = time.monotonic()
+            events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
+            settings, planned = plan.recipe["synth"], pinned_models(plan.semantics)
+            spec = WorkerSpec(
+                factory,
+                {"settings": settings, "storage": storage.url, "fingerprint": stored.fingerprint, "planned": planned},
+                {"sources": inputs.sources} if factory == WORKER and place.inline else {},
+            )
+            try:
+                with progress(title, quiet=quiet) as shown:
+                    outcome = execute(spec, range(stored.shards), place, loud, storage, shown, lease)
+                state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
+                outcome.check()
+                merge(storage, info, range(stored.shards))
+            except Interrupted:
+                events.write("run_interrupted", **state)
+                raise
+            except FactoryError as error:
+                events.write("run_failed", error=str(error))
+                raise
+            seconds = time.monotonic() - started
+            events.write("run_finished", **state, seconds=round(seconds, 3))
     except (UsageError, DataError):
         if is_new:  # nothing was made: a refused command leaves nothing behind
             withdraw(storage)
         raise
-
-
-def carry_out(
-    storage: Storage,
-    plan: Plan,
-    inputs: SynthInputs,
-    teacher: TeacherCopy,
-    place: ExecutorSettings,
-    worker: str | None,
-    title: str,
-    quiet: bool,
-) -> SynthResult:
-    """Make the missing shards of ``plan`` in its folder, and the manifest."""
-    storage.folder("shards")  # a link there is found now, not by the first shard
-    with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
-
-        def note(line: str) -> None:
-            events.write("note", message=line)
-            say(line)
-
-        stored = resume_plan(storage, plan, note)
-        publish(storage, teacher)
-        info = dataset_info(stored, inputs, teacher)
-        del teacher  # its weights
-        storage.write(DATASET, info.to_json())
-        started = time.monotonic()
-        events.write("run_started", shards=stored.shards, workers=place.workers, versions=plan.versions)
-        settings = plan.recipe["synth"]
-        factory = worker or (NOISE_WORKER if settings["method"] == "noise" else WORKER)
-        spec = WorkerSpec(
-            factory,
-            {
-                "settings": settings,
-                "storage": storage.url,
-                "fingerprint": stored.fingerprint,
-                "planned": pinned_models(plan.semantics),
-            },
-            {"sources": inputs.sources} if factory == WORKER and place.inline else {},
-        )
-        try:
-            with progress(title, quiet=quiet) as shown:
-                outcome = execute(spec, range(stored.shards), place, Loud(events), storage, shown, lease)
-            state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
-            outcome.check()
-            merge(storage, info, range(stored.shards))
-        except Interrupted:
-            events.write("run_interrupted", **state)
-            raise
-        except FactoryError as error:
-            events.write("run_failed", error=str(error))
-            raise
-        seconds = time.monotonic() - started
-        events.write("run_finished", **state, seconds=round(seconds, 3))
-    return finished(storage, seconds)
+    manifest = Manifest.open(storage.path(MANIFEST))
+    return SynthResult(
+        run=storage.url,
+        manifest=manifest.url,
+        fingerprint=manifest.info.fingerprint,
+        shards=len(manifest.info.tars),
+        rows=manifest.num_rows,
+        kept=manifest.num_kept,
+        bytes=sum(tar.bytes for tar in manifest.info.tars),
+        seconds=round(seconds, 3),
+    )
 
 
 def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> DatasetInfo:
@@ -146,25 +149,123 @@ def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> Datas
     )
 
 
-def finished(storage: Storage, seconds: float) -> SynthResult:
-    """The result of a finished run. ``seconds`` are this command's own."""
-    from manifests.reader import Manifest
+@dataclass(frozen=True)
+class SynthEstimate:
+    """What ``run_synth`` would make. What depends on a prior that cannot be fetched is None; ``unknown`` says why."""
 
-    manifest = Manifest.open(storage.path(MANIFEST))
-    return SynthResult(
-        run=storage.url,
-        manifest=storage.path(MANIFEST),
-        fingerprint=manifest.info.fingerprint,
-        shards=len(manifest.info.tars),
-        rows=manifest.num_rows,
-        kept=len(manifest),
-        bytes=sum(tar.bytes for tar in manifest.info.tars),
-        seconds=round(seconds, 3),
+    out: str
+    fingerprint: str | None
+    recipe: dict[str, Any]
+    workers: int
+    shards: int
+    shards_done: int
+    groups_per_shard: int
+    trajectories: int
+    images: int
+    image_size: int | None
+    classes: int | None
+    denoiser_calls: int
+    disk_bytes_at_most: int | None
+    cost: "SynthCost | None"
+    time: Time | None
+    prior: dict[str, Any] | None
+    teacher: dict[str, Any] | None
+    versions: dict[str, str] | None
+    unknown: str | None
+
+    def lines(self) -> Iterator[str]:
+        """Settings first, then what they amount to."""
+        import yaml
+
+        yield yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=110)
+        known: list[tuple[str, str | None]]
+        known = [("unknown", f"{self.unknown}; so classes, compute, memory and fingerprint are not known")]
+        if self.prior and self.teacher:
+            known = [
+                ("prior", f"{self.prior.get('name')}, sha256 {str(self.prior.get('sha256'))[:12]}"),
+                ("teacher", f"{self.teacher.get('architecture')}, sha256 {self.teacher['sha256'][:12]}"),
+                ("classes", str(self.classes)),
+            ]
+        pixels = f"{self.image_size} px" if self.image_size else "the prior's size"
+        yield from pairs(
+            16,
+            ("out", f"{self.out} ({self.shards_done} of {self.shards} shards done)"),
+            *known,
+            ("images", f"{self.images} of {pixels}, from {self.trajectories} trajectories"),
+            ("denoiser calls", f"{self.denoiser_calls} still to make (a batch of one each; CFG included)"),
+            *(self._cost_lines(self.cost) if self.cost else ()),
+            *(self.time.entries() if self.time else ()),
+            ("disk", f"at most about {size(self.disk_bytes_at_most)}" if self.disk_bytes_at_most else None),
+            ("fingerprint", self.fingerprint),
+        )
+
+    def _cost_lines(self, cost: "SynthCost") -> Iterator[tuple[str, str | None]]:
+        parts = ", ".join(f"{name} {flop(value)}" for name, value in cost.parts.items() if value)
+        fit = f"first a decoder is fitted, {flop(cost.fit_decoder_once)}, unless an earlier run left one"
+        yield "compute", f"{flop(cost.flop)} in all, {flop(cost.flop / self.images)} an image (counted)"
+        yield "", f"a trajectory: {parts}"
+        yield "", fit if cost.fit_decoder_once else None
+        yield (
+            "memory",
+            f"{size(cost.weights_bytes)} of weights, {size(cost.saved_bytes_per_group)} saved for backward passes "
+            f"({size(cost.saved_bytes_per_trajectory)} × {self.recipe['synth']['group_size']}); "
+            "working memory comes on top",
+        )
+
+
+def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = None) -> SynthEstimate:
+    """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be
+    fetched."""
+    synth, storage = recipe.synth, Storage(out)
+    storage.refuse_file()
+    inputs, cost, unknown = None, None, None
+    try:
+        inputs = inspect_inputs(synth)
+    except NotFetched as error:
+        unknown = str(error)
+    if inputs and synth.method != "noise":  # which runs no model
+        from stages.cost import synth_cost
+
+        cost = synth_cost(synth, inputs.sources)
+    trajectories = synth.groups_per_shard * synth.group_size
+    images = trajectories * synth.images_per_trajectory
+    image_size = inputs.image_size if inputs else synth.images.size
+    per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + JSON_BYTES
+    plan = make_plan(recipe, inputs) if inputs else None
+    done = len(committed(storage))
+    left = max(0, synth.shards - done)
+    work = cost.flop * left // synth.shards if cost else None
+    return SynthEstimate(
+        out=storage.url,
+        fingerprint=plan.fingerprint if plan else None,
+        recipe=recipe.model_dump(mode="json", exclude={"distill", "rounds"}),
+        workers=workers,
+        shards=synth.shards,
+        shards_done=done,
+        groups_per_shard=synth.groups_per_shard,
+        trajectories=trajectories * synth.shards,
+        images=images * synth.shards,
+        image_size=image_size,
+        classes=len(inputs.class_names) if inputs else None,
+        denoiser_calls=denoiser_calls(synth, inputs) * trajectories * left,
+        disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
+        cost=cost,
+        time=Time.of("synth", recipe, images * left, work, workers, price) if left else None,
+        prior=inputs.prior if inputs else None,
+        teacher=inputs.teacher if inputs else None,
+        versions=plan.versions if plan else None,
+        unknown=unknown,
     )
 
 
-def teacher_copy(recipe: Recipe, inputs: SynthInputs) -> TeacherCopy:
-    """The copy of the teacher that the dataset carries. Raises DataError where its weights are damaged."""
-    if recipe.synth.method == "noise":  # a load test: no model is loaded, so none is checked or copied
-        return TeacherCopy({}, inputs.teacher)
-    return prepare(inputs.sources["teacher"])
+def denoiser_calls(synth: SynthSettings, inputs: SynthInputs | None) -> int:
+    """Denoiser evaluations per trajectory: one per step, two where classifier-free guidance is on."""
+    if not synth.needs_prior:
+        return 0
+    prior = synth.prior
+    conditional = inputs is None or inputs.prior["conditioning"] != "none"
+    times, first = 1, 0
+    if synth.method == "dda":
+        alone = inputs is not None and varies(inputs.prior)
+        times, first = synth.dda.variants, synth.dda.first_step(prior.steps, alone)
+    return times * sum(1 + (conditional and prior.cfg_at(step) != 1) for step in range(first, prior.steps))

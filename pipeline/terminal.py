@@ -9,30 +9,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Protocol, TextIO
+from typing import Any, TextIO
 
 from manifests.checked_json import dump_json
 
 
-class Report(Protocol):
-    """The result of a command: a dataclass that knows how people read it."""
-
-    def lines(self) -> Iterable[str]: ...
-
-
-def show(report: Report, as_json: bool = False) -> None:
-    """Print ``report`` on stdout: its lines, or one JSON document of its fields (its ``to_dict()``, if it has one)."""
+def show(result: Any, as_json: bool = False, lines: Iterable[str] | None = None) -> None:
+    """Print what a command found on stdout: ``lines`` (default: the result's own), or one JSON document of its fields
+    (its ``to_dict()``, if it has one). Whatever could steer a terminal is escaped."""
     if as_json:
-        print_json(report.to_dict() if hasattr(report, "to_dict") else asdict(report))  # type: ignore[call-overload]
+        values = (
+            result.to_dict() if hasattr(result, "to_dict") else result if isinstance(result, dict) else asdict(result)
+        )
+        text = dump_json(values, indent=1, ensure_ascii=False)
+        print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
         return
-    for line in report.lines():
-        print(plain_block(line))
-
-
-def print_json(values: object) -> None:
-    """``values`` on stdout, with escapes for whatever could steer a terminal."""
-    text = dump_json(values, indent=1, ensure_ascii=False)
-    print("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text))
+    for block in result.lines() if lines is None else lines:
+        for line in block.removesuffix("\n").split("\n"):
+            print(plain(line))
 
 
 def table(widths: Sequence[int], *rows: Sequence[object]) -> Iterator[str]:
@@ -71,11 +65,6 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
-def plain_block(text: str) -> str:
-    """Several lines, each made safe to print."""
-    return "\n".join(plain(line) for line in text.removesuffix("\n").split("\n"))
-
-
 def duration(seconds: float) -> str:
     """``42 s``, ``3 min 05 s``, ``2 h 07 min``; ``?`` where unknown.
 
@@ -98,11 +87,7 @@ def size(count: float) -> str:
     >>> size(812), size(1_500_000)
     ('812 B', '1.5 MB')
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return _scaled(count, "B")
 
 
 def flop(count: float) -> str:
@@ -111,11 +96,15 @@ def flop(count: float) -> str:
     >>> flop(812), flop(98.2e12), flop(3.1e21)
     ('812 FLOP', '98.2 TFLOP', '3100.0 EFLOP')
     """
-    for unit in ("", "k", "M", "G", "T", "P"):
+    return _scaled(count, "FLOP")
+
+
+def _scaled(count: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
         if count < 1000:
-            return f"{count:.0f} FLOP" if not unit else f"{count:.1f} {unit}FLOP"
+            return f"{count:.1f} {prefix}{unit}" if prefix else f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} EFLOP"
+    return f"{count:.1f} E{unit}"
 
 
 LINE_SECONDS = 30.0
@@ -129,17 +118,13 @@ def progress(title: str, stream: TextIO | None = None, quiet: bool = False) -> I
     """A callable ``(done, total, note)`` that shows where ``title`` stands; cheap to call often."""
     stream = stream or sys.stderr
     if quiet:
-        yield _nothing
+        yield lambda done, total, note: None
     elif stream.isatty():
         yield from _bar(title, stream)
     else:
         lines = Lines(title, stream)
         yield lines
         lines.finish()
-
-
-def _nothing(done: float, total: float, note: str = "") -> None:
-    """Shows nothing."""
 
 
 def say(line: str) -> None:

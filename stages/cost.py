@@ -117,39 +117,47 @@ def vjp_flops(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class SynthCost:
-    """FLOPs of one trajectory by what they are spent on, and bytes: of all weights, and of what one trajectory's guided
-    step (or one image's inversion) saves for its backward pass. Text encoders are not counted.
+    """FLOPs of one trajectory by what they are spent on, in all, and of the whole run (``flop``); bytes of all weights,
+    and of what a trajectory's (a group's) guided step or inversion saves for its backward pass.
 
-    ``stored``: the VAE's work on images that are stored; ``score``: the teacher's logits of them, resizing and black
-    boxes not counted. ``fit``: FLOPs of fitting guidance's decoder, once for all trajectories, unless an earlier run
-    left one.
+    ``stored_decodes``: the VAE's work on images that are stored; ``scores``: the teacher's logits of them.
+    ``fit_decoder_once``: of fitting guidance's decoder, unless an earlier run left one; in no sum. Not counted: text
+    encoders, resizing, black boxes.
     """
 
     denoiser: int = 0
     guidance_decoder: int = 0
     guidance_teacher: int = 0
     inversion: int = 0
-    stored: int = 0
-    score: int = 0
-    fit: int = 0
-    weights: int = 0
-    saved: int = 0
+    stored_decodes: int = 0
+    scores: int = 0
+    fit_decoder_once: int = 0
+    weights_bytes: int = 0
+    saved_bytes_per_trajectory: int = 0
+    saved_bytes_per_group: int = 0
+    flop_per_trajectory: int = 0
+    flop: int = 0
 
     @property
-    def flops(self) -> int:
-        guidance = self.guidance_decoder + self.guidance_teacher
-        return self.denoiser + guidance + self.inversion + self.stored + self.score
+    def parts(self) -> dict[str, int]:
+        """FLOPs of a trajectory by their names for people."""
+        return {
+            "denoiser": self.denoiser,
+            "guidance decoder": self.guidance_decoder,
+            "guiding teacher": self.guidance_teacher,
+            "inversion": self.inversion,
+            "stored images": self.stored_decodes,
+            "their scores": self.scores,
+        }
 
 
 @torch.no_grad()
-def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | None = None) -> SynthCost | None:
-    """The cost of one trajectory of ``settings``; None for ``noise``, which runs no model.
+def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | None = None) -> SynthCost:
+    """The cost of ``settings``, by trajectory and in all; not of ``noise``, which runs no model.
 
     ``sources``: of teacher and adversary, where they are resolved already. Raises what loading prior and teacher
     raises (their weights are not read), UsageError for a black box that would have to give gradients.
     """
-    if settings.method == "noise":
-        return None
     sources = sources or model_sources(settings)
     models = {role: untrained_teacher(source) for role, source in sources.items()}
     teacher, adversary = models["teacher"], models.get("adversary")
@@ -159,15 +167,18 @@ def synth_cost(settings: SynthSettings, sources: Mapping[str, ModelSource] | Non
     if settings.needs_prior:
         cost = _sampling_cost(settings, sources["teacher"].config.class_names, teacher, adversary)
     else:
-        cost = SynthCost(weights=weight_bytes(*(model.net for model in models.values() if model)))
-    if settings.inverts:
-        inversion, saved = inversion_cost(settings, sources)
-        cost = replace(cost, inversion=inversion, saved=max(saved, cost.saved))
-    if teacher is None:
-        return cost
-    side = teacher.input.size
-    score = flops(lambda: teacher.logits(torch.empty(1, 3, side, side, device=META)))
-    return replace(cost, score=settings.images_per_trajectory * score)
+        cost = SynthCost(weights_bytes=weight_bytes(*(model.net for model in models.values() if model)))
+    inversion, saved = inversion_cost(settings, sources) if settings.inverts else (0, 0)
+    saved = max(saved, cost.saved_bytes_per_trajectory)
+    scores = 0
+    if teacher is not None:
+        image = torch.empty(1, 3, teacher.input.size, teacher.input.size, device=META)
+        scores = settings.images_per_trajectory * flops(lambda: teacher.logits(image))
+    group = {"saved_bytes_per_trajectory": saved, "saved_bytes_per_group": saved * settings.group_size}
+    cost = replace(cost, inversion=inversion, scores=scores, **group)
+    each = sum(cost.parts.values())
+    trajectories = settings.shards * settings.groups_per_shard * settings.group_size
+    return replace(cost, flop_per_trajectory=each, flop=each * trajectories)
 
 
 def _sampling_cost(
@@ -218,7 +229,15 @@ def _sampling_cost(
         encode = prior.embed_images if isinstance(prior, VariationPrior) else prior.encode_images
         stored += flops(lambda: encode(images))
     fit = _fit_flops(prior, decoder, predict) if isinstance(decoder, FittedDecoder) else 0
-    return SynthCost(denoiser, decode, teach, stored=stored, fit=fit, weights=weight_bytes(*networks), saved=saved)
+    return SynthCost(
+        denoiser,
+        decode,
+        teach,
+        stored_decodes=stored,
+        fit_decoder_once=fit,
+        weights_bytes=weight_bytes(*networks),
+        saved_bytes_per_trajectory=saved,
+    )
 
 
 def _fit_flops(prior: DiffusionPrior, decoder: FittedDecoder, predict: Callable[[int, Tensor], Tensor]) -> int:
@@ -282,18 +301,22 @@ TWO = 2  # images in the step that is counted: BatchNorm in training needs more 
 
 @dataclass(frozen=True)
 class DistillCost:
-    """FLOPs of one view of one image: the teacher's answer, and each student's step. Bytes of all weights (the averaged
-    ones, gradients and the optimizer's memory not counted), and of what one image saves for the backward pass of the
-    hungriest student, since they learn one after another."""
+    """FLOPs of a training: of the teacher's answers, of each student's steps, and in all (``flop``). Bytes of all
+    weights (averaged ones, gradients and the optimizer's memory not counted), and of what a batch saves for the
+    backward pass of the hungriest student, since they learn one after another."""
 
     teacher: int
     students: dict[str, int]
-    weights: int
-    saved: int
+    flop: int
+    weights_bytes: int
+    saved_bytes_per_batch: int
 
 
-def distill_cost(settings: DistillSettings, teacher: Teacher, image_size: int) -> DistillCost:
-    """The cost of ``settings`` with a ``teacher`` on the meta device, on images of ``image_size`` pixels."""
+def distill_cost(
+    settings: DistillSettings, teacher: Teacher, image_size: int, views: int = 1, answers: int = 1
+) -> DistillCost:
+    """The cost of ``settings`` with a ``teacher`` on the meta device, on ``views`` of images of ``image_size`` pixels,
+    of which ``answers`` are shown to the teacher."""
     loss, x = settings.loss, torch.empty(TWO, 3, image_size, image_size, device=META)
     labels, ones = torch.zeros(TWO, dtype=torch.long, device=META), torch.ones(TWO, device=META)
     rows = np.zeros(TWO, np.int64)
@@ -307,10 +330,12 @@ def distill_cost(settings: DistillSettings, teacher: Teacher, image_size: int) -
         ask = partial(teacher_targets, teacher, x, loss, layers[0])
         targets, targets_flops = ask(), flops(ask)
         terms = partial(student_terms, net.train(), InputSpec(config.input)(x), batch, targets, loss, layers[1])
-        costs[name] = flops(partial(_backward, terms, loss)) // TWO
+        costs[name] = flops(partial(_backward, terms, loss)) // TWO * views
         saved = max(saved, saved_bytes(terms, [net, teacher.net]) // TWO)
         nets.append(net)
-    return DistillCost(targets_flops // TWO, costs, weight_bytes(teacher.net, *nets), saved)
+    teaching = targets_flops // TWO * answers
+    flop = teaching + sum(costs.values())
+    return DistillCost(teaching, costs, flop, weight_bytes(teacher.net, *nets), saved * settings.batch_size)
 
 
 def _backward(terms: Callable[[], dict[str, Tensor]], loss: LossSettings) -> None:

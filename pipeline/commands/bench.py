@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import ActorsOption, AddressOption, DeviceOption, JsonOption, RecipeOption, SetOption
+from pipeline.commands.options import (
+    ActorsOption,
+    AddressOption,
+    DeviceOption,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    option,
+)
 from pipeline.terminal import say, show
 
 
@@ -12,15 +20,15 @@ def bench(
     recipe: RecipeOption = None,
     manifest: Annotated[
         str | None,
-        typer.Option("--manifest", "-m", metavar="FILE", help="What stage 2 reads (default: images of noise)."),
+        option("--manifest", "-m", metavar="FILE", help="What stage 2 reads (default: images of noise)."),
     ] = None,
     seconds: Annotated[float, typer.Option(min=2, max=3600, help="Time to measure, over both stages.")] = 60.0,
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where the figures go (default: this user's cache folder)."),
+        option("--out", "-o", metavar="FILE", help="Where the figures go (default: this user's cache folder)."),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Where to work, for workers on several machines.")
+        str | None, option(metavar="FOLDER", help="Where to work, for workers on several machines.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
@@ -35,7 +43,7 @@ def bench(
 
     flags = {"synth.device": ("--device", device), "distill.device": ("--device", device)}
     resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
-    place = executor({"workers": ("--workers", workers), "address": ("--address", address)})
+    place = executor(workers=workers, address=address)
     found = run_bench(resolved, place, seconds, manifest, folder)
     say(f"kept in {save_bench(found, out)}")
     show(found, as_json)

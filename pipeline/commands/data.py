@@ -1,23 +1,17 @@
 """``factory status``, ``inspect``, ``verify``, ``gc``, ``rebuild`` and ``rescore``: look at a run and keep it."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import JsonOption, RunArgument
+from pipeline.commands.options import JsonOption, RunArgument, argument, option
 from pipeline.terminal import plain, show
 
-if TYPE_CHECKING:
-    from manifests.integrity import Problem
-
 SHEET = "sheet.png"
-ManifestArgument = Annotated[
-    str, typer.Argument(metavar="MANIFEST", help="m.parquet (path or URL).", show_default=False)
-]
+ManifestArgument = Annotated[str, argument(metavar="MANIFEST", help="m.parquet (path or URL).")]
 
 
 def status(
@@ -43,12 +37,9 @@ def status(
 
 def inspect(
     manifest: ManifestArgument,
-    where: Annotated[
-        str | None, typer.Option(help='Rows to look at, e.g. "confidence > 0.9".', show_default=False)
-    ] = None,
+    where: Annotated[str | None, option(help='Rows to look at, e.g. "confidence > 0.9".')] = None,
     sheet: Annotated[
-        Path | None,
-        typer.Option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).", show_default=False),
+        Path | None, option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).")
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
     metrics: Annotated[
@@ -67,39 +58,22 @@ def inspect(
     if metrics and summary.kept:
         summary = replace(summary, metrics=look.metrics(opened, where))
     if summary.kept:
-        picture = look.sheet(opened, where, columns)
-        target = str(sheet) if sheet is not None else opened.storage.path(SHEET)
+        picture = look.png(look.contact_sheet(look.samples(opened, where, columns)))
         try:
-            if sheet is not None:
+            if sheet:
                 look.save(picture, sheet)
             else:
                 opened.storage.write(SHEET, picture, beside=True)
-            summary = replace(summary, sheet=target)
+            summary = replace(summary, sheet=str(sheet or opened.storage.path(SHEET)))
         except (StoreError, DataError) as error:
-            if sheet is not None:
+            if sheet:
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
     show(summary, as_json)
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What :func:`manifests.integrity.verify` found in ``run``."""
-
-    run: str
-    problems: "list[Problem]"
-
-    def to_dict(self) -> dict[str, object]:
-        return {"run": self.run, "ok": not self.problems, "problems": [asdict(problem) for problem in self.problems]}
-
-    def lines(self) -> Iterator[str]:
-        yield from (f"{plain(problem.where)}: {plain(problem.what)}" for problem in self.problems)
-        if not self.problems:
-            yield f"{plain(self.run)}: intact"
-
-
 def verify(
-    run: Annotated[str, typer.Argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.", show_default=False)],
+    run: Annotated[str, argument(metavar="RUN|MANIFEST", help="Run folder or m.parquet.")],
     quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,16 +81,15 @@ def verify(
     from manifests.errors import DataError
     from manifests.integrity import verify as check
 
-    report = VerifyReport(run, check(run, deep=not quick))
-    show(report, as_json)
-    if report.problems:
+    problems = check(run, deep=not quick)
+    report = {"run": run, "ok": not problems, "problems": [asdict(problem) for problem in problems]}
+    show(report, as_json, map(plain, problems) if problems else [f"{plain(run)}: intact"])
+    if problems:
         raise typer.Exit(DataError.exit_code)
 
 
 def gc(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).", show_default=False)
-    ],
+    run: Annotated[str, argument(metavar="RUN", help="Run folder of stage 1 or 2 (path or URL).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -141,22 +114,13 @@ def rebuild(run: RunArgument, as_json: JsonOption = False) -> None:
 def rescore(
     manifest: ManifestArgument,
     teacher: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER|NAME", help="Judge of the images (default: the dataset's).", show_default=False),
+        str | None, option(metavar="FOLDER|NAME", help="Judge of the images (default: the dataset's).")
     ] = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(help="Keep images whose class gets at least this (default: as before).", show_default=False),
+        float | None, option(help="Keep images whose class gets at least this (default: as before).")
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE",
-            help="In the dataset's folder (default: rescored.parquet).",
-            show_default=False,
-        ),
+        str | None, option("--out", "-o", metavar="FILE", help="In the dataset's folder (default: rescored.parquet).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,

@@ -1,40 +1,23 @@
 """``factory eval``, ``export`` and ``recipes``."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from manifests.errors import UsageError
-from pipeline.commands.options import JsonOption
-from pipeline.terminal import pairs, plain, print_json, say, share, show, size, table
+from pipeline.commands.options import JsonOption, argument, option
+from pipeline.terminal import pairs, plain, say, share, show, size, table
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What :func:`stages.distill.export.export_onnx` and ``export_torch`` say of the files they wrote."""
-
-    files: Sequence[dict[str, Any]]
-
-    def lines(self) -> Iterator[str]:
-        for file in self.files:
-            shape = " × ".join(map(str, file["input"]))
-            yield (
-                f"{plain(file['file'])}: {file['format']}, {size(file['bytes'])}, images {shape} in [0, 1] to "
-                f"{file['classes']} logits, within {file['largest_difference']:.1g} of PyTorch's"
-            )
+SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
 
 
 def export(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help=MODEL_HELP, show_default=False)],
-    onnx: Annotated[str | None, typer.Option(metavar="FILE", help="Write ONNX.", show_default=False)] = None,
-    torch_export: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a torch.export program (.pt2).", show_default=False)
-    ] = None,
+    student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
+    onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
+    torch_export: Annotated[str | None, option(metavar="FILE", help="Write a torch.export program (.pt2).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
@@ -44,44 +27,19 @@ def export(
 
     files = [export_onnx(student, onnx)] if onnx else []
     files += [export_torch(student, torch_export)] if torch_export else []
-    show(ExportReport([asdict(file) for file in files]), as_json)
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Scores of :func:`stages.distill.evaluate.evaluate`, and the file of the confusion matrix where one was asked
-    for."""
-
-    scores: dict[str, Any]
-    picture: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.scores | ({"picture": self.picture} if self.picture else {})
-
-    def lines(self) -> Iterator[str]:
-        shares = [
-            name for name in ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece") if name in self.scores
-        ]
-        yield from table(
-            (24, 8),
-            ("images", self.scores["images"]),
-            *((name.replace("_", " "), share(self.scores[name])) for name in shares),
-            *((name, share(accuracy)) for name, accuracy in self.scores["per_class"].items()),
-        )
-        yield from pairs(18, ("confusion matrix:", self.picture))
+    lines = (
+        f"{plain(file.file)}: {file.format}, {size(file.bytes)}, images {' × '.join(map(str, file.input))} in [0, 1] "
+        f"to {file.classes} logits, within {file.largest_difference:.1g} of PyTorch's"
+        for file in files
+    )
+    show({"files": [asdict(file) for file in files]}, as_json, lines)
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.", show_default=False)
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="Model folder or embedded:NAME, to compare with.", show_default=False)
-    ] = None,
-    confusion: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Confusion matrix to write (PNG).", show_default=False)
-    ] = None,
+    model: Annotated[str, argument(metavar="MODEL", help=MODEL_HELP)],
+    data: Annotated[str, argument(metavar="DATA", help="WebDataset tar, image folder or Parquet.")],
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME, to compare with.")] = None,
+    confusion: Annotated[Path | None, option(metavar="FILE", help="Confusion matrix to write (PNG).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -97,26 +55,19 @@ def evaluate(
         from pipeline.inspect import save
 
         save(confusion_picture(scores.confusion, [plain(name) for name in scores.per_class]), confusion)
-    show(EvalReport(scores.to_dict(), str(confusion) if confusion else None), as_json)
-
-
-@dataclass(frozen=True)
-class RecipeList:
-    """Descriptions by name."""
-
-    recipes: dict[str, str]
-
-    def to_dict(self) -> dict[str, str]:
-        return self.recipes
-
-    def lines(self) -> Iterator[str]:
-        return pairs(max(map(len, self.recipes)) + 2, *self.recipes.items())
+    shares = {name: getattr(scores, name) for name in SHARES}
+    rows = (
+        ("images", scores.images),
+        *((name.replace("_", " "), share(value)) for name, value in shares.items() if value is not None),
+        *((name, share(accuracy)) for name, accuracy in scores.per_class.items()),
+    )
+    picture = str(confusion) if confusion else None
+    lines = [*table((24, 8), *rows), *pairs(18, ("confusion matrix:", picture))]
+    show(scores.to_dict() | ({"picture": picture} if picture else {}), as_json, lines)
 
 
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one, to be edited.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, argument(metavar="NAME", help="Print this one, to be edited.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the packaged recipes, or print one: `factory recipes NAME > mine.yaml`, then `-c mine.yaml`."""
@@ -124,10 +75,11 @@ def recipes(
     from pipeline.recipe import packaged, packaged_text, resolve
 
     if name is None:
-        show(RecipeList({each: resolve(each, environ={}).description for each in packaged()}), as_json)
+        found = {each: resolve(each, environ={}).description for each in packaged()}
+        show(found, as_json, pairs(max(map(len, found)) + 2, *found.items()))
     elif name not in packaged():
         raise UsageError(f"no recipe {name!r}; {suggest(name, packaged())}")
     elif as_json:
-        print_json(resolve(name, environ={}).model_dump(mode="json"))
+        show(resolve(name, environ={}).model_dump(mode="json"), as_json)
     else:
         print(packaged_text(name), end="")

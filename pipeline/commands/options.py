@@ -1,25 +1,21 @@
-"""Options that several commands share."""
+"""Options that several commands share. ``option`` and ``argument`` show no default: none, or the recipe's."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 RESULT = "Result"
-PLACE = "Where it runs"
+option = partial(typer.Option, show_default=False)
+argument = partial(typer.Argument, show_default=False)
+place_option = partial(option, rich_help_panel="Where it runs")  # changes where, not what
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        "-c",
-        metavar="NAME|FILE",
-        help="Packaged recipe (`factory recipes` lists them) or YAML file.",
-        show_default=False,
-    ),
+    option("--recipe", "-c", metavar="NAME|FILE", help="Packaged recipe (`factory recipes` lists them) or YAML file."),
 ]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.", show_default=False),
+    list[str] | None, option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.")
 ]
 DryRunOption = Annotated[
     bool,
@@ -29,35 +25,17 @@ DryRunOption = Annotated[
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option(
-        help="Of a GPU (or worker) for an hour; the dry run then says what it costs, by `factory bench`.",
-        show_default=False,
-        rich_help_panel=RESULT,
+    option(
+    option(help="Of a GPU for an hour: the dry run says what it costs, by `factory bench`.", rich_help_panel=RESULT),
     ),
 ]
 AddressOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Ray cluster: auto, HOST:PORT, ray://…",
-        envvar="FACTORY_ADDRESS",
-        show_default=False,
-        rich_help_panel=PLACE,
-    ),
+    str | None, place_option(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda …", show_default=False, rich_help_panel=PLACE)]
+DeviceOption = Annotated[str | None, place_option(help="auto, cpu, cuda …")]
 ActorsOption = Annotated[
-    int | None,
-    typer.Option(
-        help="1 runs in this process (default), more as Ray actors.",
-        envvar="FACTORY_WORKERS",
-        show_default=False,
-        rich_help_panel=PLACE,
-    ),
+    int | None, place_option(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
 ]
-RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Try quarantined shards again.", rich_help_panel=PLACE)
-]
+RetryOption = Annotated[bool, place_option("--retry-failed", help="Try quarantined shards again.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Run folder of stage 1 (path or URL).", show_default=False)
-]
+RunArgument = Annotated[str, argument(metavar="RUN", help="Run folder of stage 1 (path or URL).")]

@@ -1,13 +1,12 @@
 """``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
-from functools import partial
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from manifests.errors import FactoryError
 from pipeline.commands.options import (
-    PLACE,
     ActorsOption,
     AddressOption,
     DeviceOption,
@@ -17,7 +16,9 @@ from pipeline.commands.options import (
     RecipeOption,
     RetryOption,
     SetOption,
-)  # fmt: skip
+    option,
+    place_option,
+)
 from pipeline.terminal import show
 
 
@@ -39,28 +40,26 @@ def demo(
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
 
 
-_made = partial(typer.Option, show_default=False)  # changes what is made; the default is the recipe's
-_place = partial(typer.Option, show_default=False, rich_help_panel=PLACE)  # changes where, not what
-
-
 @app.command()
 def synth(
     recipe: RecipeOption = None,
     out: Annotated[
-        str | None, _made("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
+        str | None, option("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
     ] = None,
-    shards: Annotated[int | None, _made(help="Shards in total; may grow later.")] = None,
-    method: Annotated[str | None, _made(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
-    prior: Annotated[str | None, _made(help="Diffusers folder, hub id or embedded:NAME.")] = None,
-    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME.")] = None,
-    adversary: Annotated[str | None, _made(help="Model folder of a frozen student to disagree with.")] = None,
-    seed: Annotated[int | None, _made(help="Seed of the whole dataset.")] = None,
+    shards: Annotated[int | None, option(help="Shards in total; may grow later.")] = None,
+    method: Annotated[str | None, option(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
+    prior: Annotated[str | None, option(help="Diffusers folder, hub id or embedded:NAME.")] = None,
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME.")] = None,
+    adversary: Annotated[str | None, option(help="Model folder of a frozen student to disagree with.")] = None,
+    seed: Annotated[int | None, option(help="Seed of the whole dataset.")] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
     address: AddressOption = None,
-    gpus_per_worker: Annotated[float | None, _place(help="Fractions allowed (default: 1 where there are any).")] = None,
-    memory_per_worker: Annotated[float | None, _place(help="GiB that each worker reserves.")] = None,
-    time_limit: Annotated[float | None, _place(help="Seconds that a shard may take.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, place_option(help="Fractions allowed (default: 1 where there are any).")
+    ] = None,
+    memory_per_worker: Annotated[float | None, place_option(help="GiB that each worker reserves.")] = None,
+    time_limit: Annotated[float | None, place_option(help="Seconds that a shard may take.")] = None,
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
@@ -68,10 +67,9 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
-    from pipeline.estimate import dry_run as estimate
+    from pipeline import synth as stage
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
-    from pipeline.synth import run_synth
 
     flags = {
         "synth.shards": ("--shards", shards),
@@ -83,27 +81,24 @@ def synth(
         "synth.device": ("--device", device),
     }
     resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
-    places = {
-        "workers": ("--workers", workers),
-        "address": ("--address", address),
-        "gpus_per_worker": ("--gpus-per-worker", gpus_per_worker),
-        "memory_per_worker": ("--memory-per-worker", memory_per_worker),
-        "time_limit": ("--time-limit", time_limit),
-        "retry_failed": ("--retry-failed", retry_failed),
-    }
-    place, folder = executor(places), out or f"runs/{resolved.name}"
-    show(estimate(resolved, folder, place.workers, price) if dry_run else run_synth(resolved, folder, place), as_json)
+    reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
+    place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
+    folder = out or f"runs/{resolved.name}"
+    if dry_run:
+        show(stage.dry_run(resolved, folder, place.workers, price), as_json)
+    else:
+        show(stage.run_synth(resolved, folder, place), as_json)
 
 
 @app.command()
 def distill(
     manifest: Annotated[
-        list[str], _made("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
+        list[str], option("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
     ],
     recipe: RecipeOption = None,
     out: Annotated[
         str | None,
-        _made(
+        option(
             "--out",
             "-o",
             metavar="FOLDER",
@@ -111,21 +106,21 @@ def distill(
         ),
     ] = None,
     student: Annotated[
-        list[str] | None, _made("--student", help="Architecture; repeatable, trained in one pass.")
+        list[str] | None, option("--student", help="Architecture; repeatable, trained in one pass.")
     ] = None,
-    teacher: Annotated[str | None, _made(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
-    where: Annotated[str | None, _made(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
-    epochs: Annotated[int | None, _made(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, _made(help="Images per step, over all workers together.")] = None,
-    seed: Annotated[int | None, _made(help="Seed of the training.")] = None,
-    test_data: Annotated[str | None, _made(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
+    where: Annotated[str | None, option(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
+    epochs: Annotated[int | None, option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, option(help="Images per step, over all workers together.")] = None,
+    seed: Annotated[int | None, option(help="Seed of the training.")] = None,
+    test_data: Annotated[str | None, option(help="Labeled images to score at the end: tar, folder or Parquet.")] = None,
     skip_bad: Annotated[
-        bool, _made("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
+        bool, option("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
     set_: SetOption = None,
     workers: Annotated[
         int | None,
-        _place(
+        place_option(
             help="1 trains in this process (default), more through Ray Train, each with a GPU if any.",
             envvar="FACTORY_WORKERS",
         ),
@@ -137,7 +132,7 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
-    from manifests.reader import Manifest
+    from manifests.reader import Manifest, parse_source
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
 
@@ -150,27 +145,27 @@ def distill(
         "distill.skip_bad": ("--skip-bad", skip_bad or None),
         "distill.device": ("--device", device),
     }
-    sources = stage.parse_sources(manifest)
+    sources = [parse_source(text) for text in manifest]
     first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = out or stage.default_out(first, resolved)
-    place = executor({"workers": ("--workers", workers), "address": ("--address", address)})
+    place = executor(workers=workers, address=address)
     if dry_run:
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
-    show(stage.DistillReport(result), as_json)
+    show(result, as_json, stage.result_lines(result))
     if result.parked:
         raise typer.Exit(FactoryError.exit_code)
 
 
 @app.command()
 def rounds(
-    out: Annotated[str, _made("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
+    out: Annotated[str, option("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
     recipe: RecipeOption = None,
-    count: Annotated[int | None, _made("--rounds", help="Rounds in total; may grow later.")] = None,
+    count: Annotated[int | None, option("--rounds", help="Rounds in total; may grow later.")] = None,
     test_data: Annotated[
-        str | None, _made(help="Labeled images to score each round's student: tar, folder or Parquet.")
+        str | None, option(help="Labeled images to score each round's student: tar, folder or Parquet.")
     ] = None,
     set_: SetOption = None,
     workers: ActorsOption = None,
@@ -190,9 +185,10 @@ def rounds(
         "distill.device": ("--device", device),
     }
     resolved = resolve(recipe or DEFAULT, sets=set_ or (), flags=flags)
-    places = {"workers": ("--workers", workers), "retry_failed": ("--retry-failed", retry_failed)}
-    place = executor(places)
+    place = executor(workers=workers, retry_failed=retry_failed)
     if dry_run:
-        show(stages.dry_run(resolved, out, place.workers), as_json)
+        first, rounds = stages.dry_run(resolved, out, place.workers), resolved.rounds
+        lines = (*first.lines(), stages.rounds_line(rounds))
+        show(asdict(first) | {"rounds": rounds.model_dump(mode="json")}, as_json, lines)
     else:
         show(stages.run_rounds(resolved, out, place, test_data=test_data), as_json)

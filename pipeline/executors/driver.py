@@ -10,19 +10,23 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from manifests.errors import FactoryError, Interrupted
 from manifests.shard import committed, done_record
 from manifests.storage import Storage
-from pipeline.events import Failure, failures, quarantine, release
-from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, Pool, WorkerSpec
+from pipeline.events import EventLog, Failure, Loud, failures, quarantine, release
+from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
 from pipeline.terminal import OnProgress
+
+if TYPE_CHECKING:
+    from pipeline.executors.ray import RayPool
 
 
 class StopSignals:
@@ -60,12 +64,6 @@ TICK = 0.5
 """Seconds after which the loop looks at signals, lease and time limits again."""
 
 
-class Events(Protocol):
-    """Where events go: :class:`pipeline.events.EventLog`."""
-
-    def write(self, kind: str, **fields: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What became of the shards asked for. ``failed`` maps those in quarantine to their last error."""
@@ -92,7 +90,7 @@ def execute(
     spec: WorkerSpec,
     shards: Iterable[int],
     settings: ExecutorSettings,
-    events: Events,
+    events: EventLog | Loud,
     storage: Storage,
     on_progress: OnProgress = lambda done, total, note: None,
     lease: Lease | None = None,
@@ -109,8 +107,8 @@ def execute(
     if settings.retry_failed:
         release(storage, failed)
         failed = {}
-    todo = sorted(wanted - done - failed.keys())
-    driver = _Driver(settings, events, storage, on_progress, lease, len(wanted), iter(todo), done, failed)
+    todo = sorted(wanted - done - failed.keys(), reverse=True)
+    driver = _Driver(settings, events, storage, on_progress, lease, len(wanted), todo, done, failed)
     interrupted = bool(todo) and driver.drive(spec)
     left = frozenset(wanted - done - failed.keys())
     return Outcome(frozenset(done), dict(sorted(failed.items())), left, interrupted and bool(left))
@@ -121,12 +119,12 @@ class _Driver:
     """The loop and its state: a few bytes for each shard of the plan, records only for shards in flight or failed."""
 
     settings: ExecutorSettings
-    events: Events
+    events: EventLog | Loud
     storage: Storage
     on_progress: OnProgress
     lease: Lease | None
     total: int
-    todo: Iterator[int]
+    todo: list[int]  # the next one last
     done: set[int]
     failed: dict[int, str]
     running: dict[int, float] = field(default_factory=dict)  # shard → time handed out
@@ -134,14 +132,14 @@ class _Driver:
     retries: list[tuple[float, int]] = field(default_factory=list)  # heap of (not before, shard)
     images: int = 0
     failed_in_a_row: int = 0
-    exhausted: bool = False
 
     def drive(self, spec: WorkerSpec) -> bool:
         """Start the workers, run the loop, stop the workers. True if a signal cut the run short."""
-        pool: Pool | None = None
         try:
-            pool = _open_pool(spec, self.settings, self._group_done)
-            with StopSignals() as signals:  # after the pool: starting Ray installs a handler of its own
+            with (
+                closing(_open_pool(spec, self.settings, self._progress)) as pool,
+                StopSignals() as signals,  # after the pool: starting Ray installs a handler of its own
+            ):
                 self._loop(pool, signals)
             return signals.draining
         except KeyboardInterrupt:
@@ -150,41 +148,28 @@ class _Driver:
             if error.errno in STORAGE_ERRORS:
                 raise FactoryError(f"cannot write to {self.storage.url}: {error}; the same command resumes") from error
             raise
-        finally:
-            if pool is not None:
-                pool.close()
 
-    def _loop(self, pool: Pool, signals: StopSignals) -> None:
+    def _loop(self, pool: "InlinePool | RayPool", signals: StopSignals) -> None:
         self._progress()
-        while self.running or (self.waiting and not signals.draining):
+        while self.running or ((self.todo or self.retries) and not signals.draining):
             if signals.stopping:
                 raise KeyboardInterrupt
             if self.lease is not None:
                 self.lease.check()
             while not signals.draining and pool.free() and (shard := self.next(time.monotonic())) is not None:
-                self._start(pool, shard)
-            if self.running or self.waiting:
-                for finished in pool.wait(TICK):
-                    self._finish(finished)
-                self._progress()
+                self.attempts[shard] = self.attempts.get(shard, 0) + 1
+                self.running[shard] = time.monotonic()
+                worker = pool.submit(shard)
+                self.events.write("shard_started", shard=shard, attempt=self.attempts[shard], worker=worker)
+            for finished in pool.wait(TICK):
+                self._finish(finished)
+            self._progress()
 
     def next(self, now: float) -> int | None:
         """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
         if self.retries and self.retries[0][0] <= now:
             return heapq.heappop(self.retries)[1]
-        shard = None if self.exhausted else next(self.todo, None)
-        self.exhausted = shard is None
-        return shard
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self.retries) or not self.exhausted
-
-    def _start(self, pool: Pool, shard: int) -> None:
-        self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        self.running[shard] = time.monotonic()
-        worker = pool.submit(shard)
-        self.events.write("shard_started", shard=shard, attempt=self.attempts[shard], worker=worker)
+        return self.todo.pop() if self.todo else None
 
     def _finish(self, end: Finished) -> None:
         shard = end.shard
@@ -227,20 +212,16 @@ class _Driver:
                 "when that is mended, run again with --retry-failed"
             )
 
-    def _progress(self, part: float = 0.0) -> None:
+    def _progress(self, groups: int = 0, of: int = 0) -> None:
+        part = min(groups / of, 1.0) if of else 0.0
         failed = f", {len(self.failed)} failed" if self.failed else ""
         note = f"{self.images} images, {len(self.running)} running{failed}"
         self.on_progress(len(self.done) + part, self.total, note)
 
-    def _group_done(self, groups: int, of: int) -> None:
-        self._progress(min(groups / of, 1.0) if of else 0.0)
 
-
-def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup) -> Pool:
+def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup) -> "InlinePool | RayPool":
     if settings.inline:
         return InlinePool(spec, settings, on_group)
-    try:
-        from pipeline.executors.ray import RayPool  # here: one worker must do without Ray's start-up time
-    except ModuleNotFoundError as error:
-        raise FactoryError(f"several workers need Ray ({error}): pip install 'ray[default]'") from None
+    from pipeline.executors.ray import RayPool  # here: one worker must do without Ray's start-up time
+
     return RayPool(spec, settings)

@@ -5,8 +5,10 @@ import importlib
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -43,11 +45,10 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The end of one attempt. Exactly one of ``report`` and ``error`` is set."""
+class Attempt:
+    """What became of a shard or of a worker's start, as it crosses processes. ``error``: one line, ``trace``: the end
+    of the traceback; ``exit_code``: of a :class:`FactoryError`."""
 
-    shard: int
-    worker: str
     report: dict[str, Any] | None = None
     error: str | None = None
     trace: str = ""
@@ -55,23 +56,15 @@ class Finished:
     stops_run: bool = False
     store_failed: bool = False
     poisoned: bool = False  # the worker's process is of no more use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Attempt):
+    """The end of one attempt at ``shard``."""
+
+    shard: int
+    worker: str
     worker_lost: bool = False
-
-
-class Pool(Protocol):
-    """Workers behind the driver loop, each with at most one shard in flight."""
-
-    def free(self) -> int:
-        """How many shards :meth:`submit` would take now."""
-
-    def submit(self, shard: int) -> str:
-        """Give ``shard`` to a free worker; returns the worker's name."""
-
-    def wait(self, timeout: float) -> list[Finished]:
-        """Attempts that ended, after at most about ``timeout`` seconds where workers run elsewhere."""
-
-    def close(self) -> None:
-        """Stop every worker at once."""
 
 
 def enter(folder: str) -> None:
@@ -80,39 +73,37 @@ def enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> Attempt:
     """Run one shard; what it raises becomes a plain record, so that no exception has to cross a process."""
     try:
-        return {"report": worker.run(shard, on_group)}
+        return Attempt(worker.run(shard, on_group))
     except Exception as error:
         return failure(error)
 
 
-def failure(error: Exception) -> dict[str, Any]:
-    """``error`` as a record: one line, the traceback's tail, and what it means for run and worker."""
+def failure(error: Exception) -> Attempt:
+    """``error`` and what it means for run and worker."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     line = " ".join(str(error).split())
-    return {
-        "error": line[:2000] if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}"[:2000],
-        "trace": "".join(traceback.format_exception(error))[-4000:],
-        "exit_code": error.exit_code if isinstance(error, FactoryError) else None,
-        "stops_run": getattr(error, "stops_run", False)
+    return Attempt(
+        error=(line if isinstance(error, FactoryError) else f"{type(error).__name__}: {line}")[:2000],
+        trace="".join(traceback.format_exception(error))[-4000:],
+        exit_code=error.exit_code if isinstance(error, FactoryError) else None,
+        stops_run=getattr(error, "stops_run", False)
         or any(isinstance(e, OSError) and e.errno in STORAGE_ERRORS for e in chain),
-        "store_failed": any(isinstance(e, StoreError) for e in chain),
+        store_failed=any(isinstance(e, StoreError) for e in chain),
         # after such an error every later CUDA call of the process fails too, unless cuBLAS only found no memory
-        "poisoned": type(error).__name__ == "AcceleratorError"
+        poisoned=type(error).__name__ == "AcceleratorError"
         or ("CUDA error" in line and "CUBLAS_STATUS_ALLOC_FAILED" not in line),
-    }
+    )
 
 
-def start_error(record: dict[str, Any]) -> FactoryError:
+def start_error(error: str | None, exit_code: int | None) -> FactoryError:
     """The exception to raise for a worker that could not be built."""
-    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, Interrupted)}
-    if record["exit_code"] is not None:
-        return kinds.get(record["exit_code"], FactoryError)(record["error"])
-    return FactoryError(f"workers cannot start: {record['error']}")
+    kinds = {kind.exit_code: kind for kind in (FactoryError, UsageError, DataError, Interrupted)}
+    return kinds[exit_code](error) if exit_code is not None else FactoryError(f"workers cannot start: {error}")
 
 
 NAME = "inline"
@@ -137,34 +128,33 @@ class InlinePool:
     def _build(self) -> Worker:
         try:
             return self._spec.build()
-        except FactoryError:
-            raise
         except Exception as error:
-            raise start_error(failure(error)) from error
+            record = failure(error)
+            raise start_error(record.error, record.exit_code) from error
 
-    def free(self) -> int:
-        return 1 if self._shard is None else 0
+    def free(self) -> bool:
+        """Whether :meth:`submit` would take a shard now."""
+        return self._shard is None
 
     def submit(self, shard: int) -> str:
+        """Give ``shard`` to a free worker; returns the worker's name."""
         self._shard = shard
         return NAME
 
     def wait(self, timeout: float) -> list[Finished]:
-        shard = self._shard
+        """Attempts that ended, after at most about ``timeout`` seconds where workers run elsewhere."""
+        shard, self._shard = self._shard, None
         if shard is None:
-            threading.Event().wait(timeout)
+            time.sleep(timeout)
             return []
-        if self._worker is None:
-            self._worker = self._build()
+        self._worker = self._worker or self._build()
         try:
-            with _Timer(self._settings.time_limit):
+            with _time_limit(self._settings.time_limit):
                 record = attempt(self._worker, shard, self._on_group)
         except _Overdue:
             self._worker = None  # stopped anywhere: its state is not to be trusted
-            record = {"error": f"no result after the time limit of {self._settings.time_limit:g} s"}
-        finally:
-            self._shard = None
-        finished = Finished(shard, NAME, **record)
+            record = Attempt(error=f"no result after the time limit of {self._settings.time_limit:g} s")
+        finished = Finished(shard=shard, worker=NAME, **vars(record))
         if finished.poisoned:
             raise FactoryError(
                 f"shard {shard:06d}: {finished.error}; the GPU needs a new process: the same command resumes"
@@ -172,26 +162,24 @@ class InlinePool:
         return [finished]
 
     def close(self) -> None:
+        """Stop every worker at once."""
         self._worker = None
 
 
-class _Timer:
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
     """Raises :class:`_Overdue` in the main thread after ``seconds``; does nothing elsewhere or without a limit."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def __init__(self, seconds: float | None):
-        main = threading.current_thread() is threading.main_thread()
-        self._seconds = seconds if main and hasattr(signal, "setitimer") else None
-
-    def __enter__(self) -> None:
-        if self._seconds:
-            self._previous = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
-
-    def __exit__(self, *_: object) -> None:
-        if self._seconds:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-
-    @staticmethod
-    def _ring(number: int, frame: FrameType | None) -> None:
+    def ring(number: int, frame: FrameType | None) -> None:
         raise _Overdue
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from manifests.errors import FactoryError, UsageError
-from pipeline.executors.pool import Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
+from pipeline.executors.pool import Attempt, Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
 from pipeline.executors.settings import ExecutorSettings
 
 for _name, _value in {
@@ -48,14 +48,14 @@ class _Actor:
         enter(folder)
         self._worker: Worker | None = None
 
-    def start(self, factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def start(self, factory: str, kwargs: dict[str, Any]) -> Attempt:
         try:
             self._worker = WorkerSpec(factory, kwargs).build()
         except Exception as error:
             return failure(error)
-        return {"name": f"{socket.gethostname()}:{os.getpid()}"}
+        return Attempt({"name": f"{socket.gethostname()}:{os.getpid()}"})
 
-    def run(self, shard: int) -> dict[str, Any]:
+    def run(self, shard: int) -> Attempt:
         assert self._worker is not None, "start() comes first"
         return attempt(self._worker, shard)
 
@@ -73,16 +73,16 @@ class _Slot:
 
 
 class RayPool:
-    """See :class:`pipeline.executors.pool.Pool`."""
+    """Called as :class:`pipeline.executors.pool.InlinePool`; each worker has at most one shard in flight."""
 
     def __init__(self, spec: WorkerSpec, settings: ExecutorSettings):
         self._spec, self._settings = spec, settings
+        self._idle: list[_Slot] = []
+        self._calls: dict[Any, _Slot] = {}  # object reference → slot whose call it is
+        self._failed_starts = 0
         self._owns_ray = connect(settings)
         try:
             self._options = actor_options(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-            self._idle: list[_Slot] = []
-            self._calls: dict[Any, _Slot] = {}  # object reference → slot whose call it is
-            self._failed_starts = 0
             self._seen_ready = time.monotonic()
             for number in range(settings.workers):
                 self._spawn(number)
@@ -90,8 +90,8 @@ class RayPool:
             self.close()
             raise
 
-    def free(self) -> int:
-        return len(self._idle)
+    def free(self) -> bool:
+        return bool(self._idle)
 
     def submit(self, shard: int) -> str:
         slot = self._idle.pop(0)
@@ -103,17 +103,20 @@ class RayPool:
         if not self._calls:
             time.sleep(timeout)
             return []
-        ready, rest = ray.wait(list(self._calls), num_returns=1, timeout=self._patience(timeout))
-        if ready and rest:
-            more, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
-            ready += more
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout)
         ended = [self._answer(reference) for reference in ready]
-        ended += [self._kill(ref, slot) for ref, slot in list(self._calls.items()) if self._overdue(slot)]
+        limit, now = self._settings.time_limit, time.monotonic()
+        for reference, slot in list(self._calls.items()):
+            if limit is not None and slot.shard is not None and now - slot.since > limit:
+                del self._calls[reference]
+                ended.append(
+                    self._lost(slot, f"worker {slot.name} killed: no result after the time limit of {limit:g} s")
+                )
         self._check_starts()
         return [finished for finished in ended if finished is not None]
 
     def close(self) -> None:
-        for slot in [*getattr(self, "_idle", []), *getattr(self, "_calls", {}).values()]:
+        for slot in [*self._idle, *self._calls.values()]:
             ray.kill(slot.actor, no_restart=True)
         self._idle, self._calls = [], {}
         if self._owns_ray:
@@ -132,55 +135,37 @@ class RayPool:
     def _answer(self, reference: Any) -> Finished | None:
         slot = self._calls.pop(reference)
         try:
-            record = ray.get(reference)
+            record: Attempt = ray.get(reference)
         except ray.exceptions.RayError as error:
             return self._lost(slot, f"worker {slot.name} died: {reason(error)}")
         if slot.shard is None:
-            self._started(slot, record)
+            if record.report is None:
+                self._start_failed(slot, record)
+                return None
+            self._failed_starts = 0
+            slot.ready, slot.name = True, f"w{slot.number}@{record.report['name']}"
+            self._idle.append(slot)
             return None
-        shard, slot.shard = slot.shard, None
-        finished = Finished(shard, slot.name, worker_lost=record.get("poisoned", False), **record)
+        finished = Finished(shard=slot.shard, worker=slot.name, worker_lost=record.poisoned, **vars(record))
+        slot.shard = None
         if finished.poisoned:
             self._replace(slot)
         else:
             self._idle.append(slot)
         return finished
 
-    def _started(self, slot: _Slot, record: dict[str, Any]) -> None:
-        if "error" in record:
-            self._failed_starts += 1
-            if record["exit_code"] is not None or record["stops_run"] or self._failed_starts >= START_ATTEMPTS:
-                raise start_error(record)
-            self._replace(slot)
-            return
-        self._failed_starts = 0
-        slot.ready, slot.name = True, f"w{slot.number}@{record['name']}"
-        self._idle.append(slot)
+    def _start_failed(self, slot: _Slot, record: Attempt) -> None:
+        self._failed_starts += 1
+        if record.exit_code is not None or record.stops_run or self._failed_starts >= START_ATTEMPTS:
+            raise start_error(record.error, record.exit_code)
+        self._replace(slot)
 
     def _lost(self, slot: _Slot, error: str) -> Finished | None:
         if slot.shard is None:
-            self._failed_starts += 1
-            if self._failed_starts >= START_ATTEMPTS:
-                raise FactoryError(f"workers cannot start: {error}")
+            self._start_failed(slot, Attempt(error=error))
+            return None
         self._replace(slot)
-        return None if slot.shard is None else Finished(slot.shard, slot.name, error=error, worker_lost=True)
-
-    def _overdue(self, slot: _Slot) -> bool:
-        limit = self._settings.time_limit
-        return limit is not None and slot.shard is not None and time.monotonic() - slot.since > limit
-
-    def _kill(self, reference: Any, slot: _Slot) -> Finished | None:
-        del self._calls[reference]
-        limit = self._settings.time_limit
-        return self._lost(slot, f"worker {slot.name} killed: no result after the time limit of {limit:g} s")
-
-    def _patience(self, timeout: float) -> float:
-        """Seconds to wait for answers: not past the next time limit."""
-        limit = self._settings.time_limit
-        if limit is None:
-            return timeout
-        ends = [slot.since + limit - time.monotonic() for slot in self._calls.values() if slot.shard is not None]
-        return max(0.0, min([timeout, *ends]))
+        return Finished(shard=slot.shard, worker=slot.name, error=error, worker_lost=True)
 
     def _check_starts(self) -> None:
         if self._idle or any(slot.ready for slot in self._calls.values()):

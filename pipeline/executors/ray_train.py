@@ -220,7 +220,7 @@ def _follow(
     if outcome is None:
         raise FactoryError(f"the workers were lost {place.attempts} times ({fit.error}); the same command resumes")
     if "error" in outcome:
-        raise start_error(outcome)
+        raise start_error(outcome["error"], outcome["exit_code"])
     results: dict[str, Any] = outcome["results"]
     return results
 

@@ -1,6 +1,5 @@
 """Where and how the stages run: nothing that enters a fingerprint, or that a resumed run must share."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -48,15 +47,14 @@ class ExecutorSettings(Settings):
         return self.model_copy(update={"threads": synth.threads, "gpus_per_worker": gpus})
 
 
-def executor(flags: Mapping[str, tuple[str, Any]]) -> ExecutorSettings:
-    """``{"workers": ("--workers", 8)}`` as settings.
+def executor(**given: Any) -> ExecutorSettings:
+    """Settings by their names, those that are None left at their defaults.
 
-    Raises UsageError for a value that cannot be, and for a reservation where nothing is reserved.
+    Raises UsageError that names the flag for a value that cannot be, and for a reservation where nothing is reserved.
     """
-    chosen = validate(ExecutorSettings, flag_layer(flags))
+    flags = {name: f"--{name.replace('_', '-')}" for name in given}
+    chosen = validate(ExecutorSettings, flag_layer({name: (flags[name], value) for name, value in given.items()}))
     for name in ("gpus_per_worker", "memory_per_worker"):
         if chosen.inline and getattr(chosen, name) is not None:
-            raise UsageError(
-                f"{flags[name][0]}: one worker in this process reserves nothing; add --workers or --address"
-            )
+            raise UsageError(f"{flags[name]}: one worker in this process reserves nothing; add --workers or --address")
     return chosen

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from manifests.checked_json import load_checked
+from manifests.checked_json import load_as, load_checked
 from manifests.errors import DataError
 from manifests.storage import Storage
 from stages.distill.checkpoint import damage_reported
@@ -79,11 +79,7 @@ class DistillResult:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DistillResult":
         """The inverse of :meth:`to_dict`. Raises ValueError for anything else."""
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return load_as(cls, values)
 
 
 def previous_results(storage: Storage, measured_again: bool = False) -> dict[str, StudentResult]:

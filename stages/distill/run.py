@@ -23,6 +23,7 @@ from stages.distill import checkpoint, export
 from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import check_data
 from stages.distill.loop import Prepared, Training, test_scores, train
+from stages.distill.losses import paired_layers
 from stages.distill.results import RESULTS, DistillResult, StudentResult, keep_score, previous_results
 from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
@@ -68,7 +69,7 @@ def run_distill(
     """
     storage = out if isinstance(out, Storage) else Storage(out)
     prepared = prepare(settings, manifests, teacher)
-    begin(prepared, storage, on_event)
+    begin(prepared, storage, on_event, test_data=test_data)
     result = train_students(prepared, storage, test_data, Callbacks(on_event, progress, should_stop))
     assert result is not None
     return result
@@ -111,9 +112,16 @@ def prepare(
     )  # fmt: skip
 
 
-def begin(prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int = 1) -> None:
-    """Announce the run and claim its folder, once for all ``workers``. Raises as :func:`run_distill` does."""
+def begin(
+    prepared: Prepared, storage: Storage, on_event: OnEvent, workers: int = 1, test_data: str | None = None
+) -> None:
+    """Announce the run and claim its folder, once for all ``workers``. Raises as :func:`run_distill` does, also for
+    test data and Grad-CAM layers that do not fit."""
     check_parts(prepared.order.length, prepared.settings.batch_size, workers)
+    if test_data:
+        check_data(test_data, prepared.teacher.class_names)
+    for student in prepared.students if prepared.settings.loss.gradcam else ():
+        paired_layers(prepared.settings.loss, prepared.teacher.net, student.net)
     names = [student.name for student in prepared.students]
     for name in names:
         storage.folder(name)  # now, not after the training

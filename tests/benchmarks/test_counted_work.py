@@ -28,8 +28,11 @@ def test_tiny_guidance_at_every_step_costs_a_fifth_and_eight_of_twenty_less_than
     every = synth_cost(script.settings(prior, tiny))
     few = synth_cost(script.settings(prior | script.FEW, tiny | script.LATE))
     assert free.denoiser == pytest.approx(50 * 2 * 0.237e12, rel=0.03)  # 118.6 G multiply-adds, as DiT's paper counts
-    assert every.flops < 1.2 * free.flops and few.flops < 0.45 * free.flops
-    assert every.saved < 0.15 * 2**30
+    assert (
+        every.flop_per_trajectory < 1.2 * free.flop_per_trajectory
+        and few.flop_per_trajectory < 0.45 * free.flop_per_trajectory
+    )
+    assert every.saved_bytes_per_trajectory < 0.15 * 2**30
 
 
 def test_the_default_settings_and_the_fast_recipe_stay_cheap(tmp_path, script):
@@ -45,4 +48,4 @@ def test_the_default_settings_and_the_fast_recipe_stay_cheap(tmp_path, script):
     ]
     for chosen, most in bounds:
         cost = synth_cost(chosen)
-        assert chosen.guides and cost.guidance_teacher > 0 and cost.flops < most * 1e12
+        assert chosen.guides and cost.guidance_teacher > 0 and cost.flop_per_trajectory < most * 1e12

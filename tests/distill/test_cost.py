@@ -30,4 +30,4 @@ def test_region_losses_cost_more():
     regions = DistillSettings.model_validate({"students": ("resnet8",), "loss": {"cam": 1.0, "gradcam": 1.0}})
     cost = distill_cost(regions, teacher, 16)
     assert cost.students["resnet8"] > plain.students["resnet8"] and cost.teacher > plain.teacher
-    assert cost.saved > 0 and cost.weights == plain.weights
+    assert cost.saved_bytes_per_batch > 0 and cost.weights_bytes == plain.weights_bytes

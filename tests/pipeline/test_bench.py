@@ -7,8 +7,8 @@ import pytest
 from manifests.errors import DataError, UsageError
 from pipeline import distill
 from pipeline.bench import Bench, Pace, Time, read_bench, run_bench, save_bench
-from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.synth import dry_run
 from tests.pipeline.conftest import small_recipe
 
 PACE = Pace(recipe="demo", images_per_second=5, flop_per_image=200, workers=2, images=10, seconds=1, group_size=10)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from manifests.errors import FactoryError
 from manifests.reader import Manifest
-from pipeline.demo import run_demo, without_guidance
+from pipeline.demo import UNGUIDED, run_demo
 from pipeline.recipe import resolve
 from stages.distill.results import DistillResult
 from stages.distill.teacher_check import TeacherCheck
@@ -84,7 +84,7 @@ def test_a_first_student_that_was_parked_is_one_line(demo, monkeypatch):
 
 def test_the_unguided_half_leaves_out_what_it_would_not_use():
     sets = ["lca.every=2", "adversary.name=x", "guidance.adversarial=1"]
-    guided = resolve("demo", section="synth", sets=sets, environ={}).synth
-    unguided = without_guidance(guided)
+    recipe = resolve("demo", section="synth", sets=sets, environ={})
+    guided, unguided = recipe.synth, recipe.changed(*UNGUIDED).synth
     assert SynthSettings.model_validate(unguided.model_dump()) == unguided
     assert (unguided.method, unguided.seed, unguided.prior) == ("dmkd", guided.seed, guided.prior)

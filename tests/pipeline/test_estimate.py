@@ -5,8 +5,8 @@ import pytest
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from pipeline import distill
-from pipeline.estimate import dry_run
 from pipeline.recipe import resolve
+from pipeline.synth import dry_run
 from pipeline.terminal import flop
 from stages.cost import synth_cost
 from tests.pipeline.conftest import small_recipe
@@ -51,11 +51,13 @@ def test_compute_and_memory_are_totals_of_the_counted_cost(tmp_path):
     recipe = resolve("demo", section="synth", sets=["shards=3", "images.intermediates=1"], environ={})
     found, counted = dry_run(recipe, str(tmp_path / "run")), synth_cost(recipe.synth)
     assert found.trajectories == 300 and found.images == 600
-    assert found.cost.flop == 300 * counted.flops
-    assert found.cost.saved_bytes_per_group == 50 * counted.saved > 0
+    assert found.cost.flop == 300 * counted.flop_per_trajectory
+    assert found.cost.saved_bytes_per_group == 50 * counted.saved_bytes_per_trajectory > 0
     lines = "\n".join(found.lines())
-    assert found.cost.fit_decoder_once == counted.fit > 0 and "a decoder is fitted" in lines
-    assert f"{flop(300 * counted.flops)} in all, {flop(counted.flops / 2)} an image" in lines
+    assert found.cost.fit_decoder_once == counted.fit_decoder_once > 0 and "a decoder is fitted" in lines
+    assert (
+        f"{flop(300 * counted.flop_per_trajectory)} in all, {flop(counted.flop_per_trajectory / 2)} an image" in lines
+    )
     assert not (tmp_path / "run").exists()
 
 

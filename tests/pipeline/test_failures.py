@@ -20,8 +20,9 @@ def test_round_trip_and_release(tmp_path):
     assert quarantined(storage) == {3}
 
 
-def test_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize("data", [b'{"shard": 1', b'{"shard": "x", "attempts": 1, "error": "e"}', b"[" * 10**5])
+def test_damaged_record_is_named(tmp_path, data):
     storage = Storage(tmp_path)
-    storage.write("failed/000001.json", b'{"shard": 1')
+    storage.write("failed/000001.json", data)
     with pytest.raises(DataError, match=r"failed/000001.json: no quarantine record .*delete it"):
         failures(storage)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import UsageError
-from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, validate, yaml_layer
+from pipeline.layers import EMPTY, env_layer, flag_layer, mapping_layer, set_layer, validate, yaml_layer
 from stages.settings import Settings
 
 
@@ -167,8 +167,8 @@ def test_what_a_layer_sets_shows_and_what_it_leaves_stays(lower, upper):
             return {k: v for key, inner in tree.items() for k, v in leaves(inner, (*path, key)).items()}
         return {path: tree}
 
-    merged = Layer(upper, {}).over(Layer(lower, {})).values
+    merged = mapping_layer(upper, "").over(mapping_layer(lower, "")).values
     found, top = leaves(merged), leaves(upper)
     assert all(found[path] == value for path, value in top.items())
-    assert Layer(merged, {}).over(Layer(merged, {})).values == merged
+    assert mapping_layer(merged, "").over(mapping_layer(merged, "")).values == merged
     assert set(found) <= set(top) | set(leaves(lower))

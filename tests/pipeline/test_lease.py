@@ -192,7 +192,12 @@ def test_store_that_fails_for_a_while_costs_nothing_then_the_lease(storage, monk
     lease.__exit__()
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", json.dumps({"host": "x"}).encode()])
+WRONG = dict.fromkeys(("host", "machine", "started", "token"), "x") | {"pid": 1, "since": 0, "beat_at": "yesterday"}
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b"[" * 10**5, json.dumps({"host": "x"}).encode(), json.dumps(WRONG).encode()]
+)
 def test_unreadable_lease_is_named(storage, data):
     storage.write("lease/000001.json", data)
     with pytest.raises(DataError, match=r"lease/000001.json: no lease record .* delete it if no driver runs"):

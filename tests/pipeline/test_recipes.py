@@ -7,9 +7,8 @@ import pytest
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from pipeline import distill
-from pipeline.estimate import dry_run
 from pipeline.recipe import packaged, packaged_text, resolve
-from pipeline.synth import run_synth
+from pipeline.synth import dry_run, run_synth
 from tests.pipeline.conftest import INLINE
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import save_dit, save_if, save_stable_diffusion

@@ -22,7 +22,7 @@ from stages.settings import ModelSettings
 from stages.synth.inputs import inspect_inputs
 from stages.synth.worker import ShardWorker
 from tests.pipeline.conftest import INLINE, small_recipe
-from tests.pipeline.fake_worker import FACTORY, POISON
+from tests.pipeline.fake_worker import FACTORY, POISON, row
 
 
 def run(folder, *sets, worker=FACTORY, place=INLINE):
@@ -68,6 +68,14 @@ def test_the_report_counts(tmp_path):
     report = run(tmp_path / "run")
     assert (report.shards, report.rows, report.kept) == (2, 40, 32)
     assert report.manifest == str(tmp_path / "run/m.parquet")
+
+
+def test_a_dataset_without_a_kept_image_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.pipeline.fake_worker.row", lambda *at: row(*at) | {"kept": False, "reject_reason": "x"})
+    for _ in range(2):
+        report = run(tmp_path / "run")
+        assert (report.rows, report.kept) == (40, 0)
+        assert [line for line in report.lines() if "no image was kept" in line]
 
 
 def test_the_same_command_again_changes_no_byte(run_folder):

@@ -78,7 +78,7 @@ def test_the_counted_cost_is_that_of_sampling(tmp_path, teacher_folder, save, pr
     guidance = {"guidance": {"decoder": "full"} | other.get("guidance", {})}
     settings = SynthSettings.model_validate({"prior": {"path": folder, "steps": 4} | prior} | common | other | guidance)
     cost = synth_cost(settings)
-    assert cost.flops - cost.score == counted(settings)
+    assert cost.flop_per_trajectory - cost.scores == counted(settings)
     assert (cost.guidance_decoder > 0) == (settings.method == "diffdfkd" and save not in (save_ddpm, save_if))
 
 
@@ -94,10 +94,10 @@ def test_another_decoder_is_what_guidance_costs_and_saves(tmp_path, teacher_fold
         }
     )
     cost = synth_cost(settings)
-    assert cost.flops - cost.score == counted(settings)
+    assert cost.flop_per_trajectory - cost.scores == counted(settings)
     full = settings.model_copy(update={"guidance": settings.guidance.model_copy(update={"decoder": "full"})})
     ours = synth_cost(full)
-    assert cost.weights > ours.weights and cost.stored == ours.stored
+    assert cost.weights_bytes > ours.weights_bytes and cost.stored_decodes == ours.stored_decodes
     assert cost.guidance_teacher == ours.guidance_teacher and cost.guidance_decoder != ours.guidance_decoder
 
 
@@ -114,10 +114,12 @@ def test_weights_and_saved_activations(tmp_path, teacher_folder, prior_folder):
     teacher = load_teacher(settings.teacher)
     for one in (settings, half):
         prior = load_prior(one.prior, "cpu")
-        assert synth_cost(one).weights == weight_bytes(prior.network, prior.vae, *prior.encoders, teacher.net)
-    assert synth_cost(half).saved < cost.saved
+        assert synth_cost(one).weights_bytes == weight_bytes(prior.network, prior.vae, *prior.encoders, teacher.net)
+    assert synth_cost(half).saved_bytes_per_trajectory < cost.saved_bytes_per_trajectory
     through = settings.guidance.model_copy(update={"gradient_at": "xt"})
-    assert synth_cost(settings.model_copy(update={"guidance": through})).saved > cost.saved > free.saved == 0
+    through = synth_cost(settings.model_copy(update={"guidance": through}))
+    saved = [each.saved_bytes_per_trajectory for each in (free, cost, through)]
+    assert 0 == saved[0] < saved[1] < saved[2]
 
 
 @pytest.mark.parametrize("method", ["cmi", "deepinversion", "dda", "dda by variation"])
@@ -147,8 +149,8 @@ def test_inversion_is_counted_from_few_images_and_iterations(teacher_folder, pri
     with Flops() as real:
         list(module(models, group, settings, Counters()))
     cost = synth_cost(settings)
-    assert cost.inversion > 0 and cost.saved > 0
-    assert cost.flops - cost.score == pytest.approx(
+    assert cost.inversion > 0 and cost.saved_bytes_per_trajectory > 0
+    assert cost.flop_per_trajectory - cost.scores == pytest.approx(
         (real.total - 2 * text) / 8, rel=0.01 if method != "deepinversion" else 0
     )
     assert (cost.denoiser > 0) == (method == "dda")

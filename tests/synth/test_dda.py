@@ -10,12 +10,11 @@ from manifests.errors import UsageError
 from manifests.integrity import verify
 from manifests.reader import Manifest
 from pipeline.distill import run_distill
-from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
 from pipeline.repair import rebuild_run
 from pipeline.rescore import rescore
-from pipeline.synth import run_synth
+from pipeline.synth import dry_run, run_synth
 from stages.distill.rows import select_rows, split_validation
 from stages.models.loading import load_teacher
 from stages.settings import DdaSettings, PriorSettings, SynthSettings

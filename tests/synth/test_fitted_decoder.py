@@ -236,8 +236,8 @@ def test_the_counted_cost_of_a_fit_is_that_of_fitting(prior_folder):
         prior.encode(wanted)
     with Flops() as real:
         fd.fit(prior, wanted, 8, "bilinear")
-    assert synth_cost(asked).fit == real.total - text.total > 0
-    assert synth_cost(settings(prior_folder, method="dmkd")).fit == 0
+    assert synth_cost(asked).fit_decoder_once == real.total - text.total > 0
+    assert synth_cost(settings(prior_folder, method="dmkd")).fit_decoder_once == 0
 
 
 def test_the_decoder_is_part_of_the_plan_and_of_the_bytes(prior_folder, tmp_path):

@@ -126,8 +126,8 @@ def test_a_lost_gpu_stops_this_process(run):
 def test_a_gpu_without_memory_for_cublas_is_not_lost():
     line = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     accelerator_error = type("AcceleratorError", (RuntimeError,), {})
-    assert not failure(RuntimeError(line))["poisoned"] and failure(accelerator_error(line))["poisoned"]
-    assert failure(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))["poisoned"]
+    assert not failure(RuntimeError(line)).poisoned and failure(accelerator_error(line)).poisoned
+    assert failure(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")).poisoned
 
 
 def test_a_worker_that_cannot_start_keeps_its_error(run):

@@ -8,8 +8,7 @@ from stages.settings import SynthSettings
 
 
 def place(device="auto", **flags):
-    given = {name: (f"--{name.replace('_', '-')}", value) for name, value in flags.items()}
-    return executor(given).for_synth(SynthSettings(device=device, threads=3))
+    return executor(**flags).for_synth(SynthSettings(device=device, threads=3))
 
 
 def test_workers_on_the_cpu_reserve_no_gpu_unless_told_to():

@@ -13,10 +13,9 @@ from transformers import CLIPImageProcessor
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from pipeline.estimate import dry_run
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import resolve
-from pipeline.synth import run_synth
+from pipeline.synth import dry_run, run_synth
 from stages.settings import DdaSettings, PriorSettings, SynthSettings
 from stages.synth.dda import variation
 from stages.synth.group import make_group
