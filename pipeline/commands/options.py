@@ -25,9 +25,7 @@ DryRunOption = Annotated[
 ]
 PriceOption = Annotated[
     float | None,
-    option(
     option(help="Of a GPU for an hour: the dry run says what it costs, by `factory bench`.", rich_help_panel=RESULT),
-    ),
 ]
 AddressOption = Annotated[
     str | None, place_option(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
