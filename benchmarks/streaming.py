@@ -171,6 +171,8 @@ def _decoded(samples: list[dict[str, Any]]) -> Any:
 def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> dict[str, float]:
     """Two passes in this process, at full speed and in steps. Of the first: images/s (of wall and CPU time), seconds to
     the first batch, requests, peak memory; of the second the share of the time without a batch."""
+    if kind == "batch":
+        return one_batch(f"s3://bucket/{options.out.name}/m.parquet")
     for module in ("webdataset", "stages.distill.run"):  # no part of what is timed
         importlib.import_module(module)
 
@@ -207,6 +209,26 @@ def measure(kind: str, place: str, extra: str, options: argparse.Namespace) -> d
         "megabytes": peak[0] / 1024,
         "child_megabytes": peak[1] / 1024,
     }
+
+
+def one_batch(url: str, count: int = 256) -> dict[str, float]:
+    """Seconds to fetch ``count`` images at random, each one a request: one after another, and together."""
+    import numpy as np
+
+    from manifests import fetch, reader
+
+    reader.GAP_REMOTE = 0
+    manifest = reader.Manifest.open(url)
+    rows = np.random.default_rng(0).permutation(len(manifest))[:count]
+    manifest.read_many(rows[:2])  # a client, its connection
+    seconds = {}
+    for name, at_once in (("together", fetch.AT_ONCE), ("one after another", 1)):
+        fetch.AT_ONCE = at_once
+        started, before = time.perf_counter(), requests()
+        manifest.read_many(rows)
+        seconds[name] = time.perf_counter() - started
+        seconds["requests"] = requests() - before
+    return seconds
 
 
 def one_pass(batches: Iterator[Any], step: float) -> tuple[int, float, float, float, float]:
@@ -297,6 +319,11 @@ def report(options: argparse.Namespace, size: float, peers: list[str]) -> None:
     if "ours" in options.only or not options.only:
         part = child(ROWS["ours, warm"], options, f"shard < {options.tars // 2}")
         print(f"\npeak memory of the warm one with half of the images: {part.get('megabytes', 0):,.0f} MB")
+    batch = child(("batch", "s3", "none"), options)
+    print(
+        f"\na batch of 256 images at random, {batch['requests']:.0f} requests: {batch['together']:.2f} s together, "
+        f"{batch['one after another']:.2f} s one after another"
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
