@@ -4,15 +4,21 @@ Both take paths as ``full`` returns them and raise what their store raises (``OS
 one-line errors and retries belong to :class:`manifests.storage.Storage`. ``create`` returns False where a file exists.
 """
 
+import asyncio
 import os
 import shutil
 import tempfile
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import fsspec.asyn
+
+_CONNECTIONS = 64
+"""To S3 at most, unless fsspec is configured otherwise; its client's default of 10 makes requests queue."""
+_THREADS = 16
 
 
 class RemoteBackend:
@@ -23,16 +29,21 @@ class RemoteBackend:
         self._fs: Any = None
         self._pid = 0
         self._scratch: tuple[int, Path] | None = None
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.root: str = fsspec.core.url_to_fs(url, use_listings_cache=False)[1].rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fs": None, "_scratch": None}
+        return {**self.__dict__, "_fs": None, "_scratch": None, "_pool": None}
 
     @property
     def fs(self) -> Any:
         """The file system of this process: asynchronous ones must not be carried over a fork."""
         if self._fs is None or self._pid != os.getpid():
-            self._fs, self._pid = fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0], os.getpid()
+            options: dict[str, Any] = {"use_listings_cache": False}
+            if self.url.startswith(("s3://", "s3a://")):
+                configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+                options["config_kwargs"] = {"max_pool_connections": _CONNECTIONS, **configured}
+            self._fs, self._pid = fsspec.core.url_to_fs(self.url, **options)[0], os.getpid()
         return self._fs
 
     def full(self, name: str) -> str:
@@ -50,6 +61,17 @@ class RemoteBackend:
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         return bytes(self.fs.cat_file(path, start=offset, end=offset + size)) if size else b""
+
+    def start_range(self, path: str, offset: int, size: int) -> "Future[bytes]":
+        """Begin to read a range; many may be under way. Cancelled, an asynchronous one ends at once."""
+        if isinstance(self.fs, fsspec.asyn.AsyncFileSystem) and self.fs.async_impl:
+            return asyncio.run_coroutine_threadsafe(self._fetch(path, offset, size), self.fs.loop)
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = (os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch"))
+        return self._pool[1].submit(self.read_range, path, offset, size)
+
+    async def _fetch(self, path: str, offset: int, size: int) -> bytes:
+        return bytes(await self.fs._cat_file(path, start=offset, end=offset + size)) if size else b""
 
     def read_many(self, paths: list[str]) -> list[bytes]:
         found = self.fs.cat(paths, on_error="raise") if paths else {}

@@ -33,6 +33,12 @@ class StoreError(FactoryError):
     """A folder or object store that keeps failing, which is the fault of no shard; mended, the same command resumes."""
 
 
+class StalledError(StoreError):
+    """A store from which nothing arrives any more."""
+
+    exit_code = 3
+
+
 class NumericsError(DataError):
     """Numbers that leave the range of their type: other shards of the plan would meet the same, so the run stops."""
 

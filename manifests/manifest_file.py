@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError, one_line
+from manifests.fetch import Patience
 from manifests.schema import SCHEMA, Row, open_table, parquet_errors
 from manifests.storage import Storage
+from manifests.tar_cache import TarCache
 from manifests.where import columns_of, compile_where
 
 Integers = npt.NDArray[np.int64]
@@ -30,7 +32,9 @@ _ROW = "__row"
 
 class ManifestFile:
     """Can be pickled and used after a fork: it reopens where it arrives. Raises :class:`DataError` for a file that is
-    not a manifest, or whose number of rows is not that of its tars."""
+    not a manifest, or whose number of rows is not that of its tars.
+
+    ``patience`` and ``cache`` say how the images of its tars are read; the cache stays in its process."""
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage, self.name = storage, name
@@ -38,6 +42,8 @@ class ManifestFile:
         self._handle: tuple[int, pq.ParquetFile] | None = None
         self._held: tuple[int, pa.Table] | None = None
         self._lock = threading.Lock()
+        self.patience = Patience()
+        self.cache: TarCache | None = None
         metadata = self._parquet.metadata
         self.info = DatasetInfo.from_metadata(metadata.metadata, self.url)
         self.num_rows: int = metadata.num_rows
@@ -48,7 +54,8 @@ class ManifestFile:
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_held": None, "_lock": None}
+        gone = dict.fromkeys(("_handle", "_held", "_lock", "cache"))
+        return {**self.__dict__, **gone, "patience": Patience(self.patience.stall_seconds)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_lock": threading.Lock()}

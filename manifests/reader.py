@@ -26,11 +26,13 @@ from PIL import Image
 
 from manifests.dataset import MANIFEST, unique_names
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.fetch import Range, fetch
 from manifests.images import decode
 from manifests.manifest_file import Integers, ManifestFile
 from manifests.order import spread
 from manifests.schema import MAX_IMAGE, SCHEMA, Row
 from manifests.storage import split
+from manifests.tar_cache import TarCache
 
 GAP_LOCAL, GAP_REMOTE = 64 << 10, 1 << 20
 """Bytes worth reading and throwing away rather than starting another read: about a seek's, or a request's, worth."""
@@ -244,8 +246,14 @@ class Manifest:
         """The images of ``indices``, in that order; with ``on_bad`` a bad one is reported to it and ``b""`` here."""
         wanted = np.asarray(indices, dtype=np.int64)
         images = [b""] * len(wanted)
-        for run in self._runs(wanted):
-            self._read_run(wanted, run, images, on_bad)
+        bad = self._read_runs(wanted, [*self._runs(wanted)], images, self.file.cache)
+        if bad:  # by itself: a tar that was cut short still holds its first samples
+            bad = self._read_runs(wanted, [np.array([position]) for position in sorted(bad)], images, None)
+        for position in sorted(bad):
+            error = DataError(f"{self.name(int(wanted[position]))} {bad[position]}")
+            if on_bad is None:
+                raise error
+            on_bad(int(wanted[position]), error)
         return images
 
     def scan(
@@ -280,6 +288,16 @@ class Manifest:
         inside[inside] &= offset[inside] <= lengths[tar[inside]] - size[inside]
         return np.where(inside, tar, -1), offset, size, np.frombuffer(raw, np.uint8).reshape(-1, 16)
 
+    @property
+    def tars(self) -> Integers:
+        """Number of each row's tar in ``info.tars``, −1 for a row that lies in none."""
+        return self._places[0]
+
+    @property
+    def sizes(self) -> Integers:
+        """Bytes of each row's stored image."""
+        return self._places[2]
+
     def _runs(self, wanted: Integers) -> Iterator[Integers]:
         """Positions in ``wanted`` by place, cut where the next image is elsewhere, far away, or the run is long."""
         if not len(wanted):
@@ -288,40 +306,53 @@ class Manifest:
         order = np.lexsort((offset[wanted], tar[wanted]))
         rows = wanted[order]
         starts, ends, tars = offset[rows], offset[rows] + size[rows], tar[rows]
-        gap = GAP_LOCAL if self.storage.is_local else GAP_REMOTE
+        cache = self.file.cache
+        near = np.array([self.storage.is_local or (cache is not None and each in cache) for each in self.info.tars])
+        gap = np.where(near[tars[:-1]] if len(near) else True, GAP_LOCAL, GAP_REMOTE)
         apart = (np.diff(tars) != 0) | (starts[1:] - ends[:-1] > gap) | (tars[1:] < 0)
         for piece in np.split(order, np.flatnonzero(apart) + 1):
             inside = wanted[piece]
             lots = (offset[inside] - offset[inside[0]]) // RUN
             yield from np.split(piece, np.flatnonzero(np.diff(lots)) + 1)
 
-    def _read_run(self, wanted: Integers, run: Integers, images: list[bytes], on_bad: OnBad | None) -> None:
+    def _read_runs(
+        self, wanted: Integers, runs: list[Integers], images: list[bytes], cache: TarCache | None
+    ) -> dict[int, str]:
+        """Put each intact image of ``runs`` (positions in ``wanted``) into ``images``; why not, by position, of the
+        others."""
         tars, offsets, sizes, digests = self._places
-        rows = wanted[run]
-        tar = int(tars[rows[0]])
-        start, stop = int(offsets[rows[0]]), int((offsets[rows] + sizes[rows]).max())
-        block: bytes | None = None
-        reason = "lies outside its tar"
-        if tar >= 0:
-            name = self.info.tars[tar].name
-            try:
-                block = self.storage.read_range(name, start, stop - start)
-            except DataError as error:
-                reason = f"cannot be read: {error}"
-                if len(run) > 1:  # a tar that was cut short still holds its first samples
-                    for position in run:
-                        self._read_run(wanted, np.array([position]), images, on_bad)
-                    return
-        for position, index in zip(run.tolist(), rows.tolist(), strict=True):
-            image = b"" if block is None else block[offsets[index] - start :][: sizes[index]]
-            if image and xxhash.xxh3_128_digest(image) == digests[index].tobytes():
-                images[position] = image
+        bad: dict[int, str] = {}
+        missing: list[tuple[Integers, Range]] = []
+
+        def put(run: Integers, start: int, block: bytes) -> bool:
+            for position in run.tolist():
+                index = wanted[position]
+                image = block[offsets[index] - start :][: sizes[index]]
+                if xxhash.xxh3_128_digest(image) == digests[index].tobytes():
+                    images[position] = image
+                else:
+                    bad[position] = "was altered (checksum differs)"
+            return not any(position in bad for position in run.tolist())
+
+        for run in runs:
+            rows = wanted[run]
+            tar, start, stop = int(tars[rows[0]]), int(offsets[rows[0]]), int((offsets[rows] + sizes[rows]).max())
+            if tar < 0:
+                bad |= dict.fromkeys(run.tolist(), "lies outside its tar")
                 continue
-            reason = reason if block is None else "was altered (checksum differs)"
-            bad = DataError(f"{self.name(index)} {reason}")
-            if on_bad is None:
-                raise bad
-            on_bad(index, bad)
+            info = self.info.tars[tar]
+            block = cache.read(info, start, stop - start) if cache else None
+            if block is None:
+                missing.append((run, Range(info.name, start, stop - start)))
+            elif not put(run, start, block) and cache:
+                cache.drop(info)
+        for number, found in fetch(self.storage, [each for _, each in missing], self.file.patience):
+            run, (_, start, _) = missing[number]
+            if isinstance(found, DataError):
+                bad |= dict.fromkeys(run.tolist(), f"cannot be read: {found}")
+            else:
+                put(run, start, found)
+        return bad
 
     def name(self, index: int) -> str:
         """One sample as messages name it."""

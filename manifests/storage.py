@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,8 @@ RETRY_DELAYS = (0.2, 1.0, 4.0)
 STREAM_BUFFER = 4 << 20
 _TOGETHER = 256
 _LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
-_LASTING: tuple[type[Exception], ...] = (PermissionError, FileExistsError, ValueError, TypeError, ImportError)
-_LASTING += (NotImplementedError, AttributeError, MemoryError)
+LASTING: tuple[type[Exception], ...] = (PermissionError, FileExistsError, ValueError, TypeError, ImportError)
+LASTING += (NotImplementedError, AttributeError, MemoryError)
 
 
 def check_name(name: str) -> str:
@@ -102,7 +103,7 @@ class Storage:
                 raise DataError(f"{self.path(name)}: is a folder, expected a file") from None
             except Exception as error:
                 local = self.is_local and getattr(error, "errno", None) not in _LOCAL_TRANSIENT
-                lasting = local or isinstance(error, _LASTING)
+                lasting = local or isinstance(error, LASTING)
                 if lasting or delay is None:
                     self._down = not lasting
                     raise StoreError(f"{self.path(name)}: cannot {action}: {one_line(error)}") from error
@@ -140,6 +141,11 @@ class Storage:
         if len(data) != size:
             raise DataError(f"{self.path(name)}: ends inside bytes {offset}..{offset + size}: the file is cut short")
         return data
+
+    def start_range(self, name: str, offset: int, size: int) -> Future[bytes]:
+        """Begin to read a range of a remote file: one attempt, whose result may be short and errors are the store's."""
+        assert isinstance(self._backend, RemoteBackend)
+        return self._backend.start_range(self._backend.full(check_name(name)), offset, size)
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """Whole small files, fetched together where the store can."""

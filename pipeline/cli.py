@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError
-from pipeline.commands import data, models, report, run
+from pipeline.commands import bench, data, models, report, run
 
 app = typer.Typer(
     name="factory",
@@ -30,6 +30,7 @@ app.command(rich_help_panel="Look")(data.status)
 app.command(rich_help_panel="Look")(data.inspect)
 app.command(rich_help_panel="Look")(report.report)
 app.command(rich_help_panel="Look")(data.verify)
+app.command(rich_help_panel="Look")(bench.bench)
 app.command(name="eval", rich_help_panel="Look")(models.evaluate)
 app.command(rich_help_panel="Keep")(models.export)
 app.command(rich_help_panel="Keep")(data.rescore)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
+from pipeline.bench import Time
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from stages.cost import DistillCost
     from stages.distill.results import DistillResult, StudentResult
 
-NOT_STORED = (("loggers",), ("skip_bad",), ("allow_other_teacher",), ("teacher_cache", "folder"))
+NOT_STORED = (
+    *(("loggers",), ("skip_bad",), ("allow_other_teacher",)),
+    *(("teacher_cache", "folder"), ("cache_dir",), ("cache_gb",)),
+)
 """Settings that are the user's own: never taken from the recipe in a manifest."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]
@@ -232,6 +236,7 @@ class DistillEstimate:
     students: list[str]
     workers: int
     cost: "DistillCost | None"
+    time: Time | None
 
     def lines(self) -> Iterator[str]:
         import yaml
@@ -259,12 +264,18 @@ class DistillEstimate:
             ("length", f"about {self.steps} steps ({self.steps_per_epoch} an epoch)"),
             ("compute", compute),
             ("memory", memory),
+            *(self.time.entries() if self.time else ()),
             ("out", self.out),
         )
 
 
 def dry_run(
-    recipe: Recipe, sources: Sequence[tuple[str, float]], out: str, teacher: str | None, workers: int = 1
+    recipe: Recipe,
+    sources: Sequence[tuple[str, float]],
+    out: str,
+    teacher: str | None,
+    workers: int = 1,
+    price: float | None = None,
 ) -> DistillEstimate:
     """What ``run_distill`` would do; writes nothing, and reads no image."""
     from stages.distill.batches import batch_bounds
@@ -276,6 +287,8 @@ def dry_run(
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]
+    total = cost(settings, manifest, teacher, images, len(rows))
+    seen = images * settings.epochs
     return DistillEstimate(
         out=Storage(out).url,
         settings=settings.model_dump(mode="json"),
@@ -289,7 +302,8 @@ def dry_run(
         steps=batches * settings.epochs,
         students=list(settings.students),
         workers=workers,
-        cost=cost(settings, manifest, teacher, images, len(rows)),
+        cost=total,
+        time=Time.of("distill", recipe, seen, total.flop if total else None, workers, price),
     )
 
 

@@ -14,6 +14,7 @@ from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
 from manifests.shard import committed
 from manifests.storage import Storage
+from pipeline.bench import Time
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
@@ -166,6 +167,7 @@ class SynthEstimate:
     denoiser_calls: int
     disk_bytes_at_most: int | None
     cost: "SynthCost | None"
+    time: Time | None
     prior: dict[str, Any] | None
     prior_decisions: Mapping[str, str]
     teacher: dict[str, Any] | None
@@ -194,6 +196,7 @@ class SynthEstimate:
             ("images", f"{self.images} of {pixels}, from {self.trajectories} trajectories"),
             ("denoiser calls", f"{self.denoiser_calls} still to make (a batch of one each; CFG included)"),
             *(self._cost_lines(self.cost) if self.cost else ()),
+            *(self.time.entries() if self.time else ()),
             ("disk", f"at most about {size(self.disk_bytes_at_most)}" if self.disk_bytes_at_most else None),
             ("fingerprint", self.fingerprint),
         )
@@ -212,7 +215,7 @@ class SynthEstimate:
         )
 
 
-def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
+def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = None) -> SynthEstimate:
     """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be
     fetched."""
     synth, storage = recipe.synth, Storage(out)
@@ -232,6 +235,8 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
     per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + JSON_BYTES
     plan = make_plan(recipe, inputs) if inputs else None
     done = len(committed(storage))
+    left = max(0, synth.shards - done)
+    work = cost.flop * left // synth.shards if cost else None
     return SynthEstimate(
         out=storage.url,
         fingerprint=plan.fingerprint if plan else None,
@@ -244,9 +249,10 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1) -> SynthEstimate:
         images=images * synth.shards,
         image_size=image_size,
         classes=len(inputs.class_names) if inputs else None,
-        denoiser_calls=denoiser_calls(synth, inputs) * trajectories * max(0, synth.shards - done),
+        denoiser_calls=denoiser_calls(synth, inputs) * trajectories * left,
         disk_bytes_at_most=round(images * synth.shards * per_image) if per_image else None,
         cost=cost,
+        time=Time.of("synth", recipe, images * left, work, workers, price) if left else None,
         prior=inputs.prior if inputs else None,
         prior_decisions=inputs.decisions if inputs else {},
         teacher=inputs.teacher if inputs else None,

@@ -640,6 +640,13 @@ class DistillSettings(Settings):
     memory_gb: float = Field(
         4.0, ge=0, le=2**20, description="decoded images are kept in memory up to this size; more are streamed"
     )
+    cache_dir: str | None = Field(
+        None, description="folder of this machine that keeps whole tars of remote datasets; jobs share it"
+    )
+    cache_gb: float = Field(50.0, ge=0, le=2**20, description="size of cache_dir: the least recently used tars go")
+    stall_seconds: float = Field(
+        60.0, gt=0, le=10**6, description="time after which a store that sends nothing more ends the run"
+    )
     checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between checkpoints; 0: at every step")
 
     @field_validator("students")
@@ -670,5 +677,8 @@ class DistillSettings(Settings):
         return self
 
 
-PLACE = frozenset({"memory_gb", "checkpoint_seconds", "min_agreement", "eval_every", "loggers"})
+PLACE = frozenset(
+    {"memory_gb", "cache_dir", "cache_gb", "stall_seconds"}
+    | {"checkpoint_seconds", "min_agreement", "eval_every", "loggers"}
+)
 """Settings that change where or how a run goes, not what it computes: free to differ on resume."""

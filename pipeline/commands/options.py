@@ -23,6 +23,10 @@ DryRunOption = Annotated[
         "--dry-run", help="Show settings, sizes, cost; make nothing (a hub's prior is fetched).", rich_help_panel=RESULT
     ),
 ]
+PriceOption = Annotated[
+    float | None,
+    option(help="Of a GPU for an hour: the dry run says what it costs, by `factory bench`.", rich_help_panel=RESULT),
+]
 AddressOption = Annotated[
     str | None, place_option(help="Ray cluster: auto, HOST:PORT, ray://…", envvar="FACTORY_ADDRESS")
 ]

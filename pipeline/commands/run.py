@@ -13,6 +13,7 @@ from pipeline.commands.options import (
     DryRunOption,
     JsonOption,
     NoReportOption,
+    PriceOption,
     RecipeOption,
     RetryOption,
     SetOption,
@@ -70,6 +71,7 @@ def synth(
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     no_report: NoReportOption = False,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
@@ -92,7 +94,7 @@ def synth(
     place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
     folder = out or f"runs/{resolved.name}"
     if dry_run:
-        show(stage.dry_run(resolved, folder, place.workers), as_json)
+        show(stage.dry_run(resolved, folder, place.workers, price), as_json)
         return
     result = stage.run_synth(resolved, folder, place)
     show(result, as_json)
@@ -141,6 +143,7 @@ def distill(
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
     no_report: NoReportOption = False,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
@@ -164,7 +167,7 @@ def distill(
     folder = out or stage.default_out(first, resolved)
     place = executor(workers=workers, address=address)
     if dry_run:
-        show(stage.dry_run(resolved, sources, folder, teacher, place.workers), as_json)
+        show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
         return
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(result, as_json, stage.result_lines(result))

@@ -1,5 +1,6 @@
-"""From an epoch's order to batches of augmented views, over images decoded once or as needed."""
+"""From an epoch's order to batches of augmented views."""
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,61 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manifests.errors import DataError, UsageError
-from manifests.images import decode
+from manifests.errors import UsageError
 from stages.distill.rows import EpochOrder, Ints, Rows, repeats
 from stages.distill.runtime import ALONE, Ranks
+from stages.distill.streaming import FETCHED_AHEAD, Pixels, images_at_once
 from stages.distill.views import Views, apply_views, draw_views, mix, turns
 from stages.models.inputs import to_unit
 from stages.settings import DistillSettings
 
-CHUNK = 1024
-AT_ONCE = 256 << 20
-"""Bytes of decoded images that a network is shown at once, where nothing else bounds them."""
 AHEAD = 2
 """Batches prepared before they are needed."""
-
-
-class Pixels:
-    """Stored images by row number: decoded once and kept on ``device`` where all fit ``memory_gb``, else decoded as
-    they are needed; in as many threads as there are cores. Raises DataError for manifests whose images differ in size.
-    """
-
-    def __init__(self, rows: Rows, memory_gb: float, device: torch.device):
-        self.rows, self.device, self.side = rows, device, rows.selections[0].info.image_size
-        for selection in rows.selections:
-            if selection.info.image_size != self.side:
-                raise DataError(
-                    f"{selection.url}: images of {selection.info.image_size} pixels, "
-                    f"but {rows.selections[0].url} has {self.side}; distill from manifests of one size"
-                )
-        self._pool = ThreadPoolExecutor(thread_name_prefix="decode")
-        self._kept: Tensor | None = None
-        if len(rows) * self.side**2 * 3 <= memory_gb * 1e9:
-            kept = torch.empty(len(rows), self.side, self.side, 3, dtype=torch.uint8)
-            for start in range(0, len(rows), CHUNK):
-                kept[start : start + CHUNK] = self._decoded(np.arange(start, min(start + CHUNK, len(rows))))
-            self._kept = kept.to(device)
-
-    def take(self, rows: Ints) -> Tensor:
-        """uint8 ``[n, side, side, 3]`` of ``rows``, in that order."""
-        if self._kept is None:
-            return self._decoded(rows).to(self.device)
-        return self._kept.index_select(0, torch.from_numpy(rows).to(self.device))
-
-    def _decoded(self, rows: Ints) -> Tensor:
-        def pixels(row: int, data: bytes) -> np.ndarray:
-            try:
-                return decode(data, self.side)
-            except ValueError as error:
-                raise DataError(f"{self.rows.name(row)}: {error}") from None
-
-        return torch.from_numpy(np.stack(list(self._pool.map(pixels, rows.tolist(), self.rows.read(rows)))))
-
-
-def images_at_once(most: int, size: int) -> int:
-    """How many images of ``size`` bytes, decoded, a network is shown at once: ``most``, fewer where they are large."""
-    return min(most, max(1, AT_ONCE // size))
 
 
 @dataclass(frozen=True)
@@ -130,28 +86,29 @@ class Batches:
         self._mixes = settings.augment.cutmix + settings.augment.mixup > 0
         self._labels = torch.from_numpy(rows.label).to(device)
         self._derived = torch.from_numpy(rows.derived.astype(np.float32)).to(device)
-        self._epoch: tuple[int, Ints, Ints, Views] | None = None  # number, its order, turns and views
+        self._epochs: dict[int, tuple[Ints, Ints, Views]] = {}  # order, turns and views of each
 
     def stream(self, first: int, stop: int) -> Generator[Batch]:
         """Batches of the steps ``first`` … ``stop - 1`` of the run, prepared ``AHEAD`` of their use in one thread."""
+        unannounced = iter(range(first, stop))
+
+        def make(step: int) -> Batch:
+            for later in itertools.islice(unannounced, FETCHED_AHEAD if step == first else 1):
+                (order, *_), _, seen = self._part(later)
+                self.pixels.expect(order[seen])
+            return self.make(step)
+
         with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
             waiting: deque[Future[Batch]] = deque()
             for step in range(first, stop + AHEAD):
                 if step < stop:
-                    waiting.append(pool.submit(self.make, step))
+                    waiting.append(pool.submit(make, step))
                 if step >= first + AHEAD and waiting:
                     yield waiting.popleft().result()
 
     def make(self, step: int) -> Batch:
         """The batch of one step of the run. A view's partner is the sample that follows it in the epoch's order."""
-        number, place = divmod(step, self.steps)
-        if self._epoch is None or self._epoch[0] != number:
-            self._epoch = self._drawn(number)
-        _, order, taken, every = self._epoch
-        whole = np.arange(self.bounds[place], self.bounds[place + 1])
-        here = whole[self.ranks.part(len(whole))]
-        if self._mixes:  # the last one's partner is seen as well
-            here = np.append(here, (here[-1] + 1) % len(order))
+        (order, taken, every), whole, here = self._part(step)
         views = every.at(here).to(self.device)
         x = to_unit(apply_views(self.pixels.take(order[here]), views))
         following = order[(here + 1) % len(order)]
@@ -164,11 +121,26 @@ class Batches:
         derived = int(self.rows.derived[order[whole]].sum())
         return Batch(x, labels, partners, views.lam, self._derived[index], rows, taken[here], len(whole), derived)
 
-    def _drawn(self, number: int) -> tuple[int, Ints, Ints, Views]:
+    def _part(self, step: int) -> tuple[tuple[Ints, Ints, Views], Ints, Ints]:
+        """The epoch of a step; where in its order the batch lies, and what this process sees of it: its part, and the
+        partner of the last view where views are mixed."""
+        number, place = divmod(step, self.steps)
+        if number not in self._epochs:  # what is announced may lie in the next one
+            self._epochs = {each: epoch for each, epoch in self._epochs.items() if each == number - 1}
+            self._epochs[number] = self._drawn(number)
+            self.pixels.begin(self._epochs[number][0][self.bounds[place] :])
+        epoch = self._epochs[number]
+        whole = np.arange(self.bounds[place], self.bounds[place + 1])
+        here = whole[self.ranks.part(len(whole))]
+        if self._mixes:
+            here = np.append(here, (here[-1] + 1) % len(epoch[0]))
+        return epoch, whole, here
+
+    def _drawn(self, number: int) -> tuple[Ints, Ints, Views]:
         settings, order = self.settings, self.order(number)
         taken = turns(settings.augment, number, repeats(order))
         views = draw_views(settings.augment, self.side, settings.seed, number, self.rows.ids[order], taken)
-        return number, order, taken.astype(np.int64), views
+        return order, taken.astype(np.int64), views
 
     def fixed(self, rows: Ints, turn: int) -> Tensor:
         """View number ``turn`` of ``rows`` where views are fixed, ``[n, 3, h, w]`` in [−1, 1]."""

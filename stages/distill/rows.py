@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,22 @@ class Rows:
                 for position, image in zip(mine, selection.read_many(rows[mine] - self.starts[number]), strict=True):
                     images[position] = image
         return images
+
+    def tars(self, rows: Ints) -> list[tuple[int, int]]:
+        """(number of the manifest, number in its tars) of each tar that holds one of ``rows``, by first use."""
+        places = np.stack([self.source[rows], self.tar[rows]], 1)
+        places, first = np.unique(places[places[:, 1] >= 0], axis=0, return_index=True)
+        return [(int(number), int(tar)) for number, tar in places[np.argsort(first)]]
+
+    @cached_property
+    def tar(self) -> Ints:
+        """Number of each row's tar in its manifest, −1 where it has none."""
+        return np.concatenate([selection.tars for selection in self.selections])
+
+    @cached_property
+    def size(self) -> Ints:
+        """Bytes of each row's stored image."""
+        return np.concatenate([selection.sizes for selection in self.selections])
 
     def name(self, row: int) -> str:
         """The row as an error message names it."""

@@ -16,16 +16,18 @@ import torch
 
 from manifests.checked_json import dump_checked
 from manifests.errors import UsageError
+from manifests.fetch import Patience
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import checkpoint, export
-from stages.distill.batches import Batches, Pixels, check_parts
+from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import check_data
 from stages.distill.loop import Prepared, Training, test_scores, train
 from stages.distill.losses import paired_layers
 from stages.distill.results import RESULTS, DistillResult, StudentResult, keep_score, previous_results
 from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
+from stages.distill.streaming import Pixels, Stream
 from stages.distill.student import Student
 from stages.distill.teacher_cache import open_teacher_cache
 from stages.distill.teacher_check import TeacherCheck, check_teacher, find_teacher
@@ -87,6 +89,8 @@ def prepare(
     """Open and check everything; the same in every process of ``ranks``."""
     device = ranks.device or find_device(settings.device)
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    for manifest, _ in manifests:
+        manifest.file.patience = Patience(settings.stall_seconds)
     teacher = find_teacher([manifest for manifest, _ in manifests], named_teacher, settings.allow_other_teacher, device)
     if settings.channels_last:
         teacher.to(memory_format=torch.channels_last)
@@ -132,9 +136,10 @@ def train_students(
     """Train on in the claimed folder. All ranks do so together; the first one writes, and alone returns a result."""
     settings, teacher, ranks = prepared.settings, prepared.teacher, prepared.ranks
     before = previous_results(storage, measured_again=bool(test_data)) if ranks.first else {}
-    with torch_threads(settings.threads):
+    stream = Stream(prepared.rows, settings, callbacks.warn, ranks)
+    with torch_threads(settings.threads), stream:
         announce(prepared, test_data, callbacks)
-        pixels = Pixels(prepared.rows, settings.memory_gb, prepared.device)
+        pixels = Pixels(prepared.rows, settings.memory_gb, prepared.device, stream)
         batches = Batches(prepared.rows, prepared.order, pixels, settings, prepared.device, ranks)
         check = check_teacher(teacher, batches, prepared.train_rows) if ranks.first else None
         if check:

@@ -11,7 +11,7 @@ import torch
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError, Interrupted, UsageError
 from manifests.storage import Storage
-from stages.distill import batches, checkpoint, loop, runtime, student
+from stages.distill import batches, checkpoint, loop, runtime, streaming, student
 from stages.distill.evaluate import DataIdentity, Scores
 from stages.distill.run import DistillResult, run_distill
 from stages.models.loading import load_model
@@ -86,8 +86,8 @@ def test_few_large_images_are_looked_at_at_once(dataset, tmp_path, monkeypatch):
     asked = settings(teacher_cache={"enabled": True}, augment={"num_views": 2, "cutmix": 0, "mixup": 0})
     taken, take = [], batches.Pixels.take
     monkeypatch.setattr(batches.Pixels, "take", lambda self, rows: (taken.append(len(rows)), take(self, rows))[1])
-    for out, at_once, most in (("all", batches.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
-        monkeypatch.setattr(batches, "AT_ONCE", at_once)
+    for out, at_once, most in (("all", streaming.AT_ONCE, 48), ("few", 5 * SIDE * SIDE * 3, asked.batch_size)):
+        monkeypatch.setattr(streaming, "AT_ONCE", at_once)
         run_distill(asked, [(dataset, 1.0)], str(tmp_path / out))
         assert max(taken) == most
         taken.clear()
