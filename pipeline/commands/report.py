@@ -38,7 +38,9 @@ def report(
     ] = None,
     students: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="Run of stage 2; repeatable (default: those that status lists).", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="Run of stage 2; repeatable (default: those that status lists).", show_default=False
+        ),
     ] = None,
     test_data: Annotated[
         str | None, typer.Option(help="Labeled images: show those that students get wrong.", show_default=False)
