@@ -43,7 +43,8 @@ def look(run: "Run") -> None:
     synth(run, **RUN)
     for command in (
         ("status", "run"), ("verify", "run"), ("verify", "run", "--quick"), ("verify", "run/m.parquet"), ("gc", "run"),
-        ("inspect", "run", "--sheet", "run.png"), ("inspect", "run/m.parquet", "--metrics", "--columns", "3", "--sheet", "sheet.png"),
+        ("inspect", "run", "--sheet", "run.png"),
+        ("inspect", "run/m.parquet", "--metrics", "--columns", "3", "--sheet", "sheet.png"),
         ("inspect", DATA, "--where", "confidence > 0.2 and timestep == 0", "--sheet", "some.png"),
         ("inspect", DATA, "--where", "label == 77", "--sheet", "none.png"),
     ):  # fmt: skip

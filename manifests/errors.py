@@ -33,6 +33,12 @@ class StoreError(FactoryError):
     """A folder or object store that keeps failing, which is the fault of no shard; mended, the same command resumes."""
 
 
+class GoneError(StoreError):
+    """The folder that a command works in was moved, deleted or replaced: there is nothing left to write to."""
+
+    stops_run = True
+
+
 class NumericsError(DataError):
     """Numbers that leave the range of their type: other shards of the plan would meet the same, so the run stops."""
 
