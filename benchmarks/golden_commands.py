@@ -43,13 +43,14 @@ def look(run: "Run") -> None:
     synth(run, **RUN)
     for command in (
         ("status", "run"), ("verify", "run"), ("verify", "run", "--quick"), ("verify", "run/m.parquet"), ("gc", "run"),
-        ("inspect", "run"), ("inspect", "run/m.parquet", "--metrics", "--columns", "3", "--sheet", "sheet.png"),
+        ("inspect", "run", "--sheet", "run.png"),
+        ("inspect", "run/m.parquet", "--metrics", "--columns", "3", "--sheet", "sheet.png"),
         ("inspect", DATA, "--where", "confidence > 0.2 and timestep == 0", "--sheet", "some.png"),
         ("inspect", DATA, "--where", "label == 77", "--sheet", "none.png"),
     ):  # fmt: skip
         run.factory(*command, label=" ".join(command), expect=None)
         run.factory(*command, "--json", label=" ".join((*command, "--json")), expect=None)
-    for sheet in ("sheet.png", "some.png", "run/sheet.png"):
+    for sheet in ("sheet.png", "some.png", "run.png"):
         run.keep(sheet, run.file(Path(sheet)))
 
 
@@ -261,7 +262,7 @@ def layers(run: "Run") -> None:
     run.factory(
         "run", "distill", "-m", "run/m.parquet", "--epochs", "1", "--batch-size", "4", label="distill", expect=None
     )
-    run.files("run/distill")
+    run.files("runs")
     dry = ("run", "distill", "-m", "run/m.parquet", "--dry-run")
     for more in ((), ("--json",), ("--student", "resnet8", "--student", "timm:resnet18"), ("-c", "mine.yaml")):
         run.factory(*dry, *more, label=f"dry {' '.join(more)}", expect=None)

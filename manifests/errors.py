@@ -39,6 +39,12 @@ class StalledError(StoreError):
     exit_code = 3
 
 
+class GoneError(StoreError):
+    """The folder that a command works in was moved, deleted or replaced: there is nothing left to write to."""
+
+    stops_run = True
+
+
 class NumericsError(DataError):
     """Numbers that leave the range of their type: other shards of the plan would meet the same, so the run stops."""
 

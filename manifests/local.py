@@ -17,7 +17,7 @@ from pathlib import Path
 from posixpath import join, split
 from typing import BinaryIO
 
-from manifests.errors import LinkError
+from manifests.errors import GoneError, LinkError
 
 TMP = "tmp"
 _TEMPORARY = re.compile(r"(write|merge|[0-9]{6,8})-[0-9a-f]{32}(\.(tar|parquet))?|rebuild-[0-9a-z_]{8}", re.ASCII)
@@ -42,6 +42,18 @@ class LocalBackend:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._held: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"root": self.root}  # another machine numbers its disks by itself
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def hold(self) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(self.root)
+            self._held = found.st_dev, found.st_ino
 
     def full(self, name: str) -> str:
         return name
@@ -157,9 +169,7 @@ class LocalBackend:
 
     def _folder(self, path: str, make: bool = False) -> int:
         """A descriptor of a folder below the root, "" for the root itself. The caller closes it."""
-        if make:
-            os.makedirs(self.root, exist_ok=True)
-        handle = os.open(self.root, _FOLDER)
+        handle = self._root(make)
         walked = ""
         for part in path.split("/") if path else ():
             walked = join(walked, part)
@@ -176,6 +186,20 @@ class LocalBackend:
                 os.close(handle)
             handle = below
         return handle
+
+    def _root(self, make: bool) -> int:
+        """A descriptor of the root. Raises GoneError where it is no longer the folder that is held."""
+        if self._held is None:
+            if make:
+                os.makedirs(self.root, exist_ok=True)
+            return os.open(self.root, _FOLDER)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            handle = os.open(self.root, _FOLDER)
+            found = os.fstat(handle)
+            if (found.st_dev, found.st_ino) == self._held:
+                return handle
+            os.close(handle)
+        raise GoneError(f"{self.root} was moved, deleted or replaced while this command worked in it")
 
     @contextmanager
     def _parent(self, path: str, make: bool = False) -> Iterator[tuple[int, str]]:

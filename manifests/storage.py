@@ -83,6 +83,12 @@ class Storage:
         if self.is_local and not os.path.isdir(path):
             raise UsageError(f"{path} is a file; --out names a folder")
 
+    def hold(self) -> None:
+        """Work in this folder from now on, if it is there: once it is moved, deleted or replaced, every access of this
+        instance raises :class:`GoneError`, and nothing is made where it was."""
+        if isinstance(self._backend, LocalBackend):
+            self._run("open", "", self._backend.hold)
+
     def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
         """``call`` with retries; its last failure as one line.
 

@@ -17,6 +17,7 @@ from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
+from pipeline.outputs import STUDENTS, default_folder
 from pipeline.plan import PLAN, RESOLVED
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
@@ -91,8 +92,8 @@ def resolve_distill(
 
 
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
-    """Beside the manifest where that is a local folder, since checkpoints are rewritten often."""
-    return manifest.storage.folder("distill") if manifest.storage.is_local else f"runs/{recipe.name}-distill"
+    """Local, since checkpoints are rewritten often; errors as :func:`pipeline.outputs.default_folder`."""
+    return f"{default_folder(manifest, recipe.name)}/{STUDENTS}"
 
 
 def run_distill(
@@ -107,8 +108,9 @@ def run_distill(
     title: str = "distill",
     quiet: bool = False,
 ) -> "DistillResult":
-    """Train the recipe's students on ``manifests`` into ``out`` (default: beside the first manifest); the same call
-    resumes.
+    """Train the recipe's students on ``manifests`` into ``out``; the same call resumes.
+
+    Default of ``out``: ``runs/RECIPE-FINGERPRINT/distill`` in the working directory, of the first manifest.
 
     ``teacher`` (settings, or a name as ``--teacher`` takes it) replaces the one that the manifest names; ``test_data``
     (folder of images, Parquet, tars or manifest) scores the students once, at the end. ``workers``: 1 trains in this

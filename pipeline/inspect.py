@@ -127,6 +127,8 @@ class Summary:
         yield from table((24, 8, 8), ("class", "rows", "kept"), *counts)
         if self.metrics:
             yield from metric_lines(self.metrics)
+        if self.sheet:
+            yield f"contact sheet: {plain(self.sheet)}"
 
 
 def summarize(manifest: Manifest, where: str | None = None) -> Summary:

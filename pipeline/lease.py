@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from manifests.checked_json import load_as, load_json
-from manifests.errors import DataError, FactoryError
+from manifests.errors import DataError, FactoryError, GoneError
 from manifests.storage import Storage
 
 FOLDER = "lease"
@@ -68,6 +68,8 @@ class Lease:
         self._on_event, self._on_line = on_event, on_line
         self._stop = threading.Event()
         self._lost: str | None = None
+        self.on_lost: Callable[[], object] = lambda: None
+        """Called from another thread once :meth:`check` would raise."""
         self.after_crash = False
         """True if the previous holder did not release: workers of its may still be ending."""
 
@@ -83,6 +85,7 @@ class Lease:
             undo.callback(_held.discard, self._me.token)
             if not self._storage.create(_name(self._number), self._me.dump()):
                 raise self._refusal((current(self._storage) or (0, self._me))[1])
+            self._storage.hold()
             undo.pop_all()
         if self.after_crash:
             line = f"taking over {self._storage.url}: its driver ({holder}) stopped without releasing it"
@@ -91,7 +94,7 @@ class Lease:
         for name in _records(self._storage):
             if name < _name(self._number):
                 self._storage.delete(name)
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
         self._thread.start()
         return self
 
@@ -109,17 +112,30 @@ class Lease:
         if self._lost is not None:
             raise FactoryError(self._lost)
 
+    def _watch(self) -> None:
+        self._beat()
+        if self._lost is not None:
+            self.on_lost()
+
     def _beat(self) -> None:
+        """Until the lease ends or is lost."""
         written = time.monotonic()
         while not self._stop.wait(self._beat_every):
             try:
                 newest = current(self._storage)
-                if newest is not None and newest[0] > self._number:
-                    self._lost = f"{self._storage.url} was taken over by another driver ({newest[1]})"
+                if newest is None or newest[0] != self._number:
+                    self._lost = (
+                        f"{self._storage.url} was taken over by another driver ({newest[1]})"
+                        if newest
+                        else f"{self._storage.url} was emptied while this command worked in it"
+                    )
                     return
                 self._me = replace(self._me, beat=self._me.beat + 1, beat_at=time.time())
                 self._storage.write(_name(self._number), self._me.dump())
                 written = time.monotonic()
+            except GoneError as error:
+                self._lost = str(error)
+                return
             except Exception as error:  # the store may recover; until then the run goes on
                 if time.monotonic() - written > self._stale_after:
                     self._lost = f"no heartbeat reached {self._storage.url} for {self._stale_after:g} s: {error}"

@@ -13,6 +13,7 @@ from manifests.shard import committed
 from manifests.storage import Storage
 from pipeline.events import quarantined, read_events
 from pipeline.lease import live
+from pipeline.outputs import trainings
 from pipeline.plan import read_plan
 from pipeline.terminal import duration, pairs, plain, size
 
@@ -39,7 +40,7 @@ class AttemptError:
 class RunStatus:
     """``state``: ``complete``, ``running``, or ``stopped`` (not complete and no driver at work: run the command again).
 
-    ``rows`` and ``bytes`` are of the shards that are done.
+    ``rows`` and ``bytes`` are of the shards that are done. ``trainings``: of :func:`pipeline.outputs.trainings`.
     """
 
     run: str
@@ -58,6 +59,7 @@ class RunStatus:
     seconds_left: int | None
     last_errors: list[AttemptError]
     stopped_by: str | None
+    trainings: dict[str, bool]
 
     def lines(self, now: float | None = None) -> Iterator[str]:
         now = time.time() if now is None else now
@@ -72,6 +74,7 @@ class RunStatus:
             ("left", f"about {duration(self.seconds_left)}" if self.seconds_left else None),
             *(("failed", f"shard {n:06d}; factory run synth … --retry-failed tries it again") for n in self.failed),
             ("stopped", self.stopped_by),
+            *(("trained", folder + ("" if done else ", not finished")) for folder, done in self.trainings.items()),
             *(
                 ("error", f"{duration(now - e.time)} ago, shard {e.shard}, attempt {e.attempt}: {e.error}")
                 for e in self.last_errors
@@ -114,6 +117,7 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
             for event in [event for event in events if event["kind"] == "shard_failed"][-LAST_ERRORS:]
         ],
         stopped_by=str(stops[-1].get("error") or "interrupted") if stops and not holder else None,
+        trainings=trainings(storage, plan.fingerprint),
     )
 
 

@@ -10,7 +10,6 @@ import typer
 from pipeline.commands.options import JsonOption, RunArgument, argument, option
 from pipeline.terminal import plain, show
 
-SHEET = "sheet.png"
 ManifestArgument = Annotated[str, argument(metavar="MANIFEST", help="m.parquet (path or URL).")]
 
 
@@ -39,7 +38,7 @@ def inspect(
     manifest: ManifestArgument,
     where: Annotated[str | None, option(help='Rows to look at, e.g. "confidence > 0.9".')] = None,
     sheet: Annotated[
-        Path | None, option(help="Contact sheet to write (PNG) (default: sheet.png beside the manifest).")
+        Path | None, option(help="Contact sheet to write (PNG) (default: runs/RECIPE-FINGERPRINT/sheet.png).")
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
     metrics: Annotated[
@@ -48,9 +47,11 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
-    from manifests.errors import DataError, StoreError
+    from manifests.errors import DataError, StoreError, UsageError
     from manifests.reader import Manifest
+    from manifests.storage import Storage
     from pipeline import inspect as look
+    from pipeline.outputs import SHEET, default_folder
     from pipeline.terminal import say
 
     opened = Manifest.open(manifest)
@@ -63,9 +64,10 @@ def inspect(
             if sheet:
                 look.save(picture, sheet)
             else:
-                opened.storage.write(SHEET, picture, beside=True)
-            summary = replace(summary, sheet=str(sheet or opened.storage.path(SHEET)))
-        except (StoreError, DataError) as error:
+                folder = Storage(default_folder(opened, summary.recipe, "--sheet"))
+                folder.write(SHEET, picture, beside=True)
+            summary = replace(summary, sheet=str(sheet or folder.path(SHEET)))
+        except (StoreError, DataError, UsageError) as error:
             if sheet:
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")

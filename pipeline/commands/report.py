@@ -38,7 +38,9 @@ def report(
     ] = None,
     students: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER", help="Run of stage 2; repeatable (default: RUN/distill).", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="Run of stage 2; repeatable (default: those that status lists).", show_default=False
+        ),
     ] = None,
     test_data: Annotated[
         str | None, typer.Option(help="Labeled images: show those that students get wrong.", show_default=False)
@@ -49,13 +51,20 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One HTML page to look at a dataset and its students: galleries, thresholds, verdicts. Writes nothing into RUN."""
+    from manifests.reader import Manifest
     from pipeline.inspect import save
+    from pipeline.outputs import outside
     from pipeline.report import make_report
 
     started = time.monotonic()
+    if out is None:
+        out = Path(outside(Manifest.open(run, skip_bad=True), _page_name(run), "--out"))
     page = make_report(run, students or None, test_data, measure=not no_metrics)
-    name = run.rstrip("/").removesuffix("/m.parquet").rsplit("/", 1)[-1].removesuffix(".parquet")
-    target = out or Path(f"report-{name or 'run'}.html")
-    save(page.html, target)
+    save(page.html, out)
     seconds = round(time.monotonic() - started, 1)
-    show(ReportFile(str(target), len(page.html), page.rows, page.pictures, seconds), as_json)
+    show(ReportFile(str(out), len(page.html), page.rows, page.pictures, seconds), as_json)
+
+
+def _page_name(run: str) -> str:
+    name = run.rstrip("/").removesuffix("/m.parquet").rsplit("/", 1)[-1].removesuffix(".parquet")
+    return f"report-{name or 'run'}.html"

@@ -20,7 +20,7 @@ from pipeline.commands.options import (
     option,
     place_option,
 )
-from pipeline.terminal import show
+from pipeline.terminal import say, show
 
 
 def demo(
@@ -114,7 +114,7 @@ def distill(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="Where students go (default: distill/ beside a local manifest, else runs/).",
+            help="Where students go (default: runs/RECIPE-FINGERPRINT/distill).",
         ),
     ] = None,
     student: Annotated[
@@ -169,6 +169,8 @@ def distill(
     if dry_run:
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
         return
+    if out is None:
+        say(f"students go to {folder}")
     result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
     show(result, as_json, stage.result_lines(result))
     if not no_report:

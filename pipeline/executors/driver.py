@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import FactoryError, Interrupted
-from manifests.shard import committed, done_record
+from manifests.shard import committed, done_name, done_record
 from manifests.storage import Storage
 from pipeline.events import EventLog, Failure, Loud, failures, quarantine, release
 from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, WorkerSpec
@@ -50,6 +50,13 @@ class StopSignals:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous.clear()
+
+    def abort(self) -> None:
+        """Raise ``KeyboardInterrupt`` in the main thread as a second signal does; called from another one."""
+        if self._previous:
+            self.draining = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.draining:
@@ -140,9 +147,13 @@ class _Driver:
                 closing(_open_pool(spec, self.settings, self._progress)) as pool,
                 StopSignals() as signals,  # after the pool: starting Ray installs a handler of its own
             ):
+                if self.lease is not None:
+                    self.lease.on_lost = signals.abort  # a shard in this process may take long
                 self._loop(pool, signals)
             return signals.draining
         except KeyboardInterrupt:
+            if self.lease is not None:
+                self.lease.check()
             return True
         except OSError as error:
             if error.errno in STORAGE_ERRORS:
@@ -196,6 +207,7 @@ class _Driver:
     def _fail(self, end: Finished) -> None:
         shard, error = end.shard, end.error or "no report"
         attempts = self.attempts[shard]
+        self.storage.exists(done_name(shard))  # GoneError: the shard is not to blame
         self.events.write("shard_failed", shard=shard, attempt=attempts, error=error, worker=end.worker)
         if end.stops_run or (end.store_failed and attempts >= self.settings.attempts):  # no fault of the shard
             raise FactoryError(f"shard {shard:06d}: {error}; mend that and give the same command, it resumes")

@@ -119,7 +119,9 @@ def work(job: dict[str, Any]) -> None:
         teacher = ModelSettings.model_validate(job["teacher"]) if job["teacher"] else None
         prepared = prepare(DistillSettings.model_validate(job["settings"]), job["sources"], teacher, ranks)
         callbacks = Callbacks(caller.on_event, caller.on_progress, caller.should_stop) if caller else Callbacks()
-        result = train_students(prepared, Storage(job["out"]), job["test_data"], callbacks)
+        out = Storage(job["out"])
+        out.hold()
+        result = train_students(prepared, out, job["test_data"], callbacks)
     except FactoryError as error:
         ray.get(mailbox.end.remote({"error": str(error), "exit_code": error.exit_code}))
         if isinstance(error, Interrupted):

@@ -18,6 +18,7 @@ import numpy as np
 from manifests.errors import DataError, FactoryError
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from pipeline import outputs
 from pipeline.report import facts
 from pipeline.report.columns import AGREES, FINAL, KEPT, SCORES, Columns, packed, read_columns, sliders
 from pipeline.report.pictures import Picture, Pictures, cuts, flags, gallery_rows, trajectories
@@ -43,7 +44,7 @@ def make_report(
 ) -> Page:
     """The page of the dataset at ``url`` (folder or manifest).
 
-    ``students``: folders of stage 2; None: ``distill`` beside the manifest, if it has finished. ``test_data``: labeled
+    ``students``: folders of stage 2; None: those that :func:`pipeline.outputs.trainings` finds. ``test_data``: labeled
     images to find those that a student gets wrong and the teacher right. ``measure``: run the dataset's teacher on
     about :data:`MEASURED` images, for BatchNorm gap and diversity. Raises DataError where dataset or students cannot be
     read; what is merely absent is named on the page.
@@ -55,12 +56,11 @@ def make_report(
     absent = [f"Images of a tar: {problem}" for problem in manifest.problems]
     teacher, why = _teacher(manifest) if measure or test_data else (None, "Left out with --no-metrics.")
     measured = _measured(manifest, teacher, why) if measure else "Left out with --no-metrics."
-    trainings = []
-    if students is not None:
-        trainings = [read_training(folder, manifest, test_data, teacher) for folder in students]
-    elif manifest.storage.exists("distill/results.json"):
+    trainings = [read_training(folder, manifest, test_data, teacher) for folder in students or ()]
+    unnamed = outputs.trainings(manifest.storage, manifest.info.fingerprint) if students is None else {}
+    for folder in (folder for folder, finished in unnamed.items() if finished):
         try:
-            trainings = [read_training(manifest.storage.path("distill"), manifest, test_data, teacher)]
+            trainings.append(read_training(folder, manifest, test_data, teacher))
         except DataError as error:  # of files that nobody named
             absent.append(f"Students: {error}")
 
@@ -82,8 +82,8 @@ def make_report(
     if not flagged:
         unmeasured = "; near-duplicates were not looked for" if isinstance(measured, str) else ""
         absent.append(f"Flagged images: there are none{unmeasured}.")
-    if not trainings and students is None and not manifest.storage.exists("distill/results.json"):
-        absent.append("Students: no finished training lies beside the manifest; --students FOLDER names one elsewhere.")
+    if students is None and not any(unnamed.values()):
+        absent.append("Students: no finished training in the default place; --students FOLDER names one elsewhere.")
     absent += [training.note for training in trainings if training.note]
     if len(chosen) < classes:
         absent.append(f"Images of {classes - len(chosen):,} of {classes:,} classes.")

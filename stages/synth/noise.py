@@ -25,6 +25,7 @@ class NoiseWorker:
     def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, planned: object = None) -> None:
         self.settings = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
+        self.storage.hold()
         self.classes = len(resolve(self.settings.teacher).config.class_names)
 
     def run(self, shard: int, on_group: Callable[[int, int], None] | None = None) -> dict[str, Any]:

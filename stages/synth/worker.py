@@ -133,6 +133,7 @@ class ShardWorker:
     ) -> None:
         self.settings = parsed = SynthSettings.model_validate(settings)
         self.storage, self.fingerprint = Storage(storage), fingerprint
+        self.storage.hold()
         torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
         self.models = load_models(parsed, self.storage, planned, sources)

@@ -162,7 +162,8 @@ def test_a_device_that_cannot_compute_is_refused_in_one_line(student, dataset, d
         assert str(refused).startswith(f"device '{device}' cannot be used: ") and "\n" not in str(refused)
 
 
-def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path):
+def test_distil_tells_about_the_teacher_and_skips_bad_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = write_dataset(tmp_path / "d")
     sorted((tmp_path / "d" / "shards").glob("*.tar"))[1].unlink()
     refused = factory("run", "distill", "-m", path, *SHORT)

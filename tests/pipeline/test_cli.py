@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -94,8 +93,9 @@ assert "torch" not in sys.modules
     assert not (tmp_path / "run").exists()
 
 
-def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
+def test_synth_then_everything_that_looks_at_it(factory, tmp_path, monkeypatch):
     run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
     code, out, err = factory("run", "synth", "--out", run, "--shards", 2, *NOISE, "--json")
     assert code == 0, err
     assert json.loads(out)["kept"] == 32
@@ -106,7 +106,8 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert (code, out) == (0, f"{run}: intact\n")
     code, out, _ = factory("inspect", run / "m.parquet")
     assert code == 0 and "40 rows, 32 kept" in out
-    assert Image.open(run / "sheet.png").height == 8 * 50 + 2  # the eight classes with kept images
+    sheet = out.splitlines()[-1].removeprefix("contact sheet: ")
+    assert Image.open(sheet).height == 8 * 50 + 2  # the eight classes with kept images
     code, out, _ = factory("gc", run)
     assert code == 0 and "removed 0 unreferenced" in out
     code, out, _ = factory("run", "distill", "--manifest", run / "m.parquet", "--dry-run", "--json", "--epochs", 3)
@@ -116,19 +117,19 @@ def test_synth_then_everything_that_looks_at_it(factory, tmp_path):
     assert json.loads(out)["settings"]["epochs"] == 3
 
 
-def test_inspect_writes_a_sheet_and_nothing_else_or_answers_without_it(factory, run_folder, tmp_path):
-    shutil.rmtree(run_folder / "tmp")
-    before = set(run_folder.rglob("*"))
+def test_inspect_writes_a_sheet_and_nothing_else_or_answers_without_it(factory, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert factory("inspect", run_folder / "m.parquet", "--sheet", tmp_path / "new" / "s.png")[0] == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.png"]
     assert factory("inspect", run_folder)[0] == 0
-    assert set(run_folder.rglob("*")) == before | {run_folder / "sheet.png"}
-    (run_folder / "sheet.png").unlink()
-    (run_folder / "sheet.png").mkdir()  # as little to be written as in a folder that is read-only
+    (sheet,) = (tmp_path / "runs").glob("demo-*/*")
+    assert sheet.name == "sheet.png"
+    sheet.unlink()
+    sheet.mkdir()  # as little to be written as in a folder that is read-only
     code, out, err = factory("inspect", run_folder, "--json")
     assert (code, json.loads(out)["rows"]) == (0, 40)
     assert "sheet.png: is a folder, expected a file; --sheet FILE puts it elsewhere" in err
-    code, _, err = factory("inspect", run_folder, "--sheet", run_folder / "sheet.png")
+    code, _, err = factory("inspect", run_folder, "--sheet", sheet)
     assert (code, len(err.splitlines())) == (1, 1)
 
 

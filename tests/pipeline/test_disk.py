@@ -109,7 +109,7 @@ def test_a_read_only_disk_is_named(disk, monkeypatch, capsys):
         ("run", "synth", "-c", "demo", "--shards", 3, *(t for s in SMALL for t in ("--set", s)), "--out", out),
         ("run", "synth", "--method", "noise", "--out", disk.path / "new"),
         ("gc", out),
-        ("run", "distill", "-m", out / "m.parquet", "--teacher", "embedded:digits"),
+        ("run", "distill", "-m", out / "m.parquet", "-o", out / "distill", "--teacher", "embedded:digits"),
     ):
         monkeypatch.setattr(sys, "argv", ["factory", *map(str, arguments)])
         capsys.readouterr()

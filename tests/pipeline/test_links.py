@@ -9,11 +9,13 @@ import pytest
 from manifests.errors import LinkError
 from manifests.integrity import rebuild
 from manifests.local import temporary_name
+from manifests.reader import Manifest
 from manifests.shard import done_records
 from manifests.storage import Storage
 from pipeline import cli
 from pipeline.events import EventLog
 from pipeline.lease import Lease, current
+from pipeline.outputs import default_folder
 from pipeline.repair import collect
 from pipeline.synth import run_synth
 from tests.distill.drawn import write_dataset
@@ -41,7 +43,7 @@ def contents(folder):
 def link(path, target):
     if path.is_dir():
         shutil.rmtree(path)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
 
 
@@ -104,16 +106,17 @@ def test_events_are_not_appended_through_a_link(tmp_path, victim, target):
 
 
 def test_a_contact_sheet_is_not_written_through_a_link(run_folder, victim, monkeypatch, capsys):
-    link(run_folder / "sheet.png", victim / "README.md")
+    monkeypatch.chdir(run_folder.parent)
+    place = run_folder.parent / default_folder(Manifest.open(run_folder), "demo")
+    link(place / "sheet.png", victim / "README.md")
     before = contents(victim)
     code, lines, (note,) = factory(monkeypatch, capsys, "inspect", run_folder / "m.parquet")
     assert code == 0 and "40 rows" in lines[0]
-    assert note.startswith(f"no contact sheet: {run_folder}/sheet.png: is a symbolic link")
+    assert note.startswith(f"no contact sheet: {place}/sheet.png: is a symbolic link")
     assert note.endswith("--sheet FILE puts it elsewhere") and contents(victim) == before
 
 
 PLACES = [
-    ("distill", "."),
     ("distill/lease", "."),
     ("distill/tmp", "."),
     ("distill/events.jsonl", ".bashrc"),
@@ -143,8 +146,9 @@ def test_stage_2_writes_through_no_link(dataset, tmp_path, victim, place, target
         "min_agreement=0",
         "epochs=1",
     )
+    data = ("-m", folder / "m.parquet", "-o", folder / "distill")
     options = (text for setting in sets for text in ("--set", setting))
-    code, _, lines = factory(monkeypatch, capsys, "run", "distill", "-m", folder / "m.parquet", *options)
+    code, _, lines = factory(monkeypatch, capsys, "run", "distill", *data, *options)
     assert code == 3 and lines[-1].startswith(f"{folder}/{place}: is a symbolic link"), lines
     assert contents(victim) == before
 

@@ -1,6 +1,7 @@
 """Drivers in processes of their own: Ctrl-C, SIGTERM and SIGKILL, and the same command again."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -137,3 +138,41 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def moved(folder):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def deleted(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what was written during the first time
+
+
+def replaced(folder):
+    moved(folder)
+    folder.mkdir()
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("happens", [moved, deleted, replaced, emptied])
+@pytest.mark.parametrize("inside", ["a long shard", "short shards", "actors"])
+def test_a_folder_that_goes_stops_its_driver_and_is_not_made_again(run, spawned, request, happens, inside):
+    settings = {"workers": 2, "address": request.getfixturevalue("cluster")} if inside == "actors" else {}
+    driver = spawned(run.spawn(500, {"2": "hang"} if inside == "a long shard" else {}, pause=0.05, **settings))
+    driver.wait_for("shard_started", 3)
+    happens(run.folder)
+    left = contents(run.folder)
+    code, errors = driver.end(10)
+    assert (code, len(errors.splitlines())) == (1, 1), errors
+    assert str(run.folder) in errors and "while this command worked in it" in errors
+    if happens is not emptied:  # there, what was under way may still arrive
+        assert contents(run.folder) == left
+
+
+def contents(folder):
+    return sorted(str(path) for path in (folder, *folder.rglob("*")) if path.exists())
