@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from stages.distill.results import DistillResult, StudentResult
 
 NOT_STORED = (("loggers",), ("skip_bad",), ("allow_other_teacher",), ("teacher_cache", "folder"))
-"""Settings that are the user's own: never taken from the recipe in a manifest."""
+NOT_STORED += (("device",), ("threads",), ("memory_gb",), ("checkpoint_seconds",))
+"""Settings that are the user's own, never taken from the recipe in a manifest: where things go, what is let through,
+what of this machine is used."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]
 """A manifest: path or URL, ``PATH@WEIGHT``, or ``(PATH, weight)``."""
@@ -68,7 +70,7 @@ def resolve_distill(
     """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command.
 
     Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
-    is let through, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
+    is let through, what of this machine is used, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
     """
     known = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
     stored = mapping_layer(known, f"recipe stored in {manifest.url}")

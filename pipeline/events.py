@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from manifests.checked_json import dump_json, load_as, load_json
+from manifests.checked_json import dump_json, load_as, load_json, load_tree
 from manifests.errors import DataError, StoreError
-from manifests.storage import Storage
+from manifests.storage import Storage, numbered
 from pipeline.terminal import say
 
 FOLDER = "failed"
@@ -46,21 +46,21 @@ def quarantine(storage: Storage, failure: Failure) -> None:
 
 def quarantined(storage: Storage) -> set[int]:
     """Shards in quarantine, from the folder's listing alone."""
-    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list(FOLDER))
-    return {int(name) for name in names if name.isdigit()}
+    return set(numbered(storage, FOLDER))
 
 
 def failures(storage: Storage) -> dict[int, Failure]:
     """Every quarantine record. Raises :class:`DataError` naming one that cannot be read."""
     found = {}
-    names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
-    for name, data in zip(names, storage.read_many(names), strict=True):
+    names = numbered(storage, FOLDER)
+    for (shard, name), data in zip(names.items(), storage.read_many(names.values()), strict=True):
         try:
-            failure = load_as(Failure, load_json(data))
+            found[shard] = load_as(Failure, load_tree(data))
+            if found[shard].shard != shard:
+                raise ValueError(f"it is of shard {found[shard].shard}")
         except ValueError as error:
             raise DataError(f"{storage.path(name)}: no quarantine record ({error}); delete it") from None
-        found[failure.shard] = failure
-    return dict(sorted(found.items()))
+    return found
 
 
 def release(storage: Storage, shards: Iterable[int]) -> None:

@@ -219,7 +219,7 @@ class TestBlackBoxes:
         data = tmp_path / "t.data"
         data.write_bytes(b"\x00\x00" + data.read_bytes()[2:])
         assert teacher_identity(settings)["sha256"] != before
-        with pytest.raises(DataError, match="its data was altered while it was in use"):
+        with pytest.raises(DataError, match="files that it refers to were altered while in use"):
             load_teacher(source)
         data.write_bytes(data.read_bytes()[:-4])
         with pytest.raises(DataError, match=r"t\.data is truncated: 3836 bytes, t\.onnx needs 3840"):
@@ -465,7 +465,7 @@ class TestSettingsFile:
 
     @pytest.mark.parametrize(
         ("text", "line"),
-        [("name: [", "is no YAML"), ("nome: x", "describes no model: nome"), ("name: o.yaml", "not another YAML file")],
+        [("name: [", "not valid YAML"), ("nome: x", "describes no model: nome"), ("name: o.yaml", "not another YAML file")],
     )
     def test_files_that_describe_none(self, tmp_path, text, line):
         (tmp_path / "t.yaml").write_text(text)
