@@ -30,6 +30,7 @@ RETRY_DELAYS = (0.2, 1.0, 4.0)
 STREAM_BUFFER = 4 << 20
 MAX_RECORD = 64 << 20
 """Bytes of a file that is read whole, unless its reader says more: of a plan of 100,000 class names, say."""
+MAX_LINE = 1 << 20
 _NUMBERED = re.compile(r"([0-9]{6,8})\.json", re.ASCII)
 _TOGETHER = 256
 _LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
@@ -69,6 +70,9 @@ class Storage:
             self._backend = LocalBackend(self.url)
             return
         self.url = text.rstrip("/")
+        last = text.rpartition("::")[2]  # of a chain, simplecache::s3://…
+        if not last[last.find("://") + 3 if "://" in last else 0 :].strip("/"):
+            raise UsageError(f"{text}: names no folder: expected, for example, s3://BUCKET/FOLDER")
         try:
             self._backend = RemoteBackend(self.url)
         except ImportError as error:
@@ -172,6 +176,16 @@ class Storage:
         if size is None:
             raise DataError(f"{self.path(name)}: no such file")
         return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
+
+    def lines(self, name: str, most: int = MAX_LINE) -> Iterator[bytes]:
+        """The lines of a file, one by one in bounded memory; those of more than ``most`` bytes are left out."""
+        with self.open(name) as file:
+            whole = True
+            while line := self._run("read", name, partial(file.readline, most)):
+                ends = line.endswith(b"\n")
+                if whole and (ends or len(line) < most):
+                    yield line
+                whole = ends
 
     def write(self, name: str, data: bytes, beside: bool = False) -> None:
         """Create or replace: readers see the old file or the new one, never a part.
