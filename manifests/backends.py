@@ -56,7 +56,9 @@ class RemoteBackend:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
+        if most is not None and (self.size(path) or 0) > most:
+            return self.read_range(path, 0, most + 1)
         return bytes(self.fs.cat_file(path))
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:

@@ -20,14 +20,14 @@ DEEPEST = 32
 SEAL = "checksum"
 
 
-def load_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, finite numbers, sane depth. Raises ``ValueError`` only."""
+def load_json(data: bytes, finite: bool = True) -> Any:
+    """Strict JSON: UTF-8, sane depth, ``finite`` numbers. Raises ``ValueError`` only."""
 
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is not allowed")
 
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+        return json.loads(data.decode("utf-8"), parse_constant=refuse if finite else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -50,21 +50,31 @@ def finite_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def load_tree(data: bytes) -> Any:
+def load_tree(data: bytes, finite: bool = True) -> Any:
     """:func:`load_json` for files that are walked, stored and printed later: at most ``DEEPEST`` levels, every number
-    finite (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""
-    values = load_json(data)
+    ``finite`` (``1e999`` is not), all text encodable. Raises ``ValueError`` only."""
+    values = load_json(data, finite)
     level = [values]
     for _ in range(DEEPEST):
         if not level:
             return values
         for value in level:
-            if isinstance(value, float) and not math.isfinite(value):
+            if finite and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError("a number is not finite")
             if isinstance(value, str):
                 value.encode()
         level = [child for value in level for child in _children(value)]
     raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def is_text(value: str) -> bool:
+    """Whether ``value`` can be stored: half of a surrogate pair cannot. Python has such halves for bytes of a file's
+    name or an argument that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _children(value: Any) -> list[Any]:

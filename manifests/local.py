@@ -62,9 +62,9 @@ class LocalBackend:
         found = self._look_up(path)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
         with self.open(path) as file:
-            return file.read()
+            return file.read() if most is None else file.read(most + 1)
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
         with self.open(path) as file:

@@ -77,7 +77,7 @@ def _chosen(storage: Storage, fingerprint: str, shards: Iterable[int] | None) ->
 def load_shard_table(storage: Storage, record: DoneRecord) -> pa.Table:
     """A shard's rows, checked against its done record."""
     where = storage.path(record.table)
-    data = storage.read(record.table)
+    data = storage.read(record.table, most=None)
     if hashlib.sha256(data).hexdigest() != record.table_sha256:
         raise DataError(f"{where}: altered (checksum differs from the done record of shard {record.shard})")
     table = read_table(data, where)

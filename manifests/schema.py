@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.checked_json import load_json
@@ -269,18 +270,46 @@ def open_table(source: BinaryIO | pa.NativeFile, where: str, dictionary: bool = 
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         if any(not 0 <= group.total_byte_size <= MAX_GROUP_BYTES or group.num_rows < 0 for group in groups):
             raise DataError(f"{where}: a row group claims more than {MAX_GROUP_BYTES} bytes")
+        repeated = {*DICTIONARY}
+        for chunk in (group.column(index) for group in groups for index in range(group.num_columns)):
+            if chunk.physical_type == "BYTE_ARRAY":
+                if any(
+                    encoding.startswith("DELTA") for encoding in chunk.encodings
+                ):  # each text a few bytes of another
+                    raise DataError(f"{where}: column {chunk.path_in_schema[:80]!r} is delta-encoded: write it plainly")
+                if chunk.has_dictionary_page:
+                    repeated.add(chunk.path_in_schema)
         if sum(group.num_rows for group in groups) != metadata.num_rows:
             raise DataError(f"{where}: its row groups do not add up to {metadata.num_rows} rows")
         if not dictionary:
             return file
         return pq.ParquetFile(
-            source, metadata=metadata, read_dictionary=DICTIONARY, page_checksum_verification=True, pre_buffer=True
+            source, metadata=metadata, read_dictionary=[*repeated], page_checksum_verification=True, pre_buffer=True
         )
+
+
+MAX_GROUP_TEXT = 256 << 20
+"""Bytes of all text in one row group, spelled out; prompts of 1,000 characters make a twentieth."""
+
+
+def check_text(table: pa.Table, where: str) -> pa.Table:
+    """``table``, read with ``dictionary``. Raises DataError, before text is spelled out row by row, where a cell is
+    longer than a row may be, or all cells of a row group are together: a dictionary says megabytes in a few bytes."""
+    total = 0
+    for column in table.columns:
+        for chunk in column.chunks if pa.types.is_dictionary(column.type) else ():
+            lengths = pc.cast(pc.binary_length(chunk.dictionary), pa.int64())
+            if (pc.max(lengths).as_py() or 0) > MAX_ROW_JSON:
+                raise DataError(f"{where}: a text has more than {MAX_ROW_JSON} bytes")
+            total += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    if total > MAX_GROUP_TEXT:
+        raise DataError(f"{where}: a row group has more than {MAX_GROUP_TEXT} bytes of text")
+    return table
 
 
 def read_table(data: bytes, where: str) -> pa.Table:
     """A whole small table from its bytes, with exactly the columns of :data:`SCHEMA` and no null where none may be."""
-    file = open_table(pa.BufferReader(data), where)
+    file = open_table(pa.BufferReader(data), where, dictionary=True)
     with parquet_errors(where):
-        table = file.read(use_threads=False).replace_schema_metadata(None)
+        table = check_text(file.read(use_threads=False).replace_schema_metadata(None), where)
         return table.cast(SCHEMA)

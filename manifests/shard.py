@@ -36,7 +36,7 @@ from manifests.schema import (
     to_table,
     write_options,
 )
-from manifests.storage import Storage, writing
+from manifests.storage import Storage, numbered, writing
 from manifests.tars import TarCheck, TarStream
 
 _MAX_RECORD = 1 << 16
@@ -86,8 +86,7 @@ def done_name(shard: int) -> str:
 
 def committed(storage: Storage) -> set[int]:
     """Shards with a done record, from the folder's listing alone."""
-    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list("done"))
-    return {int(name) for name in names if name.isdigit()}
+    return set(numbered(storage, "done"))
 
 
 def read_record(storage: Storage, name: str, data: bytes | None = None) -> DoneRecord:

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
 from manifests.backends import RemoteBackend
+from manifests.checked_json import is_text
 from manifests.errors import DataError, FactoryError, StoreError, UsageError, one_line
 from manifests.local import LocalBackend
 
@@ -27,6 +29,10 @@ RETRY_DELAYS = (0.2, 1.0, 4.0)
 """Seconds before the second, third and fourth attempt; object-store clients also retry by themselves."""
 
 STREAM_BUFFER = 4 << 20
+MAX_RECORD = 64 << 20
+"""Bytes of a file that is read whole, unless its reader says more: of a plan of 100,000 class names, say."""
+MAX_LINE = 1 << 20
+_NUMBERED = re.compile(r"([0-9]{6,8})\.json", re.ASCII)
 _TOGETHER = 256
 _LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
 LASTING: tuple[type[Exception], ...] = (PermissionError, FileExistsError, ValueError, TypeError, ImportError)
@@ -50,9 +56,13 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         text = os.fspath(url)
-        if not text:
-            raise UsageError("empty folder name: give a path or a URL")
         local = text.removeprefix("file://")
+        if not local:
+            raise UsageError("empty folder name: give a path or a URL")
+        if not local.isascii() and not is_text(local):  # records name their folder
+            raise UsageError(f"{text}: the name of a folder must be UTF-8")
+        if local != text and not local.startswith("/"):
+            raise UsageError(f"{text}: expected file:///ABSOLUTE/PATH, or the path alone")
         self._down = False
         self.is_local = "://" not in local and "::" not in local
         self._backend: LocalBackend | RemoteBackend
@@ -61,6 +71,9 @@ class Storage:
             self._backend = LocalBackend(self.url)
             return
         self.url = text.rstrip("/")
+        last = text.rpartition("::")[2]  # of a chain, simplecache::s3://…
+        if not last[last.find("://") + 3 if "://" in last else 0 :].strip("/"):
+            raise UsageError(f"{text}: names no folder: expected, for example, s3://BUCKET/FOLDER")
         try:
             self._backend = RemoteBackend(self.url)
         except ImportError as error:
@@ -138,8 +151,12 @@ class Storage:
         """Sorted names of the files directly in ``folder``, relative to the root; [] where it is absent."""
         return [*self.sizes(folder)]
 
-    def read(self, name: str) -> bytes:
-        return self._do("read", name, self._backend.read)
+    def read(self, name: str, most: int | None = MAX_RECORD) -> bytes:
+        """A whole file; more than ``most`` bytes are a :class:`DataError`, before memory is taken for them."""
+        data = self._do("read", name, self._backend.read, most)
+        if most is not None and len(data) > most:
+            raise DataError(f"{self.path(name)}: has more than {most} bytes, which no such file has")
+        return data
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; fewer are a :class:`DataError`."""
@@ -171,6 +188,16 @@ class Storage:
         if size is None:
             raise DataError(f"{self.path(name)}: no such file")
         return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
+
+    def lines(self, name: str, most: int = MAX_LINE) -> Iterator[bytes]:
+        """The lines of a file, one by one in bounded memory; those of more than ``most`` bytes are left out."""
+        with self.open(name) as file:
+            whole = True
+            while line := self._run("read", name, partial(file.readline, most)):
+                ends = line.endswith(b"\n")
+                if whole and (ends or len(line) < most):
+                    yield line
+                whole = ends
 
     def write(self, name: str, data: bytes, beside: bool = False) -> None:
         """Create or replace: readers see the old file or the new one, never a part.
@@ -251,6 +278,12 @@ class _RangeStream(io.RawIOBase):
             buffer[:count] = self._storage.read_range(self._name, self._at, count)
             self._at += count
         return count
+
+
+def numbered(storage: Storage, folder: str) -> dict[int, str]:
+    """The files of ``folder`` called by a number of six or more digits (``000012.json``), by that number."""
+    found = ((name, _NUMBERED.fullmatch(name.rpartition("/")[2])) for name in storage.list(folder))
+    return {int(match[1]): name for name, match in found if match}
 
 
 @contextmanager

@@ -6,13 +6,15 @@ same command resumes).
 
 import atexit
 import contextlib
+import io
 import os
 import sys
 from typing import Annotated
 
 import typer
 
-from manifests.errors import FactoryError
+from manifests.checked_json import is_text
+from manifests.errors import FactoryError, UsageError
 from pipeline.commands import bench, data, models, report, run
 
 app = typer.Typer(
@@ -61,6 +63,8 @@ def options(
 def main() -> None:
     """Run the command and raise SystemExit with its exit code."""
     try:
+        if not all(map(is_text, sys.argv)):
+            raise UsageError("every argument must be text in UTF-8; rename files that have other names")
         app()
     except FactoryError as error:
         if "--debug" in sys.argv or os.environ.get(DEBUG):
@@ -79,6 +83,9 @@ def script() -> None:
     run whose work is done must exit 0.
     """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is said to be ASCII
     try:
         main()
     except SystemExit as end:

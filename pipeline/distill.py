@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from stages.distill.results import DistillResult, StudentResult
 
 NOT_STORED = (
-    *(("loggers",), ("skip_bad",), ("allow_other_teacher",)),
-    *(("teacher_cache", "folder"), ("cache_dir",), ("cache_gb",)),
+    *("loggers", "skip_bad", "allow_other_teacher", "teacher_cache.folder", "cache_dir", "cache_gb"),
+    *("device", "threads", "memory_gb", "checkpoint_seconds"),
 )
-"""Settings that are the user's own: never taken from the recipe in a manifest."""
+"""Settings that are the user's own, never taken from the recipe in a manifest: where things go, what is let through,
+what of this machine is used."""
 UNTIL = "at the next checkpoint"
 Source = str | tuple[str, float]
 """A manifest: path or URL, ``PATH@WEIGHT``, or ``(PATH, weight)``."""
@@ -73,12 +74,13 @@ def resolve_distill(
     """The recipe stored with ``manifest``, under the file, environment, ``--set`` and flags of this command.
 
     Somebody else may have written that recipe: it says what to learn, not where files go, what is sent elsewhere, what
-    is let through, or which code runs. Raises UsageError where a student comes from it that is own code, hf: or ONNX.
+    is let through, what of this machine is used, or which code runs. Raises UsageError where a student comes from it
+    that is own code, hf: or ONNX.
     """
     known = {key: value for key, value in manifest.info.recipe.items() if key in ("name", "description", "distill")}
     stored = mapping_layer(known, f"recipe stored in {manifest.url}")
     for path in NOT_STORED:
-        stored = stored.without(("distill", *path))
+        stored = stored.without(("distill", *path.split(".")))
     mine = given(source, "distill", sets, flags)
     recipe = validate(Recipe, mine.over(stored))
     if "students" not in mine.values.get("distill", {}):

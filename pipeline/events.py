@@ -10,14 +10,14 @@ written stops no run: what comes next says better what is wrong with its folder.
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from manifests.checked_json import dump_json, load_as, load_json
+from manifests.checked_json import dump_json, load_as, load_json, load_tree
 from manifests.errors import DataError, StoreError
-from manifests.storage import Storage
+from manifests.storage import Storage, numbered
 from pipeline.terminal import say
 
 FOLDER = "failed"
@@ -46,21 +46,21 @@ def quarantine(storage: Storage, failure: Failure) -> None:
 
 def quarantined(storage: Storage) -> set[int]:
     """Shards in quarantine, from the folder's listing alone."""
-    names = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list(FOLDER))
-    return {int(name) for name in names if name.isdigit()}
+    return set(numbered(storage, FOLDER))
 
 
 def failures(storage: Storage) -> dict[int, Failure]:
     """Every quarantine record. Raises :class:`DataError` naming one that cannot be read."""
     found = {}
-    names = [name for name in storage.list(FOLDER) if name.endswith(".json")]
-    for name, data in zip(names, storage.read_many(names), strict=True):
+    names = numbered(storage, FOLDER)
+    for (shard, name), data in zip(names.items(), storage.read_many(names.values()), strict=True):
         try:
-            failure = load_as(Failure, load_json(data))
+            found[shard] = load_as(Failure, load_tree(data))
+            if found[shard].shard != shard:
+                raise ValueError(f"it is of shard {found[shard].shard}")
         except ValueError as error:
             raise DataError(f"{storage.path(name)}: no quarantine record ({error}); delete it") from None
-        found[failure.shard] = failure
-    return dict(sorted(found.items()))
+    return found
 
 
 def release(storage: Storage, shards: Iterable[int]) -> None:
@@ -140,16 +140,18 @@ class Loud:
 
 
 NUMBERS = ("time", "shard", "attempt", "rows", "kept", "bytes", "seconds")
-"""Fields that are numbers wherever they occur; a line in which they are not is no event of ours."""
+"""Fields that are numbers of 64 bits wherever they occur; a line in which they are not is no event."""
 
 
-def read_events(storage: Storage) -> list[dict[str, Any]]:
-    """Every event of a run folder in order of time. A torn last line (a killed driver) is passed over, like any
-    other that is no event."""
-    blobs = [storage.read(LOCAL)] if storage.exists(LOCAL) else []
-    blobs += storage.read_many(name for name in storage.list(REMOTE) if name.endswith(".jsonl"))
-    events = [event for blob in blobs for line in blob.splitlines() if (event := _parse(line)) is not None]
-    return sorted(events, key=lambda event: event["time"])
+def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
+    """Every event of a run folder in the order of writing, in constant memory: a log may have any length. A torn last
+    line (a killed driver) is passed over, like any other that is no event."""
+    names = [LOCAL] if storage.exists(LOCAL) else []
+    names += [name for name in storage.list(REMOTE) if name.endswith(".jsonl")]
+    for name in names:
+        for line in storage.lines(name):
+            if (event := _parse(line)) is not None:
+                yield event
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -159,8 +161,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str) or event.get("time") is None:
         return None
-    fine = all(isinstance(event.get(name), int | float | None) for name in NUMBERS)
-    return event if fine else None
+    numbers = [value for name in NUMBERS if (value := event.get(name)) is not None]
+    return event if all(isinstance(number, int | float) and abs(number) < 2**63 for number in numbers) else None
 
 
 def _end_torn_line(storage: Storage) -> None:

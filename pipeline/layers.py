@@ -7,14 +7,16 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from manifests.checked_json import is_text
 from manifests.errors import UsageError
+from manifests.plain_files import load_yaml
 
 Path = tuple[str, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -75,28 +77,16 @@ def mapping_layer(values: Any, name: str, path: Path = (), lines: Mapping[Path, 
     return Layer(((path, {}, where), *chain.from_iterable(inner)))
 
 
-def yaml_layer(text: str, name: str) -> Layer:
-    """Settings of a YAML file called ``name``; refuses broken YAML, aliases (a few lines of them can stand for billions
-    of values), repeated keys, a top level that is no mapping."""
-    try:
-        aliases = [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
-        if aliases:
-            raise UsageError(f"{name}: a recipe has no aliases: write out what *{aliases[0].anchor} stands for")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # ValueError: the date 2020-13-45
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
-        raise UsageError(f"{where}: not valid YAML: {why}") from None
+def yaml_layer(text: str | bytes, name: str) -> Layer:
+    """Settings of a YAML file called ``name``; errors as :func:`manifests.plain_files.load_yaml`, and for a top level
+    that is no mapping."""
+    values, lines = load_yaml(text, name)
     if values is None:
         return EMPTY
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "text" if isinstance(values, str) else type(values).__name__
         raise UsageError(f"{name}: a recipe is a mapping of keys, found {kind}")
-    lines: dict[Path, str] = {}
-    _mark(node, (), name, lines)
-    return mapping_layer(values, name, lines=lines)
+    return mapping_layer(values, name, lines={path: f"{name}:{line}" for path, line in lines.items()})
 
 
 def env_layer(environ: Mapping[str, str], model: type[BaseModel], sections: Sequence[str]) -> Layer:
@@ -162,15 +152,16 @@ def assignment(path: Path, text: str, model: type[BaseModel], origin: str) -> La
     if text in ("null", "none", "") and type(None) in types_:
         value = None
     elif str not in types_:
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            value = text  # pydantic then names the type that it wants
+        with suppress(UsageError):  # as it is, pydantic names the type that it wants
+            value = load_yaml(text, origin)[0]
     return mapping_layer(value, origin, path)
 
 
 def validate(model: type[Model], layer: Layer) -> Model:
     """The model of ``layer``; UsageError in one line naming key, place, and near matches."""
+    for path, value, place in layer.entries:
+        if not all(is_text(text) for text in (*path, value) if isinstance(text, str)):
+            raise UsageError(f"{place}: {'.'.join(map(str, path))}: expected text in UTF-8")
     try:
         return model.model_validate(layer.values)
     except ValidationError as error:
@@ -197,7 +188,7 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
-    return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r}" if shown else "")
+    return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r:.100}" if shown else "")
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -235,14 +226,3 @@ def _members(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return [type(value) for value in typing.get_args(annotation)]
     return [annotation]
-
-
-def _mark(node: Any, path: Path, name: str, lines: dict[Path, str]) -> None:
-    """Note the line of each key; refuse repeated ones."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        assert isinstance(key, yaml.ScalarNode), "safe_load refuses keys that cannot be hashed"
-        at, where = (*path, key.value), f"{name}:{key.start_mark.line + 1}"
-        if at in lines:
-            raise UsageError(f"{where}: {'.'.join(at)} is given twice")
-        lines[at] = where
-        _mark(value, at, name, lines)

@@ -17,13 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from manifests.checked_json import load_as, load_json
+from pydantic import Field
+
+from manifests.checked_json import load_as, load_tree
 from manifests.errors import DataError, FactoryError, GoneError
 from manifests.storage import Storage
 
 FOLDER = "lease"
 _RECORD = re.compile(r"lease/[0-9]{6}\.json", re.ASCII)
+LAST_SECOND = 2**37
+"""Seconds since 1970 that every platform can write as a date."""
 _held: set[str] = set()  # tokens of this process, to tell its own pid from a reused one
 
 
@@ -32,13 +37,13 @@ class Holder:
     """What a lease file says. ``beat`` counts heartbeats; times are seconds since 1970 by the holder's clock."""
 
     host: str
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]  # 0 and less are groups of processes
     machine: str
     started: str
     token: str
-    since: float
-    beat_at: float
-    beat: int = 0
+    since: Annotated[float, Field(ge=0, le=LAST_SECOND)]
+    beat_at: Annotated[float, Field(ge=0, le=LAST_SECOND)]
+    beat: Annotated[int, Field(ge=0, lt=2**63)] = 0
     released: bool = False
 
     def dump(self) -> bytes:
@@ -167,7 +172,7 @@ def current(storage: Storage) -> tuple[int, Holder] | None:
                 continue  # taken over and dropped since the listing
             raise
         try:
-            return int(names[-1].removeprefix(f"{FOLDER}/").removesuffix(".json")), load_as(Holder, load_json(data))
+            return int(names[-1].removeprefix(f"{FOLDER}/").removesuffix(".json")), load_as(Holder, load_tree(data))
         except ValueError as error:
             where = storage.path(names[-1])
             raise DataError(f"{where}: no lease record ({error}); delete it if no driver runs") from None
@@ -201,8 +206,9 @@ def _machine() -> str:
 
 
 def _seems_alive(holder: Holder, stale_after: float) -> bool:
-    """As far as one look can tell: on this machine by its process, on another one by its last beat."""
-    return _alive(holder) if holder.machine == _machine() else time.time() - holder.beat_at <= stale_after
+    """As far as one look can tell: on this machine by its process, on another one by its last beat. A beat in the
+    future is a clock that disagrees, and no sign of life."""
+    return _alive(holder) if holder.machine == _machine() else abs(time.time() - holder.beat_at) <= stale_after
 
 
 def _alive(holder: Holder) -> bool:

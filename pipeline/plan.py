@@ -81,7 +81,7 @@ def publish(storage: Storage, copy: TeacherCopy) -> None:
     """Write the files that are not there with the same content (a plan that was never started may be replaced)."""
     for name, data in copy.files.items():
         target = f"{copy.folder}/{name}"
-        if storage.size(target) != len(data) or storage.read(target) != data:
+        if storage.size(target) != len(data) or storage.read(target, most=None) != data:
             storage.write(target, data)
 
 

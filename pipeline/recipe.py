@@ -14,9 +14,10 @@ import yaml
 from pydantic import Field
 
 from manifests.errors import UsageError
+from manifests.plain_files import MAX_SETTINGS, read_regular
 from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, suggest, validate, yaml_layer
 from stages.models.source import is_self_contained
-from stages.settings import DistillSettings, Settings, SynthSettings
+from stages.settings import MAX_WEIGHT, DistillSettings, Settings, SynthSettings
 
 DEFAULT = "demo"
 SECTIONS = ("synth", "distill", "rounds")
@@ -28,7 +29,9 @@ class RoundsSettings(Settings):
     """How ``factory run rounds`` alternates the stages."""
 
     count: int = Field(2, gt=0, le=999, description="rounds in total; growing it later only adds")
-    adversarial: float = Field(1.0, gt=0, description="guidance.adversarial of every round but the first")
+    adversarial: float = Field(
+        1.0, gt=0, le=MAX_WEIGHT, description="guidance.adversarial of every round but the first"
+    )
 
 
 class Recipe(Settings):
@@ -73,9 +76,9 @@ def read(source: str, seen: tuple[str, ...] = ()) -> Layer:
             f"no recipe {source!r}; {suggest(source, packaged())}; a file is given by its path, ending in .yaml"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}: cannot read this recipe: {getattr(error, 'strerror', None) or error}") from None
+        text = read_regular(path, MAX_SETTINGS)
+    except OSError as error:
+        raise UsageError(f"{source}: cannot read this recipe: {error.strerror}") from None
     return _extended(
         yaml_layer(text, source).over(mapping_layer({"name": path.stem}, source)), path.parent, (*seen, source)
     )

@@ -1,9 +1,10 @@
 """Where a run stands, read from its folder alone, so any process on any machine can ask."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from manifests.errors import DataError
@@ -88,15 +89,14 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
     plan = read_plan(storage)
     done = {shard for shard in committed(storage) if shard < plan.shards}
     failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
-    events = read_events(storage)
-    latest = events[max((i for i, event in enumerate(events) if event["kind"] == "run_started"), default=0) :]
-    results = {event.get("shard"): event for event in events if event["kind"] == "shard_done"}  # the last of each shard
+    log = _Log(plan.shards)
+    for event in read_events(storage):
+        log.add(event)
     holder = live(storage)
     merged = holder is None and len(done) == plan.shards and _in_manifest(storage) == plan.shards
-    rate = _rate(latest, now, holder is not None)
-    rows = [event["rows"] for event in results.values() if event.get("rows")][-WINDOW:]
+    rate = _rate([*log.times], now, holder is not None)
+    rows = [rows for rows, _ in islice(reversed(log.results.values()), WINDOW) if rows]
     left = plan.shards - len(done) - len(failed)
-    stops = [event for event in latest if event["kind"] in ("run_interrupted", "run_failed")]
     return RunStatus(
         run=storage.url,
         state="running" if holder else "complete" if merged else "stopped",
@@ -105,18 +105,15 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
         done=len(done),
         failed=sorted(failed),
         missing=left,
-        running=_running(latest, done) if holder else [],
+        running=[log.running[shard] for shard in sorted(log.running.keys() - done)] if holder else [],
         driver=str(holder) if holder else None,
-        rows=sum(event.get("rows") or 0 for event in results.values()),
-        bytes=sum(event.get("bytes") or 0 for event in results.values()),
+        rows=sum(rows for rows, _ in log.results.values()),
+        bytes=sum(size for _, size in log.results.values()),
         shards_per_hour=round(rate * 3600, 3) if rate else None,
         images_per_second=round(rate * sum(rows) / len(rows), 4) if rate and rows else None,
         seconds_left=round(left / rate) if rate and holder else None,
-        last_errors=[
-            AttemptError(event["time"], event.get("shard"), event.get("attempt"), event.get("error"))
-            for event in [event for event in events if event["kind"] == "shard_failed"][-LAST_ERRORS:]
-        ],
-        stopped_by=str(stops[-1].get("error") or "interrupted") if stops and not holder else None,
+        last_errors=[*log.errors],
+        stopped_by=None if holder else log.stopped_by,
         trainings=trainings(storage, plan.fingerprint),
     )
 
@@ -129,22 +126,49 @@ def _in_manifest(storage: Storage) -> int:
         return 0
 
 
-def _running(latest: Sequence[dict[str, Any]], done: set[int]) -> list[RunningShard]:
-    """Shards of the latest run that were started and have not ended."""
-    running: dict[int, RunningShard] = {}
-    for event in latest:
-        shard = event.get("shard", -1)
-        if event["kind"] == "shard_started" and isinstance(shard, int) and shard >= 0:
-            running[shard] = RunningShard(shard, event.get("worker"), event["time"])
-        elif event["kind"] in ("shard_done", "shard_failed", "shard_quarantined") and isinstance(shard, int):
-            running.pop(shard, None)
-    return [running[shard] for shard in sorted(running.keys() - done)]
+class _Log:
+    """What the events of a run come to, added one by one; its memory depends on the plan, not on the log.
+
+    ``results``: rows and bytes of each shard, the last of each; of the latest run: ``times`` of its last results,
+    shards ``running``, and what it was ``stopped_by``.
+    """
+
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+        self.results: dict[int, tuple[int, int]] = {}
+        self.errors: deque[AttemptError] = deque(maxlen=LAST_ERRORS)
+        self.times: deque[float] = deque(maxlen=WINDOW + 1)
+        self.running: dict[int, RunningShard] = {}
+        self.stopped_by: str | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        kind, time, named = event["kind"], event["time"], event.get("shard")
+        shard = named if isinstance(named, int) and 0 <= named < self._shards else None
+        if kind == "run_started":
+            self.times.clear()
+            self.running.clear()
+            self.stopped_by = None
+        if kind in ("run_started", "shard_done"):
+            self.times.append(time)
+        if kind == "shard_done" and shard is not None:
+            self.results[shard] = (event.get("rows") or 0, event.get("bytes") or 0)
+        elif kind == "shard_failed":
+            self.errors.append(AttemptError(time, named, event.get("attempt"), _text(event.get("error"))))
+        elif kind in ("run_interrupted", "run_failed"):
+            self.stopped_by = _text(event.get("error")) or "interrupted"
+        if kind == "shard_started" and shard is not None:
+            self.running[shard] = RunningShard(shard, _text(event.get("worker")), time)
+        elif kind in ("shard_done", "shard_failed", "shard_quarantined") and shard is not None:
+            self.running.pop(shard, None)
 
 
-def _rate(latest: Sequence[dict[str, Any]], now: float, alive: bool) -> float | None:
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)[:2000]
+
+
+def _rate(times: Sequence[float], now: float, alive: bool) -> float | None:
     """Shards per second over the last ``WINDOW`` shards of the latest run; a driver at work that has been without a
     result for longer than ever before counts as slower."""
-    times = [event["time"] for event in latest if event["kind"] in ("run_started", "shard_done")][-(WINDOW + 1) :]
     if len(times) < 2:
         return None
     gap = max(later - earlier for earlier, later in pairwise(times))

@@ -23,6 +23,7 @@ MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
 MAX_TRAJECTORIES = 2**31  # the manifest's ``trajectory`` holds 32 bits
 MAX_THREADS = 1024
 MAX_BATCH = 2**20  # images at once
+MAX_WEIGHT = 1e6  # of a loss term, and every other number without a natural bound
 UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
 
 _SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"
@@ -59,7 +60,8 @@ def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-Interval = Annotated[tuple[float, float], AfterValidator(_check_interval)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Share, Share], AfterValidator(_check_interval)]
 """Part of the steps, from 0 = first to 1 = last; the end is excluded."""
 
 
@@ -75,6 +77,9 @@ Side = Annotated[int, Field(gt=0, le=4096)]
 """Of an image, in pixels."""
 
 
+Moment = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
 class InputSettings(Settings):
     """What a classifier expects: ``channels × size × size``, values in [0, 1] normalized by ``mean`` and ``std``.
 
@@ -85,8 +90,8 @@ class InputSettings(Settings):
 
     size: Side
     channels: Literal[1, 3] = Field(3, description="1 means luminance")
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Moment, ...]
+    std: tuple[Moment, ...]
     resize: Literal["bilinear", "bicubic", "area", "nearest"] = Field(
         "bilinear", description="interpolation, antialiased where it shrinks (but nearest)"
     )
@@ -187,7 +192,9 @@ class PriorSettings(Settings):
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "euler-ancestral", "lcm", "tcd"] = "ddim"
     eta: float = Field(0.3, ge=0, le=1, description="tcd: share of fresh noise in a step (the paper's γ)")
     steps: int = Field(20, gt=0, le=MAX_STEPS)
-    cfg_scale: float = Field(3.0, ge=0, description="classifier-free guidance scale; 1 is off (unconditional: always)")
+    cfg_scale: float = Field(
+        3.0, ge=0, le=MAX_WEIGHT, description="classifier-free guidance scale; 1 is off (unconditional: always)"
+    )
     cfg_interval: Interval = Field((0.0, 1.0), description="part of the steps with cfg, 0 = first, 1 = last")
     negative_prompt: str = ""
     labels: dict[str, Annotated[int, Field(ge=0, lt=2**31)]] = Field(
@@ -269,14 +276,19 @@ class GuidanceSettings(Settings):
     gradient_at: Literal["x0", "xt"] = Field(
         "x0", description="gradient at the predicted ẑ0, or through the denoiser at z_t"
     )
-    step_size: float = Field(0.1, ge=0, description="update size as a share of the latent's unit variance")
+    step_size: float = Field(
+        0.1, ge=0, le=MAX_WEIGHT, description="update size as a share of the latent's unit variance"
+    )
     normalize: Literal["rms", "none"] = "rms"
-    ce: float = Field(1.0, ge=0, description="class prior weight (equation 7)")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (equation 6; a mean over layers, normalized)")
-    adversarial: float = Field(0.0, ge=0, description="needs an adversary (equation 8)")
+    ce: float = Field(1.0, ge=0, le=MAX_WEIGHT, description="class prior weight (equation 7)")
+    bn: float = Field(
+        10.0, ge=0, le=MAX_WEIGHT, description="feature-statistics weight (equation 6; a mean over layers, normalized)"
+    )
+    adversarial: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="needs an adversary (equation 8)")
     consistency: float | None = Field(
         None,
         ge=0,
+        le=MAX_WEIGHT,
         description="weight of equal predictions for two views; default: 1 for a teacher without BatchNorm, else 0",
     )
     interval: Interval = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
@@ -316,7 +328,9 @@ class LatentMixSettings(Settings):
     every: int = Field(0, ge=0, le=MAX_STEPS, description="mix at every k-th step; 0 switches it off")
     interval: Interval = Field((0.0, 0.6), description="part of the steps in which it may happen")
     probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
-    alpha: float = Field(1.0, gt=0, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in")
+    alpha: float = Field(
+        1.0, gt=0, le=MAX_WEIGHT, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in"
+    )
 
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
@@ -346,12 +360,14 @@ class DeepInversionSettings(Settings):
     """Optimization of pixels (Yin et al. 2020). The competition term's weight is ``guidance.adversarial``."""
 
     steps: int = Field(2000, gt=0, le=MAX_ITERATIONS)
-    lr: float = Field(0.05, gt=0, description="of Adam, in units of the pixel range [-1, 1]")
-    ce: float = Field(1.0, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
-    first_bn: float = Field(10.0, ge=0, description="factor of the first BatchNorm layer")
-    tv: float = Field(2.5e-5, ge=0, description="total-variation weight")
-    l2: float = Field(1e-5, ge=0, description="weight of the image's norm")
+    lr: float = Field(0.05, gt=0, le=MAX_WEIGHT, description="of Adam, in units of the pixel range [-1, 1]")
+    ce: float = Field(1.0, ge=0, le=MAX_WEIGHT, description="class prior weight")
+    bn: float = Field(
+        10.0, ge=0, le=MAX_WEIGHT, description="feature-statistics weight (normalized: a mean over layers)"
+    )
+    first_bn: float = Field(10.0, ge=0, le=MAX_WEIGHT, description="factor of the first BatchNorm layer")
+    tv: float = Field(2.5e-5, ge=0, le=MAX_WEIGHT, description="total-variation weight")
+    l2: float = Field(1e-5, ge=0, le=MAX_WEIGHT, description="weight of the image's norm")
     jitter: float = Field(0.0625, ge=0, lt=0.5, description="random shift before the teacher, a share of the side")
     flip: bool = Field(False, description="show half of the steps mirrored; wrong for digits and text")
 
@@ -368,16 +384,18 @@ class CmiSettings(Settings):
         2, gt=0, le=MAX_BATCH, description="batches that a group is made in; the bank holds the earlier ones"
     )
     steps: int = Field(500, gt=0, le=MAX_ITERATIONS, description="for each batch")
-    lr: float = Field(1e-3, gt=0, description="of Adam, for generator, latents and head")
+    lr: float = Field(1e-3, gt=0, le=MAX_WEIGHT, description="of Adam, for generator, latents and head")
     latent: int = Field(256, gt=0, le=2**16, description="length of the vector that an image is generated from")
     width: int = Field(
         64, gt=0, le=4096, description="channels of the generator's last layer; the others have twice as many"
     )
-    ce: float = Field(0.5, ge=0, description="class prior weight")
-    bn: float = Field(10.0, ge=0, description="feature-statistics weight (normalized: a mean over layers)")
-    cr: float = Field(0.8, ge=0, description="contrastive weight")
-    temperature: float = Field(0.1, gt=0, description="of the contrastive term")
-    crop: tuple[float, float] = Field(
+    ce: float = Field(0.5, ge=0, le=MAX_WEIGHT, description="class prior weight")
+    bn: float = Field(
+        10.0, ge=0, le=MAX_WEIGHT, description="feature-statistics weight (normalized: a mean over layers)"
+    )
+    cr: float = Field(0.8, ge=0, le=MAX_WEIGHT, description="contrastive weight")
+    temperature: float = Field(0.1, gt=0, le=MAX_WEIGHT, description="of the contrastive term")
+    crop: tuple[Share, Share] = Field(
         (0.25, 1.0), description="smallest and largest area of the local view, shares of the image"
     )
     jitter: float = Field(0.125, ge=0, lt=0.5, description="random shift of the global view, a share of the side")
@@ -536,12 +554,14 @@ def student_name(architecture: str) -> str:
 class LossSettings(Settings):
     """Weights of the loss terms; each is logged on its own. A weight of 0 switches a term off."""
 
-    kd: float = Field(1.0, ge=0, description="τ²·KL(teacher ‖ student), batchmean")
-    temperature: float = Field(4.0, gt=0, description="temperature of the KD term")
-    ce: float = Field(0.0, ge=0, description="cross-entropy with the manifest's label")
-    variants_ce: float = Field(0.0, ge=0, description="cross-entropy on image variants only (DDA equation 7)")
-    cam: float = Field(0.0, ge=0, description="class activation maps, every class (mSARC)")
-    gradcam: float = Field(0.0, ge=0, description="Grad-CAM at the end of each stage (mSARC)")
+    kd: float = Field(1.0, ge=0, le=MAX_WEIGHT, description="τ²·KL(teacher ‖ student), batchmean")
+    temperature: float = Field(4.0, gt=0, le=MAX_WEIGHT, description="temperature of the KD term")
+    ce: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="cross-entropy with the manifest's label")
+    variants_ce: float = Field(
+        0.0, ge=0, le=MAX_WEIGHT, description="cross-entropy on image variants only (DDA equation 7)"
+    )
+    cam: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="class activation maps, every class (mSARC)")
+    gradcam: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="Grad-CAM at the end of each stage (mSARC)")
     teacher_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
     student_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
 
@@ -561,14 +581,16 @@ class OptimizerSettings(Settings):
     """How weights move. Lengths are shares of the run, so that changing ``epochs`` keeps the shape."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    lr: float = Field(0.1, gt=0, le=MAX_WEIGHT, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd: Nesterov momentum; adamw: beta1")
-    weight_decay: float = Field(5e-4, ge=0, description="not applied to biases and normalization weights")
+    weight_decay: float = Field(
+        5e-4, ge=0, le=MAX_WEIGHT, description="not applied to biases and normalization weights"
+    )
     schedule: Literal["cosine", "step", "onecycle"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps; onecycle: the rising part")
-    milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: shares of the run")
+    milestones: tuple[Share, ...] = Field((0.5, 0.75), description="step schedule: shares of the run")
     gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor at each milestone")
-    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 switches it off")
+    clip: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="largest gradient norm; 0 switches it off")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that become the student; 0: none")
 
 

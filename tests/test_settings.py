@@ -1,33 +1,67 @@
 """Settings of both stages: bounded, since a recipe may come from somebody else's dataset."""
 
-import types
+import importlib.util
+import pkgutil
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from annotated_types import Le, Lt
-from pydantic import BaseModel, ValidationError
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ValidationError
 
-from stages.settings import MAX_TRAJECTORIES, DistillSettings, SynthSettings
+import pipeline
+import stages
+from stages.settings import MAX_TRAJECTORIES, Settings, SynthSettings
 
-
-def fields(model: type[BaseModel], path: str) -> Iterator[tuple[str, Any, list[Any]]]:
-    """(key, type, constraints) of every field below ``model``, unions taken apart."""
-    for name, field in model.model_fields.items():
-        union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-        for kind in typing.get_args(field.annotation) if union else (field.annotation,):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from fields(kind, f"{path}.{name}")
-            else:
-                yield f"{path}.{name}", kind, field.metadata
+MODULES = ("stages.settings", "stages.models.source", "pipeline.recipe", "pipeline.executors.settings")
 
 
-@pytest.mark.parametrize(("model", "path"), [(SynthSettings, "synth"), (DistillSettings, "distill")])
-def test_every_integer_has_an_upper_bound(model, path):
-    integers = {key: constraints for key, kind, constraints in fields(model, path) if kind is int}
-    assert len(integers) >= 6
-    assert [key for key, found in integers.items() if not any(isinstance(c, Le | Lt) for c in found)] == []
+def all_settings(kind: type[Settings] = Settings) -> Iterator[type[Settings]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from all_settings(below)
+
+
+def numbers(kind: Any, constraints: tuple[Any, ...] = ()) -> Iterator[tuple[type, tuple[Any, ...]]]:
+    """(int or float, its constraints) wherever they are in a type: in unions, tuples, dictionaries."""
+    if typing.get_origin(kind) is typing.Annotated:
+        inner, *found = typing.get_args(kind)
+        more = [part for one in found for part in (getattr(one, "metadata", None) or [one])]
+        yield from numbers(inner, (*constraints, *more))
+    elif kind in (int, float):
+        yield kind, constraints
+    elif typing.get_origin(kind) is not typing.Literal:
+        for inner in typing.get_args(kind):
+            yield from numbers(inner, constraints)
+
+
+def test_every_number_of_every_settings_class_is_bounded():
+    for module in MODULES:
+        importlib.import_module(module)
+    found = [
+        (f"{model.__name__}.{name}", constraints)
+        for model in set(all_settings())
+        for name, field in model.model_fields.items()
+        for _, constraints in numbers(field.annotation, tuple(field.metadata))
+    ]
+    assert len(found) > 80
+    loose = {
+        name
+        for name, limits in found
+        if not any(isinstance(limit, Le | Lt) for limit in limits)
+        or not any(isinstance(limit, Ge | Gt) for limit in limits)
+    }
+    assert loose == set()
+
+
+def test_no_settings_class_hides_in_another_module():
+    for package in (stages, pipeline):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            source = importlib.util.find_spec(module.name)
+            text = Path(source.origin).read_text(encoding="utf-8") if source and source.origin else ""
+            assert module.name in MODULES or "(Settings)" not in text, module.name
 
 
 def test_a_dataset_numbers_its_trajectories_with_32_bits():

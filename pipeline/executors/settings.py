@@ -6,7 +6,9 @@ from pydantic import Field, field_validator
 
 from manifests.errors import UsageError
 from pipeline.layers import flag_layer, validate
-from stages.settings import Settings, SynthSettings
+from stages.settings import MAX_THREADS, Settings, SynthSettings
+
+MAX_WORKERS, MAX_GPUS, MAX_MEMORY, MAX_SECONDS = 100_000, 1024, 2**20, 10**8
 
 MIN_GPU = 0.0001
 """The smallest share of a GPU that Ray can reserve."""
@@ -15,19 +17,30 @@ MIN_GPU = 0.0001
 class ExecutorSettings(Settings):
     """Flags of ``factory run`` that choose workers. One worker without an address runs in this process."""
 
-    workers: int = Field(1, gt=0, description="1 runs in this process, more run as Ray actors")
+    workers: int = Field(1, gt=0, le=MAX_WORKERS, description="1 runs in this process, more run as Ray actors")
     address: str | None = Field(None, description="Ray cluster to join: auto or HOST:PORT; default: start one here")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs each worker reserves, fractions allowed; default: 1 where the cluster has any"
+        None,
+        ge=0,
+        le=MAX_GPUS,
+        description="GPUs each worker reserves, fractions allowed; default: 1 where the cluster has any",
     )
-    memory_per_worker: float | None = Field(None, gt=0, description="memory each worker reserves, in GiB")
-    threads: int = Field(1, gt=0, description="CPU threads of a worker; belongs to the plan, passed on from there")
-    attempts: int = Field(3, gt=0, description="attempts before a shard is put into quarantine")
-    time_limit: float | None = Field(None, gt=0, description="seconds a shard may take before its worker is killed")
-    start_limit: float = Field(600.0, gt=0, description="seconds until at least one worker must be ready")
-    retry_delay: float = Field(1.0, ge=0, description="seconds before a failed shard's next attempt")
+    memory_per_worker: float | None = Field(
+        None, gt=0, le=MAX_MEMORY, description="memory each worker reserves, in GiB"
+    )
+    threads: int = Field(
+        1, gt=0, le=MAX_THREADS, description="CPU threads of a worker; belongs to the plan, passed on from there"
+    )
+    attempts: int = Field(3, gt=0, le=1000, description="attempts before a shard is put into quarantine")
+    time_limit: float | None = Field(
+        None, gt=0, le=MAX_SECONDS, description="seconds a shard may take before its worker is killed"
+    )
+    start_limit: float = Field(
+        600.0, gt=0, le=MAX_SECONDS, description="seconds until at least one worker must be ready"
+    )
+    retry_delay: float = Field(1.0, ge=0, le=MAX_SECONDS, description="seconds before a failed shard's next attempt")
     retry_failed: bool = Field(False, description="take shards out of quarantine and try them again")
-    stop_after: int = Field(20, gt=0, description="stop when this many shards in a row ended in quarantine")
+    stop_after: int = Field(20, gt=0, le=2**24, description="stop when this many shards in a row ended in quarantine")
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from manifests.dataset import unique_names
+from manifests.dataset import MAX_SHARD, unique_names
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import read_events
@@ -95,8 +95,13 @@ def _short(value: Any) -> str:
 
 def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     """What the shards of a run took, from its events: name and value; nothing where there are none."""
-    events = read_events(storage)
-    shards = {event["shard"]: event for event in events if event["kind"] == "shard_done" and event.get("rows")}
+    shards, last = dict[int, dict[str, Any]](), 0.0
+    for event in read_events(storage):
+        last = event["time"]
+        shard = event.get("shard")
+        if event["kind"] == "shard_done" and event.get("rows") and isinstance(shard, int) and 0 <= shard < MAX_SHARD:
+            kept = ("rows", "seconds", "bytes", "evaluations", "worker")
+            shards[shard] = {name: event[name] for name in kept if name in event}
     rows = sum(event["rows"] for event in shards.values())
     if not rows:
         return []
@@ -104,13 +109,12 @@ def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     data = sum(event.get("bytes") or 0 for event in shards.values())
     evaluations = sum(n for event in shards.values() if isinstance(n := event.get("evaluations"), int | float))
     workers = {str(event.get("worker")) for event in shards.values()}
-    times = [event["time"] for event in events]
     facts = [
         ("time per 1,000 images", f"{duration(1000 * seconds / rows)} of one worker"),
         ("disk per 1,000 images", size(1000 * data / rows)),
         ("prior evaluations an image", f"{evaluations * group_size / rows:.3g}" if evaluations else ""),
         ("work in all", f"{duration(seconds)} for {rows:,} images, workers: {len(workers)}"),
-        ("last event", _date(times[-1])),
+        ("last event", _date(last)),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -141,9 +141,8 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
 def _metrics(storage: Storage, name: str) -> list[dict[str, float]]:
     """The lines of a student's metrics.jsonl that hold numbers; [] without the file."""
     file = f"{name}/metrics.jsonl"
-    lines = storage.read(file).splitlines() if storage.exists(file) else []
     numbers = []
-    for line in lines:
+    for line in storage.lines(file) if storage.exists(file) else ():
         try:
             values = load_json(line)
             numbers.append({key: float(values[key]) for key, _ in CURVES if key in values})

@@ -215,7 +215,7 @@ def save(run: Training) -> None:
 def resume(run: Training) -> None:
     """Go on from the checkpoint, if there is one: all processes from the first one's. Raises DataError if damaged."""
     written = run.ranks.first and run.storage.exists(checkpoint.STATE)
-    data = run.ranks.share(run.storage.read(checkpoint.STATE) if written else None)
+    data = run.ranks.share(run.storage.read(checkpoint.STATE, most=None) if written else None)
     if data is None:
         return
     state = checkpoint.parse(data, run.storage, run.device)

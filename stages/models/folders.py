@@ -1,18 +1,21 @@
 """Model folders of timm and transformers: what their JSON files say of a classifier. Imports no torch."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manifests.checked_json import load_tree
 from manifests.errors import DataError
+from manifests.plain_files import read_regular
 from stages.settings import MAX_CLASSES, InputSettings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BIN, INDEX = "pytorch_model.bin", ".index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+MAX_CONFIG = 16 * 2**20
+"""Bytes of a configuration."""
 TIMM_FILTERS = ("bilinear", "bicubic", "nearest")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 NOT_OF_THE_NET = (
@@ -88,9 +91,7 @@ def read_weights(path: Path) -> bytes:
     """The content of a weights file. Raises DataError where it cannot be read, or is no regular file but a git-lfs
     pointer, a folder or a device."""
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no regular file")
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise DataError(f"cannot read teacher weights {path}: {error.strerror}") from None
     if data.startswith(b"version https://git-lfs.github.com/spec/"):
@@ -101,7 +102,7 @@ def read_weights(path: Path) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises DataError where it is absent or damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        content = load_tree(read_regular(path, MAX_CONFIG), finite=False)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

@@ -283,7 +283,7 @@ def dataset_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask:
         known = f"its sha256 is {sha256}" if sha256 else "its checksum is not recorded"
         raise DataError(f"{manifest.url} does not carry its teacher, {known}: {ask}")
     where, config = manifest.storage.path(identity["path"]), dataset_teacher_config(manifest, ask)
-    weights = manifest.storage.read(identity["path"])
+    weights = manifest.storage.read(identity["path"], most=None)
     actual = hashlib.sha256(weights).hexdigest()
     if actual != sha256:  # before anything is built from them
         raise DataError(f"{where} was altered: sha256 {actual}, expected {sha256}; restore it, or {ask}")

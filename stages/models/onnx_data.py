@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.errors import DataError, UsageError
+from manifests.plain_files import read_regular
 
 SMALL = 2**20
 """Bytes of a tensor that moves into the model."""
@@ -83,9 +84,9 @@ def _read(model: Path, name: str, end: int) -> bytes:
     if not path.is_relative_to(root):
         raise DataError(f"{model}: its data {name[:80]!r} is a link out of its folder")
     try:
-        if not path.is_file():
-            raise DataError(f"{model}: its data {name[:80]!r} is missing: copy it beside the model")
-        data = path.read_bytes()
+        data = read_regular(path)
+    except FileNotFoundError:
+        raise DataError(f"{model}: its data {name[:80]!r} is missing: copy it beside the model") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if len(data) < end:

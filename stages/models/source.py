@@ -14,11 +14,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
+from manifests.plain_files import MAX_SETTINGS, load_yaml_file, read_regular
 from stages.models.folders import (
     CONFIG,
     WEIGHTS,
@@ -118,8 +118,8 @@ class ModelConfig(Settings):
     """
 
     architecture: str
-    num_classes: int
-    channels: int
+    num_classes: int = Field(gt=0, le=MAX_CLASSES)
+    channels: int = Field(gt=0, le=3)
     input: InputSettings
     class_names: tuple[str, ...]
     stem: Stem = "native"
@@ -246,7 +246,7 @@ class ModelSource:
         found = identity_of(self.config, self.read())
         if self.code:
             try:
-                code = hashlib.sha256(self.code.read_bytes()).hexdigest()
+                code = hashlib.sha256(read_regular(self.code)).hexdigest()
             except OSError as error:
                 raise DataError(f"cannot read {self.code}: {error.strerror}") from None
             found["sha256"] = hashlib.sha256(f"{code} {found['sha256']}".encode()).hexdigest()
@@ -385,11 +385,7 @@ def _from_yaml(settings: ModelSettings) -> ModelSettings:
     """The settings in the YAML file ``settings.name``, under those that ``settings`` itself has."""
     path = Path(settings.name)
     try:
-        stored = ModelSettings.model_validate(yaml.safe_load(path.read_bytes()))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        stored = ModelSettings.model_validate(load_yaml_file(path)[0])
     except ValidationError as error:
         raise UsageError(f"{path} describes no model: {_first_line(error)}") from None
     if stored.name.endswith((".yaml", ".yml")):
@@ -400,9 +396,11 @@ def _from_yaml(settings: ModelSettings) -> ModelSettings:
 
 def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     try:
-        config, recorded = parse_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
-    except OSError:
+        config, recorded = parse_config(read_regular(folder / CONFIG, MAX_SETTINGS), str(folder / CONFIG))
+    except FileNotFoundError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {folder / CONFIG}: {error.strerror}") from None
     config = _overridden(config, settings)
     stored = f"{CONFIG} of {folder}"
     facts = FolderFacts(decisions={"architecture": stored, "input": stored, "classes": f"names from {stored}"})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from manifests.errors import DataError, FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, UsageError, one_line
 from stages.memory import in_micro_batches, moment_sums, moments
 from stages.models.hooks import head_of, head_path, inputs_of, outputs_of
 from stages.models.inputs import InputSpec, logits_of, require_finite, require_finite_weights
@@ -308,7 +308,7 @@ def onnx_answer(data: bytes, where: str, external: Mapping[str, bytes] | None = 
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no public base class for its errors
-        raise DataError(f"{where} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{where} cannot be loaded by onnxruntime: {one_line(error)}") from None
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in ("tensor(float)", "tensor(float16)"):
         found = ", ".join(f"{i.name} {i.shape} {i.type}" for i in inputs)
@@ -327,7 +327,11 @@ def onnx_answer(data: bytes, where: str, external: Mapping[str, bytes] | None = 
         for start in range(0, len(images), size):
             part = images[start : start + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), dtype)])
-            parts.append([out[: len(part)] for out in session.run(None, {name: padded})])
+            try:
+                outputs = session.run(None, {name: padded})
+            except Exception as error:  # as above
+                raise DataError(f"{where} cannot be run by onnxruntime: {one_line(error)}") from None
+            parts.append([out[: len(part)] for out in outputs])
         return [torch.from_numpy(np.concatenate(outs)) for outs in zip(*parts, strict=True)]
 
     return answer

@@ -472,3 +472,45 @@ def test_a_manifest_without_kept_images_can_be_shown(tmp_path: Path) -> None:
     merge(storage, INFO)
     empty = Manifest.open(tmp_path)
     assert "none of 0 rows" in repr(empty) and "none of 0 rows" in empty._repr_html_()
+
+
+def rewritten(tmp_path: Path, text: str, rows: int = 400, column: str = "prompt", **options: Any) -> str:
+    """A manifest of ``rows`` rows with the same ``text`` in all: small in its file."""
+    storage = Storage(tmp_path)
+    write_shard(storage, 0, rows)
+    merge(storage, INFO)
+    table = pq.read_table(tmp_path / "m.parquet")
+    values = table.set_column(
+        table.schema.get_field_index(column), table.schema.field(column), pa.array([text] * rows, pa.string())
+    )
+    pq.write_table(values, tmp_path / "m.parquet", **{**write_options(), **options})
+    assert (tmp_path / "m.parquet").stat().st_size < 1 << 20
+    return storage.url
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "line"),
+    [
+        ("x" * 5_000_000, {}, "a text has more than 1048576 bytes"),
+        ("x" * 1_000_000, {}, "a row group has more than 268435456 bytes of text"),
+        (
+            "x" * 1_000_000,
+            {"use_dictionary": False, "column_encoding": {"prompt": "DELTA_BYTE_ARRAY"}},
+            "column 'prompt' is delta-encoded",
+        ),
+    ],
+)
+def test_repeated_text_is_bounded_before_it_is_spelled_out(
+    tmp_path: Path, text: str, options: dict[str, Any], line: str
+) -> None:
+    url, before = rewritten(tmp_path, text, **options), pa.default_memory_pool().max_memory()
+    for look in (lambda m: m.where("prompt == 'a'"), lambda m: m.column("prompt"), lambda m: m.row(0)):
+        with pytest.raises(DataError, match=line):
+            look(Manifest.open(url))
+    assert pa.default_memory_pool().max_memory() - before < 64 << 20
+
+
+def test_repeated_keys_are_bounded_too(tmp_path: Path) -> None:
+    url = rewritten(tmp_path, "0" * 5_000_000, column="key", use_dictionary=["key"])
+    with pytest.raises(DataError, match="a text has more than 1048576 bytes"):
+        Manifest.open(url).column("key")

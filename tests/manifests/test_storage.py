@@ -251,3 +251,25 @@ def test_a_store_that_is_down_is_waited_for_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StoreError):
         storage.size("x")
     assert len(slept) == 6 and slept[0] < slept[1] < slept[2]  # backoff
+
+
+def test_records_are_bounded_before_they_are_read(any_storage, monkeypatch):
+    any_storage.write("a", b"x" * 100)
+    assert any_storage.read("a", most=100) == b"x" * 100
+    with pytest.raises(DataError, match="has more than 99 bytes"):
+        any_storage.read("a", most=99)
+
+
+def test_lines_of_any_length_are_read_in_parts(any_storage):
+    any_storage.write("a", b"one\n" + b"x" * 50 + b"\ntwo\n\n" + b"y" * 20)
+    assert [*any_storage.lines("a", most=20)] == [b"one\n", b"two\n", b"\n"]
+
+
+URLS = ["", "file://", "file://host/x", "http://[", "s3://", "s3:///", "no-such://x", "a\udcff", "memory::", "::"]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_impossible_urls_are_one_line(url):
+    with pytest.raises(FactoryError) as caught:
+        Storage(url).list("")
+    assert len(str(caught.value).splitlines()) == 1

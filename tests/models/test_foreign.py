@@ -465,7 +465,11 @@ class TestSettingsFile:
 
     @pytest.mark.parametrize(
         ("text", "line"),
-        [("name: [", "is no YAML"), ("nome: x", "describes no model: nome"), ("name: o.yaml", "not another YAML file")],
+        [
+            ("name: [", "not valid YAML"),
+            ("nome: x", "describes no model: nome"),
+            ("name: o.yaml", "not another YAML file"),
+        ],
     )
     def test_files_that_describe_none(self, tmp_path, text, line):
         (tmp_path / "t.yaml").write_text(text)

@@ -1,6 +1,7 @@
 """The events log: appends, survives a torn line, and is read back in order, locally and remotely."""
 
 import json
+import tracemalloc
 
 from manifests.storage import Storage
 from pipeline.events import LOCAL, EventLog, Loud, read_events
@@ -19,19 +20,34 @@ def test_a_torn_last_line_costs_only_itself(tmp_path):
     EventLog(storage).write("run_started", shards=2)
     with open(tmp_path / LOCAL, "ab") as file:
         file.write(b'{"time": 1, "kind": "shard_d')
-    assert len(read_events(storage)) == 1
+    assert len([*read_events(storage)]) == 1
     EventLog(storage).write("run_finished")
     assert [e["kind"] for e in read_events(storage)] == ["run_started", "run_finished"]
 
 
 def test_lines_that_are_no_events_are_passed_over(tmp_path):
     no_events = b'[1]\n{"kind": "x"}\n{"time": "y", "kind": "x"}\n\xff\n{"time": 1, "kind": "x", "shard": []}\n'
+    no_events += b'{"time": 1e999, "kind": "x"}\n{"time": 1, "kind": "x", "rows": 1%s}\n' % (b"0" * 400)
+    no_events += b"[" * 10**5 + b"\n"
     (tmp_path / LOCAL).write_bytes(no_events + b'{"time": 1, "kind": "ok"}\n')
-    assert read_events(Storage(tmp_path)) == [{"time": 1, "kind": "ok"}]
+    assert [*read_events(Storage(tmp_path))] == [{"time": 1, "kind": "ok"}]
+
+
+def test_a_long_log_is_read_in_constant_memory(tmp_path):
+    line = b'{"time": 1, "kind": "shard_done", "shard": 0, "error": "%s"}\n' % (b"x" * 900)
+    with open(tmp_path / LOCAL, "wb") as file:
+        for _ in range(20_000):
+            file.write(line)
+        file.write(b"9" * (3 << 20) + b"\n" + line)  # a line longer than any of this program
+    tracemalloc.start()
+    assert sum(1 for _ in read_events(Storage(tmp_path))) == 20_001
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_a_folder_without_events_has_none(tmp_path):
-    assert read_events(Storage(tmp_path)) == []
+    assert [*read_events(Storage(tmp_path))] == []
 
 
 def test_remote_events_are_buffered_and_kept_per_driver():
@@ -43,7 +59,7 @@ def test_remote_events_are_buffered_and_kept_per_driver():
         assert [e["kind"] for e in read_events(storage)] == ["run_started"]
         now[0] += 6
         log.write("shard_done", shard=1)
-        assert len(read_events(storage)) == 3
+        assert len([*read_events(storage)]) == 3
         log.write("shard_done", shard=2)
     now[0] += 1
     with EventLog(storage, clock=lambda: now[0]) as log:

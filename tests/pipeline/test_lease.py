@@ -105,6 +105,14 @@ def test_slow_clock_elsewhere_does_not_cost_a_live_driver_its_lease(storage):
         Lease(storage, beat_every=0.05, on_line=beat).__enter__()
 
 
+def test_clock_years_ahead_holds_no_lease(storage):
+    future = time.time() + 10**9
+    held_by(storage, beat_at=future, since=future)
+    assert live(storage) is None
+    with Lease(storage, beat_every=0.01) as lease:
+        assert lease.after_crash
+
+
 def test_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
     code = (
         "import os, sys; from manifests.storage import Storage; from pipeline.lease import Lease; "
@@ -195,8 +203,23 @@ def test_store_that_fails_for_a_while_costs_nothing_then_the_lease(storage, monk
 WRONG = dict.fromkeys(("host", "machine", "started", "token"), "x") | {"pid": 1, "since": 0, "beat_at": "yesterday"}
 
 
+RIGHT = WRONG | {"beat_at": 1}
+IMPOSSIBLE = (
+    {"since": 1e300},
+    {"beat_at": -1},
+    {"pid": 0},
+    {"pid": -1},
+    {"pid": 1.5},
+    {"pid": 2**80},
+    {"beat": 10**400},
+)
+IMPOSSIBLE += ({"host": None}, {"host": "\ud83d"}, {"machine": ["x"]}, {"released": 7})
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"{}", b"[" * 10**5, json.dumps({"host": "x"}).encode(), json.dumps(WRONG).encode()]
+    "data",
+    [b"", b"[]", b"{}", b"[" * 10**5, b'{"host": "x"}', json.dumps(WRONG).encode(), b"\xff", b'{"since": Infinity}']
+    + [json.dumps(RIGHT | changes).encode() for changes in IMPOSSIBLE],
 )
 def test_unreadable_lease_is_named(storage, data):
     storage.write("lease/000001.json", data)

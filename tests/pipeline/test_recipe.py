@@ -93,7 +93,7 @@ def test_recipe_file_that_cannot_be_read(tmp_path):
     assert "No such file" in refusal(str(tmp_path / "no.yaml"))
     assert "cannot read" in refusal(str(tmp_path))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "binary.yaml: cannot read" in refusal(str(tmp_path / "binary.yaml"))
+    assert "binary.yaml: not valid YAML: 'utf-8' codec can't decode" in refusal(str(tmp_path / "binary.yaml"))
 
 
 def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):

@@ -1,7 +1,6 @@
 """Where a prior is (path, hub id, ``embedded:`` name), what kind, and which of its files are read. No torch."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,9 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from manifests.errors import DataError, UsageError
+from manifests.checked_json import load_tree
+from manifests.errors import DataError, UsageError, one_line
+from manifests.plain_files import read_regular
 from stages.hub import snapshot
 from stages.settings import PriorSettings
 
@@ -286,11 +287,9 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{what}: {name} is missing")
     try:
-        if file.stat().st_size > MAX_CONFIG:
-            raise ValueError(f"it is larger than {MAX_CONFIG} bytes")
-        content = json.loads(file.read_bytes())  # infinite numbers too, which solvers have
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{what}: {name} cannot be read: {error}") from error
+        content = load_tree(read_regular(file, MAX_CONFIG), finite=False)  # solvers have infinite numbers
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what}: {name} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{what}: {name} holds no JSON object")
     return content

@@ -4,7 +4,6 @@ Read are the key names of diffusers, PEFT and kohya's scripts, from safetensors 
 file for another network, or of another kind (DoRA, LoHa, LoKr), is refused and never merged in part.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from manifests.checked_json import load_tree
 from manifests.errors import DataError
 
 # How files name the networks of a pipeline.
@@ -99,7 +99,7 @@ def _read(file: Path) -> dict[tuple[str, str], Factors]:
     try:
         with safe_open(file, framework="pt") as opened:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-            config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            config = load_tree((opened.metadata() or {}).get("lora_adapter_metadata", "{}").encode())
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"LoRA {file} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
     config = config if isinstance(config, dict) else {}
