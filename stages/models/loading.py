@@ -249,10 +249,13 @@ def source_files(source: ModelSource) -> dict[str, bytes]:
     Raises DataError where the weights are damaged or do not fit.
     """
     config, data = source.config, source.read()
-    files = source.external()
-    net, weights = build_from(config, files or {source.where: data}, source.where, source.checkpoint_key)
+    files, key = source.external(), source.checkpoint_key
+    checkpoint = read_checkpoint(files or {source.where: data}, source.where)
+    with torch.device("meta"):  # to compare names and shapes
+        net = build_net(config)
+    _, weights = filled(net, config, checkpoint, key)
     if weights.line or files or not source.where.endswith(".safetensors"):
-        return model_files(net, config)
+        return model_files(filled(build_net(config), config, checkpoint, key)[0], config)
     return {WEIGHTS: data, CONFIG: config_json(config, data)}
 
 

@@ -1,7 +1,6 @@
 """Stage 1 end to end with a worker that needs no model: complete, resumed, grown, failed, refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from pipeline.lease import Lease
 from pipeline.plan import make_plan, open_or_create, withdraw
 from pipeline.recipe import resolve
 from pipeline.synth import WORKER, run_synth
-from stages.models import nets
+from stages.models import folders, nets
 from stages.models.loading import load_model, save_model
 from stages.models.source import resolve as resolve_model
 from stages.settings import ModelSettings
@@ -50,13 +49,13 @@ def test_a_run_gives_a_manifest_that_says_what_it_is(run_folder):
 
 def test_an_inline_run_reads_and_builds_its_teacher_once(tmp_path, monkeypatch):
     reads, builds = [], []
-    read_bytes, build = Path.read_bytes, nets.ARCHITECTURES["digits-cnn"]
+    read, build = folders.read_regular, nets.ARCHITECTURES["digits-cnn"]
 
     def built(*arguments):
         builds.append(build(*arguments))
         return builds[-1]
 
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    monkeypatch.setattr(folders, "read_regular", lambda path, *more: reads.append(path.name) or read(path, *more))
     monkeypatch.setitem(nets.ARCHITECTURES, "digits-cnn", built)
     small = ("shards=1", "groups_per_shard=1", "group_size=4", "cmi.steps=1", "cmi.width=8", "cmi.latent=8")
     run(tmp_path / "run", "method=cmi", "images.size=null", *small, worker=None)

@@ -1,6 +1,7 @@
 """Where a prior is (path, hub id, ``embedded:`` name), what kind, and which of its files are read. No torch."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from manifests.errors import DataError, UsageError, one_line
 from manifests.plain_files import read_regular
 from stages.hub import snapshot
 from stages.settings import PriorSettings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ def locate_prior(settings: PriorSettings) -> PriorSource:
     loras = tuple((_lora_file(lora.path), lora.weight) for lora in settings.lora)
     source = PriorSource(folder, settings.variant, settings.path, index, shape, scheduler, loras)
     if settings.variant and settings.variant not in source.weights:
-        raise DataError(f"prior {folder} has no weights of the variant {settings.variant!r}: leave prior.variant out")
+        log.warning("prior %s has no weights of the variant %r: its plain ones are read", folder, settings.variant)
     return source
 
 

@@ -119,8 +119,10 @@ def test_an_index_that_lists_other_files_is_refused(copy):
     assert "lists 'more-00002-of-00002.safetensors', which is absent or none of the files read" in refused(copy)
 
 
-def test_a_variant_that_no_part_has_is_refused(prior_folder):
-    assert "has no weights of the variant 'fp16'" in refused(prior_folder, variant="fp16")
+def test_a_variant_that_no_part_has_is_said(prior_folder, caplog):
+    plain = locate_prior(settings(prior_folder, variant="fp16"))
+    assert "has no weights of the variant 'fp16': its plain ones are read" in caplog.text
+    assert [*plain.weights] == [None]
 
 
 @pytest.mark.parametrize(
