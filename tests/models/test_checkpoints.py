@@ -309,7 +309,7 @@ class TestRefusals:
             answer(source_of(tmp_path / "x.pth"))
 
     def test_devices_are_not_read(self):
-        with pytest.raises(DataError, match="/dev/zero is no regular file"):
+        with pytest.raises(DataError, match="/dev/zero: it is no regular file"):
             source_of("/dev/zero").read()
 
 
