@@ -33,6 +33,12 @@ class StoreError(FactoryError):
     """A folder or object store that keeps failing, which is the fault of no shard; mended, the same command resumes."""
 
 
+class StalledError(StoreError):
+    """A store from which nothing arrives any more."""
+
+    exit_code = 3
+
+
 class GoneError(StoreError):
     """The folder that a command works in was moved, deleted or replaced: there is nothing left to write to."""
 
