@@ -56,6 +56,19 @@ class RemoteBackend:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
+    def missing_bucket(self) -> str:
+        """The bucket, where this is an object store and has none of this name; "" otherwise."""
+        if not isinstance(self.fs, fsspec.asyn.AsyncFileSystem) or self.url.startswith("http"):
+            return ""
+        bucket = self.root.split("/", 1)[0]
+        try:
+            self.fs.ls(bucket, refresh=True)
+        except FileNotFoundError:
+            return bucket
+        except Exception:  # not allowed to look: then it is not known
+            return ""
+        return ""
+
     def read(self, path: str, most: int | None = None) -> bytes:
         if most is not None and (self.size(path) or 0) > most:
             return self.read_range(path, 0, most + 1)

@@ -9,13 +9,13 @@ import queue
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from manifests.errors import DataError, FactoryError, StalledError, StoreError, one_line
-from manifests.storage import LASTING, Storage
+from manifests.storage import LASTING, Patience, Storage
 
 AT_ONCE, BYTES_AT_ONCE = 64, 64 << 20
 """Requests under way at most, and the bytes that they may bring together (a single one may be larger)."""
@@ -33,15 +33,6 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a store may be silent: after ``warn_seconds`` without a finished request ``on_wait`` gets a line that
-    names what is waited for, after ``stall_seconds`` the wait ends in :class:`StalledError`."""
-
-    stall_seconds: float = 60.0
-    on_wait: Callable[[str], object] | None = None
-    warn_seconds: float = 10.0
-
-
 def parts(name: str, size: int) -> list[Range]:
     """A whole file of ``size`` bytes."""
     return [Range(name, start, min(PART, size - start)) for start in range(0, size, PART)]

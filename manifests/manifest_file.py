@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError, one_line
-from manifests.fetch import Patience
 from manifests.schema import SCHEMA, Row, check_text, open_table, parquet_errors
-from manifests.storage import Storage
+from manifests.storage import Patience, Storage
 from manifests.tar_cache import TarCache
 from manifests.where import columns_of, compile_where
 

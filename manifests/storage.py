@@ -9,17 +9,18 @@ import io
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
 from manifests.backends import RemoteBackend
-from manifests.checked_json import is_text
-from manifests.errors import DataError, FactoryError, StoreError, UsageError, one_line
+from manifests.errors import DataError, FactoryError, StalledError, StoreError, UsageError, one_line
 from manifests.local import LocalBackend
 
 T = TypeVar("T")
@@ -47,6 +48,39 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_url(text: str) -> str:
+    """``text`` if it can be a folder or file. Raises UsageError where it is empty, a scheme alone (``s3://``), or not
+    UTF-8, which neither stores nor JSON can hold."""
+    scheme, separator, path = text.rpartition("://")
+    if not path.strip() or (separator and not path.strip("/ ") and scheme != "file"):
+        raise UsageError(f"{text!r} names no file or folder: give a path or a URL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{text.encode(errors='backslashreplace').decode()}: this name is not UTF-8") from None
+    if "\0" in text:
+        raise UsageError(f"{text!r}: a name without NUL characters")
+    return text
+
+
+@dataclass
+class Patience:
+    """How long a store may give no answer: after ``warn_seconds`` ``on_wait`` gets a line that says what is waited for,
+    after ``stall_seconds`` the wait ends in :class:`StalledError`."""
+
+    stall_seconds: float = 60.0
+    on_wait: Callable[[str], object] | None = None
+    warn_seconds: float = 10.0
+
+
+PATIENCE = Patience()
+"""Of every command; the command line sets it."""
+SLOWEST = 256 << 10
+"""Bytes a second that an upload may be as slow as: how far it got cannot be seen."""
+DOWN_SECONDS = 5.0
+"""How long a store that gave no answer is waited for again."""
+
+
 class Storage:
     """A folder. Names are relative to it and use ``/``. Instances can be pickled and used after a fork.
 
@@ -55,12 +89,8 @@ class Storage:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        text = os.fspath(url)
+        text = check_url(os.fspath(url))
         local = text.removeprefix("file://")
-        if not local:
-            raise UsageError("empty folder name: give a path or a URL")
-        if not local.isascii() and not is_text(local):  # records name their folder
-            raise UsageError(f"{text}: the name of a folder must be UTF-8")
         if local != text and not local.startswith("/"):
             raise UsageError(f"{text}: expected file:///ABSOLUTE/PATH, or the path alone")
         self._down = False
@@ -102,22 +132,57 @@ class Storage:
         if isinstance(self._backend, LocalBackend):
             self._run("open", "", self._backend.hold)
 
-    def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
-        """``call`` with retries; its last failure as one line.
+    def _wait_for(self, call: Callable[[], T], name: str, until: float) -> T:
+        """``call``, in a thread that is left behind where the store gives no answer."""
+        ended: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                ended.set_result(call())
+            except BaseException as error:
+                ended.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="store").start()
+        began = time.monotonic()
+        for limit in (min(began + PATIENCE.warn_seconds, until), until):
+            wait([ended], max(0.0, limit - time.monotonic()))
+            if ended.done():
+                return ended.result()
+            if limit < until and PATIENCE.on_wait:
+                silent = f"no answer for {time.monotonic() - began:.0f} s"
+                PATIENCE.on_wait(
+                    f"waiting for {self.path(name)}: {silent}; this goes on for {until - time.monotonic():.0f} s more"
+                )
+        self._down = True
+        raise StalledError(
+            f"{self.path(name)}: no answer for {time.monotonic() - began:.0f} s; the same command resumes, and "
+            "FACTORY_STALL_SECONDS says how long to wait"
+        )
+
+    def _missing(self, name: str) -> DataError:
+        """The error for a file that is not there; a bucket that is not there is said as such."""
+        bucket = "" if isinstance(self._backend, LocalBackend) else self._backend.missing_bucket()
+        if bucket:
+            return DataError(f"{self.path(name)}: there is no bucket {bucket!r}: make it, or check the name")
+        return DataError(f"{self.path(name)}: no such file")
+
+    def _run(self, action: str, name: str, call: Callable[[], T], size: int = 0) -> T:
+        """``call``, which moves ``size`` bytes to a store, with retries; its last failure as one line.
 
         After a call that failed for good the next ones are tried once, until one succeeds: a run that ends because
         its store is down must not wait again for every note that it leaves.
         """
         delays = () if self._down else RETRY_DELAYS
+        until = time.monotonic() + (DOWN_SECONDS if self._down else PATIENCE.stall_seconds) + size / SLOWEST
         for delay in (*delays, None):
             try:
-                result = call()
+                result = call() if self.is_local else self._wait_for(call, name, until)
                 self._down = False
                 return result
             except FactoryError:
                 raise
             except (FileNotFoundError, NotADirectoryError):
-                raise DataError(f"{self.path(name)}: no such file") from None
+                raise self._missing(name) from None
             except IsADirectoryError:
                 raise DataError(f"{self.path(name)}: is a folder, expected a file") from None
             except Exception as error:
@@ -186,7 +251,7 @@ class Storage:
             return self._do("read", name, self._backend.open)
         size = self.size(name)
         if size is None:
-            raise DataError(f"{self.path(name)}: no such file")
+            raise self._missing(name)
         return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
 
     def lines(self, name: str, most: int = MAX_LINE) -> Iterator[bytes]:
@@ -204,7 +269,8 @@ class Storage:
 
         ``beside``: staged next to it, so that a folder that is only read gets no ``tmp/``.
         """
-        self._do("write", name, self._backend.write, data, beside)
+        full = self._backend.full(check_name(name))
+        self._run("write", name, lambda: self._backend.write(full, data, beside), len(data))
 
     def append(self, name: str, data: bytes) -> bool:
         """Add to the end of a file of a local root, made where it is absent. False where the root itself is absent."""
@@ -230,7 +296,9 @@ class Storage:
 
     def put_file(self, local_path: str | Path, name: str) -> None:
         """Publish a finished local file, which is moved away; the target is replaced at once or not at all."""
-        self._do("write", name, self._backend.put_file, Path(local_path))
+        full, path = self._backend.full(check_name(name)), Path(local_path)
+        size = 0 if self.is_local else path.stat().st_size
+        self._run("write", name, lambda: self._backend.put_file(full, path), size)
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens where there is none."""
@@ -297,7 +365,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def split(url: str | os.PathLike[str]) -> tuple[Storage, str]:
     """A file's URL as (its folder, its name)."""
-    text = os.fspath(url)
+    text = check_url(os.fspath(url))
     folder, slash, name = text.rstrip("/").rpartition("/")
     if not name or folder.endswith(":/"):
         raise UsageError(f"{text!r}: expected the path of a file")

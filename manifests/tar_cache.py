@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 
 from manifests.dataset import TarInfo
 from manifests.errors import DataError, FactoryError, StalledError, StoreError, UsageError, one_line
-from manifests.fetch import Patience, fetch, parts
+from manifests.fetch import fetch, parts
 from manifests.shard import fault
-from manifests.storage import Storage
+from manifests.storage import Patience, Storage
 
 _FILE = re.compile(r"([0-9a-f]{64})\.(tar|part)", re.ASCII)
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

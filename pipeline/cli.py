@@ -39,7 +39,7 @@ app.command(rich_help_panel="Keep")(data.rescore)
 app.command(rich_help_panel="Keep")(data.gc)
 app.command(rich_help_panel="Keep")(data.rebuild)
 
-DEBUG = "FACTORY_DEBUG"
+DEBUG, STALL = "FACTORY_DEBUG", "FACTORY_STALL_SECONDS"
 
 
 def _version(wanted: bool) -> None:
@@ -56,8 +56,15 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_version)
     ] = False,
+    stall_seconds: Annotated[
+        float, typer.Option(envvar=STALL, min=1, help="How long a store may give no answer.")
+    ] = 60.0,
 ) -> None:
     """Options of every command; ``main`` looks at ``--debug`` itself, since errors reach it outside any command."""
+    from manifests.storage import PATIENCE
+    from pipeline.terminal import say
+
+    PATIENCE.stall_seconds, PATIENCE.on_wait = stall_seconds, say
 
 
 def main() -> None:

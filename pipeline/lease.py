@@ -57,8 +57,8 @@ class Lease:
     """Context manager around a driver's work. Entering raises :class:`FactoryError` while another driver lives.
 
     ``on_event(kind, **fields)`` hears of a take-over (``EventLog.write`` fits). A holder on this machine is dead when
-    its process is gone. One on another machine is dead when its last beat is older than ``stale_after`` seconds and
-    does not change while two more beats would be due, so that clocks that disagree cannot evict a live driver.
+    its process is gone. One on another machine is dead when its record stays the same while two beats would be due, by
+    this machine's monotonic clock: what the other one's clock says neither keeps a lease nor ends it.
     """
 
     def __init__(
@@ -147,11 +147,14 @@ class Lease:
                     return
 
     def _wait_until_dead(self, number: int, holder: Holder) -> None:
-        if _seems_alive(holder, self._stale_after):
-            raise self._refusal(holder)
-        if holder.machine != _machine():
-            self._on_line(f"{self._storage.url}: waiting {2 * self._beat_every:g} s for a sign of life of {holder}")
-            time.sleep(2 * self._beat_every)
+        if holder.machine == _machine():
+            if _alive(holder):
+                raise self._refusal(holder)
+            return
+        self._on_line(f"{self._storage.url}: waiting {2 * self._beat_every:g} s for a sign of life of {holder}")
+        until = time.monotonic() + 2 * self._beat_every
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, self._beat_every / 4))
             if current(self._storage) != (number, holder):
                 raise self._refusal(holder)
 
@@ -206,8 +209,8 @@ def _machine() -> str:
 
 
 def _seems_alive(holder: Holder, stale_after: float) -> bool:
-    """As far as one look can tell: on this machine by its process, on another one by its last beat. A beat in the
-    future is a clock that disagrees, and no sign of life."""
+    """As far as one look can tell: on this machine by its process, on another one by its last beat, whose clock may be
+    ahead as far as behind."""
     return _alive(holder) if holder.machine == _machine() else abs(time.time() - holder.beat_at) <= stale_after
 
 

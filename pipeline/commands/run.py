@@ -92,7 +92,7 @@ def synth(
     resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
     reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
     place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
-    folder = out or f"runs/{resolved.name}"
+    folder = f"runs/{resolved.name}" if out is None else out
     if dry_run:
         show(stage.dry_run(resolved, folder, place.workers, price), as_json)
         return
@@ -164,7 +164,7 @@ def distill(
     sources = [parse_source(text) for text in manifest]
     first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
-    folder = out or stage.default_out(first, resolved)
+    folder = stage.default_out(first, resolved) if out is None else out
     place = executor(workers=workers, address=address)
     if dry_run:
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)

@@ -7,6 +7,7 @@ pool replaces dead actors, and the driver loop counts attempts. Images never ent
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import ray
 
 from manifests.errors import FactoryError, UsageError
+from pipeline.executors import reaper
 from pipeline.executors.pool import Attempt, Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
 from pipeline.executors.settings import ExecutorSettings
 
@@ -33,6 +35,7 @@ for _name, _value in {
 
 OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
 START_ATTEMPTS = 3
+_reaper: "subprocess.Popen[bytes] | None" = None  # of the cluster that this process started
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -120,7 +123,7 @@ class RayPool:
             ray.kill(slot.actor, no_restart=True)
         self._idle, self._calls = [], {}
         if self._owns_ray:
-            ray.shutdown()
+            disconnect()
 
     def _spawn(self, number: int) -> None:
         threads, hide = self._settings.threads, not self._options["num_gpus"]
@@ -196,12 +199,26 @@ def connect(settings: ExecutorSettings) -> bool:
                 "one that asks for tokens needs RAY_AUTH_MODE=token here"
             ) from None
         return True
+    global _reaper
+    before = reaper.children()
     cpus = max(os.cpu_count() or 1, settings.workers * settings.threads)  # crowding this machine is the user's choice
     try:
         ray.init("local", num_cpus=cpus, object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
     except Exception as error:  # a plain Exception where the machine is too busy for Ray's 30 seconds
         raise FactoryError(f"Ray does not start on this machine: {reason(error)}; the same command resumes") from error
+    finally:
+        _reaper = reaper.start(reaper.children() - before)
     return True
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that was started here ends."""
+    global _reaper
+    ray.shutdown()
+    if _reaper is not None and _reaper.stdin is not None:
+        _reaper.stdin.close()
+        _reaper.wait()
+    _reaper = None
 
 
 @contextmanager
@@ -212,7 +229,7 @@ def cluster(settings: ExecutorSettings) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            disconnect()
 
 
 def _probe(address: str) -> None:

@@ -16,9 +16,8 @@ import torch
 
 from manifests.checked_json import dump_checked
 from manifests.errors import UsageError
-from manifests.fetch import Patience
 from manifests.reader import Manifest
-from manifests.storage import Storage
+from manifests.storage import Patience, Storage
 from stages.distill import checkpoint, export
 from stages.distill.batches import Batches, check_parts
 from stages.distill.evaluate import check_data

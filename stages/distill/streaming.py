@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from manifests.errors import DataError
-from manifests.fetch import Patience
 from manifests.images import decode
+from manifests.storage import Patience
 from manifests.tar_cache import TarCache
 from stages.distill.rows import Ints, Rows
 from stages.distill.runtime import ALONE, Ranks

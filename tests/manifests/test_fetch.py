@@ -8,8 +8,8 @@ import pytest
 
 from manifests import fetch as fetch_module
 from manifests.errors import DataError, StalledError, StoreError
-from manifests.fetch import AT_ONCE, Patience, Range, fetch, parts
-from manifests.storage import Storage
+from manifests.fetch import AT_ONCE, Range, fetch, parts
+from manifests.storage import Patience, Storage
 from tests.manifests.flaky_proxy import FlakyProxy, every
 
 DATA = bytes(range(256)) * 40

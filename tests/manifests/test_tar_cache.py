@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import DataError, UsageError
-from manifests.fetch import Patience
 from manifests.reader import Manifest
+from manifests.storage import Patience
 from manifests.tar_cache import TarCache
 from tests.manifests.flaky_proxy import FlakyProxy, every
 from tests.manifests.samples import flip, make_dataset

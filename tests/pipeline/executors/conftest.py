@@ -133,9 +133,9 @@ def cluster() -> Iterator[str]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # actors import the test workers
     ray = pytest.importorskip("ray")
-    from pipeline.executors.ray import connect
+    from pipeline.executors.ray import connect, disconnect
 
     assert connect(ExecutorSettings(workers=4))
     yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    disconnect()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

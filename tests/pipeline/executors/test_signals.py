@@ -4,9 +4,11 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from pipeline.executors.reaper import processes
 from pipeline.lease import live
 
 pytestmark = pytest.mark.timeout(180)
@@ -81,13 +83,11 @@ def test_killed_driver_resumes_and_says_whose_lease_it_took(run, spawned, unbrok
     """SIGKILL to a driver with a Ray of its own: nothing of it stays, the next one takes over at once."""
     driver = spawned(run.spawn(SHARDS, pause=0.3, workers=2))
     driver.wait_for("shard_done", 2)
-    pids = {event["pid"] for event in run.events("shard_done")}
+    pids = descendants(driver.process.pid)
+    assert {event["pid"] for event in run.events("shard_done")} < pids  # actors, and Ray's own processes
     driver.send(signal.SIGKILL)
-    driver.process.wait()  # not its pipes: Ray's own processes hold them for a while
-    until = time.monotonic() + 30
-    while any(map(alive, pids)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not any(map(alive, pids))
+    driver.process.wait()
+    all_end(pids, within=10)
 
     second = spawned(run.spawn(SHARDS))
     code, errors = second.end()
@@ -130,6 +130,30 @@ def test_killed_driver_whose_worker_is_inside_the_commit(run, spawned, cluster, 
         assert time.monotonic() < until
         time.sleep(0.1)
     assert run.files() == unbroken
+
+
+def test_actors_of_a_killed_driver_end_on_a_cluster_that_stays(run, spawned, cluster):
+    driver = spawned(run.spawn(SHARDS, {"3": "hang"}, meet=2, workers=2, address=cluster))
+    driver.wait_for("shard_started", 4)
+    pids = {int(mark.name.removeprefix("worker-")) for mark in run.marks.glob("worker-*")}
+    assert len(pids) == 2
+    driver.send(signal.SIGKILL)
+    driver.process.wait()
+    all_end(pids, within=10)
+
+
+def descendants(pid: int) -> set[int]:
+    found, table = {pid}, processes()
+    while new := {each for each, (parent, _) in table.items() if parent in found and each not in found}:
+        found |= new
+    return found - {pid}
+
+
+def all_end(pids: set[int], within: float) -> None:
+    until = time.monotonic() + within
+    while left := pids & set(processes()):
+        assert time.monotonic() < until, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+        time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:
