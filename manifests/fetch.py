@@ -32,7 +32,6 @@ class Range(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
 def parts(name: str, size: int) -> list[Range]:
     """A whole file of ``size`` bytes."""
     return [Range(name, start, min(PART, size - start)) for start in range(0, size, PART)]
