@@ -85,7 +85,7 @@ def test_live_driver_elsewhere_is_refused_whatever_its_clock_says(storage, ahead
     assert (live(storage) is not None) == (ahead == 0)
 
 
-@pytest.mark.parametrize("ahead", [-61, 0, 61, 1e12])
+@pytest.mark.parametrize("ahead", [-61, 0, 61, 1e11])
 def test_silent_driver_elsewhere_is_taken_over_with_an_event_and_a_line(storage, ahead):
     held_by(storage, beat_at=time.time() + ahead)
     assert (live(storage) is None) == bool(ahead)
