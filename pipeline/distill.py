@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from manifests.errors import FactoryError, Interrupted, UsageError
 from manifests.reader import Manifest, parse_source
 from manifests.storage import Storage
-from pipeline.bench import Time
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
@@ -19,6 +18,7 @@ from pipeline.layers import mapping_layer, validate
 from pipeline.lease import Lease
 from pipeline.outputs import STUDENTS, default_folder
 from pipeline.plan import PLAN, RESOLVED
+from pipeline.rates import Time
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from stages.models.source import resolve, split_name

@@ -14,13 +14,13 @@ from manifests.merge import MANIFEST, merge
 from manifests.reader import Manifest
 from manifests.shard import committed
 from manifests.storage import Storage
-from pipeline.bench import Time
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.lease import Lease
 from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
+from pipeline.rates import Time
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, flop, pairs, progress, say, size
 from stages.hub import NotFetched

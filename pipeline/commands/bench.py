@@ -37,8 +37,9 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure both stages for a minute: images, steps and data wait a second. `--dry-run` then says hours and price."""
-    from pipeline.bench import run_bench, save_bench
+    from pipeline.bench import run_bench
     from pipeline.executors.settings import executor
+    from pipeline.rates import save_bench
     from pipeline.recipe import DEFAULT, resolve
 
     flags = {"synth.device": ("--device", device), "distill.device": ("--device", device)}

@@ -223,7 +223,7 @@ def hf_facts(folder: Path) -> FolderFacts:
     if processor:
         from stages.models.processors import processor_input  # runs torch
 
-        rule = processor_input(folder, processor, config.get("num_channels", 3))
+        rule = processor_input(folder, processor, read_json(folder / processor), config.get("num_channels", 3))
     return FolderFacts(
         num_classes=len(names) if names else config.get("num_labels", config.get("num_classes")),
         class_names=names,

@@ -5,7 +5,7 @@ Its file says only what differs from its class, and classes read the same fields
 mean and std, the fields a few candidates for size and crop, and the one that gives the same pixels is taken.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,6 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from stages.models.folders import read_json
 from stages.models.inputs import InputSpec, to_unit
 from stages.settings import InputSettings
 
@@ -44,12 +43,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def processor_input(folder: Path, file: str, channels: Any) -> InputSettings | str:
-    """The input rule of the processor in ``file`` of ``folder``, for images of ``channels``; in words what it does that
-    :class:`InputSettings` cannot express. Runs no code of the folder."""
+def processor_input(folder: Path, file: str, fields: Mapping[str, Any], channels: Any) -> InputSettings | str:
+    """The input rule of the processor in ``file`` of ``folder``, which holds ``fields``, for images of ``channels``; in
+    words what it does that :class:`InputSettings` cannot express. Runs no code of the folder."""
     from transformers import AutoImageProcessor
 
-    fields = read_json(folder / file)
     if not _bounded(fields):
         return f"{file} has sides above {MAX_SIDE} or a crop_pct below 0.1"
     try:
@@ -71,7 +69,7 @@ def _pads(processor: Any) -> bool:
 
 
 def _bounded(value: Any, key: str = "") -> bool:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return all(_bounded(entry, name) for name, entry in value.items())
     if isinstance(value, list):
         return all(_bounded(entry) for entry in value)

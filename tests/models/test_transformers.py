@@ -83,7 +83,7 @@ def test_processors_are_understood_as_they_are_run(kind, fields, rule, tmp_path)
 
     processor = getattr(transformers, f"{kind}ImageProcessor")(**fields)
     processor.save_pretrained(tmp_path)
-    found = processor_input(tmp_path, "preprocessor_config.json", 3)
+    found = processor_input(tmp_path, "preprocessor_config.json", read_json(tmp_path / "preprocessor_config.json"), 3)
     assert rule in str(found)
     picture = np.random.default_rng(0).integers(64, 192, (301, 467, 3), dtype=np.uint8)
     theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]

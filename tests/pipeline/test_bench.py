@@ -6,8 +6,9 @@ import pytest
 
 from manifests.errors import DataError, UsageError
 from pipeline import distill
-from pipeline.bench import Bench, Pace, Time, read_bench, run_bench, save_bench
+from pipeline.bench import run_bench
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.rates import Bench, Pace, Time, read_bench, save_bench
 from pipeline.synth import dry_run
 from tests.pipeline.conftest import small_recipe
 
