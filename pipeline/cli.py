@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from manifests.errors import FactoryError
+from manifests.errors import FactoryError, check_utf8
 from pipeline.commands import data, models, report, run
 
 app = typer.Typer(
@@ -67,6 +67,8 @@ def options(
 def main() -> None:
     """Run the command and raise SystemExit with its exit code."""
     try:
+        for word in sys.argv:
+            check_utf8(word)
         app()
     except FactoryError as error:
         if "--debug" in sys.argv or os.environ.get(DEBUG):
