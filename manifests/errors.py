@@ -57,6 +57,15 @@ class Interrupted(FactoryError):
     exit_code = 130
 
 
+def check_utf8(text: str) -> str:
+    """``text``. Raises UsageError where it is not UTF-8, which neither stores nor JSON can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{text.encode(errors='backslashreplace').decode()}: this name is not UTF-8") from None
+    return text
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What ``error`` says, in one line of at most ``limit`` characters; the name of its type if it says nothing."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -31,7 +31,7 @@ from manifests.images import decode
 from manifests.manifest_file import Integers, ManifestFile
 from manifests.order import spread
 from manifests.schema import MAX_IMAGE, SCHEMA, Row
-from manifests.storage import split
+from manifests.storage import check_url, split
 from manifests.tar_cache import TarCache
 
 GAP_LOCAL, GAP_REMOTE = 64 << 10, 1 << 20
@@ -60,7 +60,7 @@ def parse_source(text: str) -> tuple[str, float]:
 
 def manifest_url(url: str | os.PathLike[str]) -> str:
     """The manifest of a dataset folder; the URL itself where it already names a file."""
-    text = os.fspath(url)
+    text = check_url(os.fspath(url))
     remote = "://" in text
     folder = not text.endswith(".parquet") if remote else os.path.isdir(text)
     return f"{text.rstrip('/')}/{MANIFEST}" if folder else text

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 
 from manifests.backends import RemoteBackend
-from manifests.errors import DataError, FactoryError, StalledError, StoreError, UsageError, one_line
+from manifests.errors import DataError, FactoryError, StalledError, StoreError, UsageError, check_utf8, one_line
 from manifests.local import LocalBackend
 
 T = TypeVar("T")
@@ -49,18 +49,14 @@ def check_name(name: str) -> str:
 
 
 def check_url(text: str) -> str:
-    """``text`` if it can be a folder or file. Raises UsageError where it is empty, a scheme alone (``s3://``), or not
-    UTF-8, which neither stores nor JSON can hold."""
+    """``text`` if it can be a folder or file. Raises UsageError where it is empty, a scheme alone (``s3://``) or not
+    UTF-8."""
     scheme, separator, path = text.rpartition("://")
     if not path.strip() or (separator and not path.strip("/ ") and scheme != "file"):
         raise UsageError(f"{text!r} names no file or folder: give a path or a URL")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{text.encode(errors='backslashreplace').decode()}: this name is not UTF-8") from None
     if "\0" in text:
         raise UsageError(f"{text!r}: a name without NUL characters")
-    return text
+    return check_utf8(text)
 
 
 @dataclass

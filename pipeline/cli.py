@@ -13,8 +13,7 @@ from typing import Annotated
 
 import typer
 
-from manifests.checked_json import is_text
-from manifests.errors import FactoryError, UsageError
+from manifests.errors import FactoryError, check_utf8
 from pipeline.commands import bench, data, models, report, run
 
 app = typer.Typer(
@@ -70,8 +69,8 @@ def options(
 def main() -> None:
     """Run the command and raise SystemExit with its exit code."""
     try:
-        if not all(map(is_text, sys.argv)):
-            raise UsageError("every argument must be text in UTF-8; rename files that have other names")
+        for word in sys.argv:
+            check_utf8(word)
         app()
     except FactoryError as error:
         if "--debug" in sys.argv or os.environ.get(DEBUG):

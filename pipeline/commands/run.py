@@ -34,10 +34,11 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
+    from manifests.storage import check_url
     from pipeline.demo import DATASETS, TEST, run_demo
     from pipeline.report import write_report
 
-    result = run_demo(out, set_ or [], workers, retry_failed)
+    result = run_demo(check_url(out), set_ or [], workers, retry_failed)
     show(result, as_json)
     if not no_report:
         students = [f"{result.out}/{name}/distill" for name in DATASETS]
@@ -75,6 +76,7 @@ def synth(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
+    from manifests.storage import check_url
     from pipeline import synth as stage
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
@@ -92,7 +94,7 @@ def synth(
     resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
     reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
     place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
-    folder = f"runs/{resolved.name}" if out is None else out
+    folder = f"runs/{resolved.name}" if out is None else check_url(out)
     if dry_run:
         show(stage.dry_run(resolved, folder, place.workers, price), as_json)
         return
@@ -148,6 +150,7 @@ def distill(
 ) -> None:
     """Stage 2: distill students from manifests. The manifest alone is enough: it names its teacher and recipe."""
     from manifests.reader import Manifest, parse_source
+    from manifests.storage import check_url
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
     from pipeline.report import write_report
@@ -164,7 +167,7 @@ def distill(
     sources = [parse_source(text) for text in manifest]
     first, *_ = [Manifest.open(url, skip_bad=True) for url, _ in sources]
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
-    folder = stage.default_out(first, resolved) if out is None else out
+    folder = stage.default_out(first, resolved) if out is None else check_url(out)
     place = executor(workers=workers, address=address)
     if dry_run:
         show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
@@ -195,6 +198,7 @@ def rounds(
     as_json: JsonOption = False,
 ) -> None:
     """Both stages in turn: later images avoid what the student already knows. The same command again resumes."""
+    from manifests.storage import check_url
     from pipeline import rounds as stages
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
@@ -211,7 +215,7 @@ def rounds(
         lines = (*first.lines(), stages.rounds_line(rounds))
         show(asdict(first) | {"rounds": rounds.model_dump(mode="json")}, as_json, lines)
         return
-    result = stages.run_rounds(resolved, out, place, test_data=test_data)
+    result = stages.run_rounds(resolved, check_url(out), place, test_data=test_data)
     show(result, as_json)
     if test_data and any(each.accuracy is None for each in result.rounds):
         raise typer.Exit(DataError.exit_code)

@@ -21,6 +21,7 @@ from manifests.errors import FactoryError, UsageError
 from pipeline.executors import reaper
 from pipeline.executors.pool import Attempt, Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.terminal import say
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -35,6 +36,7 @@ for _name, _value in {
 
 OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
 START_ATTEMPTS = 3
+SAY_SECONDS = 10.0
 _reaper: "subprocess.Popen[bytes] | None" = None  # of the cluster that this process started
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -86,7 +88,7 @@ class RayPool:
         self._owns_ray = connect(settings)
         try:
             self._options = actor_options(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-            self._seen_ready = time.monotonic()
+            self._waiting = Waiting(settings)
             for number in range(settings.workers):
                 self._spawn(number)
         except BaseException:
@@ -172,12 +174,30 @@ class RayPool:
 
     def _check_starts(self) -> None:
         if self._idle or any(slot.ready for slot in self._calls.values()):
-            self._seen_ready = time.monotonic()
-        elif time.monotonic() - self._seen_ready > self._settings.start_limit:
-            free = ", ".join(f"{name} {amount:g}" for name, amount in sorted(ray.available_resources().items()))
-            raise FactoryError(
-                f"no worker was ready after {self._settings.start_limit:g} s; free in the cluster: {free or 'nothing'}"
-            )
+            self._waiting = Waiting(self._settings)
+        else:
+            self._waiting.look("no worker is")
+
+
+class Waiting:
+    """A wait for workers to be ready, from now on: a line every :data:`SAY_SECONDS`, and an end."""
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self._limit = settings.start_limit
+        self._since = time.monotonic()
+        self._said = self._since
+
+    def look(self, who: str) -> None:
+        """To be called now and then while ``who`` ("no worker is") ready. Raises FactoryError at the limit."""
+        now = time.monotonic()
+        if now - self._since <= self._limit and now - self._said < SAY_SECONDS:
+            return
+        free = ", ".join(f"{name} {amount:g}" for name, amount in sorted(ray.available_resources().items()))
+        line = f"{who} ready after {now - self._since:.0f} s; free in the cluster: {free or 'nothing'}"
+        if now - self._since > self._limit:
+            raise FactoryError(line)
+        self._said = now
+        say(f"waiting: {line}; this goes on for {self._since + self._limit - now:.0f} s more")
 
 
 def connect(settings: ExecutorSettings) -> bool:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from pipeline.executors.pool import enter, start_error
-from pipeline.executors.ray import actor_options, reason  # first: it sets what ray reads when imported
+from pipeline.executors.ray import Waiting, actor_options, reason  # first: it sets what ray reads when imported
 from pipeline.executors.settings import ExecutorSettings
 
 for _name, _value in {
@@ -196,7 +196,7 @@ def _follow(
     on_progress: Callable[[float, float, str], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    begun, since = False, time.monotonic()
+    begun, waiting = False, Waiting(place)
     while True:
         running = fit.is_alive()
         stopping = should_stop()
@@ -209,13 +209,13 @@ def _follow(
             if kind == "worker_started":
                 begun = True
             elif kind == "worker_lost":  # all start again, where there are still nodes for them
-                begun, since = False, time.monotonic()
+                begun, waiting = False, Waiting(place)
         if reached:
             on_progress(*reached)
         if not begun and stopping:
             raise Interrupted("interrupted before the workers started; the same command resumes")
-        if not begun and time.monotonic() - since > place.start_limit:
-            raise FactoryError(f"the {place.workers} workers were not ready after {place.start_limit:g} s")
+        if not begun:
+            waiting.look(f"not all of the {place.workers} workers are")
         if not running or (outcome and "error" in outcome):  # Ray Train may still try again, in vain
             break
         fit.join(TICK)

@@ -249,6 +249,17 @@ def test_students_do_not_go_into_the_folder_of_a_run(factory, run_folder):
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("out", ["", " ", "s3://", "a\udcff", "s3://bucket/a\udcff"])
+@pytest.mark.parametrize("command", ["run synth", "run distill -m {}/m.parquet", "run rounds", "demo"])
+def test_an_out_that_cannot_be_is_refused_at_once(factory, run_folder, monkeypatch, command, out):
+    monkeypatch.chdir(run_folder.parent)
+    before = sorted(run_folder.parent.rglob("*"))
+    code, _, err = factory(*command.format(run_folder).split(), "--out", out)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert "names no file or folder" in err or "is not UTF-8" in err
+    assert sorted(run_folder.parent.rglob("*")) == before
+
+
 def test_another_plan_is_refused_with_a_diff(factory, run_folder):
     code, _, err = factory("run", "synth", "--out", run_folder, *NOISE, "--seed", 9, "--shards", 2)
     assert code == 3

@@ -171,6 +171,29 @@ def test_missing_cluster_is_refused_at_once(run, spawned, address, message):
     assert len(errors.splitlines()) == 1
 
 
+def test_a_wait_for_a_busy_cluster_is_said_and_ends(run, cluster, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr("pipeline.executors.ray.SAY_SECONDS", 1.0)
+    busy = ray.remote(Busy).options(num_cpus=4).remote()
+    ray.get(busy.ready.remote())
+    try:
+        with pytest.raises(FactoryError, match="^no worker is ready after 3 s; free in the cluster: .*memory"):
+            run.execute(2, workers=2, start_limit=2.5)
+    finally:
+        ray.kill(busy)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("waiting: ")]
+    assert len(lines) == 2
+    assert re.match(
+        r"waiting: no worker is ready after 1 s; free in the cluster: .*; this goes on for [12] s more", lines[0]
+    )
+
+
+class Busy:
+    def ready(self) -> None:
+        pass
+
+
 def test_fractions_of_gpus_are_shared_out(run, spawned):
     """Ray believes in two GPUs: four workers with half of one each see one each."""
     code, errors = spawned(

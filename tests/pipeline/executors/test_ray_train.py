@@ -139,6 +139,7 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
     from pipeline.executors import ray_train
 
     monkeypatch.setattr(ray_train.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray_train.ray, "available_resources", lambda: {"CPU": 1.0})
     progress = []
 
     def follow(fit, mailbox, place=TWO, stop=False):
@@ -147,11 +148,14 @@ def test_the_driver_gives_up_where_workers_never_start_or_are_lost_too_often(mon
 
     with pytest.raises(FactoryError, match=r"lost 3 times \(worker 1: killed\); the same command resumes"):
         follow(Fit("worker 1: killed"), ray_train.Mailbox())
-    with pytest.raises(FactoryError, match="the 2 workers were not ready after 0 s"):
+    with pytest.raises(FactoryError, match="not all of the 2 workers are ready after 0 s; free in the cluster: CPU 1"):
         follow(Fit(), ray_train.Mailbox(), TWO.model_copy(update={"start_limit": 0.0}))
     with pytest.raises(Interrupted, match="interrupted before the workers started"):
         follow(Fit(), ray_train.Mailbox(), stop=True)
-    for limit, stop, message in ((0.0, False, "the 2 workers were not ready"), (600.0, True, "before the workers")):
+    for limit, stop, message in (
+        (0.0, False, "not all of the 2 workers are ready"),
+        (600.0, True, "before the workers"),
+    ):
         mailbox = ray_train.Mailbox()  # they had started, and one was lost with its node: nothing may come after that
         mailbox.post("worker_started", {})
         mailbox.lost("worker 1: its node is gone")
