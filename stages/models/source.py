@@ -228,7 +228,7 @@ class ModelSource:
     def _read_external(self) -> dict[str, bytes]:
         if self.weights is None:
             return {}
-        if split_name(self.config.architecture)[0] == "onnx":
+        if isinstance(self.config, NamedConfig) and split_name(self.config.architecture)[0] == "onnx":
             from stages.models.onnx_data import external_data
 
             return external_data(self.read(), self.weights)

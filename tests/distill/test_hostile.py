@@ -21,10 +21,13 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
+from stages.distill.eval_data import labeled_images
 from stages.distill.evaluate import evaluate
 from stages.distill.export import markdown
 from stages.distill.run import run_distill
-from stages.models.source import config_json
+from stages.distill.student import Student
+from stages.models.source import NamedConfig, config_json
+from stages.settings import DistillSettings
 from tests.distill.drawn import TEACHER, square, teacher_files, write_dataset
 from tests.distill.short import settings
 
@@ -312,3 +315,20 @@ def test_a_checkpoint_whose_metrics_are_none_is_damaged(dataset, tmp_path, metri
     path.write_bytes(checkpoint.with_digest(buffer.getvalue()))
     with pytest.raises(FactoryError, match=r"checkpoint\.pt is damaged"):
         run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("pattern", ["x{1..99999999}.tar", "{0..999}{0..999}.tar", "x" + "{a,b}" * 40, "{-5..1000000}"])
+def test_a_pattern_for_more_files_than_there_can_be(pattern):
+    with pytest.raises(DataError, match="stands for more than 100,000 files"):
+        labeled_images(pattern, ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["torchvision:inception_v3", "digits-cnn-small"])
+def test_a_student_for_larger_images_is_one_line(name):
+    size = 1 if name == "digits-cnn-small" else 16
+    chosen = DistillSettings(students=(name,), input={"size": size, "mean": (0,) * 3, "std": (1,) * 3})
+    config = NamedConfig(
+        architecture=name, num_classes=10, channels=3, input=chosen.input, class_names=tuple("0123456789")
+    )
+    with pytest.raises(UsageError, match=rf"'{name}' cannot take {size} × {size} pixels"):
+        Student(config, chosen, torch.device("cpu"))
