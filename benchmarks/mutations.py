@@ -84,7 +84,7 @@ def json_file(path: Path, rng: random.Random) -> None:
     values = poisoned(lines[number], rng)
     try:
         text = dump_checked(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
-    except ValueError:  # what our own writer cannot write
+    except (ValueError, RecursionError):  # what our own writer cannot write
         text = json.dumps(values).encode()
     if path.suffix == ".jsonl":
         texts = data.splitlines()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -332,3 +334,20 @@ def test_a_student_for_larger_images_is_one_line(name):
     )
     with pytest.raises(UsageError, match=rf"'{name}' cannot take {size} × {size} pixels"):
         Student(config, chosen, torch.device("cpu"))
+
+
+def test_a_repeated_image_of_a_parquet_file_is_spelled_out_row_by_row(tmp_path):
+    image = bytes(100 << 20)  # repeated 64 times, 6.7 GB
+    table = pa.table(
+        {"image": pa.DictionaryArray.from_arrays(pa.array([0] * 64), pa.array([image])), "label": [0] * 64}
+    )
+    pq.write_table(
+        table, tmp_path / "t.parquet", use_dictionary=["image"], compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
+    assert (tmp_path / "t.parquet").stat().st_size < 1 << 20
+    del table, image
+    before = pa.default_memory_pool().bytes_allocated()
+    data = labeled_images(str(tmp_path / "t.parquet"), ("a", "b"))
+    with pytest.raises(DataError, match="row 0"):
+        next(iter(data))
+    assert pa.default_memory_pool().max_memory() - before < 1 << 30
