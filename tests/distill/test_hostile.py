@@ -135,6 +135,10 @@ class TestStoredRecipe:
         assert self.recipe(tmp_path, {"students": [name]}, students=["resnet8"]).distill.students == ("resnet8",)
         assert self.recipe(tmp_path, {}, [f"students=['{name}']"]).distill.students == (name,)
 
+    def test_it_says_nothing_of_the_machine(self, tmp_path):
+        hostile = {"device": "cuda:7", "threads": 10**30, "memory_gb": 1e300, "checkpoint_seconds": 0}
+        assert self.recipe(tmp_path, hostile).distill == DistillSettings()
+
     def test_it_says_nothing_of_places_and_lets_nothing_through(self, tmp_path):
         hostile = {"loggers": ["wandb"], "skip_bad": True, "allow_other_teacher": True, "epochs": 3}
         found = self.recipe(
