@@ -1,9 +1,10 @@
 """Mutated files through the readers and commands: no traceback, no hang, no memory blow-up, no raw output.
 
-    python benchmarks/fuzz.py [--cases 5000] [--seed 0] [--json FILE]
+    python benchmarks/fuzz.py [--cases 10000] [--seed 0] [--json FILE]
 
 Every case changes one file of a small dataset, run or model as ``benchmarks/mutations.py`` has it: bytes at random, or
-one value of its JSON, metadata, column or state replaced by a hostile one with every checksum made right again. Then a
+one value of its JSON, metadata, column, tar header or state replaced by a hostile one with every checksum made right
+again, or something in its place that is no file. Then a
 command reads it. It may work or end in an error made for users; anything else is printed with its number, so that
 ``--only NUMBER`` shows its traceback. Cases run in a child process with ``--memory-gb`` more address space than it
 starts with and ``--seconds`` of CPU each.
@@ -38,7 +39,18 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.mutations import labeled, manifest, recipe, shard, some_json, state, weights  # noqa: E402
+from benchmarks.mutations import (  # noqa: E402
+    archive,
+    labeled,
+    manifest,
+    odd_recipe,
+    recipe,
+    shard,
+    some_json,
+    special,
+    state,
+    weights,
+)
 from manifests.dataset import DATASET  # noqa: E402
 from manifests.errors import FactoryError  # noqa: E402
 from manifests.merge import merge  # noqa: E402
@@ -83,6 +95,9 @@ CASES: tuple[tuple[int, Callable[[Path, random.Random], None], tuple[tuple[str, 
     (6, manifest, (*LOOK[:3], *KEEP, distill(), distill("--skip-bad"))),
     (4, shard, (*LOOK[:3], *KEEP, distill("--skip-bad", "-o", "RUN/again"), distill("-o", "RUN/again"))),
     (4, some_json, (*LOOK, *KEEP, distill(), SYNTH)),
+    (4, archive, (LOOK[1], *KEEP, ("eval", MODEL, "RUN/labeled.tar"), distill("--skip-bad", "-o", "RUN/again"))),
+    (3, special, (*LOOK, *KEEP, distill(), SYNTH, DRY, ("eval", MODEL, "RUN/labeled.tar"))),
+    (2, odd_recipe, (DRY,)),
     (2, recipe, (DRY, (*DRY, "--method", "noise"), (*DRY, "--method", "noise"))),
     (2, labeled, (("eval", MODEL, "RUN/labeled.tar"), ("eval", MODEL, "RUN/labeled.parquet"))),
     (1, state, (distill(),)),
@@ -194,7 +209,7 @@ def results(victim: Path, seed: int, cases: int, seconds: int, memory_gb: float)
             done += 1
 
 
-def fuzz(cases: int, seed: int, seconds: int = 10, memory_gb: float = 2.0) -> dict[str, Any]:
+def fuzz(cases: int, seed: int, seconds: int = 10, memory_gb: float = 1.0) -> dict[str, Any]:
     """Run everything; counts by outcome and by file, and the failures."""
     found, kinds, failures, slowest, cpu = Counter[str](), Counter[str](), [], 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -214,10 +229,10 @@ def fuzz(cases: int, seed: int, seconds: int = 10, memory_gb: float = 2.0) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=10, help="CPU seconds a case may take")
-    parser.add_argument("--memory-gb", type=float, default=2.0)
+    parser.add_argument("--memory-gb", type=float, default=1.0)
     parser.add_argument("--only", type=int, help="run one case and show its traceback")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)

@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def json_file(path: Path, rng: random.Random) -> None:
     values = poisoned(lines[number], rng)
     try:
         text = dump_checked(values) if sealed and isinstance(values, dict) else json.dumps(values).encode()
-    except ValueError:  # what our own writer cannot write
+    except (ValueError, RecursionError):  # what our own writer cannot write
         text = json.dumps(values).encode()
     if path.suffix == ".jsonl":
         texts = data.splitlines()
@@ -165,6 +167,79 @@ def recipe(folder: Path, rng: random.Random) -> None:
             path.write_text(yaml.safe_dump(values), errors="replace")
         except RecursionError:  # deeper than YAML's writer goes; its reader takes JSON too
             path.write_text(json.dumps(values))
+
+
+ODD_YAML = (
+    "!!timestamp x", "!!bool x", "!!set {a}", "!!python/name:os.system", "&a [*a]", "{<<: {a: 1}}", "0x_", "2020-13-45",
+    "!!float x", "!!binary x", '"\\ud83d"', "? [a]", "[" * 3000, "{a: " * 3000, "1:60:60:60.5", "- " * 500, "\0",
+)  # fmt: skip
+
+
+def odd_recipe(folder: Path, rng: random.Random) -> None:
+    """One value of the settings, spelled as YAML has it and JSON does not."""
+    path = folder / "resolved.yaml"
+    lines = path.read_text().splitlines()
+    at = rng.randrange(len(lines))
+    key = lines[at].partition(":")[0]
+    lines[at] = f"{key}: {rng.choice(ODD_YAML)}"
+    path.write_text("\n".join(lines))
+
+
+def special(folder: Path, rng: random.Random) -> None:
+    """Something in a file's place that is none, or one of terabytes without content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".html")
+    path = rng.choice(files)
+    path.unlink()
+    match rng.randrange(5):
+        case 0:
+            os.mkfifo(path)
+        case 1:
+            path.symlink_to("/dev/zero")
+        case 2:
+            path.symlink_to(rng.choice([other for other in files if other != path]))
+        case 3:
+            path.mkdir()
+        case 4:
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+
+
+def archive(folder: Path, rng: random.Random) -> None:
+    """One member of a tar: its name, type, claimed size, headers, or a value of its JSON."""
+    path = rng.choice([folder / "labeled.tar", *sorted((folder / "shards").glob("*.tar"))])
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar if member.isfile()]  # type: ignore[union-attr]
+    number = rng.randrange(len(members))
+    changed, data = members[number]
+    choice = rng.randrange(6)
+    if choice == 0:
+        changed.name = rng.choice(
+            ("../x.png", "/etc/x.png", "", "x" * 300, "a\x1b[31m.png", "\udcff.png", "a.cls", "a.json")
+        )
+    elif choice == 1:
+        changed.type = rng.choice((b"1", b"2", b"3", b"5", b"6", b"7", b"x", b"g", b"L", b"K", b"S", b"V", b"\xff"))
+        changed.linkname = rng.choice(("", "/etc/passwd", changed.name))
+    elif choice == 2:
+        changed.pax_headers = {
+            rng.choice(("size", "path", "GNU.sparse.map", "mtime")): rng.choice(("9" * 30, "-1", "x", "\0"))
+        }
+    elif choice == 3 and changed.name.endswith(".json"):
+        data = json.dumps(poisoned(json.loads(data), rng)).encode()
+    elif choice == 4:
+        members.insert(rng.randrange(len(members)), members[number])
+    buffer = io.BytesIO()
+    with contextlib.suppress(ValueError, OverflowError), tarfile.open(fileobj=buffer, mode="w") as tar:
+        for member, content in members:
+            content = data if member is changed else content
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    made = bytearray(buffer.getvalue())
+    if choice == 5:
+        at = rng.randrange(max(len(made) // 512, 1)) * 512 + 124  # where a header has its size
+        made[at : at + 12] = rng.choice(
+            (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"-0000000001\0", b"x" * 12)
+        )
+    path.write_bytes(made)
 
 
 def labeled(folder: Path, rng: random.Random) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
 from manifests.errors import DataError, UsageError, one_line
-from manifests.schema import SCHEMA, Row, check_text, open_table, parquet_errors
+from manifests.schema import SCHEMA, Row, check_cells, open_table, parquet_errors
 from manifests.storage import Patience, Storage
 from manifests.tar_cache import TarCache
 from manifests.where import columns_of, compile_where
@@ -70,7 +70,7 @@ class ManifestFile:
     def _read_group(self, group: int, columns: list[str] | None = None) -> pa.Table:
         """A row group. One thread at a time: Arrow's open file is not made for more."""
         with self._lock:
-            return check_text(self._parquet.read_row_group(group, columns=columns), self.url)
+            return check_cells(self._parquet.read_row_group(group, columns=columns), self.url)
 
     def tar_problems(self, verify: bool) -> Iterator[str]:
         """Tars that are missing or have another size; with ``verify`` also those with another sha256."""

@@ -292,10 +292,14 @@ MAX_GROUP_TEXT = 256 << 20
 """Bytes of all text in one row group, spelled out; prompts of 1,000 characters make a twentieth."""
 
 
-def check_text(table: pa.Table, where: str) -> pa.Table:
+def check_cells(table: pa.Table, where: str) -> pa.Table:
     """``table``, read with ``dictionary``. Raises DataError, before text is spelled out row by row, where a cell is
-    longer than a row may be, or all cells of a row group are together: a dictionary says megabytes in a few bytes."""
+    longer than a row may be, or all cells of a row group are together: a dictionary says megabytes in a few bytes.
+    Also where a list holds null."""
     total = 0
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_list(column.type) and pc.list_flatten(column).null_count:
+            raise DataError(f"{where}: column {name!r} has a list that holds null")
     for column in table.columns:
         for chunk in column.chunks if pa.types.is_dictionary(column.type) else ():
             lengths = pc.cast(pc.binary_length(chunk.dictionary), pa.int64())
@@ -311,5 +315,5 @@ def read_table(data: bytes, where: str) -> pa.Table:
     """A whole small table from its bytes, with exactly the columns of :data:`SCHEMA` and no null where none may be."""
     file = open_table(pa.BufferReader(data), where, dictionary=True)
     with parquet_errors(where):
-        table = check_text(file.read(use_threads=False).replace_schema_metadata(None), where)
+        table = check_cells(file.read(use_threads=False).replace_schema_metadata(None), where)
         return table.cast(SCHEMA)

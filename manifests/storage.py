@@ -104,8 +104,10 @@ class Storage:
             self._backend = RemoteBackend(self.url)
         except ImportError as error:
             raise UsageError(f"{self.url}: this kind of URL needs another package: {error}") from None
-        except ValueError as error:
-            raise UsageError(f"{self.url}: not a folder that fsspec can open: {error}") from None
+        except OSError as error:
+            raise StoreError(f"{self.url}: cannot open: {one_line(error)}") from None
+        except Exception as error:  # whatever one of fsspec's file systems does with this URL
+            raise UsageError(f"{self.url}: not a folder that fsspec can open: {one_line(error)}") from None
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"

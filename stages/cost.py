@@ -21,7 +21,7 @@ from manifests.errors import UsageError
 from stages.distill.batches import Batch
 from stages.distill.losses import paired_layers, student_terms, teacher_targets, weighted
 from stages.distill.run import student_config
-from stages.models.build import build_net
+from stages.models.build import build_net, check_runs
 from stages.models.inputs import InputSpec
 from stages.models.loading import untrained_teacher
 from stages.models.source import ModelSource
@@ -333,6 +333,7 @@ def distill_cost(
         config = student_config(name, settings, teacher)
         with torch.device("meta"):
             net = build_net(config)
+        check_runs(net, config)
         layers = paired_layers(loss, teacher.net, net) if loss.gradcam else ([], [])
         ask = partial(teacher_targets, teacher, x, loss, layers[0])
         targets, targets_flops = ask(), flops(ask)

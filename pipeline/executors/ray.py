@@ -6,6 +6,7 @@ pool replaces dead actors, and the driver loop counts attempts. Images never ent
 
 import logging
 import os
+import re
 import socket
 import subprocess
 import time
@@ -257,7 +258,7 @@ def _probe(address: str) -> None:
     if address == "auto" or "://" in address:
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch("[0-9]{1,5}", port, re.ASCII) or int(port) > 65535:
         raise UsageError(f"--address {address!r}: expected auto or HOST:PORT, e.g. 10.0.0.5:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -243,7 +243,8 @@ class _Table:
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         with self.storage.open(self.name) as stream, parquet_errors(self.where):
-            yield from pq.ParquetFile(stream).iter_batches(batch_size=ROWS_AT_ONCE, columns=[*columns])
+            file = pq.ParquetFile(stream)
+            yield from file.iter_batches(batch_size=_rows_at_once(file.metadata, columns), columns=[*columns])
 
     def labels(self) -> Iterator[tuple[Label, str]]:
         row = 0
@@ -266,6 +267,18 @@ class _Table:
                 image = _image_bytes(values[self.image], f"{self.where}: row {row}")
                 yield str(values.get("key", row)), image, index(self.read_label(values[self.label], row))
                 row += 1
+
+
+def _rows_at_once(metadata: pq.FileMetaData, columns: Sequence[str]) -> int:
+    """As many rows as may be spelled out together: each may be the longest text or image of a dictionary, again."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    largest = [
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.has_dictionary_page and chunk.path_in_schema.partition(".")[0] in columns
+    ]
+    return max(1, min(ROWS_AT_ONCE, 4 * MAX_IMAGE // max(1, *largest, 0)))
 
 
 def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import islice
+from math import prod
 from typing import Literal
 
 from manifests.errors import DataError
@@ -31,6 +33,8 @@ MOST_KINDS = 1000
 """Kinds of files that are counted apart."""
 NESTED = 4
 """Folders with one sub-folder that are gone through on the way to the data."""
+MAX_PARTS = 100_000
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", re.ASCII)
 _COLUMNS = re.compile(r"(.+)@((?:image|label)=[^@,=]+(?:,(?:image|label)=[^@,=]+)?)")
 _INSTEAD = {
     "arrow": "written by datasets' save_to_disk: load_from_disk(FOLDER).to_parquet(FILE) makes Parquet of it",
@@ -162,7 +166,12 @@ def _expanded(path: str) -> list[str]:
         from braceexpand import braceexpand
 
         try:
-            return [each for part in braceexpand(path, escape=False) for each in _expanded(part)]
+            count = prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(path))
+            # braceexpand spells a range out before it yields anything
+            parts = [*islice(braceexpand(path, escape=False), MAX_PARTS + 1)] if count <= MAX_PARTS else []
+            if count > MAX_PARTS or len(parts) > MAX_PARTS:
+                raise DataError(f"{path} stands for more than {MAX_PARTS:,} files")
+            return [each for part in parts for each in _expanded(part)]
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
     if not any(mark in path for mark in "*?["):

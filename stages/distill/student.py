@@ -65,6 +65,7 @@ class Student:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(settings.seed, "init", self.name))
             self.net = build.build_net(config).to(device)
+            build.check_runs(self.net, config)
         if settings.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifests.errors import DataError, FactoryError, UsageError
+from manifests.errors import DataError, FactoryError, UsageError, one_line
 from stages.models import nets
 from stages.models.folders import fetch
 from stages.models.hooks import mark, names_its_parts
@@ -212,6 +212,20 @@ def finish(net: nn.Module, config: ModelConfig) -> nn.Module:
         mark(net, classes, (config.channels, config.input.size, config.input.size))
     net.register_forward_hook(lambda _module, _inputs, out: logits_of(out, classes, what))
     return net
+
+
+def check_runs(net: nn.Module, config: ModelConfig) -> None:
+    """Raises UsageError where ``net`` cannot take an image of its ``config``: too small a one, say."""
+    size, training = config.input.size, net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, config.channels, size, size, device=next(net.parameters()).device))
+    except FactoryError:
+        raise
+    except Exception as error:  # whatever a library's network does with a size that it was not written for
+        raise UsageError(f"'{config.architecture}' cannot take {size} × {size} pixels: {one_line(error)}") from None
+    finally:
+        net.train(training)
 
 
 def call_code(config: ModelConfig) -> Any:

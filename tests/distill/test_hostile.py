@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -21,10 +23,13 @@ from manifests.merge import merge
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.distill import resolve_distill
+from stages.distill.eval_data import labeled_images
 from stages.distill.evaluate import evaluate
 from stages.distill.export import markdown
 from stages.distill.run import run_distill
-from stages.models.source import config_json
+from stages.distill.student import Student
+from stages.models.source import NamedConfig, config_json
+from stages.settings import DistillSettings
 from tests.distill.drawn import TEACHER, square, teacher_files, write_dataset
 from tests.distill.short import settings
 
@@ -129,6 +134,10 @@ class TestStoredRecipe:
             self.recipe(tmp_path, {"students": ["resnet8", name]})
         assert self.recipe(tmp_path, {"students": [name]}, students=["resnet8"]).distill.students == ("resnet8",)
         assert self.recipe(tmp_path, {}, [f"students=['{name}']"]).distill.students == (name,)
+
+    def test_it_says_nothing_of_the_machine(self, tmp_path):
+        hostile = {"device": "cuda:7", "threads": 10**30, "memory_gb": 1e300, "checkpoint_seconds": 0}
+        assert self.recipe(tmp_path, hostile).distill == DistillSettings()
 
     def test_it_says_nothing_of_places_and_lets_nothing_through(self, tmp_path):
         hostile = {"loggers": ["wandb"], "skip_bad": True, "allow_other_teacher": True, "epochs": 3}
@@ -312,3 +321,37 @@ def test_a_checkpoint_whose_metrics_are_none_is_damaged(dataset, tmp_path, metri
     path.write_bytes(checkpoint.with_digest(buffer.getvalue()))
     with pytest.raises(FactoryError, match=r"checkpoint\.pt is damaged"):
         run_distill(settings(epochs=1), [(dataset, 1.0)], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("pattern", ["x{1..99999999}.tar", "{0..999}{0..999}.tar", "x" + "{a,b}" * 40, "{-5..1000000}"])
+def test_a_pattern_for_more_files_than_there_can_be(pattern):
+    with pytest.raises(DataError, match="stands for more than 100,000 files"):
+        labeled_images(pattern, ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["torchvision:inception_v3", "digits-cnn-small"])
+def test_a_student_for_larger_images_is_one_line(name):
+    size = 1 if name == "digits-cnn-small" else 16
+    chosen = DistillSettings(students=(name,), input={"size": size, "mean": (0,) * 3, "std": (1,) * 3})
+    config = NamedConfig(
+        architecture=name, num_classes=10, channels=3, input=chosen.input, class_names=tuple("0123456789")
+    )
+    with pytest.raises(UsageError, match=rf"'{name}' cannot take {size} × {size} pixels"):
+        Student(config, chosen, torch.device("cpu"))
+
+
+def test_a_repeated_image_of_a_parquet_file_is_spelled_out_row_by_row(tmp_path):
+    image = bytes(100 << 20)  # repeated 64 times, 6.7 GB
+    table = pa.table(
+        {"image": pa.DictionaryArray.from_arrays(pa.array([0] * 64), pa.array([image])), "label": [0] * 64}
+    )
+    pq.write_table(
+        table, tmp_path / "t.parquet", use_dictionary=["image"], compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
+    assert (tmp_path / "t.parquet").stat().st_size < 1 << 20
+    del table, image
+    before = pa.default_memory_pool().bytes_allocated()
+    data = labeled_images(str(tmp_path / "t.parquet"), ("a", "b"))
+    with pytest.raises(DataError, match="row 0"):
+        next(iter(data))
+    assert pa.default_memory_pool().max_memory() - before < 1 << 30

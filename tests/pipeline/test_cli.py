@@ -333,3 +333,26 @@ def test_ctrl_c_drains_and_exits_130(tmp_path):
             [sys.executable, "-m", "pipeline.cli", "status", str(run)], capture_output=True, text=True, check=True
         ).stdout
     )
+
+
+@pytest.mark.parametrize("command", [["run", "synth", "--set", "seed=²", "--dry-run"], ["recipes"], ["status", "²"]])
+def test_a_terminal_that_is_said_to_be_ascii(command, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *command],
+        capture_output=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=100,
+    )
+    assert done.returncode in (0, 2, 3)
+    assert b"Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).isascii()
+
+
+def test_arguments_that_are_no_text_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["factory", "status", "a\udcff"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "every argument must be text in UTF-8; rename files that have other names\n"

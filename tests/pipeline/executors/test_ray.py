@@ -162,6 +162,8 @@ def test_missing_resources_are_refused_at_once(run, cluster):
     [
         ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1 .*ray start --head"),
         ("cluster", "--address 'cluster': expected auto or HOST:PORT"),
+        ("localhost:²", "--address 'localhost:²': expected auto or HOST:PORT"),
+        ("localhost:99999", "--address 'localhost:99999': expected auto or HOST:PORT"),
     ],
 )
 def test_missing_cluster_is_refused_at_once(run, spawned, address, message):
