@@ -26,14 +26,14 @@ class Pace(Settings):
     """
 
     recipe: str
-    images_per_second: float = Field(gt=0)
-    flop_per_image: int | None = Field(None, ge=0)
-    workers: int = Field(1, gt=0)
-    images: int = Field(gt=0)
-    seconds: float = Field(gt=0)
-    group_size: int | None = None
-    steps_per_second: float | None = None
-    data_wait: float | None = None
+    images_per_second: float = Field(gt=0, le=1e12)
+    flop_per_image: int | None = Field(None, ge=0, le=2**63)
+    workers: int = Field(1, gt=0, le=2**20)
+    images: int = Field(gt=0, le=2**40)
+    seconds: float = Field(gt=0, le=1e9)
+    group_size: int | None = Field(None, gt=0, le=2**20)
+    steps_per_second: float | None = Field(None, ge=0, le=1e12)
+    data_wait: float | None = Field(None, ge=0, le=1)
 
     @property
     def text(self) -> str:

@@ -15,7 +15,13 @@ import pipeline
 import stages
 from stages.settings import MAX_TRAJECTORIES, Settings, SynthSettings
 
-MODULES = ("stages.settings", "stages.models.source", "pipeline.recipe", "pipeline.executors.settings")
+MODULES = (
+    "stages.settings",
+    "stages.models.source",
+    "pipeline.recipe",
+    "pipeline.executors.settings",
+    "pipeline.rates",
+)
 
 
 def all_settings(kind: type[Settings] = Settings) -> Iterator[type[Settings]]:

@@ -115,7 +115,9 @@ def find_weights(
 def largest_table(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """That of ``checkpoint`` without wrappers, for networks that rename parameters themselves. Raises DataError where
     there is none, or not of plain numbers."""
-    table = _without(WRAPPERS, max(checkpoint.named_tables().values(), key=len))
+    table = max(checkpoint.named_tables().values(), key=len)
+    while table and (first := {name.partition(".")[0] for name in table}) <= WRAPPERS and len(first) == 1:
+        table = {name.partition(".")[2]: value for name, value in table.items()}  # LeViT has a layer called module
     if special := [f"{name} ({what})" for name, value in table.items() if (what := _special(value))]:
         raise DataError(f"{checkpoint.where} holds no plain numbers: {listed(special)}")
     return table
