@@ -84,7 +84,7 @@ MODEL = "RUN/distill/digits-cnn-small"
 LOOK = (
     ("report", "RUN", "-o", "RUN/page.html", "--test-data", "RUN/m.parquet"),
     ("verify", "RUN"),
-    ("inspect", "RUN/m.parquet", "--columns", "2"),
+    ("inspect", "RUN/m.parquet", "--columns", "2", "--sheet", "RUN/sheet.png"),
     ("status", "RUN"),
     ("gc", "RUN", "--dry-run"),
 )
