@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from manifests.errors import DataError, UsageError
-from stages.models import nets
+from stages.models import folders, nets
 from stages.models.loading import load_model, load_teacher, save_model
 from stages.models.source import EMBEDDED, ModelConfig, config_json, resolve, teacher_identity
 from stages.settings import InputSettings, ModelSettings
@@ -58,8 +57,8 @@ def test_truncated_weights(folder):
 
 def test_a_source_reads_its_weights_once_and_notices_that_they_changed(folder, monkeypatch):
     source, reads = resolve(ModelSettings(name=str(folder), weights=str(folder / "model.safetensors"))), []
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    read = folders.read_regular
+    monkeypatch.setattr(folders, "read_regular", lambda path: reads.append(path.name) or read(path))
     before = source.identity["sha256"]
     assert load_teacher(source).identity["sha256"] == before
     assert reads == ["model.safetensors"]
@@ -113,7 +112,9 @@ def test_one_class_leaves_nothing_to_choose(tmp_path):
 def test_a_config_has_one_number_of_channels(folder, channels):
     config = CONFIG.model_copy(update={"channels": channels})
     (folder / "config.json").write_bytes(config_json(config, (folder / "model.safetensors").read_bytes()))
-    with pytest.raises(DataError, match=rf"config\.json: channels is {channels}, but input\.channels is 1"):
+    with pytest.raises(
+        DataError, match=r"config\.json(: channels is 3, but input\.channels is 1| is no model config: channels: )"
+    ):
         load_model(folder)
 
 
