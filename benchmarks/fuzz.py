@@ -178,6 +178,7 @@ def worker(victim: Path, seed: int, numbers: range, seconds: int, memory_gb: flo
             outcome, what, error = run_case(victim, Path(scratch) / "run", seed, number)
             signal.setitimer(signal.ITIMER_PROF, 0)
             result = {"case": number, "outcome": outcome, "what": what, "error": error}
+            result["rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(json.dumps(result | {"cpu": time.process_time() - before}), flush=True)
     faulthandler.cancel_dump_traceback_later()
 
@@ -186,6 +187,7 @@ def results(victim: Path, seed: int, cases: int, seconds: int, memory_gb: float)
     """The outcome of every case; a child that dies is a failed case, and another one goes on after it."""
     done = 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["MALLOC_ARENA_MAX"] = "2"  # each takes address space
     while done < cases:
         limits = [str(value) for value in (victim, seed, done, cases, seconds, memory_gb)]
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", *limits]
@@ -209,21 +211,22 @@ def results(victim: Path, seed: int, cases: int, seconds: int, memory_gb: float)
             done += 1
 
 
-def fuzz(cases: int, seed: int, seconds: int = 10, memory_gb: float = 1.0) -> dict[str, Any]:
+def fuzz(cases: int, seed: int, seconds: int = 10, memory_gb: float = 2.0) -> dict[str, Any]:
     """Run everything; counts by outcome and by file, and the failures."""
-    found, kinds, failures, slowest, cpu = Counter[str](), Counter[str](), [], 0.0, 0.0
+    found, kinds, failures, slowest, cpu, rss = Counter[str](), Counter[str](), [], 0.0, 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         make_victim(Path(folder) / "victim")
         for result in results(Path(folder) / "victim", seed, cases, seconds, memory_gb):
             found[result["outcome"]] += 1
             slowest, cpu = max(slowest, result.get("cpu", 0.0)), cpu + result.get("cpu", 0.0)
+            rss = max(rss, result.get("rss_mb", 0))
             kinds[f"{result['what'].split(':')[0]}, {result['outcome']}"] += 1
             if found.total() % 100 == 0:
                 print(f"{found.total()} cases: {dict(found)}, {cpu:.0f} s of CPU", flush=True)
             if result["outcome"] == "failed":
                 failures.append(result)
                 print(f"case {result['case']} failed, {result['what']}: {result['error'][:200]}", flush=True)
-    times = {"cpu_seconds": round(cpu), "slowest_cpu_seconds": round(slowest, 2)}
+    times = {"cpu_seconds": round(cpu), "slowest_cpu_seconds": round(slowest, 2), "rss_mb": rss}
     return {"cases": cases, "seed": seed, **found, **times, "kinds": dict(sorted(kinds.items())), "failures": failures}
 
 
@@ -232,7 +235,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=10, help="CPU seconds a case may take")
-    parser.add_argument("--memory-gb", type=float, default=1.0)
+    parser.add_argument("--memory-gb", type=float, default=2.0)
     parser.add_argument("--only", type=int, help="run one case and show its traceback")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)

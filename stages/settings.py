@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1  # the manifest's ``seed`` holds 64 bits
 MAX_TRAJECTORIES = 2**31  # the manifest's ``trajectory`` holds 32 bits
 MAX_THREADS = 1024
 MAX_BATCH = 2**20  # images at once
-MAX_WEIGHT = 1e6  # of a loss term, and every other number without a natural bound
+MAX_WEIGHT = 1e9
 UNSTEERED = ("dmkd", "noise")  # methods that follow no adversary
 
 _SEVERAL = "it evaluates the network several times for one step, and guidance would move only one of them"

@@ -16,6 +16,9 @@ import stages
 from stages.settings import MAX_TRAJECTORIES, Settings, SynthSettings
 
 MODULES = (
+    *("stages.settings", "stages.models.source"),
+    *("pipeline.recipe", "pipeline.executors.settings", "pipeline.rates"),
+)
     "stages.settings",
     "stages.models.source",
     "pipeline.recipe",

@@ -113,8 +113,7 @@ def test_a_config_has_one_number_of_channels(folder, channels):
     config = CONFIG.model_copy(update={"channels": channels})
     (folder / "config.json").write_bytes(config_json(config, (folder / "model.safetensors").read_bytes()))
     with pytest.raises(
-        DataError,
-        match=r"config\.json( is no model config)?: channels(: Input should be| is 3, but input\.channels is 1)",
+        DataError, match=r"config\.json(: channels is 3, but input\.channels is 1| is no model config: channels: )"
     ):
         load_model(folder)
 
