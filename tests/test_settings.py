@@ -19,12 +19,6 @@ MODULES = (
     *("stages.settings", "stages.models.source"),
     *("pipeline.recipe", "pipeline.executors.settings", "pipeline.rates"),
 )
-    "stages.settings",
-    "stages.models.source",
-    "pipeline.recipe",
-    "pipeline.executors.settings",
-    "pipeline.rates",
-)
 
 
 def all_settings(kind: type[Settings] = Settings) -> Iterator[type[Settings]]:
