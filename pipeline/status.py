@@ -142,23 +142,24 @@ class _Log:
         self.stopped_by: str | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        kind, time, named = event["kind"], event["time"], event.get("shard")
-        shard = named if isinstance(named, int) and 0 <= named < self._shards else None
+        kind, time, shard = event["kind"], event["time"], event.get("shard")
         if kind == "run_started":
             self.times.clear()
             self.running.clear()
             self.stopped_by = None
         if kind in ("run_started", "shard_done"):
             self.times.append(time)
-        if kind == "shard_done" and shard is not None:
-            self.results[shard] = (event.get("rows") or 0, event.get("bytes") or 0)
-        elif kind == "shard_failed":
-            self.errors.append(AttemptError(time, named, event.get("attempt"), _text(event.get("error"))))
+        if kind == "shard_failed":
+            self.errors.append(AttemptError(time, shard, event.get("attempt"), _text(event.get("error"))))
         elif kind in ("run_interrupted", "run_failed"):
             self.stopped_by = _text(event.get("error")) or "interrupted"
-        if kind == "shard_started" and shard is not None:
+        if not isinstance(shard, int) or not 0 <= shard < self._shards:
+            return
+        if kind == "shard_done":
+            self.results[shard] = (event.get("rows") or 0, event.get("bytes") or 0)
+        if kind == "shard_started":
             self.running[shard] = RunningShard(shard, _text(event.get("worker")), time)
-        elif kind in ("shard_done", "shard_failed", "shard_quarantined") and shard is not None:
+        elif kind in ("shard_done", "shard_failed", "shard_quarantined"):
             self.running.pop(shard, None)
 
 

@@ -108,7 +108,7 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
         raise DataError(f"{storage.url} holds no finished training: no {RESULTS}")
     with damage_reported(storage, RUN, "run stage 2 again"):
         spec = load_checked(storage.read(RUN))
-        settings = spec["settings"]
+        settings = dict(spec["settings"])
         prints = [str(entry["fingerprint"]) for entry in spec["manifests"]]
         tests = [student.test for student in result.students.values() if student.test]
         if any({len(test.confusion), *map(len, test.confusion)} != {len(test.per_class)} for test in tests):
