@@ -28,7 +28,11 @@ def read_regular(path: str | os.PathLike[str], most: int | None = None) -> bytes
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+            if os.fstat(file.fileno()).st_size > _MEMORY:
+                raise OSError(errno.EFBIG, f"it has more than the {_MEMORY} bytes of this machine's memory", str(path))
             data = file.read() if most is None else file.read(most + 1)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "there is not enough memory to read it") from None
     except ValueError:  # a zero byte, or text that no file system can encode
         raise OSError(errno.EINVAL, "this is no name of a file") from None
     if most is not None and len(data) > most:
@@ -36,6 +40,7 @@ def read_regular(path: str | os.PathLike[str], most: int | None = None) -> bytes
     return data
 
 
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 _UNREAD = ("timestamp", "merge", "value")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manifests.errors import DataError, FactoryError, UsageError, one_line
+from stages.memory import out_of_memory
 from stages.models import nets
 from stages.models.folders import fetch
 from stages.models.hooks import mark, names_its_parts
@@ -223,6 +224,8 @@ def check_runs(net: nn.Module, config: ModelConfig) -> None:
     except FactoryError:
         raise
     except Exception as error:  # whatever a library's network does with a size that it was not written for
+        if out_of_memory(error):
+            raise
         raise UsageError(f"'{config.architecture}' cannot take {size} × {size} pixels: {one_line(error)}") from None
     finally:
         net.train(training)

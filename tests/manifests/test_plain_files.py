@@ -57,6 +57,10 @@ def test_special_and_large_files_are_not_read(tmp_path):
     for name, part in expected.items():
         with pytest.raises(UsageError, match=part):
             load_yaml_file(f"{tmp_path}/{name}")
+    with (tmp_path / "larger").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(OSError, match="memory"):
+        read_regular(tmp_path / "larger")
     (tmp_path / "link").symlink_to("small")
     (tmp_path / "small").write_bytes(b"abc")
     assert read_regular(tmp_path / "link", 3) == b"abc"
