@@ -153,7 +153,7 @@ class _Verification:
         free: frozenset[str] = frozenset()
         if table is None and self.manifest:
             free = _free(self.manifest)
-            with suppress(DataError):
+            with self.noted(self.name):
                 table = self.manifest.shard_rows(tar.shard)
         rows: list[Row] | None = None
         try:

@@ -355,4 +355,4 @@ def test_arguments_that_are_no_text_are_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "every argument must be text in UTF-8; rename files that have other names\n"
+    assert capsys.readouterr().err == "a\\udcff: this name is not UTF-8\n"
