@@ -197,7 +197,7 @@ class Vgg11(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             self.add_module(f"block{number}", nn.Sequential(*layers))
         last = nn.Linear(channels, num_classes)
-        hidden = [layer for _ in range(2) for layer in (nn.Linear(channels, channels), nn.ReLU(), nn.Dropout())]
+        hidden = [layer for _ in range(2 * mlp) for layer in (nn.Linear(channels, channels), nn.ReLU(), nn.Dropout())]
         self.classifier = nn.Sequential(*hidden, last) if mlp else last
         self.head = "classifier.6" if mlp else "classifier"
         for module in self.modules():
