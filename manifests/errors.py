@@ -66,6 +66,11 @@ def check_utf8(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says; the name of its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What ``error`` says, in one line of at most ``limit`` characters; the name of its type if it says nothing."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

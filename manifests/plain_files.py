@@ -49,9 +49,7 @@ class _PlainLoader(yaml.SafeLoader):
     aliases stand for billions of values, and constructors raise whatever Python raises."""
 
     yaml_implicit_resolvers = {
-        first: [
-            (tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in ("timestamp", "merge", "value")
-        ]
+        first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in _UNREAD]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     levels = 0

@@ -239,7 +239,7 @@ def _described(plan: Plan) -> dict[str, Any]:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """``settings.guidance.step_size: 0.1 there, 0.2 here``, one line for each key that differs."""
-    left, right = dict(_flat(there)), dict(_flat(here))
+    left, right = dict(flattened(there)), dict(flattened(here))
     lines = []
     for key in sorted(left.keys() | right.keys()):
         a, b = left.get(key, "absent"), right.get(key, "absent")
@@ -266,10 +266,11 @@ def _refuse_foreign(storage: Storage) -> None:
         raise DataError(f"{storage.url} is no run folder and not empty (it holds {found[0]}); give another --out")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested ``values`` by its dotted key."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

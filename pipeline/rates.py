@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, first_line
 from manifests.storage import Storage
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, flop, pairs, plain, share
@@ -93,9 +93,7 @@ def read_bench(path: str | None = None) -> Bench | None:
             raise DataError(f"{name}: no such file; `factory bench` writes one") from None
         return None
     except (OSError, ValueError, ValidationError) as error:
-        raise DataError(
-            f"{name}: not what `factory bench` wrote; run it again ({str(error).splitlines()[0]})"
-        ) from None
+        raise DataError(f"{name}: not what `factory bench` wrote; run it again ({first_line(error)})") from None
 
 
 @dataclass(frozen=True)

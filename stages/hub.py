@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from manifests.errors import DataError
+from manifests.errors import DataError, first_line
 
 
 class NotFetched(DataError):
@@ -25,7 +25,7 @@ def snapshot(name: str, what: str, choose: Callable[[list[str]], list[str]]) -> 
     try:
         return _download(name, choose)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise NotFetched(
             f"{what} {name}: neither a local folder nor a hub id that can be fetched ({reason})"
         ) from error

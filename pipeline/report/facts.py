@@ -1,7 +1,7 @@
 """What the page says in words and numbers of a dataset: how it was made, what remained, and what to trust."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ from manifests.dataset import MAX_SHARD, unique_names
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.events import read_events
-from pipeline.plan import PLAN, RESOLVED
+from pipeline.plan import PLAN, RESOLVED, flattened
 from pipeline.report.columns import Columns, class_names
 from pipeline.terminal import duration, number, share, size
 from stages.settings import SynthSettings
@@ -65,20 +65,12 @@ def _identity(facts: Mapping[str, Any], *names: str) -> str:
 def changed_settings(manifest: Manifest) -> list[tuple[str, str, str]]:
     """``(key, value, default)`` of every setting of stage 1 that differs from its default."""
     stored = manifest.info.recipe.get("synth")
-    settings = dict(_flat(stored)) if isinstance(stored, dict) else {}
-    defaults = dict(_flat(SynthSettings().model_dump(mode="json")))
+    settings = dict(flattened(stored)) if isinstance(stored, dict) else {}
+    defaults = dict(flattened(SynthSettings().model_dump(mode="json")))
     keys = [key for key in settings if settings[key] != defaults.get(key, {})]
     lines = [(_short(key), _short(settings[key]), _short(defaults[key]) if key in defaults else "") for key in keys]
     more = [(f"{len(lines) - MAX_SETTINGS:,} more", "", "")] if len(lines) > MAX_SETTINGS else []
     return lines[:MAX_SETTINGS] + more
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from manifests.dataset import unique_names
-from manifests.errors import DataError, FactoryError
+from manifests.errors import DataError, FactoryError, first_line
 from manifests.images import LABELED_FORMATS, check_header, decode
 from stages.distill.batches import images_at_once
 from stages.distill.eval_data import LabeledImages, Sample, labeled_images
@@ -125,7 +125,7 @@ def _classify(net: nn.Module, config: ModelConfig) -> Callable[[Tensor], Tensor]
         except FactoryError:
             raise
         except Exception as error:  # whatever a foreign network does
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DataError(
                 f"{what} cannot take images of {spec.channels}×{spec.size}×{spec.size}: {reason}"
             ) from error

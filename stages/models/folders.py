@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError
+from manifests.errors import DataError, first_line
 from manifests.plain_files import read_regular
 from stages.settings import MAX_CLASSES, InputSettings
 
@@ -58,7 +58,7 @@ def fetch(name: str, what: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", BIN, "pytorch_model-*-of-*.bin"]))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{what} {name}: neither a local folder nor a hub id that can be fetched ({reason})") from None
 
 

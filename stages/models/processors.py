@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
+from manifests.errors import first_line
 from stages.models.inputs import InputSpec, to_unit
 from stages.settings import InputSettings
 
@@ -57,7 +58,7 @@ def processor_input(folder: Path, file: str, fields: Mapping[str, Any], channels
                 processor.do_center_crop = False  # the class's own crop, of another size than this file's
             return _input_of(processor, file, 1 if channels == 1 else 3)
     except Exception as error:  # whatever a processor does with values that it was not written for
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return f"the processor of {file} cannot be run ({reason[:200]})"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from manifests.errors import DataError, FactoryError, UsageError, one_line
+from manifests.errors import DataError, FactoryError, UsageError, first_line, one_line
 from stages.memory import in_micro_batches, moment_sums, moments
 from stages.models.hooks import head_of, head_path, inputs_of, outputs_of
 from stages.models.inputs import InputSpec, logits_of, require_finite, require_finite_weights
@@ -156,7 +156,7 @@ class Teacher:
         except FactoryError:
             raise
         except Exception as error:  # whatever a foreign network or runtime does
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             wrap = "; what takes more than pixels needs module.path:function" if "'hf:" in self.what else ""
             raise DataError(f"{self.what} cannot take images of {channels}×{size}×{size}: {reason}{wrap}") from error
         if len(require_finite(logits, self.what)) != len(x):

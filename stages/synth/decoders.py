@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from manifests.errors import DataError, FactoryError, NumericsError, UsageError
+from manifests.errors import DataError, FactoryError, NumericsError, UsageError, first_line
 from manifests.storage import Storage
 from stages.memory import in_micro_batches, retry_with_smaller_batches
 from stages.models.checkpoints import read_checkpoint
@@ -123,7 +123,7 @@ class TinyDecoder:
         except DataError:
             raise
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
-            detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+            detail = first_line(error)
             raise DataError(f"tiny decoder {folder} cannot be loaded: {detail}") from error
         self.network = frozen(loaded, prior.device)
         channels, expected = self.network.config.latent_channels, prior.latent_shape[0]

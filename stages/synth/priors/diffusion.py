@@ -15,7 +15,7 @@ from stages.settings import PriorSettings
 from stages.synth.priors.files import PriorSource, class_of, loading
 from stages.synth.priors.lora import merge_lora
 from stages.synth.priors.parts import DTYPES, frozen, load_network, load_whole, quiet
-from stages.synth.priors.schedule import Prediction, Schedule, State, one_line, parameters_of, scheduler_class
+from stages.synth.priors.schedule import Prediction, Schedule, State, parameters_of, printable_line, scheduler_class
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DiffusionPrior(ABC):
         except DataError:
             raise
         except Exception as error:  # diffusers raises a dozen kinds for a damaged folder
-            raise DataError(f"prior {folder} cannot be loaded: {one_line(error)}") from error
+            raise DataError(f"prior {folder} cannot be loaded: {printable_line(error)}") from error
         if device != "meta":
             for file, weight in source.loras:
                 merge_lora(file, weight, self.parts)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError, UsageError, one_line
+from manifests.errors import DataError, UsageError, first_line, one_line
 from manifests.plain_files import read_regular
 from stages.hub import snapshot
 from stages.settings import PriorSettings
@@ -234,7 +234,7 @@ def _lora_file(path: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"LoRA {path}: neither a file nor one that can be fetched ({reason}); {what}") from None
 
 

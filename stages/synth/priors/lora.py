@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError
+from manifests.errors import DataError, first_line
 
 # How files name the networks of a pipeline.
 PREFIXES = {
@@ -101,7 +101,7 @@ def _read(file: Path) -> dict[tuple[str, str], Factors]:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
             config = load_tree((opened.metadata() or {}).get("lora_adapter_metadata", "{}").encode())
     except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"LoRA {file} cannot be read as safetensors: {str(error).splitlines()[0]}") from None
+        raise DataError(f"LoRA {file} cannot be read as safetensors: {first_line(error)}") from None
     config = config if isinstance(config, dict) else {}
     if others := [key for key, value in config.items() if value and key.rpartition(".")[2] in _UNLIKE_LORA]:
         raise DataError(f"{file} is no plain LoRA: its configuration has {', '.join(others)}")

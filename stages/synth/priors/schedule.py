@@ -27,7 +27,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, first_line
 from stages.settings import PriorSettings
 
 
@@ -160,7 +160,9 @@ def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = F
         betas = kind(num_train_timesteps=count, **known).betas
     except Exception as error:  # whatever a value of another type leads to
         values = ", ".join(f"{key} {value!r}"[:80] for key, value in known.items())
-        raise DataError(f"prior {source}: {name} makes no noise schedule of {values}: {one_line(error)}") from error
+        raise DataError(
+            f"prior {source}: {name} makes no noise schedule of {values}: {printable_line(error)}"
+        ) from error
     if len(betas) != count:
         raise DataError(f"prior {source}: trained_betas has {len(betas)} values, num_train_timesteps is {count}")
     if not (betas.min() >= 0 and betas.max() <= 1 and betas.max() > 0):  # false for NaN, too
@@ -172,9 +174,9 @@ def read_noise_schedule(config: dict[str, Any], source: str, distilled: bool = F
     return config | {"num_train_timesteps": count, "trained_betas": betas.tolist()}
 
 
-def one_line(error: Exception) -> str:
+def printable_line(error: Exception) -> str:
     """The first line of an error of a library, which may repeat what stands in a file."""
-    return repr((str(error).strip() or type(error).__name__).splitlines()[0])[1:-1]
+    return repr(first_line(error))[1:-1]
 
 
 def build_scheduler(config: dict[str, Any], settings: PriorSettings, source: str) -> Any:
@@ -249,7 +251,7 @@ class Schedule:
             raise
         except Exception as error:  # diffusers checks few of the values in a config
             raise DataError(
-                f"prior {source}: {name} cannot be built from scheduler_config.json: {one_line(error)}"
+                f"prior {source}: {name} cannot be built from scheduler_config.json: {printable_line(error)}"
             ) from error
         self.flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or bool(
             getattr(self.scheduler.config, "use_flow_sigmas", False)
@@ -258,7 +260,7 @@ class Schedule:
         try:
             self.scheduler.set_timesteps(steps)
         except Exception as error:
-            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {one_line(error)}") from error
+            raise UsageError(f"prior {source} cannot be sampled in {steps} steps: {printable_line(error)}") from error
         self.scheduler.is_scale_input_called = True  # ``network_input`` does it; silences a warning
         self.times = [t.item() for t in self.scheduler.timesteps]
         if len(self.times) != steps:
