@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-LOOK_SECONDS, GRACE_SECONDS = 1.0, 3.0
+LOOK_SECONDS, GRACE_SECONDS, GIVE_UP_SECONDS = 1.0, 1.0, 60.0
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -20,7 +20,7 @@ def processes() -> dict[int, tuple[int, str]]:
     found = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if name.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, IndexError):  # it may end while it is read
                 with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
                     fields = file.read().rpartition(")")[2].split()
                 if fields[0] not in "ZX":
@@ -60,9 +60,9 @@ def main(roots: set[int]) -> None:
     family = _Family(roots)
     while not select.select([0], [], [], LOOK_SECONDS)[0]:
         family.look()
-    until = time.monotonic() + GRACE_SECONDS
-    while (left := family.look()) and time.monotonic() < until + GRACE_SECONDS:
-        for pid in left if time.monotonic() > until else ():
+    closed = time.monotonic()
+    while (left := family.look()) and (waited := time.monotonic() - closed) < GIVE_UP_SECONDS:
+        for pid in left if waited > GRACE_SECONDS else ():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
