@@ -64,7 +64,16 @@ def local(name: str, paths: dict[str, Path]) -> list[str]:
 
 
 def test_nothing_is_packaged_untested():
-    assert set(packaged()) == {"demo", *PAPER, *TWINS}
+    assert set(packaged()) == {"demo", "photos", *PAPER, *TWINS}
+
+
+def test_the_recipe_for_photographs_is_what_the_benchmark_was_run_with():
+    photos = resolve("photos", environ={})
+    benchmark = resolve(str(Path(__file__).parents[2] / "benchmarks/cifar10.yaml"), environ={})
+    assert photos.synth == benchmark.synth.model_copy(update={"shards": 6, "lca": photos.synth.lca})
+    learned = {"batch_size": 128, "students": ("resnet8",), "augment": photos.distill.augment}
+    assert {name: getattr(benchmark.distill, name) for name in learned} == learned
+    assert photos.distill.augment.flip and photos.distill.epochs == 200 and len(photos.synth.prompts.subjects) == 200
 
 
 @pytest.mark.parametrize("name", PAPER)
