@@ -20,14 +20,18 @@ DEEPEST = 32
 SEAL = "checksum"
 
 
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")
+
+
+_FINITE, _ANY = json.JSONDecoder(parse_constant=_refuse), json.JSONDecoder()
+
+
 def load_json(data: bytes, finite: bool = True) -> Any:
     """Strict JSON: UTF-8, sane depth, ``finite`` numbers. Raises ``ValueError`` only."""
 
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is not allowed")
-
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse if finite else None)
+        return (_FINITE if finite else _ANY).decode(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -252,15 +252,26 @@ class Storage:
             raise self._missing(name)
         return cast(BinaryIO, io.BufferedReader(_RangeStream(self, name, size), STREAM_BUFFER))
 
-    def lines(self, name: str, most: int = MAX_LINE) -> Iterator[bytes]:
-        """The lines of a file, one by one in bounded memory; those of more than ``most`` bytes are left out."""
+    def lines(self, name: str, start: int = 0, stop: int | None = None, most: int = MAX_LINE) -> Iterator[bytes]:
+        """The lines of a file in its bytes ``start`` to ``stop``, one by one in bounded memory; those of ``most`` bytes
+        or more are left out. Raises DataError for one of more than ``MAX_RECORD``, as zeros that take no disk make."""
         with self.open(name) as file:
-            whole = True
-            while line := self._run("read", name, partial(file.readline, most)):
-                ends = line.endswith(b"\n")
-                if whole and (ends or len(line) < most):
-                    yield line
-                whole = ends
+            file.seek(start)
+            part, left_out = b"", 0  # what has come of the line at hand, and bytes of it that are passed over
+            while block := self._run("read", name, partial(file.read, most if stop is None else min(most, stop - start))):
+                start += len(block)
+                *ended, last = block.split(b"\n")
+                for line in ended:
+                    if not left_out and len(part) + len(line) < most:
+                        yield part + line + b"\n"
+                    part, left_out = b"", 0
+                part += last
+                if left_out or len(part) >= most:
+                    part, left_out = b"", left_out + len(part)
+                if left_out > MAX_RECORD:
+                    raise DataError(f"{self.path(name)}: holds a line of more than {MAX_RECORD} bytes, which no log has")
+            if part and not left_out:
+                yield part
 
     def write(self, name: str, data: bytes, beside: bool = False) -> None:
         """Create or replace: readers see the old file or the new one, never a part.

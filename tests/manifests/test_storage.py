@@ -263,6 +263,19 @@ def test_records_are_bounded_before_they_are_read(any_storage, monkeypatch):
 def test_lines_of_any_length_are_read_in_parts(any_storage):
     any_storage.write("a", b"one\n" + b"x" * 50 + b"\ntwo\n\n" + b"y" * 20)
     assert [*any_storage.lines("a", most=20)] == [b"one\n", b"two\n", b"\n"]
+    assert [*any_storage.lines("a", 55, most=21)] == [b"two\n", b"\n", b"y" * 20]
+    assert [*any_storage.lines("a", 55, 58)] == [b"two"]
+
+
+@pytest.mark.timeout(20)
+def test_a_terabyte_of_zeros_is_no_log(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        file.write(b"one\n")
+        file.truncate(1 << 40)
+    lines = Storage(tmp_path).lines("a")
+    assert next(lines) == b"one\n"
+    with pytest.raises(DataError, match="holds a line of more than 67108864 bytes"):
+        next(lines)
 
 
 URLS = ["", "file://", "file://host/x", "http://[", "s3://", "s3:///", "no-such://x", "a\udcff", "memory::", "::"]
