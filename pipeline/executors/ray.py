@@ -221,14 +221,12 @@ def connect(settings: ExecutorSettings) -> bool:
             ) from None
         return True
     global _reaper
-    before = reaper.children()
     cpus = max(os.cpu_count() or 1, settings.workers * settings.threads)  # crowding this machine is the user's choice
     try:
-        ray.init("local", num_cpus=cpus, object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
+        with reaper.watched() as _reaper:
+            ray.init("local", num_cpus=cpus, object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
     except Exception as error:  # a plain Exception where the machine is too busy for Ray's 30 seconds
         raise FactoryError(f"Ray does not start on this machine: {reason(error)}; the same command resumes") from error
-    finally:
-        _reaper = reaper.start(reaper.children() - before)
     return True
 
 

@@ -1,7 +1,8 @@
-"""Ends what is left of a Ray cluster once its driver has ended, however it ended: ``python reaper.py PID …``.
+"""Ends what is left of a Ray cluster once its driver has ended, however it ended: ``python reaper.py PID MARK``.
 
-Standard input is a pipe from the driver, which closes with it. The arguments are the processes that Ray started for it.
-Without this, Ray's agents outlive a killed driver for minutes, looking for the rest of their cluster.
+Ray's agents outlive a killed driver for minutes, looking for the rest of their cluster. Every process of a cluster is
+known by an entry of its environment, which each inherits from the one that started it: whose child it is now and when
+it started do not matter. (Linux; elsewhere nothing is looked for.)
 """
 
 import contextlib
@@ -11,62 +12,62 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
 
-LOOK_SECONDS, GRACE_SECONDS, GIVE_UP_SECONDS = 1.0, 1.0, 60.0
+GRACE_SECONDS, GIVE_UP_SECONDS, LOOK_SECONDS = 1.0, 60.0, 0.1
+VARIABLE = "FACTORY_CLUSTER"
 
 
-def processes() -> dict[int, tuple[int, str]]:
-    """Each process that has not ended, with its parent and when it began (Linux; empty elsewhere)."""
-    found = {}
+@contextlib.contextmanager
+def watched() -> "Iterator[subprocess.Popen[bytes]]":
+    """A reaper in a process of its own for what is started in this context; closing its ``stdin``, or the end of this
+    process, ends that."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-IS", __file__, str(os.getpid()), mark]
+    quiet = subprocess.DEVNULL
+    # a session of its own: neither Ctrl-C nor a kill of the driver's whole group reaches it
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+    before = {name: os.environ.get(name) for name in (VARIABLE, "SPT_NOENV")}
+    # Ray's agents write their title over their environment unless the second is set
+    os.environ |= {VARIABLE: mark, "SPT_NOENV": "1"}
+    try:
+        yield reaper
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def marked(mark: str) -> set[int]:
+    """The processes with ``mark`` in the environment that they began with."""
+    entry, found = f"{VARIABLE}={mark}".encode(), set()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if name.isdigit():
-            with contextlib.suppress(OSError, IndexError):  # it may end while it is read
-                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                    fields = file.read().rpartition(")")[2].split()
-                if fields[0] not in "ZX":
-                    found[int(name)] = int(fields[1]), fields[19]
+            with contextlib.suppress(OSError):  # somebody else's, or it ends while it is read
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if entry in file.read().split(b"\0"):
+                        found.add(int(name))
     return found
 
 
-def children() -> set[int]:
-    """The processes that this one has started."""
-    return {pid for pid, (parent, _) in processes().items() if parent == os.getpid()}
-
-
-def start(roots: set[int]) -> "subprocess.Popen[bytes]":
-    """Watch over ``roots`` and what they start, from a process of its own; closing its ``stdin`` ends them."""
-    command = [sys.executable, "-IS", __file__, *map(str, roots)]
-    quiet = subprocess.DEVNULL
-    # a session of its own: neither Ctrl-C nor a kill of the driver's whole group reaches it
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
-
-
-class _Family:
-    """Processes and their descendants, told from later ones with the same pid by when they began."""
-
-    def __init__(self, roots: set[int]) -> None:
-        self.began = {pid: began for pid, (_, began) in processes().items() if pid in roots}
-
-    def look(self) -> set[int]:
-        """Who of them runs; an orphan stays one of them."""
-        now = processes()
-        self.began = {pid: began for pid, began in self.began.items() if pid in now and now[pid][1] == began}
-        while new := {p: began for p, (parent, began) in now.items() if parent in self.began and p not in self.began}:
-            self.began |= new
-        return set(self.began)
-
-
-def main(roots: set[int]) -> None:
-    family = _Family(roots)
-    while not select.select([0], [], [], LOOK_SECONDS)[0]:
-        family.look()
-    closed = time.monotonic()
-    while (left := family.look()) and (waited := time.monotonic() - closed) < GIVE_UP_SECONDS:
+def main(driver: int, mark: str) -> None:
+    ends: list[int] = [0]  # a pipe from the driver, which a process that the driver forked may hold open after it
+    with contextlib.suppress(AttributeError, OSError):
+        ends.append(os.pidfd_open(driver))
+    select.select(ends, [], [])
+    ended, quiet_looks = time.monotonic(), 0
+    # twice: a process may start and its parent end while the others are looked at
+    while quiet_looks < 2 and (waited := time.monotonic() - ended) < GIVE_UP_SECONDS:
+        left = marked(mark)
+        quiet_looks = 0 if left else quiet_looks + 1
         for pid in left if waited > GRACE_SECONDS else ():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
+        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":
-    main({int(pid) for pid in sys.argv[1:]})
+    main(int(sys.argv[1]), sys.argv[2])

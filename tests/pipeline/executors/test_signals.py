@@ -4,11 +4,12 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pipeline.executors.reaper import processes
+from pipeline.executors.reaper import marked
 from pipeline.lease import live
 
 pytestmark = pytest.mark.timeout(180)
@@ -96,6 +97,22 @@ def test_killed_driver_resumes_and_says_whose_lease_it_took(run, spawned, unbrok
     assert run.files() == unbroken
 
 
+def test_driver_killed_while_ray_starts(run, spawned):
+    """Before Ray has answered, and whoever's children its processes are by now: nothing of it stays."""
+    driver = spawned(run.spawn(SHARDS, workers=2))
+    until = time.monotonic() + 60
+    while not (started := [pid for pid in descendants(driver.process.pid) if b"gcs_server" in command(pid)]):
+        assert time.monotonic() < until and driver.process.poll() is None
+        time.sleep(0.02)
+    reaper = next(pid for pid in descendants(driver.process.pid) if b"reaper.py" in command(pid))
+    mark = command(reaper).split(b"\0")[-2].decode()
+    assert {*started} <= marked(mark)
+    driver.send(signal.SIGKILL)
+    driver.process.wait()
+    all_end({reaper}, within=10)
+    assert not marked(mark)
+
+
 def test_second_driver_is_refused_while_the_first_lives(run, spawned, unbroken):
     first = spawned(run.spawn(SHARDS, pause=0.2))
     first.wait_for("shard_started")
@@ -143,16 +160,33 @@ def test_actors_of_a_killed_driver_end_on_a_cluster_that_stays(run, spawned, clu
 
 
 def descendants(pid: int) -> set[int]:
-    found, table = {pid}, processes()
-    while new := {each for each, (parent, _) in table.items() if parent in found and each not in found}:
+    parents, found = running(), {pid}
+    while new := {each for each, parent in parents.items() if parent in found and each not in found}:
         found |= new
     return found - {pid}
 
 
+def running() -> dict[int, int]:
+    """Each process that has not ended, with its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may end while it is read
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def command(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def all_end(pids: set[int], within: float) -> None:
     until = time.monotonic() + within
-    while left := pids & set(processes()):
-        assert time.monotonic() < until, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+    while left := pids & set(running()):
+        assert time.monotonic() < until, [command(pid) for pid in left]
         time.sleep(0.1)
 
 
