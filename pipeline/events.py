@@ -7,16 +7,19 @@ Events inform; correctness rests on done records alone, so a lost tail harms not
 written stops no run: what comes next says better what is wrong with its folder. (A link in the log's place does.)
 """
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
-from manifests.checked_json import dump_json, load_as, load_json, load_tree
-from manifests.errors import DataError, StoreError
+from pydantic import Field, TypeAdapter
+
+from manifests.checked_json import dump_checked, dump_json, load_as, load_checked, load_json, load_tree
+from manifests.errors import DataError, FactoryError, StoreError
 from manifests.storage import Storage, numbered
 from pipeline.terminal import say
 
@@ -77,10 +80,15 @@ URGENT = frozenset({"run_started", "run_finished", "run_interrupted", "run_faile
 
 
 class EventLog:
-    """Appends events to a run folder; a context manager, since remote logs are buffered."""
+    """Appends events to a run folder; a context manager, since remote logs are buffered.
+
+    ``shards``: of the plan, for a run of stage 1; from then on a :class:`LogSummary` of a long log is kept up to date.
+    """
 
     def __init__(self, storage: Storage, clock: Callable[[], float] = time.time) -> None:
         self.storage, self.clock = storage, clock
+        self.shards = 0
+        self._unsummed, self._summary_after = 0, SUMMARY_AFTER
         self._lines: list[bytes] = []
         self._stem, self._part = f"{REMOTE}/{int(clock() * 1000):015d}-{os.getpid()}", 0
         self._flushed = 0.0
@@ -95,11 +103,14 @@ class EventLog:
         if self.storage.is_local:
             with suppress(StoreError):
                 self.storage.append(LOCAL, line)
-            return
-        self._lines.append(line)
-        self._pending = True
-        if kind in URGENT or now - self._flushed >= REWRITE_SECONDS:
-            self.flush()
+        else:
+            self._lines.append(line)
+            self._pending = True
+            if kind in URGENT or now - self._flushed >= REWRITE_SECONDS:
+                self.flush()
+        self._unsummed += len(line)
+        if kind == "shard_done" and self._unsummed >= self._summary_after:  # by the driver's loop, not a heartbeat
+            self._sum_up()
 
     def flush(self) -> None:
         """Write buffered events of a remote folder, or keep them for the next time where it fails."""
@@ -111,11 +122,21 @@ class EventLog:
                 if len(self._lines) >= FULL:
                     self._lines, self._part = [], self._part + 1
 
+    def _sum_up(self) -> None:
+        self._unsummed = 0
+        with suppress(FactoryError):
+            if self.shards and sum(_sizes(self.storage).values()) >= SUMMARY_AFTER:
+                summary = LogSummary.of(self.storage, self.shards).to_json()
+                self.storage.write(SUMMARY, summary)
+                self._summary_after = max(SUMMARY_AFTER, 8 * len(summary))  # that of many shards is long itself
+
     def __enter__(self) -> "EventLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+        if self._unsummed:
+            self._sum_up()
 
 
 class Loud:
@@ -146,12 +167,22 @@ NUMBERS = ("time", "shard", "attempt", "rows", "kept", "bytes", "seconds")
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
     """Every event of a run folder in the order of writing, in constant memory: a log may have any length. A torn last
     line (a killed driver) is passed over, like any other that is no event."""
-    names = [LOCAL] if storage.exists(LOCAL) else []
-    names += [name for name in storage.list(REMOTE) if name.endswith(".jsonl")]
-    for name in names:
-        for line in storage.lines(name):
-            if (event := _parse(line)) is not None:
-                yield event
+    return _events(storage, _sizes(storage), {})
+
+
+def _sizes(storage: Storage) -> dict[str, int]:
+    """Bytes of each file of the log that holds something, in the order of writing."""
+    remote = {name: size for name, size in storage.sizes(REMOTE).items() if name.endswith(".jsonl")}
+    return {name: size for name, size in {LOCAL: storage.size(LOCAL) or 0, **remote}.items() if size}
+
+
+def _events(storage: Storage, sizes: dict[str, int], covered: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """What follows the first ``covered`` bytes of each file."""
+    for name, size in sizes.items():
+        if size > (start := covered.get(name, 0)):
+            for line in storage.lines(name, start, size):
+                if (event := _parse(line)) is not None:
+                    yield event
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -171,3 +202,113 @@ def _end_torn_line(storage: Storage) -> None:
     with suppress(StoreError):
         if size and storage.read_range(LOCAL, size - 1, 1) != b"\n":
             storage.append(LOCAL, b"\n")
+
+
+SUMMARY = "events.summary.json"
+SUMMARY_AFTER = 1 << 20
+"""Bytes of a log that a reader may have to go through; a driver sums up what is more."""
+LAST_ERRORS = 3
+WINDOW = 20
+"""Shards over which the rate is taken: long enough to be steady, short enough to follow a changed pool."""
+_TAIL = 4096
+_Number = Annotated[float, Field(gt=-(2**63), lt=2**63, allow_inf_nan=False)]
+_Count = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+
+
+@dataclass(frozen=True)
+class RunningShard:
+    shard: int
+    worker: str | None
+    since: _Number
+
+
+@dataclass(frozen=True)
+class AttemptError:
+    time: _Number
+    shard: int | None
+    attempt: int | None
+    error: str | None
+
+
+@dataclass
+class LogSummary:
+    """What the events of a run of stage 1 come to, added one by one; its memory depends on the plan, not on the log.
+
+    ``results``: rows and bytes of each shard, the last of each; of the latest run: ``times`` of its last results,
+    shards ``running``, and what it was ``stopped_by``. ``covered``: bytes of each file of the log that it holds;
+    ``tail``: the sha256 of the last of them, by which a replaced log is noticed.
+    """
+
+    results: dict[int, tuple[_Count, _Count]] = field(default_factory=dict)
+    errors: list[AttemptError] = field(default_factory=list)
+    times: list[_Number] = field(default_factory=list)
+    running: dict[int, RunningShard] = field(default_factory=dict)
+    stopped_by: str | None = None
+    covered: dict[str, int] = field(default_factory=dict)
+    tail: str = ""
+
+    @classmethod
+    def of(cls, storage: Storage, shards: int) -> "LogSummary":
+        """Of the log in ``storage``: a driver's summary, where there is one, and what came after it. Nothing is
+        written."""
+        sizes = _sizes(storage)
+        summary = _stored(storage, sizes) or cls()
+        for event in _events(storage, sizes, summary.covered):
+            summary.add(event, shards)
+        summary.covered, summary.tail = sizes, _tail(storage, sizes)
+        summary.results = {shard: found for shard, found in summary.results.items() if 0 <= shard < shards}
+        summary.running = {shard: found for shard, found in summary.running.items() if 0 <= shard < shards}
+        return summary
+
+    def to_json(self) -> bytes:
+        return dump_checked(TypeAdapter(LogSummary).dump_python(self, mode="json"))
+
+    def add(self, event: dict[str, Any], shards: int) -> None:
+        kind, time, shard = event["kind"], event["time"], event.get("shard")
+        if kind == "run_started":
+            self.times, self.running, self.stopped_by = [], {}, None
+        if kind in ("run_started", "shard_done"):
+            self.times = [*self.times[-WINDOW:], time]
+        if kind == "shard_failed":
+            shard, attempt = _whole(shard), _whole(event.get("attempt"))
+            error = AttemptError(time, shard, attempt, _text(event.get("error")))
+            self.errors = [*self.errors, error][-LAST_ERRORS:]
+        elif kind in ("run_interrupted", "run_failed"):
+            self.stopped_by = _text(event.get("error")) or "interrupted"
+        if not isinstance(shard, int) or not 0 <= shard < shards:
+            return
+        if kind == "shard_done":
+            self.results.pop(shard, None)  # the latest last
+            self.results[shard] = (int(event.get("rows") or 0), int(event.get("bytes") or 0))
+        if kind == "shard_started":
+            self.running[shard] = RunningShard(shard, _text(event.get("worker")), time)
+        elif kind in ("shard_done", "shard_failed", "shard_quarantined"):
+            self.running.pop(shard, None)
+
+
+def _stored(storage: Storage, sizes: dict[str, int]) -> LogSummary | None:
+    """The summary that a driver left, if it is of the first part of this log."""
+    if not storage.exists(SUMMARY):
+        return None
+    try:
+        summary = load_as(LogSummary, load_checked(storage.read(SUMMARY)))
+    except (ValueError, DataError):
+        return None
+    covered = summary.covered
+    begins_alike = all(0 < size <= sizes.get(name, 0) for name, size in covered.items())
+    return summary if covered and begins_alike and _tail(storage, covered) == summary.tail else None
+
+
+def _tail(storage: Storage, sizes: dict[str, int]) -> str:
+    """The sha256 of the last bytes of a log of these files."""
+    name, size = [*sizes.items()][-1] if sizes else ("", 0)
+    last = storage.read_range(name, max(0, size - _TAIL), min(size, _TAIL)) if size else b""
+    return hashlib.sha256(last).hexdigest()
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)[:2000]
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,7 +1,6 @@
 """Where a run stands, read from its folder alone, so any process on any machine can ask."""
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -12,29 +11,11 @@ from manifests.manifest_file import ManifestFile
 from manifests.merge import MANIFEST
 from manifests.shard import committed
 from manifests.storage import Storage
-from pipeline.events import quarantined, read_events
+from pipeline.events import WINDOW, AttemptError, LogSummary, RunningShard, quarantined
 from pipeline.lease import live
 from pipeline.outputs import trainings
 from pipeline.plan import read_plan
 from pipeline.terminal import duration, pairs, plain, size
-
-LAST_ERRORS = 3
-WINDOW = 20  # shards over which the rate is taken: long enough to be steady, short enough to follow a changed pool
-
-
-@dataclass(frozen=True)
-class RunningShard:
-    shard: int
-    worker: str | None
-    since: float
-
-
-@dataclass(frozen=True)
-class AttemptError:
-    time: float
-    shard: int | None
-    attempt: int | None
-    error: str | None
 
 
 @dataclass(frozen=True)
@@ -89,12 +70,10 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
     plan = read_plan(storage)
     done = {shard for shard in committed(storage) if shard < plan.shards}
     failed = {shard for shard in quarantined(storage) if shard < plan.shards} - done
-    log = _Log(plan.shards)
-    for event in read_events(storage):
-        log.add(event)
+    log = LogSummary.of(storage, plan.shards)
     holder = live(storage)
     merged = holder is None and len(done) == plan.shards and _in_manifest(storage) == plan.shards
-    rate = _rate([*log.times], now, holder is not None)
+    rate = _rate(log.times, now, holder is not None)
     rows = [rows for rows, _ in islice(reversed(log.results.values()), WINDOW) if rows]
     left = plan.shards - len(done) - len(failed)
     return RunStatus(
@@ -112,7 +91,7 @@ def status(storage: Storage, now: float | None = None) -> RunStatus:
         shards_per_hour=round(rate * 3600, 3) if rate else None,
         images_per_second=round(rate * sum(rows) / len(rows), 4) if rate and rows else None,
         seconds_left=round(left / rate) if rate and holder else None,
-        last_errors=[*log.errors],
+        last_errors=log.errors,
         stopped_by=None if holder else log.stopped_by,
         trainings=trainings(storage, plan.fingerprint),
     )
@@ -124,47 +103,6 @@ def _in_manifest(storage: Storage) -> int:
         return len(ManifestFile(storage, MANIFEST).info.tars)
     except DataError:
         return 0
-
-
-class _Log:
-    """What the events of a run come to, added one by one; its memory depends on the plan, not on the log.
-
-    ``results``: rows and bytes of each shard, the last of each; of the latest run: ``times`` of its last results,
-    shards ``running``, and what it was ``stopped_by``.
-    """
-
-    def __init__(self, shards: int) -> None:
-        self._shards = shards
-        self.results: dict[int, tuple[int, int]] = {}
-        self.errors: deque[AttemptError] = deque(maxlen=LAST_ERRORS)
-        self.times: deque[float] = deque(maxlen=WINDOW + 1)
-        self.running: dict[int, RunningShard] = {}
-        self.stopped_by: str | None = None
-
-    def add(self, event: dict[str, Any]) -> None:
-        kind, time, shard = event["kind"], event["time"], event.get("shard")
-        if kind == "run_started":
-            self.times.clear()
-            self.running.clear()
-            self.stopped_by = None
-        if kind in ("run_started", "shard_done"):
-            self.times.append(time)
-        if kind == "shard_failed":
-            self.errors.append(AttemptError(time, shard, event.get("attempt"), _text(event.get("error"))))
-        elif kind in ("run_interrupted", "run_failed"):
-            self.stopped_by = _text(event.get("error")) or "interrupted"
-        if not isinstance(shard, int) or not 0 <= shard < self._shards:
-            return
-        if kind == "shard_done":
-            self.results[shard] = (event.get("rows") or 0, event.get("bytes") or 0)
-        if kind == "shard_started":
-            self.running[shard] = RunningShard(shard, _text(event.get("worker")), time)
-        elif kind in ("shard_done", "shard_failed", "shard_quarantined"):
-            self.running.pop(shard, None)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)[:2000]
 
 
 def _rate(times: Sequence[float], now: float, alive: bool) -> float | None:

@@ -94,6 +94,7 @@ def run_synth(
         with EventLog(storage) as events, Lease(storage, on_event=events.write, on_line=say) as lease:
             loud = Loud(events)
             stored = resume_plan(storage, plan, lambda line: loud.write("note", message=line))
+            events.shards = stored.shards
             publish(storage, teacher)
             info = dataset_info(stored, inputs, teacher)
             del teacher  # its weights

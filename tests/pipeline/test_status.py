@@ -2,9 +2,10 @@
 
 import pytest
 
-from manifests.errors import DataError, FactoryError
+from manifests.checked_json import dump_checked, load_checked
+from manifests.errors import DataError, FactoryError, LinkError
 from manifests.storage import Storage
-from pipeline.events import EventLog
+from pipeline.events import LOCAL, SUMMARY, EventLog
 from pipeline.lease import Lease
 from pipeline.plan import make_plan, open_or_create
 from pipeline.status import status
@@ -104,3 +105,95 @@ def test_failures_and_their_last_errors(tmp_path):
 def test_a_run_that_has_only_a_plan(fresh):
     found = status(fresh)
     assert (found.state, found.done, found.missing, found.shards_per_hour) == ("stopped", 0, 10, None)
+
+
+class TestLongLogs:
+    """A driver sums a long log up, so that reading it again and again stays quick."""
+
+    ENTRIES = [
+        (1000.0, "run_started", {}),
+        (1010.0, "shard_done", {"shard": 0, "rows": 4, "bytes": 100}),
+        (1020.0, "shard_failed", {"shard": 1, "attempt": 1, "error": "x" * 3000}),
+        (1030.0, "shard_done", {"shard": 1, "rows": 3, "bytes": 80}),
+        (1040.0, "shard_started", {"shard": 2, "worker": "w"}),
+        (1045.0, "shard_done", {"shard": 12, "rows": 9, "bytes": 900}),  # not of the plan
+        (1050.0, "shard_done", {"shard": 0, "rows": 5, "bytes": 110}),
+        (1060.0, "run_interrupted", {}),
+    ]
+
+    def write(self, storage, entries, shards=10):
+        now = [entries[0][0] if entries else 0.0]
+        with EventLog(storage, clock=lambda: now[0]) as events:
+            events.shards = shards
+            for time, kind, fields in entries:
+                now[0] = time
+                events.write(kind, **fields)
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch):
+        monkeypatch.setattr("pipeline.events.SUMMARY_AFTER", 1)
+
+    @pytest.fixture(params=["local", "remote"])
+    def both(self, request, fresh, tmp_path):
+        if request.param == "local":
+            return fresh
+        remote = Storage(f"memory://status-test/{tmp_path.name}")
+        remote.write("plan.json", fresh.read("plan.json"))
+        return remote
+
+    @pytest.mark.parametrize("split", range(9))
+    def test_a_summary_says_what_the_whole_log_says(self, both, split):
+        self.write(both, self.ENTRIES, shards=0)
+        whole = status(both, now=2000.0)
+        for name in both.list("events") + ["events.jsonl"]:
+            both.delete(name)
+        self.write(both, self.ENTRIES[:split])
+        self.write(both, self.ENTRIES[split:], shards=0)
+        assert both.exists(SUMMARY) == (split > 0)
+        assert status(both, now=2000.0) == whole
+        assert (whole.rows, whole.bytes, whole.stopped_by) == (8, 190, "interrupted")
+
+    def test_what_is_summed_up_is_not_read_again(self, fresh):
+        self.write(fresh, self.ENTRIES)
+        fresh.write(LOCAL, fresh.read(LOCAL).replace(b'"rows": 5', b'"rows": 7'))
+        assert status(fresh).rows == 10  # its end differs: another log, which is read whole
+        self.write(fresh, [(1.0, "warning", {"message": "y" * 5000})])
+        fresh.write(LOCAL, fresh.read(LOCAL).replace(b'"rows": 7', b'"rows": 9'))
+        assert status(fresh).rows == 10
+
+    @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"covered": {"events.jsonl": 1}}', b"\xff" * 10])
+    def test_a_damaged_summary_is_left_out(self, fresh, damage):
+        self.write(fresh, self.ENTRIES)
+        fresh.write(SUMMARY, damage)
+        assert status(fresh).rows == 8
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"results": {"0": [10**30, 1]}},
+            {"times": [1e300]},
+            {"covered": {"events.jsonl": -1}},
+            {"covered": {"../x": 5}},
+            {"running": {"1": {"shard": 1, "worker": None, "since": None}}},
+        ],
+    )
+    def test_values_that_no_summary_holds_are_left_out(self, fresh, wrong):
+        self.write(fresh, self.ENTRIES)
+        fresh.write(SUMMARY, dump_checked(load_checked(fresh.read(SUMMARY)) | wrong))
+        assert status(fresh).rows == 8
+
+    def test_a_log_that_was_cut_is_read_whole(self, fresh):
+        self.write(fresh, self.ENTRIES)
+        fresh.write(LOCAL, b"".join(fresh.read(LOCAL).splitlines(keepends=True)[:2]))
+        assert status(fresh).rows == 4
+
+    def test_asking_writes_nothing(self, fresh):
+        log(fresh, self.ENTRIES)
+        status(fresh)
+        assert not fresh.exists(SUMMARY)
+
+    def test_a_link_in_its_place_is_refused(self, fresh, tmp_path):
+        log(fresh, self.ENTRIES)
+        (tmp_path / "run" / SUMMARY).symlink_to("/etc/passwd")
+        with pytest.raises(LinkError, match=SUMMARY):
+            status(fresh)
