@@ -161,7 +161,7 @@ class _Verification:
         except UnicodeDecodeError:
             self.note(f"shard {tar.shard}", "its rows hold text that is not UTF-8")
         with self.storage.open(tar.name) as file:
-            check = TarCheck(file, tar.shard, rows, free)
+            check = TarCheck(file, tar.shard, rows, free, tar.bytes)
             flaws = [Problem(sample.where, sample.flaw) for sample in check if sample.flaw]
         if not flaws and check.samples != tar.rows:
             flaws = [Problem(f"shard {tar.shard}", f"{tar.name} holds {check.samples} samples, expected {tar.rows}")]

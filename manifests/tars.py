@@ -20,6 +20,8 @@ from manifests.errors import DataError
 from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, Row, make_key, normalize, parse_row, row_json
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_END = 1 << 20
+"""Bytes of zeros that may end a tar: its own writer fills up to 10,240."""
 _NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'json'))})$", re.ASCII)
 
 
@@ -87,9 +89,9 @@ def walk(file: Readable) -> Iterator[Sample]:
         if row_key != key or row_extension != "json":
             raise DataError(f"the row of {key} is missing")
         yield Sample(key, extension, offset, image, row)
-    while rest := file.read(1 << 20):
-        if any(rest):
-            raise DataError("bytes after the end mark")
+    rest = file.read(MAX_END + 1)
+    if any(rest) or len(rest) > MAX_END:
+        raise DataError("bytes after the end mark" if any(rest) else f"more than {MAX_END} zeros after the end mark")
 
 
 def _header(block: bytes) -> tuple[str, str, int]:
@@ -122,13 +124,19 @@ class TarCheck:
 
     Each sample is held against the row that describes it: its entry of ``rows``, of which the columns ``free`` may
     differ from those in the tar, or without ``rows`` the JSON beside its image. A flaw is part of what is yielded;
-    where the structure breaks, the images of the remaining ``rows`` are read at their places.
+    where the structure breaks, the images of the remaining ``rows`` are read at their places, and the file is read on
+    to its byte ``expected``.
     """
 
     def __init__(
-        self, file: BinaryIO, shard: int, rows: list[Row] | None = None, free: frozenset[str] = frozenset()
+        self,
+        file: BinaryIO,
+        shard: int,
+        rows: list[Row] | None = None,
+        free: frozenset[str] = frozenset(),
+        expected: int = 0,
     ) -> None:
-        self._file, self._shard, self._rows, self._free = file, shard, rows, free
+        self._file, self._shard, self._rows, self._free, self._expected = file, shard, rows, free, expected
         self._digest = hashlib.sha256()
         self.samples, self.bytes = 0, 0
 
@@ -146,7 +154,7 @@ class TarCheck:
                 self.samples += 1
         except DataError as error:
             broken = str(error)
-        while self.read(1 << 20):
+        while self.read(max(0, min(1 << 20, self._expected - self.bytes))):
             pass
         self.sha256 = self._digest.hexdigest()
         left = (self._rows or [])[self.samples :]

@@ -7,7 +7,7 @@ import webdataset
 from manifests.errors import DataError
 from manifests.schema import MAX_IMAGE, MAX_ROW_JSON
 from manifests.storage import Storage
-from manifests.tars import TarStream, walk
+from manifests.tars import TarCheck, TarStream, walk
 from tests.manifests.samples import make_image, write_shard
 
 
@@ -99,6 +99,18 @@ def test_claimed_sizes_are_bounded_before_reading(name: str, limit: int) -> None
         data = (b"" if name.endswith("png") else PNG) + info.tobuf(tarfile.GNU_FORMAT)
         with pytest.raises(DataError, match="claims"):
             [*walk(io.BytesIO(data))]
+
+
+@pytest.mark.timeout(20)
+def test_a_terabyte_of_zeros_is_not_read(tmp_path) -> None:
+    for data, flaw in ((b"", "more than 1048576 zeros"), (b"x", "damaged tar header")):
+        with open(tmp_path / "tar", "wb") as file:
+            file.write(data)
+            file.truncate(1 << 40)
+        with open(tmp_path / "tar", "rb") as file:
+            check = TarCheck(file, 1, expected=10240)
+            assert [flaw in str(sample.flaw) for sample in check] == [True]
+            assert check.bytes < 2 << 20
 
 
 def test_bytes_hidden_in_padding_are_noticed() -> None:
