@@ -257,9 +257,10 @@ class Storage:
         or more are left out. Raises DataError for one of more than ``MAX_RECORD``, as zeros that take no disk make."""
         with self.open(name) as file:
             file.seek(start)
+            left = stop - start if stop is not None else None
             part, left_out = b"", 0  # what has come of the line at hand, and bytes of it that are passed over
-            while block := self._run("read", name, partial(file.read, most if stop is None else min(most, stop - start))):
-                start += len(block)
+            while block := self._run("read", name, partial(file.read, most if left is None else min(most, left))):
+                left = None if left is None else left - len(block)
                 *ended, last = block.split(b"\n")
                 for line in ended:
                     if not left_out and len(part) + len(line) < most:
@@ -269,7 +270,7 @@ class Storage:
                 if left_out or len(part) >= most:
                     part, left_out = b"", left_out + len(part)
                 if left_out > MAX_RECORD:
-                    raise DataError(f"{self.path(name)}: holds a line of more than {MAX_RECORD} bytes, which no log has")
+                    raise DataError(f"{self.path(name)}: has a line of more than {MAX_RECORD} bytes, as no log has")
             if part and not left_out:
                 yield part
 

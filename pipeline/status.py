@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
 
 from manifests.errors import DataError
 from manifests.manifest_file import ManifestFile

@@ -1,5 +1,6 @@
-"""Repositories on the Hugging Face hub: what is read of one, in the hub's cache. Imports no torch."""
+"""Model folders, local or of the Hugging Face hub: what is read of one, and that it lies in it. Imports no torch."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +44,16 @@ def _download(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
         except LocalEntryNotFoundError:
             raise OSError(str(error) or type(error).__name__) from error
     return Path(snapshot_download(name, allow_patterns=choose(files)))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of ``name`` in a model folder. Links may end in the same folder, or, of a snapshot in the hub's cache,
+    which consists of links, in the same repository. Raises DataError where one leads elsewhere."""
+    home = Path(os.path.realpath(folder))
+    for snapshots in home.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            home = snapshots.parent
+            break
+    if not Path(os.path.realpath(folder / name)).is_relative_to(home):
+        raise DataError(f"{folder / name} is a link out of its folder: copy what it names there (cp -L)")
+    return folder / name

@@ -46,10 +46,10 @@ def marked(mark: str) -> set[int]:
     entry, found = f"{VARIABLE}={mark}".encode(), set()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if name.isdigit():
-            with contextlib.suppress(OSError):  # somebody else's, or it ends while it is read
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if entry in file.read().split(b"\0"):
-                        found.add(int(name))
+            # somebody else's, or it ends while it is read
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if entry in file.read().split(b"\0"):
+                    found.add(int(name))
     return found
 
 

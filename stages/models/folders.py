@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError, first_line
+from manifests.errors import DataError
 from manifests.plain_files import read_regular
+from stages.hub import inside, snapshot
 from stages.settings import MAX_CLASSES, InputSettings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -45,21 +47,13 @@ class FolderFacts:
 
 def fetch(name: str, what: str) -> Path:
     """The folder ``name``, or that of a hub id: its JSON files and its weights, as safetensors if there are such."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise DataError(f"{what} {name}: no such folder (expected a folder, or org/name on the hub)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, "model-*-of-*.safetensors"]))
-        if not any((folder / weights).is_file() for weights in (WEIGHTS, f"{WEIGHTS}{INDEX}")):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", BIN, "pytorch_model-*-of-*.bin"]))
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise DataError(f"{what} {name}: neither a local folder nor a hub id that can be fetched ({reason})") from None
+    def choose(names: list[str]) -> list[str]:
+        safe = WEIGHTS in names or f"{WEIGHTS}{INDEX}" in names
+        weights = (WEIGHTS, "model-*-of-*.safetensors") if safe else (BIN, "pytorch_model-*-of-*.bin")
+        return [name for name in names if any(fnmatch(name, pattern) for pattern in ("*.json", *weights))]
+
+    return snapshot(name, what, choose)
 
 
 def weights_in(folder: Path) -> Path:
@@ -69,7 +63,7 @@ def weights_in(folder: Path) -> Path:
     """
     for name in (WEIGHTS, f"{WEIGHTS}{INDEX}", BIN, f"{BIN}{INDEX}"):
         if (folder / name).is_file():
-            return folder / name
+            return inside(folder, name)
     there = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix != ".json")[:6]) or "nothing"
     raise DataError(f"{folder} holds no {WEIGHTS} or {BIN}, whole or as shards with {INDEX}: it has {there}")
 
@@ -84,7 +78,7 @@ def shards(path: Path) -> list[Path]:
     files = sorted(set(map(str, names.values())))
     if outside := [name for name in files if Path(name).name != name or name == ".."]:
         raise DataError(f"{path} names {outside[0]!r}: expected the names of files beside it")
-    return [path.with_name(name) for name in files]
+    return [inside(path.parent, name) for name in files]
 
 
 def read_weights(path: Path) -> bytes:
@@ -100,9 +94,9 @@ def read_weights(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises DataError where it is absent or damaged."""
+    """A JSON object in a model folder; raises DataError where it is absent, damaged or a link out of it."""
     try:
-        content = load_tree(read_regular(path, MAX_CONFIG), finite=False)
+        content = load_tree(read_regular(inside(path.parent, path.name), MAX_CONFIG), finite=False)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

@@ -1,12 +1,12 @@
 """The data files beside an ONNX model: what the exporter of PyTorch writes by default. Imports no torch."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.errors import DataError, UsageError
 from manifests.plain_files import read_regular
+from stages.hub import inside
 
 SMALL = 2**20
 """Bytes of a tensor that moves into the model."""
@@ -73,16 +73,10 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def _read(model: Path, name: str, end: int) -> bytes:
-    folder = Path(os.path.realpath(model.parent))
-    root = folder
-    if "snapshots" in folder.parts:  # of the hub's cache: its files are links to blobs beside
-        root = Path(*folder.parts[: folder.parts.index("snapshots")])
     relative = PurePosixPath(name)
     if not name or "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{model} names data outside its folder: {name[:80]!r}")
-    path = Path(os.path.realpath(folder / relative))
-    if not path.is_relative_to(root):
-        raise DataError(f"{model}: its data {name[:80]!r} is a link out of its folder")
+    path = inside(model.parent, name)
     try:
         data = read_regular(path)
     except FileNotFoundError:

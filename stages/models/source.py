@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, UsageError
 from manifests.plain_files import MAX_SETTINGS, load_yaml_file, read_regular
+from stages.hub import inside
 from stages.models.folders import (
     CONFIG,
     WEIGHTS,
@@ -396,7 +397,7 @@ def _from_yaml(settings: ModelSettings) -> ModelSettings:
 
 def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     try:
-        config, recorded = parse_config(read_regular(folder / CONFIG, MAX_SETTINGS), str(folder / CONFIG))
+        config, recorded = parse_config(read_regular(inside(folder, CONFIG), MAX_SETTINGS), str(folder / CONFIG))
     except FileNotFoundError:
         raise DataError(f"{folder} is no model folder: it has no {CONFIG}") from None
     except OSError as error:
@@ -407,7 +408,7 @@ def _from_folder(folder: Path, settings: ModelSettings) -> ModelSource:
     decisions, key = _decisions(config, settings, facts), settings.checkpoint_key
     if weights := _weights(settings):
         return ModelSource(config, weights, checkpoint_key=key, decisions=decisions)
-    return ModelSource(config, folder / WEIGHTS, sha256=recorded, checkpoint_key=key, decisions=decisions)
+    return ModelSource(config, inside(folder, WEIGHTS), sha256=recorded, checkpoint_key=key, decisions=decisions)
 
 
 def _named_config(settings: ModelSettings, facts: FolderFacts) -> NamedConfig:

@@ -274,7 +274,7 @@ def test_a_terabyte_of_zeros_is_no_log(tmp_path):
         file.truncate(1 << 40)
     lines = Storage(tmp_path).lines("a")
     assert next(lines) == b"one\n"
-    with pytest.raises(DataError, match="holds a line of more than 67108864 bytes"):
+    with pytest.raises(DataError, match="has a line of more than 67108864 bytes"):
         next(lines)
 
 

@@ -7,6 +7,7 @@ import enum
 import functools
 import pathlib
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -559,18 +560,33 @@ class TestFolders:
         folder, net = folder
         asked = []
 
+        there = ["config.json", "README.md", "tf_model.h5", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]
+        there += ["model.safetensors"] if safe else []
+
         def download(name, allow_patterns):
-            asked.append([pattern for pattern in allow_patterns if "model" in pattern])
-            if asked[1:] or safe:
-                (folder / asked[-1][0]).write_bytes(safetensors.torch.save(net.state_dict()))
+            asked.extend(allow_patterns)
+            (folder / asked[1]).write_bytes(safetensors.torch.save(net.state_dict()))
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        siblings = [SimpleNamespace(rfilename=name) for name in there]
+        monkeypatch.setattr(huggingface_hub, "model_info", lambda name: SimpleNamespace(siblings=siblings))
         source = resolve(self.settings("org/name"))
         assert source.weights == folder / ("model.safetensors" if safe else "pytorch_model.bin")
-        shards = "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"
-        expected = ["model.safetensors", shards[0]], ["pytorch_model.bin", shards[1]]
-        assert asked == [*expected[: 2 - safe]]
+        assert asked == ["config.json", *(there[-1:] if safe else there[3:])]
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    def test_a_link_out_of_a_folder_is_refused(self, folder, tmp_path_factory, name):
+        folder, net = folder
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(net.state_dict()))
+        outside = (folder / name).rename(tmp_path_factory.mktemp("elsewhere") / name)
+        (folder / name).symlink_to(outside)
+        with pytest.raises(DataError, match=rf"{name} is a link out of its folder: copy what it names there"):
+            resolve(self.settings(folder))
+        (folder / name).unlink()
+        outside.rename(folder / "blob")
+        (folder / name).symlink_to("blob")
+        assert resolve(self.settings(folder)).weights == folder / "model.safetensors"
 
     def test_a_folder_without_weights_says_what_it_has(self, folder):
         (folder[0] / "tf_model.h5").touch()

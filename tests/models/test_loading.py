@@ -71,6 +71,14 @@ def test_a_source_reads_its_weights_once_and_notices_that_they_changed(folder, m
         load_teacher(source)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_out_of_a_saved_model_is_refused(folder, tmp_path_factory, name):
+    outside = (folder / name).rename(tmp_path_factory.mktemp("elsewhere") / name)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(DataError, match=rf"{name} is a link out of its folder"):
+        load_teacher(ModelSettings(name=str(folder)))
+
+
 def test_missing_weights_and_missing_folder(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"cannot read teacher weights .*model\.safetensors"):

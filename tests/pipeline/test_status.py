@@ -145,7 +145,7 @@ class TestLongLogs:
     def test_a_summary_says_what_the_whole_log_says(self, both, split):
         self.write(both, self.ENTRIES, shards=0)
         whole = status(both, now=2000.0)
-        for name in both.list("events") + ["events.jsonl"]:
+        for name in [*both.list("events"), LOCAL]:
             both.delete(name)
         self.write(both, self.ENTRIES[:split])
         self.write(both, self.ENTRIES[split:], shards=0)

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError, UsageError, first_line, one_line
+from manifests.errors import DataError, UsageError, one_line
 from manifests.plain_files import read_regular
-from stages.hub import snapshot
+from stages.hub import inside, snapshot
 from stages.settings import PriorSettings
 
 log = logging.getLogger(__name__)
@@ -227,15 +227,11 @@ def _lora_file(path: str) -> Path:
     what = "expected a safetensors file, or org/name/FILE of a hub repository"
     if path.startswith((".", "/", "~")) or path.count("/") < 2 or not path.endswith(".safetensors"):
         raise DataError(f"LoRA {path}: no such file ({what})")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     owner, name, file = path.split("/", 2)
-    try:
-        return Path(hf_hub_download(f"{owner}/{name}", file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise DataError(f"LoRA {path}: neither a file nor one that can be fetched ({reason}); {what}") from None
+    found = snapshot(f"{owner}/{name}", "LoRA", lambda names: [name for name in names if name == file]) / file
+    if not found.is_file():
+        raise DataError(f"LoRA {path}: the repository has no such file")
+    return found
 
 
 def locate_tiny_decoder(name: str | None, prior: PriorSource) -> ModelFolder:
@@ -257,7 +253,7 @@ def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
 
     Raises:
         UsageError: unknown ``embedded:`` name.
-        DataError: a single file, or as :func:`~stages.hub.snapshot`.
+        DataError: a single file, links out of the folder, or as :func:`~stages.hub.snapshot`.
     """
     if path.startswith("embedded:"):
         folder = Path(str(files("stages"))) / "assets" / path.removeprefix("embedded:")
@@ -267,7 +263,10 @@ def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
         return folder
     if Path(path).is_file() or path.endswith(SINGLE_FILES):
         raise DataError(f"{what} {path}: no folder as diffusers saves it{_convert(path)}")
-    return snapshot(path, what, lambda names: files_read(names, variant))
+    folder = snapshot(path, what, lambda names: files_read(names, variant))
+    for name in ModelFolder(folder, variant).names:
+        inside(folder, name)
+    return folder
 
 
 SINGLE_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth", ".gguf")

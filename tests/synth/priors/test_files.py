@@ -67,6 +67,62 @@ def test_a_hub_is_asked_for_no_more(monkeypatch, prior_folder):
     assert asked == {"org/name": files_read(HUB, "fp16")}
 
 
+def test_a_lora_file_of_a_hub_is_the_one_file_that_is_fetched(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub/a.safetensors").touch()
+        return str(tmp_path)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in ("a.safetensors", "sub/a.safetensors", "README.md")]
+    monkeypatch.setattr("huggingface_hub.model_info", lambda _: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert files._lora_file("org/name/sub/a.safetensors") == tmp_path / "sub/a.safetensors"
+    assert asked == [("org/name", ["sub/a.safetensors"])]
+
+
+def as_in_a_hubs_cache(folder, cache):
+    """A snapshot of links into the blobs of its repository."""
+    repository = cache / "models--org--name"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(path for path in sorted(folder.rglob("*")) if path.is_file()):
+        blob = shutil.copy(file, repository / "blobs" / str(number))
+        place = repository / "snapshots/0123" / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    return repository / "snapshots/0123"
+
+
+def test_a_snapshot_of_a_hub_consists_of_links(prior_folder, tmp_path):
+    snapshot = as_in_a_hubs_cache(prior_folder, tmp_path)
+    plain, linked = (locate_prior(PriorSettings(path=str(folder))) for folder in (prior_folder, snapshot))
+    assert linked.sha256 == plain.sha256 and linked.geometry == plain.geometry
+
+
+@pytest.mark.parametrize("name", ["model_index.json", f"unet/{NETWORK}.safetensors", "unet", "vae/config.json"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_link_out_of_a_prior_is_refused(prior_folder, tmp_path, name, cached):
+    outside = shutil.copytree(prior_folder, tmp_path / "snapshots" / "outside")
+    copy = shutil.copytree(prior_folder, tmp_path / "snapshots" / "copy")
+    if cached:
+        copy = as_in_a_hubs_cache(copy, tmp_path)
+    shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+    (copy / name).symlink_to(outside / name)
+    with pytest.raises(DataError, match=r"is a link out of its folder"):
+        locate_prior(PriorSettings(path=str(copy)))
+
+
+def test_a_link_inside_a_prior_is_followed(prior_folder, tmp_path):
+    copy = shutil.copytree(prior_folder, tmp_path / "copy")
+    (copy / "unet/config.json").rename(copy / "unet/other.conf")
+    (copy / "unet/config.json").symlink_to("other.conf")
+    assert locate_prior(PriorSettings(path=str(copy))).geometry
+    (tmp_path / "named").symlink_to(copy)
+    assert locate_prior(PriorSettings(path=str(tmp_path / "named"))).geometry
+
+
 def test_what_is_not_read_is_not_the_priors_identity(prior_folder, tmp_path):
     copy = shutil.copytree(prior_folder, tmp_path / "more")
     sha256 = locate_prior(PriorSettings(path=str(copy))).sha256
