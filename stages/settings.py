@@ -666,6 +666,13 @@ class DistillSettings(Settings):
         None, description="folder of this machine that keeps whole tars of remote datasets; jobs share it"
     )
     cache_gb: float = Field(50.0, ge=0, le=2**20, description="size of cache_dir: the least recently used tars go")
+    partitions: int = Field(
+        1,
+        gt=0,
+        le=4096,
+        description="parts of the dataset, by tar: images are shuffled within each, and every batch takes equally many "
+        "from all, so that each of N workers (N divides it) reads and caches only 1/N of the tars; 1: shuffled as a whole",
+    )
     stall_seconds: float = Field(
         60.0, gt=0, le=10**6, description="time after which a store that sends nothing more ends the run"
     )

@@ -66,6 +66,26 @@ def check_parts(length: int, batch_size: int, workers: int) -> None:
         )
 
 
+def localize(order: Ints, home: Ints, bounds: Ints, partitions: int) -> Ints:
+    """The same ``order``, rearranged so that part p of ``partitions`` of every batch comes from partition p alone.
+
+    A partition is a range of ``home``, the place of each row in storage; the ranges hold as many images as the parts of
+    the batches have room for, and images of one partition keep their order. As the order does, the result depends on
+    nothing but its arguments: how many processes share the batches changes only who reads what.
+
+    >>> localize(np.array([3, 0, 2, 1]), np.arange(4), np.array([0, 2, 4]), 2).tolist()
+    [0, 3, 1, 2]
+    """
+    sizes = np.repeat(np.diff(bounds), np.diff(bounds))
+    within = np.arange(len(order)) - np.repeat(bounds[:-1], np.diff(bounds))
+    part = (partitions * (within + 1) - 1) // sizes  # as Ranks.part divides a batch
+    owner = np.empty_like(part)
+    owner[np.argsort(home[order], kind="stable")] = np.sort(part)
+    out = np.empty_like(order)
+    out[np.argsort(part, kind="stable")] = order[np.argsort(owner, kind="stable")]
+    return out
+
+
 class Batches:
     """All batches of a run, or the parts of one process among ``ranks``: the same images in the same order."""
 
@@ -128,7 +148,7 @@ class Batches:
         if number not in self._epochs:  # what is announced may lie in the next one
             self._epochs = {each: epoch for each, epoch in self._epochs.items() if each == number - 1}
             self._epochs[number] = self._drawn(number)
-            self.pixels.begin(self._epochs[number][0][self.bounds[place] :])
+            self.pixels.begin(self._epochs[number][0][self._read_from(place)])
         epoch = self._epochs[number]
         whole = np.arange(self.bounds[place], self.bounds[place + 1])
         here = whole[self.ranks.part(len(whole))]
@@ -136,8 +156,18 @@ class Batches:
             here = np.append(here, (here[-1] + 1) % len(epoch[0]))
         return epoch, whole, here
 
+    def _read_from(self, place: int) -> Ints:
+        """Where in an epoch's order this process reads from batch ``place`` on: in its own parts if the order is
+        partitioned; else anywhere, sooner or later, for the next epoch gives it others."""
+        if self.settings.partitions == 1:
+            return np.arange(self.bounds[place], self.bounds[-1])
+        batches = [np.arange(*pair) for pair in itertools.pairwise(self.bounds[place:])]
+        return np.concatenate([batch[self.ranks.part(len(batch))] for batch in batches])
+
     def _drawn(self, number: int) -> tuple[Ints, Ints, Views]:
         settings, order = self.settings, self.order(number)
+        if settings.partitions > 1:
+            order = localize(order, self.rows.place, self.bounds, settings.partitions)
         taken = turns(settings.augment, number, repeats(order))
         views = draw_views(settings.augment, self.side, settings.seed, number, self.rows.ids[order], taken)
         return order, taken.astype(np.int64), views

@@ -62,6 +62,13 @@ class Rows:
         return np.concatenate([selection.tars for selection in self.selections])
 
     @cached_property
+    def place(self) -> Ints:
+        """Each row's place among all, by manifest and tar."""
+        place = np.empty(len(self), np.int64)
+        place[np.lexsort((self.tar, self.source))] = np.arange(len(self))
+        return place
+
+    @cached_property
     def size(self) -> Ints:
         """Bytes of each row's stored image."""
         return np.concatenate([selection.sizes for selection in self.selections])

@@ -112,12 +112,12 @@ class Pixels:
 class Stream:
     """How the images of a run arrive: the patience with its stores, and its cache of tars. A context manager.
 
-    ``on_line`` gets lines for people. Of several ``ranks`` each begins to fetch at another tar, so that processes
-    that share a cache fetch each tar once, and together.
+    ``on_line`` gets lines for people. Of several ``ranks`` that read all tars each begins to fetch at another one, so
+    that processes that share a cache fetch each tar once, and together.
     """
 
     def __init__(self, rows: Rows, settings: DistillSettings, on_line: Callable[[str], object], ranks: Ranks = ALONE):
-        self.rows, self._on_line, self._ranks = rows, on_line, ranks
+        self.rows, self._on_line, self._ranks = rows, on_line, ranks if settings.partitions == 1 else ALONE
         self._said, self._lock = float("-inf"), threading.Lock()
         self.patience = Patience(settings.stall_seconds, self._on_wait)
         self.cache: TarCache | None = None

@@ -4,16 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from stages.distill import streaming
-from stages.distill.rows import select_rows
+from stages.distill.batches import Batches, batch_bounds, localize
+from stages.distill.rows import EpochOrder, select_rows
 from stages.distill.run import run_distill
 from stages.distill.runtime import Ranks
 from stages.distill.streaming import Pixels, Stream, decode_threads
@@ -25,6 +29,7 @@ from tests.manifests.flaky_proxy import every
 
 STREAMED = {"memory_gb": 0, "checkpoint_seconds": 0, "stall_seconds": 20}
 COUNT, SHARDS = 48, 6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -117,6 +122,44 @@ def test_each_process_begins_at_its_own_tars(remote, tmp_path):
             stream.cache.want = lambda tars: wanted.append([tar.shard for _, tar in tars])
             stream.begin(np.arange(COUNT)[::-1])
     assert wanted == [[5, 4, 3, 2, 1, 0], [3, 2, 1, 0, 5, 4], [1, 0, 5, 4, 3, 2]]
+
+
+def test_each_process_reads_the_tars_of_its_partitions_alone(remote, tmp_path):
+    asked = settings(**STREAMED, val_fraction=0, batch_size=12, partitions=6, cache_dir=str(tmp_path / "cache"))
+    rows = select_rows([(Manifest.open(remote), 1.0)], asked)
+    order = EpochOrder(rows, np.arange(COUNT), asked)
+    wanted, whole = {}, None
+    for size in (1, 2, 3):
+        seen = []
+        for rank in range(size):
+            ranks = Ranks(rank, size)
+            with Stream(rows, asked, print, ranks) as stream:
+                stream.cache.want = lambda tars, key=(rank, size): wanted.setdefault(key, {tar.shard for _, tar in tars})
+                batches = Batches(rows, order, Pixels(rows, 0, torch.device("cpu"), stream), asked, CPU, ranks)
+                seen.append([batches.make(step) for step in range(2 * batches.steps)])
+        parts = [torch.cat([batch.x for batch in parts]) for parts in zip(*seen, strict=True)]
+        assert whole is None or all(map(torch.equal, parts, whole))  # the same batches, whoever reads them
+        whole = whole or parts
+    assert wanted == {
+        **{(0, 1): {*range(6)}, (0, 2): {0, 1, 2}, (1, 2): {3, 4, 5}},
+        **{(0, 3): {0, 1}, (1, 3): {2, 3}, (2, 3): {4, 5}},
+    }
+
+
+@given(st.integers(2, 60), st.integers(1, 9), st.integers(1, 20), st.integers(0, 99))
+def test_a_partition_of_the_dataset_feeds_one_part_of_every_batch(length, batch_size, partitions, seed):
+    rng = np.random.default_rng(seed)
+    order, home = rng.integers(0, length, length), rng.permutation(length)  # some rows twice, as weights ask for
+    bounds = batch_bounds(length, batch_size)
+    placed = localize(order, home, bounds, partitions)
+    assert sorted(placed) == sorted(order)
+    parts: list[list[int]] = [[] for _ in range(partitions)]
+    for batch in np.split(placed, bounds[1:-1]):
+        for rank, part in enumerate(parts):
+            part.extend(home[batch[Ranks(rank, partitions).part(len(batch))]])
+    full = [part for part in parts if part]
+    assert all(max(one) <= min(other) for one, other in pairwise(full))  # ranges of the storage
+    assert localize(order, home, bounds, 1).tolist() == order.tolist()
 
 
 def test_announced_batches_are_fetched_once_and_ahead(dataset, monkeypatch):
