@@ -1,5 +1,5 @@
 # make demo   both stages on the embedded default, about two minutes on two cores
-# make test   the test suite
+# make test   the test suite, two files at a time
 # make lint   ruff and mypy
 # The first of them creates .venv (PYTHON=… chooses the interpreter, ≥ 3.11) and installs the pinned versions.
 PYTHON ?= python3
@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/factory demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
