@@ -35,7 +35,7 @@ NOISE = {"method": "noise", "groups_per_shard": 1, "group_size": 8}
 class Idle:
     """A worker without work."""
 
-    def run(self, shard: int, on_group: Any = None) -> dict[str, Any]:
+    def run(self, shard: int, on_progress: Any = None) -> dict[str, Any]:
         return {"shard": shard, "rows": 0, "kept": 0, "bytes": 0, "seconds": 0.0}
 
 

@@ -21,6 +21,7 @@ from pipeline.plan import PLAN, RESOLVED
 from pipeline.rates import Time
 from pipeline.recipe import Recipe, given, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
+from pipeline.watch import Recorder
 from stages.models.source import resolve, split_name
 from stages.settings import DistillSettings, ModelSettings
 
@@ -168,9 +169,10 @@ def run_distill(
         if place.inline:
             prepared = prepare(recipe.distill, sources, chosen)
             check_and_begin(prepared)
-            shown = stack.enter_context(progress(title, quiet=quiet))
+            shown = Recorder(storage, stack.enter_context(progress(title, quiet=quiet)))
             result = train_students(prepared, storage, test_data, Callbacks(on_event, shown, should_stop))
             assert result is not None  # of the first rank
+            shown.finish()
             return result
 
         import torch
@@ -184,7 +186,7 @@ def run_distill(
         # here once, on the CPU: what does not fit is said at once, and by one process
         prepared = prepare(recipe.distill, sources, chosen, Ranks(device=torch.device("cpu")))
         check_and_begin(prepared)
-        shown = stack.enter_context(progress(title, quiet=quiet))
+        shown = Recorder(storage, stack.enter_context(progress(title, quiet=quiet)))
         stack.enter_context(cluster(place))
         if signals.draining:
             raise Interrupted("interrupted before the workers started; the same command resumes")
@@ -196,7 +198,9 @@ def run_distill(
             "out": storage.url,
             "test_data": test_data,
         }
-        return DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
+        result = DistillResult.from_dict(train_on_ray(job, place, on_event, shown, should_stop))
+        shown.finish()
+        return result
 
 
 def _with_gpus(place: ExecutorSettings, settings: DistillSettings) -> ExecutorSettings:

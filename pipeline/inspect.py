@@ -17,21 +17,36 @@ from manifests.reader import Manifest
 from pipeline.terminal import number, plain, progress, share, table
 
 GAP = 2
-NAME_WIDTH = 64
+NAME_WIDTH, NAME_WIDEST = 64, 160
 TITLE_HEIGHT = 16
+SMALL = 48
+"""Pictures below this side grow by a whole factor up to it; larger ones are shown pixel by pixel."""
+WIDEST, HIGHEST = 4096, 4096
+"""Of a sheet in pixels: further pictures of a class, and further classes (evenly), are left out."""
 BACKGROUND, INK = (250, 250, 250), (20, 20, 20)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]], cell: int = 48) -> Image.Image:
-    """One row of pictures per ``(name, encoded images)``; pictures are scaled to fit ``cell`` pixels."""
-    columns = max((len(images) for _, images in rows), default=0)
+def contact_sheet(rows: Sequence[tuple[str, Sequence[bytes]]], cell: int | None = None) -> Image.Image:
+    """One row of pictures per ``(name, encoded images)``, at true scale: small ones grow by a whole factor. ``cell``:
+    scaled to fit so many pixels instead. Raises DataError where an image is none."""
+    first = next((images[0] for _, images in rows if images), None)
+    if cell is None:
+        side = SMALL if first is None else max(_decoded(first).size)
+        cell = side * max(1, SMALL // side)
     step = cell + GAP
-    sheet = Image.new("RGB", (NAME_WIDTH + columns * step + GAP, len(rows) * step + GAP), BACKGROUND)
+    most = max(1, HIGHEST // step)
+    dropped = len(rows) - most
+    rows = rows if dropped <= 0 else [rows[round(i * (len(rows) - 1) / max(most - 1, 1))] for i in range(most)]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [NAME_WIDTH - 3 * GAP, *(ruler.textlength(printable(name)) for name, _ in rows)]
+    margin = min(round(max(widths)) + 3 * GAP, NAME_WIDEST)
+    columns = min(max((len(images) for _, images in rows), default=0), max(1, (WIDEST - margin) // step))
+    sheet = Image.new("RGB", (margin + columns * step + GAP, len(rows) * step + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for y, (name, images) in enumerate(rows):
-        draw.text((GAP, y * step + step // 2 - 6), printable(name)[:10], fill=INK)
-        for x, data in enumerate(images):
-            sheet.paste(picture(data, cell), (NAME_WIDTH + x * step, y * step + GAP))
+        draw.text((GAP, y * step + step // 2 - 6), printable(name), fill=INK)
+        for x, data in enumerate(images[:columns]):
+            sheet.paste(picture(data, cell), (margin + x * step, y * step + GAP))
     return sheet
 
 
@@ -51,12 +66,16 @@ def picture(data: bytes, cell: int) -> Image.Image:
     """An encoded image as RGB, ``cell`` pixels square; small ones grow by whole pixels so that they stay sharp.
 
     Raises DataError where it is none."""
-    try:
-        rgb = Image.fromarray(decode(data))
-    except ValueError as error:
-        raise DataError(f"an image of the contact sheet is {error}") from None
+    rgb = _decoded(data)
     small = max(rgb.size) <= cell
     return rgb.resize((cell, cell), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def _decoded(data: bytes) -> Image.Image:
+    try:
+        return Image.fromarray(decode(data))
+    except ValueError as error:
+        raise DataError(f"an image of the contact sheet is {error}") from None
 
 
 def png(image: Image.Image) -> bytes:

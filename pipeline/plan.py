@@ -177,7 +177,7 @@ def withdraw(storage: Storage) -> None:
     for folder in BEFORE_SHARDS:
         for name in storage.list(folder):
             storage.delete(name)
-    for name in (RESOLVED, DATASET, EVENTS, PLAN):
+    for name in (RESOLVED, DATASET, EVENTS, "progress.json", "wandb-id.txt", "mlflow-id.txt", PLAN):
         storage.delete(name)
     for folder in (*BEFORE_SHARDS, "shards", "tmp", "") if storage.is_local else ():
         with suppress(OSError):  # absent, or it holds somebody's file
@@ -230,7 +230,7 @@ def _another_plan(storage: Storage, stored: Plan, plan: Plan, way_out: str = "")
 def _described(plan: Plan) -> dict[str, Any]:
     """What the fingerprint covers, with the defaults that :func:`stages.synth.inputs.semantics` leaves out."""
     settings = dict(plan.recipe.get("synth", {}))
-    for place in ("shards", "device", "teacher", "adversary"):
+    for place in ("shards", "device", "loggers", "teacher", "adversary"):
         settings.pop(place, None)
     for section, place in (("prior", "path"), ("prior", "lora"), ("guidance", "tiny_decoder")):
         settings[section] = {key: value for key, value in settings.get(section, {}).items() if key != place}

@@ -23,7 +23,9 @@ from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare,
 from pipeline.rates import Time
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, flop, pairs, progress, say, size
+from pipeline.watch import GrowingSheet, Recorder, SynthWatch, final_sheet
 from stages.hub import NotFetched
+from stages.progress import loggers
 from stages.settings import SynthSettings
 from stages.synth.inputs import SynthInputs, inspect_inputs, pinned_models, varies
 
@@ -39,7 +41,8 @@ RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy i
 class SynthResult:
     """A finished dataset: its folder (or URL) ``run``, and its ``manifest``, which stage 2 and :class:`Manifest` open.
 
-    ``rows``: images, of which ``kept`` pass the teacher's judgement; ``bytes``: of all tars; ``seconds``: of this call.
+    ``rows``: images, of which ``kept`` pass the teacher's judgement; ``bytes``: of all tars; ``seconds``: of this call;
+    ``sheet``: a picture of some images, where one was written.
     """
 
     run: str
@@ -50,6 +53,7 @@ class SynthResult:
     kept: int
     bytes: int
     seconds: float
+    sheet: str | None = None
 
     def lines(self) -> Iterator[str]:
         yield (
@@ -57,6 +61,8 @@ class SynthResult:
             f"{duration(self.seconds)}"
         )
         yield f"manifest: {self.manifest}"
+        if self.sheet:
+            yield f"contact sheet: {self.sheet}"
         if not self.kept:
             yield "no image was kept: factory inspect counts the reasons, factory rescore --threshold judges again"
 
@@ -76,6 +82,7 @@ def run_synth(
 
     ``shards``: in place of ``recipe.synth.shards``; a larger number adds. ``workers``: 1 works in this process, more
     are Ray actors; ``place`` says more of them. ``worker`` (``module:function``) builds another kind of worker.
+    ``quiet``: neither progress nor a contact sheet.
 
     Raises UsageError for settings that cannot work, DataError for a folder of another plan, FactoryError where shards
     failed or another driver is at work, Interrupted where a signal stopped it; then, too, the same call resumes.
@@ -107,9 +114,19 @@ def run_synth(
                 {"settings": settings, "storage": storage.url, "fingerprint": stored.fingerprint, "planned": planned},
                 {"sources": inputs.sources} if factory == WORKER and place.inline else {},
             )
+            names, described = recipe.synth.loggers, f"synth {recipe.name} {stored.fingerprint[:8]}"
             try:
-                with progress(title, quiet=quiet) as shown:
-                    outcome = execute(spec, range(stored.shards), place, loud, storage, shown, lease)
+                done = committed(storage)
+                with (
+                    progress(title, quiet=quiet) as shown,
+                    loggers(names, storage, described, settings, len(done)) as log,
+                ):
+                    recorder = shown if quiet else Recorder(storage, shown)
+                    sheet = GrowingSheet(storage, inputs.class_names, sorted(done))
+                    synth = recipe.synth
+                    images = synth.groups_per_shard * synth.group_size * synth.images_per_trajectory
+                    watch = SynthWatch(recorder, images, log, *(() if quiet else (sheet.add,)))
+                    outcome = execute(spec, range(stored.shards), place, loud, storage, watch, lease)
                 state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
                 outcome.check()
                 merge(storage, info, range(stored.shards))
@@ -119,6 +136,8 @@ def run_synth(
             except FactoryError as error:
                 events.write("run_failed", error=str(error))
                 raise
+            if isinstance(recorder, Recorder):
+                recorder.finish()
             seconds = time.monotonic() - started
             events.write("run_finished", **state, seconds=round(seconds, 3))
     except (UsageError, DataError):
@@ -135,6 +154,7 @@ def run_synth(
         kept=manifest.num_kept,
         bytes=sum(tar.bytes for tar in manifest.info.tars),
         seconds=round(seconds, 3),
+        sheet=None if quiet else final_sheet(storage, manifest),
     )
 
 

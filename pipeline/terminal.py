@@ -130,6 +130,26 @@ def progress(
         lines.finish()
 
 
+class Pace:
+    """Seconds left at the mean speed so far, whoever shows them. What was done before this run is no speed of its."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock, clock()
+        self._first: float | None = None
+
+    def speed(self, done: float) -> float:
+        """Units done in a second, 0 where that is not known."""
+        if self._first is None:
+            self._first = done
+        elapsed = self._clock() - self._started
+        return (done - self._first) / elapsed if elapsed > 0 else 0.0
+
+    def left(self, done: float, total: float) -> float | None:
+        """Seconds until ``total``; None where that is not known."""
+        speed = self.speed(done)
+        return (total - done) / speed if speed > 0 and done < total else None
+
+
 def say(line: str) -> None:
     """A line for people, on stderr so that stdout holds results only."""
     print(plain(line), file=sys.stderr, flush=True)
@@ -148,18 +168,15 @@ class Lines:
     ) -> None:
         self.title, self.stream, self.clock, self.brief = title, stream, clock, brief
         self.every = BRIEF_SECONDS if brief else LINE_SECONDS
-        self.started = clock()
-        self.first: float | None = None  # what was done before this run must not count as speed
-        self.printed_at = self.started if brief else float("-inf")
+        self.pace = Pace(clock)
+        self.printed_at = clock() if brief else float("-inf")
         self.last = self.printed = ""
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
         """Print a line if one is due."""
         now = self.clock()
-        if self.first is None:
-            self.first = done
-        speed = (done - self.first) / (now - self.started) if now > self.started else 0.0
-        left = f"{duration((total - done) / speed)} left" if speed > 0 and done < total else ""
+        seconds = self.pace.left(done, total)
+        left = "" if seconds is None else f"{duration(seconds)} left"
         self.last = f"{self.title}: " + ", ".join(
             p for p in (f"{_count(done)}/{_count(total)}" if total else _count(done), note, left) if p
         )
@@ -182,29 +199,25 @@ def _count(value: float) -> str:
 
 
 def _bar(title: str, stream: TextIO) -> Iterator[OnProgress]:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A bar with percentage, times and, below it, the note."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(file=stream), transient=False) as shown:
-        task = shown.add_task(escape(title), total=None, note="")
+    console, pace = Console(file=stream), Pace()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+    numbers = (TextColumn("{task.fields[count]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    shown = Progress(*columns, *numbers, console=console)
+    task = shown.add_task(title, total=None, count="", left="")
+    note_line = Text(no_wrap=True, overflow="ellipsis")
+    with Live(Group(shown, note_line), console=console, refresh_per_second=4):
 
         def update(done: float, total: float, note: str = "") -> None:
-            shown.update(task, completed=done, total=total or None, note=escape(plain(note)))
+            seconds = pace.left(done, total)
+            count = f"{_count(done)}/{_count(total)}" if total else _count(done)
+            left = "" if seconds is None else f"{duration(seconds)} left"
+            shown.update(task, completed=done, total=total or None, count=count, left=left)
+            note_line.plain = plain(note)
 
         yield update

@@ -63,6 +63,7 @@ def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Share, Share], AfterValidator(_check_interval)]
 """Part of the steps, from 0 = first to 1 = last; the end is excluded."""
+Loggers = tuple[Literal["tensorboard", "wandb", "mlflow"], ...]
 
 
 def _is_none(value: object) -> bool:
@@ -455,6 +456,7 @@ class SynthSettings(Settings):
         1, gt=0, le=MAX_THREADS, description="CPU threads per worker; part of the plan, since sums depend on it"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    loggers: Loggers = Field((), description="where progress goes besides the terminal; decides no image")
     min_confidence: float = Field(
         0.0, ge=0, le=1, description="keep images to whose class the teacher gives at least this probability"
     )
@@ -648,9 +650,7 @@ class DistillSettings(Settings):
     )
     allow_other_teacher: bool = Field(False, description="allow a teacher that is not the one the data was made for")
     min_agreement: float = Field(0.5, ge=0, le=1, description="warn if the teacher agrees with fewer labels")
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), description="where metrics go besides metrics.jsonl"
-    )
+    loggers: Loggers = Field((), description="where metrics go besides metrics.jsonl")
     eval_every: int = Field(
         0, ge=0, le=10**6, description="epochs between evaluations on the test data; 0: once, at the end"
     )

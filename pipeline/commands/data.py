@@ -14,12 +14,13 @@ ManifestArgument = Annotated[str, argument(metavar="MANIFEST", help="m.parquet (
 
 
 def status(
-    run: RunArgument,
+    run: Annotated[str, argument(metavar="RUN", help="Run folder of either stage, or a folder of runs (path or URL).")],
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again until the run ends.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.1)] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Where a run stands: done, running, failed, rate, time left. Works from any process."""
+    """Where a run stands: done, running, failed, rate, time left, how sure the teacher is, the growing contact sheet.
+    Works from any process, for both stages and for folders of runs."""
     from manifests.storage import Storage
     from pipeline.status import status as look
 
@@ -41,6 +42,9 @@ def inspect(
         Path | None, option(help="Contact sheet to write (PNG) (default: runs/RECIPE-FINGERPRINT/sheet.png).")
     ] = None,
     columns: Annotated[int, typer.Option(help="Pictures per class on the sheet.", min=1, max=200)] = 12,
+    cell: Annotated[
+        int | None, option(help="Pixels of a picture on the sheet (default: true scale).", min=8, max=1024)
+    ] = None,
     metrics: Annotated[
         bool, typer.Option("--metrics", help="Statistics gap, diversity, near-duplicates (runs the teacher).")
     ] = False,
@@ -59,7 +63,7 @@ def inspect(
     if metrics and summary.kept:
         summary = replace(summary, metrics=look.metrics(opened, where))
     if summary.kept:
-        picture = look.png(look.contact_sheet(look.samples(opened, where, columns)))
+        picture = look.png(look.contact_sheet(look.samples(opened, where, columns), cell))
         try:
             if sheet:
                 look.save(picture, sheet)

@@ -20,10 +20,11 @@ from manifests.errors import FactoryError, Interrupted
 from manifests.shard import committed, done_name, done_record
 from manifests.storage import Storage
 from pipeline.events import EventLog, Failure, Loud, failures, quarantine, release
-from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, OnGroup, WorkerSpec
+from pipeline.executors.pool import STORAGE_ERRORS, Finished, InlinePool, WorkerSpec
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
-from pipeline.terminal import OnProgress
+from pipeline.watch import SynthWatch
+from stages.progress import OnProgress
 
 if TYPE_CHECKING:
     from pipeline.executors.ray import RayPool
@@ -99,10 +100,10 @@ def execute(
     settings: ExecutorSettings,
     events: EventLog | Loud,
     storage: Storage,
-    on_progress: OnProgress = lambda done, total, note: None,
+    watch: SynthWatch | None = None,
     lease: Lease | None = None,
 ) -> Outcome:
-    """Run every shard of ``shards`` that is neither done nor in quarantine.
+    """Run every shard of ``shards`` that is neither done nor in quarantine, shown by ``watch``.
 
     The caller holds ``lease`` on the folder; losing it stops the run. Raises :class:`UsageError` when the cluster
     cannot hold the workers, :class:`FactoryError` when workers cannot start or nothing can be written, both before a
@@ -115,7 +116,7 @@ def execute(
         release(storage, failed)
         failed = {}
     todo = sorted(wanted - done - failed.keys(), reverse=True)
-    driver = _Driver(settings, events, storage, on_progress, lease, len(wanted), todo, done, failed)
+    driver = _Driver(settings, events, storage, watch or SynthWatch(), lease, len(wanted), todo, done, failed)
     interrupted = bool(todo) and driver.drive(spec)
     left = frozenset(wanted - done - failed.keys())
     return Outcome(frozenset(done), dict(sorted(failed.items())), left, interrupted and bool(left))
@@ -128,7 +129,7 @@ class _Driver:
     settings: ExecutorSettings
     events: EventLog | Loud
     storage: Storage
-    on_progress: OnProgress
+    watch: SynthWatch
     lease: Lease | None
     total: int
     todo: list[int]  # the next one last
@@ -137,14 +138,14 @@ class _Driver:
     running: dict[int, float] = field(default_factory=dict)  # shard → time handed out
     attempts: dict[int, int] = field(default_factory=dict)
     retries: list[tuple[float, int]] = field(default_factory=list)  # heap of (not before, shard)
-    images: int = 0
     failed_in_a_row: int = 0
 
     def drive(self, spec: WorkerSpec) -> bool:
         """Start the workers, run the loop, stop the workers. True if a signal cut the run short."""
+        self.watch.begin(len(self.done), self.total)
         try:
             with (
-                closing(_open_pool(spec, self.settings, self._progress)) as pool,
+                closing(_open_pool(spec, self.settings, self.watch.report)) as pool,
                 StopSignals() as signals,  # after the pool: starting Ray installs a handler of its own
             ):
                 if self.lease is not None:
@@ -161,7 +162,7 @@ class _Driver:
             raise
 
     def _loop(self, pool: "InlinePool | RayPool", signals: StopSignals) -> None:
-        self._progress()
+        self._show()
         while self.running or ((self.todo or self.retries) and not signals.draining):
             if signals.stopping:
                 raise KeyboardInterrupt
@@ -174,7 +175,7 @@ class _Driver:
                 self.events.write("shard_started", shard=shard, attempt=self.attempts[shard], worker=worker)
             for finished in pool.wait(TICK):
                 self._finish(finished)
-            self._progress()
+            self._show()
 
     def next(self, now: float) -> int | None:
         """A retry that is due goes first, so that a poison shard is known early; then the plan's order."""
@@ -195,13 +196,14 @@ class _Driver:
             self.attempts.pop(shard, None)
             self.done.add(shard)
             self.failed_in_a_row = 0
-            self.images += report.get("rows") or 0
             for message in report.pop("warnings", ()):
                 self.events.write("warning", shard=shard, message=f"shard {shard:06d}: {message}")
             for group, size in report.pop("splits", {}).items():
                 self.events.write("group_split", shard=shard, group=int(group), micro_batch=size, worker=end.worker)
             self.events.write("shard_done", **{"seconds": seconds, **report, "shard": shard, "worker": end.worker})
+            self.watch.finished(shard, report, len(self.done))
             return
+        self.watch.lost(shard)
         self._fail(end)
 
     def _fail(self, end: Finished) -> None:
@@ -224,16 +226,13 @@ class _Driver:
                 "when that is mended, run again with --retry-failed"
             )
 
-    def _progress(self, groups: int = 0, of: int = 0) -> None:
-        part = min(groups / of, 1.0) if of else 0.0
-        failed = f", {len(self.failed)} failed" if self.failed else ""
-        note = f"{self.images} images, {len(self.running)} running{failed}"
-        self.on_progress(len(self.done) + part, self.total, note)
+    def _show(self) -> None:
+        self.watch.counts(len(self.done), self.total, len(self.running), len(self.failed))
 
 
-def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup) -> "InlinePool | RayPool":
+def _open_pool(spec: WorkerSpec, settings: ExecutorSettings, on_progress: OnProgress) -> "InlinePool | RayPool":
     if settings.inline:
-        return InlinePool(spec, settings, on_group)
+        return InlinePool(spec, settings, on_progress)
     from pipeline.executors.ray import RayPool  # here: one worker must do without Ray's start-up time
 
-    return RayPool(spec, settings)
+    return RayPool(spec, settings, on_progress)

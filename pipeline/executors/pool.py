@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -15,17 +15,16 @@ from typing import Any, Protocol
 
 from manifests.errors import DataError, FactoryError, Interrupted, StoreError, UsageError
 from pipeline.executors.settings import ExecutorSettings
+from stages.progress import OnProgress
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 """No later shard would fare better: the run stops instead of filling the quarantine."""
-
-OnGroup = Callable[[int, int], None]
 
 
 class Worker(Protocol):
     """Makes and commits one shard at a time. ``run`` returns a small JSON-able report."""
 
-    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]: ...
+    def run(self, shard: int, on_progress: OnProgress | None = None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def enter(folder: str) -> None:
         os.chdir(folder)
 
 
-def attempt(worker: Worker, shard: int, on_group: OnGroup | None = None) -> Attempt:
+def attempt(worker: Worker, shard: int, on_progress: OnProgress | None = None) -> Attempt:
     """Run one shard; what it raises becomes a plain record, so that no exception has to cross a process."""
     try:
-        return Attempt(worker.run(shard, on_group))
+        return Attempt(worker.run(shard, on_progress))
     except Exception as error:
         return failure(error)
 
@@ -120,8 +119,8 @@ class InlinePool:
     hangs inside a library. Ray workers are killed from outside and have no such gap.
     """
 
-    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings, on_group: OnGroup | None = None):
-        self._spec, self._settings, self._on_group = spec, settings, on_group
+    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings, on_progress: OnProgress | None = None):
+        self._spec, self._settings, self._on_progress = spec, settings, on_progress
         self._shard: int | None = None
         self._worker: Worker | None = self._build()
 
@@ -150,7 +149,7 @@ class InlinePool:
         self._worker = self._worker or self._build()
         try:
             with _time_limit(self._settings.time_limit):
-                record = attempt(self._worker, shard, self._on_group)
+                record = attempt(self._worker, shard, self._on_progress)
         except _Overdue:
             self._worker = None  # stopped anywhere: its state is not to be trusted
             record = Attempt(error=f"no result after the time limit of {self._settings.time_limit:g} s")

@@ -17,12 +17,14 @@ from math import floor
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manifests.errors import FactoryError, UsageError
 from pipeline.executors import reaper
 from pipeline.executors.pool import Attempt, Finished, Worker, WorkerSpec, attempt, enter, failure, start_error
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.terminal import say
+from stages.progress import OnProgress, ShardProgress
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,6 +40,7 @@ for _name, _value in {
 OBJECT_STORE = 80 * 2**20  # Ray's minimum is 75 MiB; records of a few hundred bytes pass through it
 START_ATTEMPTS = 3
 SAY_SECONDS = 10.0
+REPORTS_A_SECOND = 200  # of all workers together
 _reaper: "subprocess.Popen[bytes] | None" = None  # of the cluster that this process started
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -61,9 +64,31 @@ class _Actor:
             return failure(error)
         return Attempt({"name": f"{socket.gethostname()}:{os.getpid()}"})
 
-    def run(self, shard: int) -> Attempt:
+    def run(self, shard: int, board: Any, every: float) -> Attempt:
         assert self._worker is not None, "start() comes first"
-        return attempt(self._worker, shard)
+        due = 0.0
+
+        def report(progress: ShardProgress) -> None:
+            nonlocal due
+            if (now := time.monotonic()) >= due:
+                due = now + every
+                board.put.remote(progress)  # nobody waits for it, and nothing depends on it
+
+        return attempt(self._worker, shard, report)
+
+
+class _Board:
+    """The latest report of every shard at work, between the workers and the driver."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, ShardProgress] = {}
+
+    def put(self, progress: ShardProgress) -> None:
+        self._latest[progress.shard] = progress
+
+    def take(self) -> list[ShardProgress]:
+        latest, self._latest = self._latest, {}
+        return list(latest.values())
 
 
 @dataclass
@@ -81,15 +106,19 @@ class _Slot:
 class RayPool:
     """Called as :class:`pipeline.executors.pool.InlinePool`; each worker has at most one shard in flight."""
 
-    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings):
-        self._spec, self._settings = spec, settings
+    def __init__(self, spec: WorkerSpec, settings: ExecutorSettings, on_progress: OnProgress = lambda progress: None):
+        self._spec, self._settings, self._on_progress = spec, settings, on_progress
         self._idle: list[_Slot] = []
         self._calls: dict[Any, _Slot] = {}  # object reference → slot whose call it is
         self._failed_starts = 0
+        self._board: Any = None
         self._owns_ray = connect(settings)
         try:
             self._options = actor_options(settings, [n["Resources"] for n in ray.nodes() if n["Alive"]])
             self._waiting = Waiting(settings)
+            actor: Any = ray.remote(_Board)
+            self._board = actor.options(num_cpus=0, scheduling_strategy=here()).remote()
+            self._taking = self._board.take.remote()
             for number in range(settings.workers):
                 self._spawn(number)
         except BaseException:
@@ -102,7 +131,8 @@ class RayPool:
     def submit(self, shard: int) -> str:
         slot = self._idle.pop(0)
         slot.shard, slot.since = shard, time.monotonic()
-        self._calls[slot.actor.run.remote(shard)] = slot
+        every = len(self._calls) / REPORTS_A_SECOND
+        self._calls[slot.actor.run.remote(shard, self._board, every)] = slot
         return slot.name
 
     def wait(self, timeout: float) -> list[Finished]:
@@ -119,9 +149,25 @@ class RayPool:
                     self._lost(slot, f"worker {slot.name} killed: no result after the time limit of {limit:g} s")
                 )
         self._check_starts()
+        self._pass_reports_on()
         return [finished for finished in ended if finished is not None]
 
+    def _pass_reports_on(self) -> None:
+        """Give the driver what has arrived at the board; a board that is slow or lost holds nothing up."""
+        if self._taking is None or not ray.wait([self._taking], timeout=0)[0]:
+            return
+        try:
+            at_work = {slot.shard for slot in self._calls.values()}
+            for progress in ray.get(self._taking):
+                if progress.shard in at_work:
+                    self._on_progress(progress)
+            self._taking = self._board.take.remote()
+        except ray.exceptions.RayError:
+            self._taking = None
+
     def close(self) -> None:
+        if self._board is not None:
+            ray.kill(self._board, no_restart=True)
         for slot in [*self._idle, *self._calls.values()]:
             ray.kill(slot.actor, no_restart=True)
         self._idle, self._calls = [], {}
@@ -178,6 +224,11 @@ class RayPool:
             self._waiting = Waiting(self._settings)
         else:
             self._waiting.look("no worker is")
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Places an actor on the driver's machine, so that no other node's loss takes it along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Waiting:

@@ -15,12 +15,11 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from pipeline.executors.pool import enter, start_error
-from pipeline.executors.ray import Waiting, actor_options, reason  # first: it sets what ray reads when imported
+from pipeline.executors.ray import Waiting, actor_options, here, reason  # first: it sets what ray reads when imported
 from pipeline.executors.settings import ExecutorSettings
 
 for _name, _value in {
@@ -145,9 +144,8 @@ def train_on_ray(
     """
     options = actor_options(place, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     each = {"CPU": options["num_cpus"], "GPU": options["num_gpus"], "memory": options.get("memory", 0)}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Mailbox)
-    mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()  # here: no other node's loss takes it along
+    mailbox = actor.options(num_cpus=0, scheduling_strategy=here()).remote()
     callbacks: list[Any] = [_Losses(mailbox)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         trainer = ray.train.torch.TorchTrainer(

@@ -1,9 +1,8 @@
 """The training loop of stage 2: one read, one augmentation and one teacher forward pass serve every student."""
 
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manifests.checked_json import dump_json
-from manifests.errors import FactoryError, Interrupted, UsageError
+from manifests.errors import FactoryError, Interrupted
 from manifests.storage import Storage
 from stages.distill import checkpoint
 from stages.distill.batches import Batches
@@ -24,9 +23,10 @@ from stages.distill.student import Diverged, Student, lr_factor
 from stages.distill.teacher_cache import TeacherCache
 from stages.models.inputs import InputSpec
 from stages.models.teacher import Teacher
+from stages.progress import loggers
 from stages.settings import DistillSettings
 
-METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb-id.txt"
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -69,6 +69,12 @@ class Training(Prepared):
         return [student for student in self.students if student.parked is None]
 
     @property
+    def title(self) -> str:
+        """The run's name for people: its students and the start of its dataset's fingerprint."""
+        names = ", ".join(student.name for student in self.students)
+        return f"distill {names} on {self.spec['manifests'][0]['fingerprint'][:8]}"
+
+    @property
     def data_wait(self) -> float:
         """Share of the time spent waiting for a batch."""
         return self.waited / self.seconds if self.seconds else 0.0
@@ -97,9 +103,11 @@ def train(run: Training) -> None:
     resume(run)
     student_input = InputSpec(run.students[0].config.input)
     saved = time.monotonic()
-    with ExitStack() as stack:
-        loggers = [stack.enter_context(LOGGERS[name](run)) for name in settings.loggers if ranks.first]
-        batches = stack.enter_context(closing(run.batches.stream(run.step, total)))
+    names, config = settings.loggers if ranks.first else (), settings.model_dump(mode="json")
+    with (
+        loggers(names, run.storage, run.title, config, run.step) as log,
+        closing(run.batches.stream(run.step, total)) as batches,
+    ):
         while run.step < total:
             check_active(run)
             started = time.monotonic()
@@ -145,8 +153,7 @@ def train(run: Training) -> None:
                     if ranks.first:
                         text = "".join(dump_json(each) + "\n" for each in student.metrics)
                         run.storage.write(f"{student.name}/{METRICS}", text.encode())
-                    for log in loggers:
-                        log(student.name, run.step, line)
+                    log(student.name, run.step, line)
                 callbacks.on_event("epoch_done", epoch=epoch, students={s.name: s.metrics[-1] for s in run.active})
                 run.seconds += time.monotonic() - started
 
@@ -154,10 +161,27 @@ def train(run: Training) -> None:
                 if ranks.first:
                     save(run)
                 saved = time.monotonic()
-            callbacks.on_progress(run.step, total, f"epoch {epoch}/{settings.epochs}")
+            callbacks.on_progress(run.step, total, progress_note(run, epoch))
             if stop and run.step < total:
                 raise Interrupted(f"interrupted in epoch {epoch} of {settings.epochs}; the same command resumes")
         check_active(run)
+
+
+def progress_note(run: Training, epoch: int) -> str:
+    """Epoch, every student's loss so far in it (right after its end: over it) and last agreement with the teacher on
+    validation images, and the share of the time spent waiting for data."""
+    parts = [f"epoch {epoch}/{run.settings.epochs}"]
+    for student in run.active:
+        last = student.metrics[-1] if student.metrics else {}
+        loss = student.sums["loss"] / student.sums["images"] if student.sums else last.get("loss")
+        agreement = last.get("val_agreement")
+        parts.append(
+            f"{student.name} loss {loss:.3g}" + ("" if agreement is None else f" agreement {agreement:.1%}")
+            if loss is not None
+            else student.name
+        )
+    parts += [f"{student.name} parked" for student in run.students if student.parked is not None]
+    return ", ".join([*parts, f"data wait {run.data_wait:.0%}"])
 
 
 def pair_layers(run: Training) -> list[str]:
@@ -224,50 +248,3 @@ def resume(run: Training) -> None:
         for student in run.students:
             student.load(state["students"][student.name])
     run.callbacks.on_event("run_resumed", step=run.step, epoch=run.step // run.batches.steps + 1)
-
-
-Log = Callable[[str, int, dict[str, float]], object]
-"""Takes (student, step, its metrics) at the end of an epoch."""
-
-
-@contextmanager
-def tensorboard(run: Training) -> Iterator[Log]:
-    """Event files in OUT/tensorboard/STUDENT. A resumed run replaces what it does again."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("loggers: tensorboard needs pip install 'dfkd-factory[tensorboard]'") from None
-    if not run.storage.is_local:
-        raise UsageError(f"loggers: tensorboard writes to a local folder only, not {run.storage.url}")
-    first, writers = run.step + 1, dict[str, Any]()
-    with ExitStack() as stack:
-
-        def log(student: str, step: int, metrics: dict[str, float]) -> None:
-            if student not in writers:
-                folder = run.storage.folder(f"{TENSORBOARD}/{student}")
-                writers[student] = stack.enter_context(SummaryWriter(folder, purge_step=first))
-            for name, value in metrics.items():
-                writers[student].add_scalar(name, value, step)
-            writers[student].flush()
-
-        yield log
-
-
-@contextmanager
-def wandb(run: Training) -> Iterator[Log]:
-    """One Weights & Biases run for the run folder, which keeps its id; names are STUDENT/metric."""
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError("loggers: wandb needs pip install 'dfkd-factory[wandb]'") from None
-    run.storage.create(WANDB_ID, uuid.uuid4().hex[:16].encode())  # of this folder alone: paths repeat in containers
-    number = run.storage.read(WANDB_ID).decode("ascii", "replace")
-    config, url = run.settings.model_dump(mode="json"), run.storage.url
-    remote = wandb.init(project="dfkd-factory", name=url, id=number, resume="allow", config=config)
-    try:
-        yield lambda student, step, metrics: remote.log({f"{student}/{k}": v for k, v in metrics.items()}, step=step)
-    finally:
-        remote.finish()
-
-
-LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}

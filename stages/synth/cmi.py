@@ -221,6 +221,7 @@ class Inversion:
             if cmi.cr:
                 self.head_adam.step()
             self.counters.teacher_calls += 2 if cmi.cr else 1
+            self.models.on_step(losses)
         images = best.checked(self.group)
         if cmi.cr:
             with torch.no_grad():

@@ -30,7 +30,7 @@ def dda(models: Models, group: Group, settings: SynthSettings, counters: Counter
     for variant in range(settings.dda.variants):
         seed = derive(settings.seed, "variant", variant)
         guide = models.guidance(group, settings, seed) if settings.dda.guided else None
-        (made,) = denoise(prior, group, seed, guide=guide, counters=counters, **origin(seed))
+        (made,) = denoise(prior, group, seed, guide=guide, counters=counters, on_step=models.on_step, **origin(seed))
         made.source = 0
         made.embed = inversion.embed if settings.dda.space == "contrastive" else None
         yield made

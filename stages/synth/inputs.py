@@ -85,11 +85,11 @@ def check_start(settings: SynthSettings, varies: bool) -> None:
 
 def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
     """What the fingerprint covers: method, checksums, classes and shard size; not the number of shards, the device,
-    or where the models lie.
+    where progress goes, or where the models lie.
 
     Settings at their defaults are left out, so that a new setting does not orphan a half-made dataset.
     """
-    elsewhere: Any = dict.fromkeys(("shards", "device", "teacher", "adversary"), True)
+    elsewhere: Any = dict.fromkeys(("shards", "device", "loggers", "teacher", "adversary"), True)
     elsewhere |= {"prior": {"path", "lora"}, "guidance": {"tiny_decoder"}}
     chosen = settings.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     covered = {

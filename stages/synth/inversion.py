@@ -111,6 +111,7 @@ def deepinversion(models: Models, group: Group, settings: SynthSettings, counter
         with torch.no_grad():
             x.clamp_(-1, 1)
         counters.teacher_calls += 1
+        models.on_step(losses)
     yield DecodedGroup(method.steps, 0, best.checked(group), [[] for _ in group.trajectories], best.losses)
 
 

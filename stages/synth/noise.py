@@ -2,7 +2,6 @@
 
 import io
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from manifests.schema import Row
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
 from stages.models.source import resolve
+from stages.progress import OnProgress, ShardWatch
 from stages.settings import SynthSettings
 
 SIDE = 32
@@ -28,17 +28,17 @@ class NoiseWorker:
         self.storage.hold()
         self.classes = len(resolve(self.settings.teacher).config.class_names)
 
-    def run(self, shard: int, on_group: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def run(self, shard: int, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Make and commit ``shard``; at once if it is committed already."""
         started, groups = time.monotonic(), self.settings.groups_per_shard
+        watch = ShardWatch(shard, groups, 1, on_progress)
         record = done_record(self.storage, shard)
         if record is None:
             with ShardWriter(self.storage, shard, self.fingerprint) as writer:
                 for position in range(groups):
                     for row, image in self._samples(shard * groups + position):
                         writer.add(row, image, self.settings.images.format)
-                    if on_group:
-                        on_group(position + 1, groups)
+                    watch.end_group()
                 record = writer.commit()
         seconds = round(time.monotonic() - started, 3)
         return {

@@ -17,6 +17,13 @@ from stages.synth.latent_mix import LatentMix, Mix
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import State
 
+OnStep = Callable[[Losses | None], object]
+"""Called after each step with the losses of the last guided one, if there was one; it only watches."""
+
+
+def ignored(losses: Losses | None) -> None:
+    """Nobody watches."""
+
 
 @torch.no_grad()
 def sample(
@@ -28,6 +35,7 @@ def sample(
     mix: LatentMix | None = None,
     store: Collection[int] = (),
     rngs: Callable[[int], Sequence[torch.Generator]] | None = None,
+    on_step: OnStep = ignored,
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise ``n`` trajectories from ``state`` on: yields (step, ẑ0 ``[n, c, h, w]``) for each step in ``store``,
     before its update and mix, then (number of steps, z).
@@ -44,6 +52,7 @@ def sample(
         if mix is not None and mix.active(step):
             x = mix(x)
         state = prior.step(x.detached(), rngs(step) if rngs else None)
+        on_step(guide.losses if guide else None)
     yield len(prior.timesteps), state.z
 
 
@@ -88,6 +97,7 @@ def denoise(
     mix: LatentMix | None = None,
     intermediates: int = 0,
     counters: Counters | None = None,
+    on_step: OnStep = ignored,
 ) -> Iterator[DecodedGroup]:
     """:func:`sample` a group and decode it: ``intermediates`` frames of ẑ0, then the final one (timestep 0).
 
@@ -105,8 +115,9 @@ def denoise(
 
     timesteps = [*prior.timesteps, 0]
     for step, z in sample(
-        prior, start, condition, guide=guide, mix=mix, store=store, rngs=rngs if prior.stochastic else None
-    ):
+        prior, start, condition, guide=guide, mix=mix, store=store, rngs=rngs if prior.stochastic else None,
+        on_step=on_step,
+    ):  # fmt: skip
         decoded = DecodedGroup(step, timesteps[step], prior.decode(z), mix.record() if mix else [[] for _ in range(n)])
         if guide is not None:
             decoded.losses, decoded.skipped = guide.losses, guide.skipped.tolist()
@@ -147,7 +158,7 @@ def check_intermediates(count: int, timesteps: Sequence[int]) -> None:
 class Models:
     """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None.
 
-    ``decode`` is the decoder of guidance (None: the prior's own).
+    ``decode`` is the decoder of guidance (None: the prior's own); ``on_step`` watches every step of every method.
     """
 
     prior: DiffusionPrior | None  # None for methods that invert the teacher
@@ -155,6 +166,7 @@ class Models:
     adversary: Teacher | None
     device: str
     decode: Decode | None = None
+    on_step: OnStep = ignored
 
     def limit_batches(self, limit: int | None) -> None:
         """Let no network see more than ``limit`` trajectories at once (None: any number), to save memory."""
@@ -189,6 +201,7 @@ def diffdfkd(models: Models, group: Group, settings: SynthSettings, counters: Co
         mix=LatentMix(settings.lca, group, seed, prior.timesteps, prior.latent_shape),
         intermediates=settings.images.intermediates,
         counters=counters,
+        on_step=models.on_step,
     )
 
 
@@ -196,4 +209,11 @@ def dmkd(models: Models, group: Group, settings: SynthSettings, counters: Counte
     """DM-KD (Li et al. 2023): plain samples of the prior. The baseline, and the source of generate-then-select
     (``min_confidence`` marks as kept what the teacher agrees with)."""
     assert models.prior is not None
-    return denoise(models.prior, group, settings.seed, intermediates=settings.images.intermediates, counters=counters)
+    return denoise(
+        models.prior,
+        group,
+        settings.seed,
+        intermediates=settings.images.intermediates,
+        counters=counters,
+        on_step=models.on_step,
+    )

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.source import ModelSource
 from stages.models.teacher import Teacher
+from stages.progress import OnProgress, ShardWatch
 from stages.settings import SynthSettings
 from stages.synth.cmi import cmi
 from stages.synth.dda import dda
 from stages.synth.decoders import TinyDecoder, fidelity, load_decoder, use_tiny_decoder
 from stages.synth.group import Group, make_group
-from stages.synth.guidance import two_views
+from stages.synth.guidance import Losses, two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
@@ -33,8 +34,6 @@ from stages.synth.scores import FINAL, SOURCE, judge, score
 
 log = logging.getLogger(__name__)
 
-
-OnGroup = Callable[[int, int], None]  # (groups done, groups in the shard)
 METHODS = {"diffdfkd": diffdfkd, "dmkd": dmkd, "cmi": cmi, "deepinversion": deepinversion, "dda": dda}
 MAX_SKIPPED = 0.05
 """Share of a shard's guided updates that may be left out."""
@@ -116,6 +115,19 @@ def bn_weight(settings: SynthSettings) -> float:
     return settings.deepinversion.bn if settings.method == "deepinversion" else settings.cmi.bn
 
 
+def steps_of_group(models: Models, settings: SynthSettings) -> int:
+    """Steps of a group over all phases of the method: optimizer steps of an inversion, denoising steps."""
+    inversion = {"cmi": settings.cmi.batches * settings.cmi.steps, "deepinversion": settings.deepinversion.steps}
+    inversion["dda"] = inversion["cmi"]
+    if models.prior is None:
+        return inversion[settings.method]
+    steps = len(models.prior.timesteps)
+    if settings.method == "dda":
+        alone = models.prior.source.family.image_encoder is not None
+        steps = settings.dda.variants * (steps - settings.dda.first_step(steps, alone))
+    return inversion.get(settings.method, 0) + steps
+
+
 class ShardWorker:
     """Makes shards of one plan and commits them into the folder or bucket ``storage``: every method but ``noise``.
 
@@ -136,17 +148,23 @@ class ShardWorker:
         self.storage.hold()
         torch.set_num_threads(parsed.threads)
         torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = load_models(parsed, self.storage, planned, sources)
+        self.models = replace(load_models(parsed, self.storage, planned, sources), on_step=self._on_step)
+        self.watch: ShardWatch | None = None
         self.teacher = self.models.teacher
         self.decoder_report = decoder_report(self.models, parsed)
         self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels
         self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
 
-    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+    def _on_step(self, losses: Losses | None) -> None:
+        if self.watch is not None:
+            self.watch.step(lambda: None if losses is None else losses.ce.detach().neg().exp().mean().item())
+
+    def run(self, shard: int, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Make and commit ``shard`` (at once if it is committed already); a small report of JSON values."""
         started, settings, counters = time.monotonic(), self.settings, Counters()
         count, splits = settings.groups_per_shard, {}
         self.models.limit_batches(None)
+        watch = self.watch = ShardWatch(shard, count, steps_of_group(self.models, settings), on_progress)
         record = done_record(self.storage, shard)
         if record is None:
             with (
@@ -161,8 +179,7 @@ class ShardWorker:
                     check_skipped(counters, settings, (position + 1) / count)
                     if limit := self.teacher.batch_limit:
                         splits[group.index] = limit
-                    if on_group:
-                        on_group(position + 1, count)
+                    watch.end_group([row for row, _ in samples])
                 images.flush()
                 record = writer.commit()
         first_report, self.decoder_report = self.decoder_report, {}
@@ -173,6 +190,7 @@ class ShardWorker:
             "bytes": record.tar_bytes,
             "seconds": round(time.monotonic() - started, 3),
             **asdict(counters),
+            **watch.judged,
             **({"warnings": [skipped_line(counters, settings)]} if counters.skipped_updates else {}),
             **({"splits": splits} if splits else {}),
             **first_report,
@@ -195,6 +213,8 @@ class ShardWorker:
         """Synthesize a group, number ``position`` of its ``shard``: manifest row and image of each stored sample,
         trajectory by trajectory, and what it cost."""
         settings, teacher, counters = self.settings, self.teacher, Counters()
+        if self.watch is not None:
+            self.watch.begin_group()
         frames = list(METHODS[settings.method](self.models, group, settings, counters))
         stored = [as_stored(decoded_pixels(frame, group, self.side), settings.images.format) for frame in frames]
         views = [to_unit(pixels).to(self.models.device) for pixels, _ in stored]

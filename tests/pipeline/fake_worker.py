@@ -18,7 +18,7 @@ class FakeWorker:
     def __init__(self, settings: dict[str, Any], storage: str, fingerprint: str, poison: tuple[int, ...] = ()) -> None:
         self.settings, self.storage, self.fingerprint, self.poison = settings, Storage(storage), fingerprint, poison
 
-    def run(self, shard: int, on_group=None) -> dict[str, Any]:
+    def run(self, shard: int, on_progress=None) -> dict[str, Any]:
         if shard in self.poison:
             raise ValueError(f"shard {shard} is \x1b[31mpoison")
         record = done_record(self.storage, shard)

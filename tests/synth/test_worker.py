@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 
+import stages.progress
 from manifests.errors import DataError, UsageError
 from manifests.merge import merge
 from manifests.reader import Manifest
@@ -47,9 +48,14 @@ def settings(prior_folder, **kw):
 def made(prior_folder, tmp_path_factory):
     """One shard of diffdfkd: (storage, report, rows)."""
     storage = Storage(str(tmp_path_factory.mktemp("run")))
-    ticks = []
-    report = ShardWorker(settings(prior_folder), storage.url, "f" * 64).run(3, lambda *a: ticks.append(a))
-    assert ticks == [(1, 2), (2, 2)]
+    seen, patch = [], pytest.MonkeyPatch()
+    patch.setattr(stages.progress, "REPORT_SECONDS", 0.0)
+    report = ShardWorker(settings(prior_folder), storage.url, "f" * 64).run(3, seen.append)
+    patch.undo()
+    steps = [0.1, 0.2, 0.3, 0.4, 0.5]  # five steps of the first of two groups, then its images
+    assert [at.share for at in seen] == pytest.approx([*steps, 0.5, *(0.5 + share for share in steps), 1.0])
+    assert [(at.step, at.rows) for at in seen[:7]] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 40), (1, 40)]
+    assert all(0 < at.guided < 1 for at in seen if at.step not in (0, 5) and at.rows == 0)
     rows = pq.read_table(storage.path(done_records(storage)[3].table)).to_pylist()
     return storage, report, rows
 

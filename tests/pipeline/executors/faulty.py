@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from manifests.errors import DataError, NumericsError, StoreError
-from pipeline.executors.pool import OnGroup, Worker
+from pipeline.executors.pool import Worker
+from stages.progress import OnProgress, ShardProgress
 from stages.synth.noise import NoiseWorker
 
 SETTINGS: dict[str, Any] = {"method": "noise", "groups_per_shard": 2, "group_size": 3}
@@ -22,7 +23,7 @@ class Faulty:
     def __init__(self, inner: Worker, faults: dict[str, str], marks: Path, pause: float, meet: int) -> None:
         self.inner, self.faults, self.marks, self.pause, self.meet = inner, faults, marks, pause, meet
 
-    def run(self, shard: int, on_group: OnGroup | None = None) -> dict[str, Any]:
+    def run(self, shard: int, on_progress: OnProgress | None = None) -> dict[str, Any]:
         time.sleep(self.pause)
         if self.meet:
             (self.marks / f"worker-{os.getpid()}").touch()
@@ -32,21 +33,25 @@ class Faulty:
         mark = self.marks / str(shard)
         if fault and not (once and mark.exists()):
             mark.touch()
-            self.misbehave(fault, shard, on_group)
+            self.misbehave(fault, shard, on_progress)
         seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         warned = {"warnings": ["1 of 10 guided updates was left out"]} if fault == "warn" else {}
         return (
-            self.inner.run(shard, on_group)
+            self.inner.run(shard, on_progress)
             | seen
             | warned
             | {"pid": os.getpid(), "nice": os.nice(0), "torch": "torch" in sys.modules}
             | ({"splits": {2 * shard: 2}} if fault == "split" else {})
         )
 
-    def misbehave(self, fault: str, shard: int, on_group: OnGroup | None) -> None:
+    def misbehave(self, fault: str, shard: int, on_progress: OnProgress | None) -> None:
         match fault:
             case "raise":
                 raise ValueError(f"shard {shard} is\npoison")
+            case "slow":
+                assert on_progress is not None
+                on_progress(ShardProgress(shard, 0.5, step=10, steps=20))
+                time.sleep(3)
             case "hang":
                 time.sleep(60)
             case "stop":
@@ -55,7 +60,7 @@ class Faulty:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "late":  # dies between its commit and its answer
-                self.inner.run(shard, on_group)
+                self.inner.run(shard, on_progress)
                 os.kill(os.getpid(), signal.SIGKILL)
             case "store":
                 raise StoreError("s3://far/away: cannot write: connection reset by peer")

@@ -16,6 +16,7 @@ from pipeline.events import failures
 from pipeline.executors.driver import Outcome, execute
 from pipeline.executors.pool import WorkerSpec, failure
 from pipeline.executors.settings import ExecutorSettings
+from pipeline.watch import SynthWatch
 
 ROOT = Path(__file__).parents[3]
 
@@ -151,10 +152,9 @@ def test_a_lost_lease_stops_the_run(run):
 def test_progress_counts_groups_inside_a_shard(run):
     seen = []
     spec = WorkerSpec("tests.pipeline.executors.faulty:build_faulty", run.spec() | {"storage": run.storage.url})
-    execute(
-        spec, range(2), ExecutorSettings(), Silent(), run.storage, lambda done, total, note: seen.append((done, total))
-    )
-    assert seen == [(0, 2), (0.5, 2), (1, 2), (1, 2), (1.5, 2), (2, 2), (2, 2)]
+    watch = SynthWatch(lambda done, total, note: seen.append((done, total)), images=6)
+    execute(spec, range(2), ExecutorSettings(), Silent(), run.storage, watch)
+    assert seen == [(0, 2), (0, 2), (0.5, 2), (1, 2), (1, 2), (1.5, 2), (2, 2), (2, 2)]
 
 
 def test_interrupted_outcome_asks_for_exit_code_130():
@@ -183,7 +183,7 @@ class Scripted:
     def __init__(self, script: list[int]) -> None:
         self.script, self.attempts = script, [0] * len(script)
 
-    def run(self, shard: int, on_group: object = None) -> dict[str, int]:
+    def run(self, shard: int, on_progress: object = None) -> dict[str, int]:
         self.attempts[shard] += 1
         if self.attempts[shard] <= self.script[shard]:
             raise ValueError("scripted")

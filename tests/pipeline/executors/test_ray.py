@@ -14,6 +14,7 @@ from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.ray import actor_options
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.lease import Lease
+from pipeline.watch import SynthWatch
 from tests.manifests.flaky_proxy import every
 from tests.pipeline.executors.conftest import FACTORY
 
@@ -47,6 +48,15 @@ def test_one_worker_on_a_cluster_is_an_actor(run, cluster, unbroken):
     run.execute(12, workers=1, address=cluster)
     assert run.files() == unbroken
     assert {event["worker"].split("@")[0] for event in run.events("shard_done")} == {"w0"}
+
+
+def test_actors_report_within_a_shard(run, cluster):
+    seen: list[tuple[float, str]] = []
+    spec = WorkerSpec(FACTORY, run.spec({"0": "slow", "1": "slow"}) | {"storage": run.storage.url, "meet": 2})
+    watch = SynthWatch(lambda done, total, note: seen.append((done, note)), images=6)
+    outcome = execute(spec, range(2), ExecutorSettings(workers=2), EventLog(run.storage), run.storage, watch)
+    assert outcome.done == {0, 1}
+    assert any(done == 1.0 and "step 10/20" in note and "2 running" in note for done, note in seen)  # half of both
 
 
 def test_relative_paths_mean_to_actors_what_they_mean_here(run, cluster, monkeypatch):
