@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # "as": exported again
     from pipeline.recipe import Recipe as Recipe
     from pipeline.rounds import RoundsResult as RoundsResult
     from pipeline.rounds import run_rounds as run_rounds
+    from pipeline.run_all import AllResult as AllResult
+    from pipeline.run_all import run_all as run_all
     from pipeline.synth import SynthResult as SynthResult
     from pipeline.synth import run_synth as run_synth
     from stages.distill.evaluate import evaluate as evaluate
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # "as": exported again
     from stages.synth.sampler import sample as sample
 
 MODULES = {
+    "AllResult": "pipeline.run_all",
     "DistillResult": "stages.distill.results",
     "Guidance": "stages.synth.guidance",
     "Manifest": "manifests.reader",
@@ -51,6 +54,7 @@ MODULES = {
     "load_prior": "stages.synth.priors.kinds",
     "load_student": "stages.distill.export",
     "load_teacher": "stages.models.loading",
+    "run_all": "pipeline.run_all",
     "run_distill": "pipeline.distill",
     "run_rounds": "pipeline.rounds",
     "run_synth": "pipeline.synth",

@@ -117,7 +117,7 @@ def bench_distill(recipe: Recipe, seconds: float, manifest: str | None, run: str
     from stages.distill.runtime import Callbacks
 
     settings = recipe.distill.model_copy(
-        update={"epochs": 10**6, "checkpoint_seconds": 1e9, "eval_every": 0, "loggers": ()}
+        update={"epochs": 10**6, "steps": None, "checkpoint_seconds": 1e9, "eval_every": 0, "loggers": ()}
     )
     storage, started = Storage(f"{folder}/students"), 0.0
 
@@ -136,7 +136,7 @@ def bench_distill(recipe: Recipe, seconds: float, manifest: str | None, run: str
     steps, took = state["step"], state["seconds"]
     length = prepared.order.length
     each = length / (len(batch_bounds(length, settings.batch_size)) - 1)
-    epoch = settings.model_copy(update={"epochs": 1})
+    epoch = settings.model_copy(update={"epochs": 1, "steps": None})
     counted = cost(epoch, Manifest.open(manifest), None, length, len(prepared.rows))
     return Pace(
         recipe=recipe.name,

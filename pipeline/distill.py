@@ -14,12 +14,12 @@ from manifests.storage import Storage
 from pipeline.events import EventLog, Loud
 from pipeline.executors.driver import StopSignals
 from pipeline.executors.settings import ExecutorSettings, executor
-from pipeline.layers import mapping_layer, validate
+from pipeline.layers import mapping_layer
 from pipeline.lease import Lease
 from pipeline.outputs import STUDENTS, default_folder
 from pipeline.plan import PLAN, RESOLVED
 from pipeline.rates import Time
-from pipeline.recipe import Recipe, given, to_yaml
+from pipeline.recipe import Recipe, given, recipe_of, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
 from pipeline.watch import Recorder
 from stages.models.source import resolve, split_name
@@ -83,7 +83,7 @@ def resolve_distill(
     for path in NOT_STORED:
         stored = stored.without(("distill", *path.split(".")))
     mine = given(source, "distill", sets, flags)
-    recipe = validate(Recipe, mine.over(stored))
+    recipe = recipe_of(mine.over(stored))
     if "students" not in mine.values.get("distill", {}):
         for name in recipe.distill.students:
             if split_name(name)[0] in ("code", "hf", "onnx"):
@@ -92,6 +92,13 @@ def resolve_distill(
                     f"name it yourself, with --student {name}"
                 )
     return recipe
+
+
+def teacher_for(manifest: Manifest, recipe: Recipe) -> ModelSettings | None:
+    """The teacher that the user's ``recipe`` describes, for a dataset that carries none; None where it carries its own,
+    or where the recipe says nothing of one."""
+    carried = manifest.info.teacher.get("kind") == "builtin"
+    return None if carried or recipe.synth.teacher == ModelSettings() else recipe.synth.teacher
 
 
 def default_out(manifest: Manifest, recipe: Recipe) -> str:
@@ -281,7 +288,7 @@ def dry_run(
     recipe: Recipe,
     sources: Sequence[tuple[str, float]],
     out: str,
-    teacher: str | None,
+    teacher: ModelSettings | None,
     workers: int = 1,
     price: float | None = None,
 ) -> DistillEstimate:
@@ -295,8 +302,9 @@ def dry_run(
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]
-    total = cost(settings, manifest, teacher, images, len(rows))
-    seen = images * settings.epochs
+    steps = settings.total_steps(batches)
+    seen = images * steps // batches
+    total = cost(settings, manifest, teacher, seen, len(rows))
     return DistillEstimate(
         out=Storage(out).url,
         settings=settings.model_dump(mode="json"),
@@ -304,10 +312,10 @@ def dry_run(
             SourceRows(each.url, weight, each.num_rows, len(selection))
             for (each, weight), selection in zip(manifests, rows.selections, strict=True)
         ],
-        teacher=teacher or manifest.info.teacher.get("architecture"),
+        teacher=teacher.name if teacher else manifest.info.teacher.get("architecture"),
         images_per_epoch=images,
         steps_per_epoch=batches,
-        steps=batches * settings.epochs,
+        steps=steps,
         students=list(settings.students),
         workers=workers,
         cost=total,
@@ -316,18 +324,16 @@ def dry_run(
 
 
 def cost(
-    settings: DistillSettings, manifest: Manifest, teacher: str | None, images: int, rows: int
+    settings: DistillSettings, manifest: Manifest, teacher: ModelSettings | None, views: int, rows: int
 ) -> "DistillCost | None":
-    """The cost of training on ``images`` of ``rows`` an epoch (the cache answers to every row); None where the teacher
-    is not at hand or a black box."""
+    """The cost of training on ``views`` of the images of ``rows`` (the cache answers to every row); None where the
+    teacher is not at hand or a black box."""
     from stages.cost import distill_cost
     from stages.models.loading import dataset_teacher_config, untrained_teacher
 
     if not teacher and manifest.info.teacher.get("kind") != "builtin":
         return None
-    known = resolve(ModelSettings(name=teacher)) if teacher else dataset_teacher_config(manifest)
-    if (shape := untrained_teacher(known)) is None:
+    if (shape := untrained_teacher(resolve(teacher) if teacher else dataset_teacher_config(manifest))) is None:
         return None
-    views = images * settings.epochs
     answers = rows * settings.augment.num_views if settings.teacher_cache.enabled else views
     return distill_cost(settings, shape, manifest.info.image_size, views, answers)

@@ -47,12 +47,23 @@ class Recipe(Settings):
     def load(cls, source: str | Path = DEFAULT, *settings: str) -> "Recipe":
         """A packaged recipe by name, or a YAML file by path, with ``settings`` (``synth.guidance.step_size=0.2``) over
         it. The environment plays no part. Raises UsageError in one line naming key, place and near matches."""
-        return validate(cls, set_layer(settings, cls, label="").over(read(str(source))))
+        return recipe_of(set_layer(settings, cls, label="").over(read(str(source))))
 
     def changed(self, *settings: str) -> "Recipe":
         """This recipe with ``settings`` (``synth.shards=8``) in place of its own. Errors as :meth:`load`."""
         mine = mapping_layer(self.model_dump(mode="json"), f"recipe {self.name}")
-        return validate(Recipe, set_layer(settings, Recipe, label="").over(mine))
+        return recipe_of(set_layer(settings, Recipe, label="").over(mine))
+
+
+def recipe_of(layer: Layer) -> Recipe:
+    """The recipe of all layers together. Of ``distill.steps`` and ``distill.epochs`` the one that was set at the
+    higher place counts, steps where one place sets both. Errors as :func:`pipeline.layers.validate`."""
+    steps, epochs = ("distill", "steps"), ("distill", "epochs")
+    last = {path: at for at, (path, _, _) in enumerate(layer.entries)}
+    if last.get(epochs, -1) > last.get(steps, len(layer.entries)):
+        places = {layer.entries[last[path]][2].rsplit(":", 1)[0] for path in (steps, epochs)}
+        layer = layer.without(steps) if len(places) > 1 else layer
+    return validate(Recipe, layer)
 
 
 def packaged() -> list[str]:
@@ -110,7 +121,7 @@ def resolve(
 
     Raises UsageError in one line naming key, place and near matches.
     """
-    return validate(Recipe, given(source, section, sets, flags or {}, environ).over(base))
+    return recipe_of(given(source, section, sets, flags or {}, environ).over(base))
 
 
 def given(

@@ -16,7 +16,7 @@ from manifests.errors import UsageError
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline import synth
-from pipeline.distill import run_distill, trained
+from pipeline.distill import run_distill, teacher_for, trained
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.plan import local_folder
 from pipeline.recipe import Recipe, RoundsSettings
@@ -99,12 +99,11 @@ def run_rounds(
         current = recipe.model_copy(update={"synth": round_settings(recipe, number, frozen)})
         dataset = run_synth(current, folder, place, workers=workers, title=f"round {number} images", quiet=quiet)
         sources.append((dataset.manifest, 1.0))
-        carried = Manifest.open(dataset.manifest).info.teacher.get("kind") == "builtin"
         result = run_distill(
             current,
             sources,
             root.folder(f"{round_name(number)}/distill"),
-            teacher=None if carried else recipe.synth.teacher,
+            teacher=teacher_for(Manifest.open(dataset.manifest), recipe),
             test_data=test_data,
             title=f"round {number} student",
             quiet=quiet,

@@ -640,6 +640,9 @@ class DistillSettings(Settings):
     skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
     balance: bool = Field(False, description="every class equally often, over all manifests together")
     epochs: int = Field(80, gt=0, le=10**6)
+    steps: int | None = Field(
+        None, gt=0, le=10**9, exclude_if=_is_none, description="optimizer steps in all, in place of epochs"
+    )
     batch_size: int = Field(64, gt=1, le=MAX_BATCH, description="images per step, over all workers together")
     seed: int = Field(0, ge=0, le=MAX_SEED)
     val_fraction: float = Field(
@@ -677,6 +680,15 @@ class DistillSettings(Settings):
         60.0, gt=0, le=10**6, description="time after which a store that sends nothing more ends the run"
     )
     checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between checkpoints; 0: at every step")
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Optimizer steps of the whole training, with ``per_epoch`` in an epoch."""
+        return self.steps or self.epochs * per_epoch
+
+    @property
+    def length(self) -> str:
+        """``80 epochs`` or ``1000 steps``."""
+        return f"{self.steps} steps" if self.steps else f"{self.epochs} epochs"
 
     @field_validator("students")
     @classmethod

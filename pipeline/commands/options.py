@@ -1,9 +1,13 @@
 """Options that several commands share. ``option`` and ``argument`` show no default: none, or the recipe's."""
 
+import shlex
 from functools import partial
 from typing import Annotated
 
 import typer
+
+from manifests.errors import UsageError
+from pipeline.terminal import say
 
 RESULT = "Result"
 option = partial(typer.Option, show_default=False)
@@ -39,4 +43,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 NoReportOption = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html beside the results.", rich_help_panel=RESULT)
 ]
+ImagesOption = Annotated[int | None, option(metavar="N", help="Images to make, rounded up to whole shards.")]
+EpochsOption = Annotated[int | None, option(metavar="N", help="Passes over the data.")]
+StepsOption = Annotated[int | None, option(metavar="N", help="Batches to train on in all, in place of epochs.")]
+TestDataOption = Annotated[str | None, option(help="Labeled images to score at the end: tars, folder or Parquet.")]
 RunArgument = Annotated[str, argument(metavar="RUN", help="Run folder of stage 1 (path or URL).")]
+
+
+def exclusive(flag: str, value: object, other: str, other_value: object) -> None:
+    """Raises UsageError where both flags were given."""
+    if value is not None and other_value is not None:
+        raise UsageError(f"{flag} and {other} say the same thing in two ways: give one of them")
+
+
+def next_step(*command: str) -> None:
+    """The command that mostly follows, on stderr, to be copied."""
+    say(f"next: {shlex.join(('factory', *command))}")

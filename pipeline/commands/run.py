@@ -1,7 +1,7 @@
 """``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,16 +11,25 @@ from pipeline.commands.options import (
     AddressOption,
     DeviceOption,
     DryRunOption,
+    EpochsOption,
+    ImagesOption,
     JsonOption,
     NoReportOption,
     PriceOption,
     RecipeOption,
     RetryOption,
     SetOption,
+    StepsOption,
+    TestDataOption,
+    exclusive,
+    next_step,
     option,
     place_option,
 )
 from pipeline.terminal import say, show
+
+if TYPE_CHECKING:
+    from stages.distill.results import DistillResult
 
 
 def demo(
@@ -55,6 +64,7 @@ def synth(
         str | None, option("--out", "-o", metavar="RUN", help="Run folder, path or URL (default: runs/RECIPE).")
     ] = None,
     shards: Annotated[int | None, option(help="Shards in total; may grow later.")] = None,
+    images: ImagesOption = None,
     method: Annotated[str | None, option(help="diffdfkd, dmkd, dda, cmi, deepinversion, noise (a load test).")] = None,
     prior: Annotated[str | None, option(help="Diffusers folder, hub id or embedded:NAME.")] = None,
     teacher: Annotated[str | None, option(help="Model folder or embedded:NAME.")] = None,
@@ -75,13 +85,15 @@ def synth(
     price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: synthesize a dataset. The same command again resumes; a larger --shards adds."""
+    """Stage 1: synthesize a dataset. The same command again resumes; more --images or --shards add to it."""
     from manifests.storage import check_url
     from pipeline import synth as stage
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
     from pipeline.report import write_report
+    from pipeline.run_all import with_images
 
+    exclusive("--images", images, "--shards", shards)
     flags = {
         "synth.shards": ("--shards", shards),
         "synth.method": ("--method", method),
@@ -91,7 +103,7 @@ def synth(
         "synth.seed": ("--seed", seed),
         "synth.device": ("--device", device),
     }
-    resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
+    resolved = with_images(resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags), images)
     reserved = {"gpus_per_worker": gpus_per_worker, "memory_per_worker": memory_per_worker}
     place = executor(workers=workers, address=address, time_limit=time_limit, retry_failed=retry_failed, **reserved)
     folder = f"runs/{resolved.name}" if out is None else check_url(out)
@@ -102,6 +114,8 @@ def synth(
     show(result, as_json)
     if not no_report:
         write_report(result.manifest)
+    if result.kept:
+        next_step("run", "distill", "-m", result.manifest, *(("-c", recipe) if recipe else ()))
 
 
 @app.command()
@@ -124,12 +138,11 @@ def distill(
     ] = None,
     teacher: Annotated[str | None, option(help="Model folder or embedded:NAME (default: the manifest's own).")] = None,
     where: Annotated[str | None, option(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')] = None,
-    epochs: Annotated[int | None, option(help="Passes over the data.")] = None,
+    epochs: EpochsOption = None,
+    steps: StepsOption = None,
     batch_size: Annotated[int | None, option(help="Images per step, over all workers together.")] = None,
     seed: Annotated[int | None, option(help="Seed of the training.")] = None,
-    test_data: Annotated[
-        str | None, option(help="Labeled images to score at the end: tars, folder or Parquet.")
-    ] = None,
+    test_data: TestDataOption = None,
     skip_bad: Annotated[
         bool, option("--skip-bad", help="Leave out images that are missing or altered; without it they stop the run.")
     ] = False,
@@ -154,11 +167,14 @@ def distill(
     from pipeline import distill as stage
     from pipeline.executors.settings import executor
     from pipeline.report import write_report
+    from stages.settings import ModelSettings
 
+    exclusive("--steps", steps, "--epochs", epochs)
     flags = {
         "distill.students": ("--student", student or None),
         "distill.where": ("--where", where),
         "distill.epochs": ("--epochs", epochs),
+        "distill.steps": ("--steps", steps),
         "distill.batch_size": ("--batch-size", batch_size),
         "distill.seed": ("--seed", seed),
         "distill.skip_bad": ("--skip-bad", skip_bad or None),
@@ -169,17 +185,73 @@ def distill(
     resolved = stage.resolve_distill(first, recipe, set_ or (), flags)
     folder = stage.default_out(first, resolved) if out is None else check_url(out)
     place = executor(workers=workers, address=address)
+    named = ModelSettings(name=teacher) if teacher else stage.teacher_for(first, resolved)
     if dry_run:
-        show(stage.dry_run(resolved, sources, folder, teacher, place.workers, price), as_json)
+        show(stage.dry_run(resolved, sources, folder, named, place.workers, price), as_json)
         return
     if out is None:
         say(f"students go to {folder}")
-    result = stage.run_distill(resolved, sources, folder, teacher=teacher, test_data=test_data, place=place)
+    result = stage.run_distill(resolved, sources, folder, teacher=named, test_data=test_data, place=place)
     show(result, as_json, stage.result_lines(result))
     if not no_report:
         write_report(first.url, folder, [folder], test_data)
+    _end(result)
+
+
+def _end(result: "DistillResult") -> None:
+    """What to do with the students; exit codes where one was parked or has no score."""
+    if student := next(iter(result.students.values()), None):
+        next_step("export", student.folder, "--onnx", f"{student.folder}/model.onnx")
     if result.parked or result.unscored:
         raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
+
+
+@app.command("all")
+def run_both(
+    recipe: RecipeOption = None,
+    out: Annotated[
+        str | None,
+        option("--out", "-o", metavar="RUN", help="Folder of the dataset, its students in RUN/distill (runs/RECIPE)."),
+    ] = None,
+    images: ImagesOption = None,
+    epochs: EpochsOption = None,
+    steps: StepsOption = None,
+    test_data: TestDataOption = None,
+    set_: SetOption = None,
+    workers: ActorsOption = None,
+    address: AddressOption = None,
+    device: DeviceOption = None,
+    retry_failed: RetryOption = False,
+    dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
+    price: PriceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Both stages and the report. The same command again resumes where it stopped."""
+    from manifests.storage import check_url
+    from pipeline import run_all as stages
+    from pipeline.executors.settings import executor
+    from pipeline.recipe import DEFAULT, resolve
+    from pipeline.report import write_report
+
+    exclusive("--steps", steps, "--epochs", epochs)
+    flags = {
+        "distill.epochs": ("--epochs", epochs),
+        "distill.steps": ("--steps", steps),
+        "synth.device": ("--device", device),
+        "distill.device": ("--device", device),
+    }
+    resolved = stages.with_images(resolve(recipe or DEFAULT, sets=set_ or (), flags=flags), images)
+    place = executor(workers=workers, address=address, retry_failed=retry_failed)
+    folder = f"runs/{resolved.name}" if out is None else check_url(out)
+    if dry_run:
+        show(stages.dry_run(resolved, folder, test_data, place.workers, price), as_json)
+        return
+    result = stages.run_all(resolved, folder, place, test_data=test_data)
+    show(result, as_json)
+    if not no_report:
+        write_report(result.synth.manifest, None, [result.students_folder], test_data)
+    _end(result.distill)
 
 
 @app.command()

@@ -266,7 +266,7 @@ on the training machine).
 - **Classes**: {config.num_classes} ({", ".join(names)})
 - **Teacher**: {markdown(teacher["architecture"])}, sha256 {markdown(teacher["sha256"])}
 - **Data**: {result.images:,} synthetic images ({result.val_images:,} more held out) of {data}; selection: {where}
-- **Training**: {settings.epochs} epochs, batch {settings.batch_size}, {optimizer.name}, \
+- **Training**: {settings.length}, batch {settings.batch_size}, {optimizer.name}, \
 {optimizer.schedule} schedule, peak learning rate {optimizer.lr},
   seed {settings.seed}; loss: {loss} (τ = {settings.loss.temperature:g}); weights kept: {settings.select}
 - **Held-out synthetic images**: {held_out}

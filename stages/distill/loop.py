@@ -98,7 +98,9 @@ def train(run: Training) -> None:
     ``should_stop()``, FactoryError once every student diverged.
     """
     settings, ranks, callbacks = run.settings, run.ranks, run.callbacks
-    steps, total = run.batches.steps, settings.epochs * run.batches.steps
+    steps = run.batches.steps
+    total = settings.total_steps(steps)
+    epochs = -(-total // steps)
     teacher_layers = pair_layers(run)
     resume(run)
     student_input = InputSpec(run.students[0].config.input)
@@ -133,7 +135,7 @@ def train(run: Training) -> None:
             run.seconds += time.monotonic() - started
 
             # the end of an epoch: metrics, validation, the best weights so far
-            if run.step % steps == 0:
+            if run.step % steps == 0 or run.step == total:
                 started = time.monotonic()
                 for student in run.active:
                     if not student.finite:  # no loss has seen the last update
@@ -161,16 +163,16 @@ def train(run: Training) -> None:
                 if ranks.first:
                     save(run)
                 saved = time.monotonic()
-            callbacks.on_progress(run.step, total, progress_note(run, epoch))
+            callbacks.on_progress(run.step, total, progress_note(run, f"epoch {epoch}/{epochs}"))
             if stop and run.step < total:
-                raise Interrupted(f"interrupted in epoch {epoch} of {settings.epochs}; the same command resumes")
+                raise Interrupted(f"interrupted in epoch {epoch} of {epochs}; the same command resumes")
         check_active(run)
 
 
-def progress_note(run: Training, epoch: int) -> str:
-    """Epoch, every student's loss so far in it (right after its end: over it) and last agreement with the teacher on
+def progress_note(run: Training, epoch: str) -> str:
+    """The epoch, every student's loss so far in it (right after its end: over it) and last agreement with the teacher on
     validation images, and the share of the time spent waiting for data."""
-    parts = [f"epoch {epoch}/{run.settings.epochs}"]
+    parts = [epoch]
     for student in run.active:
         last = student.metrics[-1] if student.metrics else {}
         loss = student.sums["loss"] / student.sums["images"] if student.sums else last.get("loss")

@@ -124,7 +124,7 @@ def _computed(teacher: Teacher, batches: Batches, top: int, callbacks: Callbacks
     values = torch.zeros(views, rows, width, dtype=torch.float16)
     small = torch.int16 if teacher.num_classes <= torch.iinfo(torch.int16).max else torch.int32
     classes = torch.zeros(views, rows, top, dtype=small)
-    total = batches.settings.epochs * batches.steps
+    total = batches.settings.total_steps(batches.steps)
     chunk = batches.chunk(CHUNK)
     for turn in range(views):
         for together in range(0, rows, chunk * ranks.size):  # a chunk for each process

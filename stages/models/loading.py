@@ -272,7 +272,7 @@ def save_model(folder: str | Path, net: nn.Module, config: ModelConfig) -> None:
         part.replace(path)
 
 
-ASK = "name the teacher with --teacher"
+ASK = "name the teacher with --teacher, or give the recipe that describes it, -c FILE"
 
 
 def dataset_teacher(manifest: Manifest, device: str | torch.device = "cpu", ask: str = ASK) -> Teacher:

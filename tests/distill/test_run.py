@@ -440,3 +440,12 @@ def test_runs_write_to_any_storage(dataset):
     out = Storage("memory://distill-run")
     run_distill(settings(epochs=1), [(dataset, 1.0)], out)
     assert out.exists("digits-cnn-small/model.safetensors")
+
+
+def test_steps_end_a_training_within_an_epoch(dataset, tmp_path):
+    """48 images in batches of 8: 6 steps an epoch; the rate decays over the 8 that are asked for."""
+    chosen = settings(steps=8, batch_size=8, val_fraction=0.0)
+    result = run_distill(chosen, [(dataset, 1.0)], str(tmp_path / "out"))
+    lines = (tmp_path / "out" / next(iter(result.students)) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [6, 8]
+    assert json.loads(lines[-1])["lr"] < json.loads(lines[0])["lr"]

@@ -5,10 +5,9 @@ import yaml
 
 from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
-from pipeline.distill import run_distill
+from pipeline.distill import resolve_distill, run_distill, teacher_for
 from pipeline.recipe import resolve
 from pipeline.synth import run_synth
-from stages.settings import ModelSettings
 from tests.pipeline.conftest import INLINE
 from tests.synth.tiny import save_stable_diffusion
 
@@ -41,7 +40,11 @@ def test_a_black_box_selects_what_its_student_learns_from(tmp_path):
     source = [(made.manifest, 1.0)]
     with pytest.raises(DataError, match="--teacher"):
         run_distill(learning, source, str(tmp_path / "student"), quiet=True)
-    learnt = run_distill(learning, source, str(tmp_path / "student"), teacher=ModelSettings(**TEACHER), quiet=True)
+    assert teacher_for(Manifest.open(made.manifest), learning) is None  # the demo's is not meant
+    manifest, file = Manifest.open(made.manifest), str(tmp_path / "mine.yaml")
+    named = teacher_for(manifest, resolve_distill(manifest, file, few, {}))  # of the file that stage 1 was given
+    assert named is not None and named.name == TEACHER["name"]
+    learnt = run_distill(learning, source, str(tmp_path / "student"), teacher=named, quiet=True)
     assert learnt.teacher_check.recorded_agreement == 1.0
     assert (tmp_path / "student" / "digits-cnn-small" / "model.safetensors").exists()
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "run",
     "run synth",
     "run distill",
+    "run all",
     "run rounds",
     "demo",
     "status",
