@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError, check_utf8
-from pipeline.commands import bench, data, models, report, run
+from pipeline.commands import bench, data, first, models, report, run
 
 app = typer.Typer(
     name="factory",
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 app.add_typer(run.app, name="run")
 app.command()(run.demo)
+app.command()(first.init)
+app.command()(first.doctor)
 app.command()(models.recipes)
 app.command(rich_help_panel="Look")(data.status)
 app.command(rich_help_panel="Look")(data.inspect)
@@ -33,6 +35,7 @@ app.command(rich_help_panel="Look")(report.report)
 app.command(rich_help_panel="Look")(data.verify)
 app.command(rich_help_panel="Look")(bench.bench)
 app.command(name="eval", rich_help_panel="Look")(models.evaluate)
+app.command(rich_help_panel="Look")(first.predict)
 app.command(rich_help_panel="Keep")(models.export)
 app.command(rich_help_panel="Keep")(data.rescore)
 app.command(rich_help_panel="Keep")(data.gc)

@@ -383,10 +383,16 @@ def _decisions(config: ModelConfig, settings: ModelSettings, facts: FolderFacts)
 
 
 def _from_yaml(settings: ModelSettings) -> ModelSettings:
-    """The settings in the YAML file ``settings.name``, under those that ``settings`` itself has."""
+    """The settings in the YAML file ``settings.name``, or those of the teacher in such a recipe, under those that
+    ``settings`` itself has."""
     path = Path(settings.name)
+    values = load_yaml_file(path)[0]
+    if isinstance(values, dict) and isinstance(synth := values.get("synth"), dict):
+        values = synth.get("teacher")
+        if values is None:
+            raise UsageError(f"{path} is a recipe that names no synth.teacher itself")
     try:
-        stored = ModelSettings.model_validate(load_yaml_file(path)[0])
+        stored = ModelSettings.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"{path} describes no model: {_first_line(error)}") from None
     if stored.name.endswith((".yaml", ".yml")):
