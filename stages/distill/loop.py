@@ -170,8 +170,8 @@ def train(run: Training) -> None:
 
 
 def progress_note(run: Training, epoch: str) -> str:
-    """The epoch, every student's loss so far in it (right after its end: over it) and last agreement with the teacher on
-    validation images, and the share of the time spent waiting for data."""
+    """The epoch, every student's loss so far in it (right after its end: over it) and last agreement with the teacher
+    on validation images, and the share of the time spent waiting for data."""
     parts = [epoch]
     for student in run.active:
         last = student.metrics[-1] if student.metrics else {}
