@@ -239,7 +239,8 @@ def tar_parts(path: Path) -> dict[str, Any]:
             for member in tar:
                 names.append(member.name)
                 content = tar.extractfile(member)
-                parts["rows" if member.name.endswith(".json") else "images"].update(content.read() if content else b"")
+                kind = "rows" if member.name.endswith((".json", ".cls")) else "images"
+                parts[kind].update(content.read() if content else b"")
     except tarfile.TarError as error:
         return {"unreadable": str(error)}
     digests = {name: digest.hexdigest() for name, digest in parts.items()}

@@ -21,8 +21,8 @@ MAX_INFO = 90 << 20
 """Bytes of the metadata; 500,000 tars need 60 MB, and Parquet readers stop at 100 MB."""
 MAX_SIDE = 4096
 """Pixels of a stored image's side: what a reader may have to decode is bounded before it decodes anything."""
-MIN_SAMPLE = 2048
-"""Bytes that a sample takes in its tar at least: two headers, one block of image, one of JSON."""
+MIN_SAMPLE = 3072
+"""Bytes that a sample takes in its tar at least: three headers, a block each of image, label and JSON."""
 
 
 def file_name(shard: int, sha256: str, suffix: str) -> str:

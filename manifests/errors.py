@@ -75,3 +75,8 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """What ``error`` says, in one line of at most ``limit`` characters; the name of its type if it says nothing."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:limit]
+
+
+def plain(value: object) -> str:
+    """``value`` without what could steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

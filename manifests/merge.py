@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from manifests.card import write_card
 from manifests.dataset import MANIFEST, DatasetInfo
 from manifests.errors import DataError
 from manifests.local import temporary_name
@@ -27,7 +28,8 @@ _AHEAD = 4
 
 
 def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = None) -> DatasetInfo:
-    """Write ``m.parquet`` from ``shards`` (default: all finished ones); returns ``info`` with its tars filled in.
+    """Write ``m.parquet`` from ``shards`` (default: all finished ones), and what other tools read beside it
+    (:mod:`manifests.card`); returns ``info`` with its tars filled in.
 
     Every table is checked against its done record, every tar for its size. Raises :class:`DataError` for a shard that
     is not done, was made by another plan, or whose files are missing or altered; the previous manifest then stays.
@@ -35,6 +37,7 @@ def merge(storage: Storage, info: DatasetInfo, shards: Iterable[int] | None = No
     records = _chosen(storage, info.fingerprint, shards)
     full = info.with_tars(tuple(record.tar_info() for record in records))
     write_manifest(storage, MANIFEST, full, _tables(storage, records))
+    write_card(storage, full, sum(record.kept for record in records))
     return full
 
 

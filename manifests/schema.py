@@ -22,7 +22,7 @@ from manifests.errors import DataError, one_line
 
 Row = dict[str, Any]
 """A row by column name, in plain types as :data:`SCHEMA` has them (lists, dicts of a cut, None for null)."""
-FORMAT_VERSION = 2  # raise when files of an earlier version can no longer be read
+FORMAT_VERSION = 3  # raise when files of an earlier version can no longer be read
 KEY = "^[0-9]{6,}-[0-9]{6,}$"
 EXTENSIONS = ("png", "jpg", "webp")
 
@@ -252,7 +252,7 @@ def parquet_errors(where: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise DataError(f"{where}: not a readable Parquet file: {one_line(error, 200)}") from None
 
 

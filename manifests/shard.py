@@ -189,8 +189,7 @@ class ShardWriter:
         if len(text) > MAX_ROW_JSON:
             raise ValueError(f"{key}: row of {len(text)} bytes, at most {MAX_ROW_JSON} are stored")
         with writing(self._tar_path):
-            full["offset"] = self._tar.add(f"{key}.{extension}", image)
-            self._tar.add(f"{key}.json", text)
+            full["offset"] = self._tar.add_sample(full, extension, image, text)
         self._rows.append(full)
         if len(self._rows) == 1:
             fault("sample", self.shard)

@@ -1,6 +1,7 @@
 """The tars of a dataset: standard WebDataset files, written byte-identically, read back strictly, compared with rows.
 
-Reading accepts only what writing makes: regular files called ``KEY.png`` (or jpg, webp) followed by ``KEY.json``.
+Reading accepts only what writing makes: regular files called ``KEY.png`` (or jpg, webp), ``KEY.cls`` (the label in
+digits, which most readers of WebDataset expect) and ``KEY.json`` (the row), in this order.
 Links, folders, long-name and sparse records, paths and anything else in a tar that came from elsewhere are refused
 before a byte of payload is used. The writer's check before it publishes, ``factory verify`` and ``factory rebuild``
 read through the same :class:`TarCheck`.
@@ -22,17 +23,20 @@ from manifests.schema import EXTENSIONS, MAX_IMAGE, MAX_ROW_JSON, Row, make_key,
 BLOCK = tarfile.BLOCKSIZE
 MAX_END = 1 << 20
 """Bytes of zeros that may end a tar: its own writer fills up to 10,240."""
-_NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'json'))})$", re.ASCII)
+MAX_LABEL = 16
+"""Bytes of one ``KEY.cls``."""
+_NAME = re.compile(rf"^([0-9]{{6,}}-[0-9]{{6,}})\.({'|'.join((*EXTENSIONS, 'cls', 'json'))})$", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its row's JSON as they lie in a tar; ``offset`` is that of the image payload."""
+    """One image, its label and its row's JSON as they lie in a tar; ``offset`` is that of the image payload."""
 
     key: str
     extension: str
     offset: int
     image: bytes
+    label: bytes
     json: bytes
 
 
@@ -50,8 +54,20 @@ class TarStream:
         self._tar.addfile(member, BytesIO(data))
         return start + BLOCK
 
+    def add_sample(self, row: Row, extension: str, image: bytes, text: bytes) -> int:
+        """Append the members of a sample; returns the offset of the image. ``text``: the row as JSON."""
+        offset = self.add(f"{row['key']}.{extension}", image)
+        self.add(f"{row['key']}.cls", label_text(row))
+        self.add(f"{row['key']}.json", text)
+        return offset
+
     def close(self) -> None:
         self._tar.close()
+
+
+def label_text(row: Row) -> bytes:
+    """The ``KEY.cls`` of a row."""
+    return str(row["label"]).encode()
 
 
 class Readable(Protocol):
@@ -82,13 +98,16 @@ def walk(file: Readable) -> Iterator[Sample]:
     seen: set[str] = set()
     while any(block := take(BLOCK, "its headers (no end mark)")):
         key, extension, offset, image = member(block)
-        if extension == "json" or key in seen:
+        if extension not in EXTENSIONS or key in seen:
             raise DataError(f"the image of {key} is missing or repeated")
         seen.add(key)
-        row_key, row_extension, _, row = member(take(BLOCK, f"the row of {key}"))
-        if row_key != key or row_extension != "json":
-            raise DataError(f"the row of {key} is missing")
-        yield Sample(key, extension, offset, image, row)
+        beside = []
+        for what, suffix in (("label", "cls"), ("row", "json")):
+            other, found, _, data = member(take(BLOCK, f"the {what} of {key}"))
+            if (other, found) != (key, suffix):
+                raise DataError(f"the {what} of {key} is missing: expected {key}.{suffix}, not {other}.{found}")
+            beside.append(data)
+        yield Sample(key, extension, offset, image, *beside)
     rest = file.read(MAX_END + 1)
     if any(rest) or len(rest) > MAX_END:
         raise DataError("bytes after the end mark" if any(rest) else f"more than {MAX_END} zeros after the end mark")
@@ -102,8 +121,8 @@ def _header(block: bytes) -> tuple[str, str, int]:
         raise DataError(f"damaged tar header ({error})") from None
     match = _NAME.match(member.name)
     if match is None or member.type != tarfile.REGTYPE:
-        raise DataError(f"unexpected member {member.name[:80]!r}: only KEY.png and KEY.json files belong here")
-    limit = MAX_ROW_JSON if match[2] == "json" else MAX_IMAGE
+        raise DataError(f"unexpected member {member.name[:80]!r}: only KEY.png, KEY.cls and KEY.json files belong here")
+    limit = {"json": MAX_ROW_JSON, "cls": MAX_LABEL}.get(match[2], MAX_IMAGE)
     if not 0 <= member.size <= limit:
         raise DataError(f"member {member.name!r} claims {member.size} bytes, more than {limit}")
     return match[1], match[2], member.size
@@ -190,6 +209,8 @@ class TarCheck:
             return f"its row is that of another sample ({which})"
         if row["xxh3"] != xxhash.xxh3_128_digest(sample.image):
             return "the image was altered (checksum differs)"
+        if sample.label != label_text(row):
+            return f"its label in the tar is {sample.label!r}, in its row {row['label']}"
         if row_json(row) != sample.json:
             return "its JSON in the tar differs from its row as the factory writes it"
         return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from stages.cost import SynthCost
 
 WORKER, NOISE_WORKER = "stages.synth.worker:ShardWorker", "stages.synth.noise:NoiseWorker"
-JSON_BYTES = 2048  # the sample's row in its tar, with tar headers
+ROW_BYTES = 3072  # the sample's label and row in its tar, with tar headers
 RAW_SHARE = {"png": 0.83, "jpg": 0.2, "webp": 0.2}  # of the raw pixels; noisy images need about this much
 
 
@@ -253,7 +253,7 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
     trajectories = synth.groups_per_shard * synth.group_size
     images = trajectories * synth.images_per_trajectory
     image_size = inputs.image_size if inputs else synth.images.size
-    per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + JSON_BYTES
+    per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + ROW_BYTES
     plan = make_plan(recipe, inputs) if inputs else None
     done = len(committed(storage))
     left = max(0, synth.shards - done)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from manifests.checked_json import dump_json
+from manifests.errors import plain as plain
 
 
 def show(result: Any, as_json: bool = False, lines: Iterable[str] | None = None) -> None:
@@ -58,11 +59,6 @@ def share(value: float | None) -> str | None:
 def number(value: float | None, digits: int) -> str | None:
     """``value`` with so many digits after the point, None where there is none."""
     return None if value is None else f"{value:.{digits}f}"
-
-
-def plain(value: object) -> str:
-    """``value`` without what could steer a terminal: control and bidirectional marks become ``\\x1b``-style escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def duration(seconds: float) -> str:

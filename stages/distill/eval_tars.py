@@ -8,6 +8,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self, cast
 
@@ -163,13 +164,25 @@ def _tar_label(
             why = f" ({error})"
             break
         if label is not None:
-            return name, label
+            return _by_name(name, label, fields, keys)
     expected = ", ".join(f"KEY.{kind}" for kind in kinds)
     raise DataError(
         f"{where} has no label: a number or a class name in {expected} beside its image, in JSON as "
         f"{' or '.join(keys)}{why}; files of one sample must be neighbors in the tar, and "
         "a tar of class folders be unpacked"
     )
+
+
+def _by_name(
+    name: str, label: Label | NamedNumber, fields: Fields, keys: Sequence[str]
+) -> tuple[str, Label | NamedNumber]:
+    """The ``label`` in the file ``name``, with its class's name where KEY.json says the same number and that."""
+    if isinstance(label, int) and isinstance(data := fields.get("json"), bytes):
+        with suppress(ValueError, TypeError):  # JSON about something else
+            named = _json_label(data, keys)
+            if isinstance(named, NamedNumber) and named.number == label:
+                return "json", named
+    return name, label
 
 
 def _json_label(data: bytes, keys: Sequence[str]) -> Label | NamedNumber | None:

@@ -3,9 +3,7 @@
 Used by ``factory export``, and by ``factory run distill`` for the card.
 """
 
-import html
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from manifests.card import markdown
 from manifests.errors import FactoryError, UsageError
 from stages.distill.results import StudentResult
 from stages.models.inputs import InputSpec
@@ -276,12 +275,3 @@ Load it with `stages.distill.export.load_student({model})` (PIL images, or tenso
 in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
 `factory export {model} --onnx FILE`.{named}
 """
-
-
-def markdown(text: object) -> str:
-    """``text`` as Markdown shows it: no HTML, web links, pictures, code or further lines come out of a class name.
-
-    GitHub makes links of bare ``https://…`` and ``www.…`` as well.
-    """
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-    return re.sub(r"(?i)([\\`*\[\]]|:(?=//)|(?<=www)\.)", r"\\\1", html.escape(shown, quote=False))

@@ -55,7 +55,7 @@ def test_metadata_that_is_not_ours_newer_or_altered() -> None:
     with pytest.raises(DataError, match="not a manifest of this factory"):
         DatasetInfo.from_metadata(None, "m.parquet")
     metadata = INFO.to_metadata()
-    with pytest.raises(DataError, match="format version '99', this program reads 2"):
+    with pytest.raises(DataError, match="format version '99', this program reads 3"):
         DatasetInfo.from_metadata({**metadata, b"factory.format_version": b"99"}, "m.parquet")
     altered = metadata[b"factory.info"].replace(b"zero", b"nine")
     with pytest.raises(DataError, match="altered"):

@@ -143,6 +143,7 @@ def test_rows_of_another_sample_are_refused(tmp_path: Path) -> None:
     tar = TarStream(file)
     for sample, other in zip(samples, reversed(samples), strict=True):
         tar.add(f"{sample.key}.png", sample.image)
+        tar.add(f"{sample.key}.cls", sample.label)
         tar.add(f"{sample.key}.json", other.json)
     tar.close()
     name = file_name(0, hashlib.sha256(file.getvalue()).hexdigest(), "tar")

@@ -5,10 +5,10 @@ import pytest
 import webdataset
 
 from manifests.errors import DataError
-from manifests.schema import MAX_IMAGE, MAX_ROW_JSON
+from manifests.schema import MAX_IMAGE
 from manifests.storage import Storage
 from manifests.tars import TarCheck, TarStream, walk
-from tests.manifests.samples import make_image, write_shard
+from tests.manifests.samples import make_image, make_row, write_shard
 
 
 def make_tar(samples: int = 4) -> bytes:
@@ -16,6 +16,7 @@ def make_tar(samples: int = 4) -> bytes:
     tar = TarStream(file)
     for index in range(samples):
         tar.add(f"000001-{index:06d}.png", make_image(1, index))
+        tar.add(f"000001-{index:06d}.cls", b"2")
         tar.add(f"000001-{index:06d}.json", b"{}")
     tar.close()
     return file.getvalue()
@@ -27,7 +28,7 @@ def test_walking_finds_what_was_written_where_it_lies() -> None:
     assert [sample.key for sample in samples] == [f"000001-{index:06d}" for index in range(4)]
     for index, sample in enumerate(samples):
         assert sample.image == make_image(1, index) == data[sample.offset :][: len(sample.image)]
-        assert sample.json == b"{}"
+        assert (sample.label, sample.json) == (b"2", b"{}")
 
 
 def test_tars_are_standard_and_reproducible(tmp_path: object) -> None:
@@ -41,6 +42,7 @@ def test_webdataset_reads_a_shard(tmp_path: object) -> None:
     record = write_shard(storage, 1)
     samples = [*webdataset.WebDataset(storage.path(record.tar), shardshuffle=False)]
     assert [sample["png"] for sample in samples] == [make_image(1, index) for index in range(6)]
+    assert [int(sample["cls"]) for sample in samples] == [make_row(1, index)["label"] for index in range(6)]
 
 
 def test_every_truncation_is_noticed() -> None:
@@ -57,7 +59,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"x", link: s
     return info.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % 512)
 
 
-PNG, JSON = member("000001-000000.png"), member("000001-000000.json")
+PNG, CLS, JSON = (member(f"000001-000000.{extension}") for extension in ("png", "cls", "json"))
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,16 @@ PNG, JSON = member("000001-000000.png"), member("000001-000000.json")
         [member("000001-0.5.png"), JSON],
         [member("000001-\u0660\u0660\u0660\u0660\u0660\u0660.png"), JSON],
         [PNG],
-        [JSON, PNG],
+        [PNG, CLS],
+        [PNG, JSON],
+        [CLS, PNG, JSON],
+        [PNG, JSON, CLS],
+        [JSON, CLS, PNG],
         [PNG, PNG],
-        [PNG, member("000001-000001.json")],
-        [PNG, JSON, PNG, JSON],
-        [PNG, JSON, b"\0" * 512, b"hidden".ljust(512, b"\0")],
+        [PNG, member("000001-000001.cls"), JSON],
+        [PNG, CLS, member("000001-000001.json")],
+        [PNG, CLS, JSON, PNG, CLS, JSON],
+        [PNG, CLS, JSON, b"\0" * 512, b"hidden".ljust(512, b"\0")],
     ],
 )
 def test_anything_but_our_own_members_is_refused(members: list[bytes]) -> None:
@@ -91,7 +98,7 @@ def test_anything_but_our_own_members_is_refused(members: list[bytes]) -> None:
         [*walk(io.BytesIO(data))]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("000001-000000.png", MAX_IMAGE), ("000001-000000.json", MAX_ROW_JSON)])
+@pytest.mark.parametrize(("name", "limit"), [("000001-000000.png", MAX_IMAGE), ("000001-000000.cls", 16)])
 def test_claimed_sizes_are_bounded_before_reading(name: str, limit: int) -> None:
     info = tarfile.TarInfo(name)
     for size in (limit + 1, 1 << 40):

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError, UsageError, one_line
-from manifests.plain_files import read_regular
+from manifests.errors import DataError, UsageError, one_line, plain
+from manifests.plain_files import load_yaml, read_regular
 from stages.hub import inside, snapshot
 from stages.settings import PriorSettings
 
@@ -157,14 +157,15 @@ class PriorSource(ModelFolder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the manifest records: name, pipeline class, conditioning, image size, sha256 over its files (and the
-        number of its classes, and names and weights of merged LoRA files)."""
+        """What the manifest records: name, pipeline class, conditioning, image size, sha256 over its files (and its
+        license, the number of its classes, and names and weights of merged LoRA files)."""
         return {
             "name": self.name,
             "pipeline": self.pipeline,
             "conditioning": self.family.conditioning,
             "image_size": self.geometry.image_size,
             "sha256": self.sha256,
+            **({"license": license} if (license := license_in(self.folder)) else {}),
             **({"classes": self.geometry.classes} if self.geometry.classes else {}),
             **({"cfg_scale_input": True} if self.geometry.scale_input else {}),
             **({"lora": [[lora.name, weight] for lora, weight in self.loras]} if self.loras else {}),
@@ -180,6 +181,22 @@ class PriorSource(ModelFolder):
             "noise schedule": f"of its {config['_class_name']}, predicts {config.get('prediction_type', 'epsilon')}",
             "size": f"{shape} for {self.geometry.image_size} px" + (self.geometry.note and f" ({self.geometry.note})"),
         }
+
+
+MAX_CARD = 1 << 20
+
+
+def license_in(folder: Path) -> str | None:
+    """The license that the model card in ``folder`` states (its name, where that is ``other``), for people."""
+    try:
+        head = read_regular(folder / "README.md", MAX_CARD).removeprefix(b"---").partition(b"\n---")[0]
+        values, _ = load_yaml(head, "README.md")
+    except (OSError, UsageError):  # no card, or none that is one
+        return None
+    found = values.get("license") if isinstance(values, dict) else None
+    if found == "other":
+        found = values.get("license_name") or found
+    return plain(found)[:100] if isinstance(found, str) and found else None
 
 
 MAX_LAYERS, MAX_INTEGER = 1024, 2**24
