@@ -68,7 +68,7 @@ def evaluate(run: "Run") -> None:
 def export(run: "Run") -> None:
     """The texts without sizes: the files hold names of source files."""
     for option, file in (("--torch-export", "student.pt2"), ("--onnx", "student.onnx")):
-        answer = run.factory("export", "frozen/student", option, file, label=None)
+        answer = run.factory("export", "student", "frozen/student", option, file, label=None)
         run.keep(option, {name: re.sub(r"[\d.]+ kB", "<size>", str(text)) for name, text in answer.items()})
 
 

@@ -44,11 +44,10 @@ def dataset_card(info: DatasetInfo, kept: int) -> str:
     settings: Mapping[str, Any] = synth if isinstance(synth, dict) else {}
     method, images = settings.get("method", "unknown"), settings.get("images")
     extension = images.get("format") if isinstance(images, dict) else None
-    extensions = [extension] if extension in EXTENSIONS else list(EXTENSIONS if method == "import" else ("png",))
-    features = [{"name": name, "dtype": "image"} for name in extensions]
-    features += [
+    features: list[dict[str, Any]] = [
+        {"name": extension if extension in EXTENSIONS else "png", "dtype": "image"},
         {"name": "cls", "dtype": class_label(info.class_names)},
-        {"name": "json", "struct": [_feature(field) for field in SCHEMA if field.name not in PLACEMENT]},
+        {"name": "json", "struct": [feature(field) for field in SCHEMA if field.name not in PLACEMENT]},
         {"name": "__key__", "dtype": "string"},
         {"name": "__url__", "dtype": "string"},
     ]
@@ -124,11 +123,11 @@ def label_names(names: Sequence[str]) -> tuple[str, ...]:
     return shown
 
 
-def _feature(field: pa.Field) -> dict[str, Any]:
+def feature(field: pa.Field) -> dict[str, Any]:
     """A column in a card. Lists of structs and of plain values are written so that every version reads them."""
     kind = field.type
     if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
-        return {"name": field.name, "list": [_feature(each) for each in kind.value_type]}
+        return {"name": field.name, "list": [feature(each) for each in kind.value_type]}
     if pa.types.is_list(kind):
         return {"name": field.name, "sequence": _dtype(kind.value_type)}
     return {"name": field.name, "dtype": _dtype(kind)}

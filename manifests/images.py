@@ -75,6 +75,11 @@ def check_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> None:
         pass
 
 
+def extension(data: bytes) -> str:
+    """How a stored image is called: png, jpg or webp, by its first bytes."""
+    return "png" if data.startswith(b"\x89PNG") else "jpg" if data.startswith(b"\xff\xd8") else "webp"
+
+
 @contextmanager
 def _opened(data: bytes, side: int | None, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # training scripts set it, and a user's teacher may lie in one

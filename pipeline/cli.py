@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError, check_utf8
-from pipeline.commands import bench, data, first, models, report, run
+from pipeline.commands import bench, data, export, first, models, report, run
 
 app = typer.Typer(
     name="factory",
@@ -36,7 +36,7 @@ app.command(rich_help_panel="Look")(data.verify)
 app.command(rich_help_panel="Look")(bench.bench)
 app.command(name="eval", rich_help_panel="Look")(models.evaluate)
 app.command(rich_help_panel="Look")(first.predict)
-app.command(rich_help_panel="Keep")(models.export)
+app.add_typer(export.app, name="export", rich_help_panel="Keep")
 app.command(rich_help_panel="Keep")(data.rescore)
 app.command(rich_help_panel="Keep")(data.gc)
 app.command(rich_help_panel="Keep")(data.rebuild)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stages.distill.results import DistillResult, StudentResult
 
 NOT_STORED = (
+    *("keys", "exclude_keys"),
     *("loggers", "skip_bad", "allow_other_teacher", "teacher_cache.folder", "cache_dir", "cache_gb"),
     *("device", "threads", "memory_gb", "checkpoint_seconds"),
 )

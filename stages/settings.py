@@ -637,6 +637,11 @@ class DistillSettings(Settings):
     input: InputSettings | None = Field(None, description="the students' input; default: the teacher's")
     where: str | None = Field(None, description="rows to use, e.g. confidence >= 0.5 and timestep == 0")
     include_rejected: bool = Field(False, description="also use images that synthesis rejected")
+    keys: str | None = Field(None, description="file of the keys of the images to use: Parquet, CSV or text")
+    exclude_keys: str | None = Field(None, description="file of keys of images to leave out")
+    best: str | None = Field(
+        None, description="the best of each class, e.g. 100:confidence; 100:-entropy takes the lowest"
+    )
     skip_bad: bool = Field(False, description="leave out images that are missing or altered instead of stopping")
     balance: bool = Field(False, description="every class equally often, over all manifests together")
     epochs: int = Field(80, gt=0, le=10**6)

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import JsonOption, RunArgument, argument, option
+from pipeline.commands.options import (
+    BestOption,
+    ExcludeKeysOption,
+    JsonOption,
+    KeysOption,
+    RunArgument,
+    WhereOption,
+    argument,
+    option,
+)
 from pipeline.terminal import plain, show
 
 ManifestArgument = Annotated[str, argument(metavar="MANIFEST", help="m.parquet (path or URL).")]
@@ -37,7 +46,10 @@ def status(
 
 def inspect(
     manifest: ManifestArgument,
-    where: Annotated[str | None, option(help='Rows to look at, e.g. "confidence > 0.9".')] = None,
+    where: WhereOption = None,
+    keys: KeysOption = None,
+    exclude_keys: ExcludeKeysOption = None,
+    best: BestOption = None,
     sheet: Annotated[
         Path | None, option(help="Contact sheet to write (PNG) (default: runs/RECIPE-FINGERPRINT/sheet.png).")
     ] = None,
@@ -51,6 +63,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Summary of a manifest, metrics that need no real data, and a contact sheet of its kept images."""
+    from manifests.curate import Selection
     from manifests.errors import DataError, StoreError, UsageError
     from manifests.reader import Manifest
     from manifests.storage import Storage
@@ -59,6 +72,8 @@ def inspect(
     from pipeline.terminal import say
 
     opened = Manifest.open(manifest)
+    if keys or exclude_keys or best:  # the best are those of the kept images, as everywhere
+        opened = Selection(where, best is None, keys, exclude_keys, best).of(opened)
     summary = look.summarize(opened, where)
     if metrics and summary.kept:
         summary = replace(summary, metrics=look.metrics(opened, where))

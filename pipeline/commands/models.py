@@ -1,6 +1,5 @@
-"""``factory eval``, ``export`` and ``recipes``."""
+"""``factory eval`` and ``recipes``."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -8,35 +7,13 @@ import typer
 
 from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption, argument, option
-from pipeline.terminal import pairs, plain, progress, say, share, show, size, table
+from pipeline.terminal import pairs, plain, progress, say, share, show, table
 
-MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
 EVAL_HELP = (
     "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
 )
 DATA_HELP = "WebDataset tars, a folder of one sub-folder of images for each class, Parquet, or a run; patterns, too."
 SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
-
-
-def export(
-    student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
-    onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
-    torch_export: Annotated[str | None, option(metavar="FILE", help="Write a torch.export program (.pt2).")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
-    if not onnx and not torch_export:
-        raise UsageError("say what to write: --onnx FILE or --torch-export FILE")
-    from stages.distill.export import export_onnx, export_torch
-
-    files = [export_onnx(student, onnx)] if onnx else []
-    files += [export_torch(student, torch_export)] if torch_export else []
-    lines = (
-        f"{plain(file.file)}: {file.format}, {size(file.bytes)}, images {' × '.join(map(str, file.input))} in [0, 1] "
-        f"to {file.classes} logits, within {file.largest_difference:.1g} of PyTorch's"
-        for file in files
-    )
-    show({"files": [asdict(file) for file in files]}, as_json, lines)
 
 
 def evaluate(

@@ -39,6 +39,15 @@ ActorsOption = Annotated[
     int | None, place_option(help="1 runs in this process (default), more as Ray actors.", envvar="FACTORY_WORKERS")
 ]
 RetryOption = Annotated[bool, place_option("--retry-failed", help="Try quarantined shards again.")]
+WhereOption = Annotated[str | None, option(help='Rows to use, e.g. "confidence > 0.5 and timestep == 0".')]
+KeysOption = Annotated[
+    str | None, option(metavar="FILE", help="Keys of the images to use: Parquet, CSV or a text with one on each line.")
+]
+ExcludeKeysOption = Annotated[str | None, option(metavar="FILE", help="Keys of images to leave out.")]
+BestOption = Annotated[
+    str | None,
+    option(metavar="N:COLUMN", help="The N best of each class: 100:confidence; 100:-entropy takes the lowest."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RESULT)]
 NoReportOption = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html beside the results.", rich_help_panel=RESULT)

@@ -281,7 +281,7 @@ def commands(manifest: Manifest, trainings: Sequence["Training"]) -> list[tuple[
             made.append(f"factory run distill --manifest {name} -c {settings} --out {_quoted(training.url)}")
         for student in [*training.students][:1]:
             folder = _quoted(f"{training.url}/{student}")
-            following += [f"factory export {folder} --onnx student.onnx", f"factory eval {folder} DATA"]
+            following += [f"factory export student {folder} --onnx student.onnx", f"factory eval {folder} DATA"]
     if not trainings:
         following.append(f'factory run distill --manifest {name} --where "confidence >= 0.5"')
     return [(title, lines) for title, lines in (("Made by", made), ("What comes next", following)) if lines]

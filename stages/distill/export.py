@@ -273,5 +273,5 @@ on the training machine).
 
 Load it with `stages.distill.export.load_student({model})` (PIL images, or tensors `[n, 3, h, w]` of uint8 or in [0, 1],
 in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
-`factory export {model} --onnx FILE`.{named}
+`factory export student {model} --onnx FILE`.{named}
 """

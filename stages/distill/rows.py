@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from manifests.curate import Selection
 from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
 from manifests.order import mixed_order
@@ -18,6 +19,7 @@ from stages.seeds import derive, mixed, uniform
 from stages.settings import DistillSettings
 
 Ints = npt.NDArray[np.int64]
+BY_KEY = ("keys", "exclude_keys")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,12 @@ def intact(selection: Manifest) -> tuple[Manifest, list[str]]:
 
 def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSettings) -> Rows:
     """Open selections of ``(manifest, weight)`` pairs as one table of rows."""
-    selections = [manifest.where(settings.where, settings.include_rejected) for manifest, _ in manifests]
+    chosen = {name: getattr(settings, name) for name in ("where", "include_rejected", *BY_KEY, "best")}
+    if len(manifests) > 1 and (named := [name for name in BY_KEY if chosen[name]]):
+        raise UsageError(
+            f"{named[0]}: a key names an image of one dataset, and there are {len(manifests)}: use factory export data"
+        )
+    selections = [Selection(**chosen).of(manifest) for manifest, _ in manifests]
     bad: list[list[str]] = [[] for _ in selections]
     if settings.skip_bad:
         checked = [intact(selection) for selection in selections]

@@ -24,7 +24,7 @@ from stages.distill.evaluate import check_data
 from stages.distill.loop import Prepared, Training, test_scores, train
 from stages.distill.losses import paired_layers
 from stages.distill.results import RESULTS, DistillResult, StudentResult, keep_score, previous_results
-from stages.distill.rows import EpochOrder, rows_digest, select_rows, split_validation
+from stages.distill.rows import BY_KEY, EpochOrder, rows_digest, select_rows, split_validation
 from stages.distill.runtime import ALONE, Callbacks, OnEvent, OnProgress, Ranks, slow_precision, torch_threads
 from stages.distill.streaming import Pixels, Stream
 from stages.distill.student import Student
@@ -40,8 +40,8 @@ from stages.settings import ALGORITHM_VERSION, PLACE, DistillSettings, ModelSett
 __all__ = ["DistillResult", "Prepared", "begin", "prepare", "run_distill", "student_config", "train_students"]
 
 NO_DERIVED = "loss.variants_ce does nothing: no image to train on was made from another, as method dda makes them"
-NOT_COMPARED: Any = {**dict.fromkeys(PLACE, True), "teacher_cache": {"folder"}}
-"""Settings left out of what a resumed run must share with its beginning."""
+NOT_COMPARED: Any = {**dict.fromkeys((*PLACE, *BY_KEY), True), "teacher_cache": {"folder"}}
+"""Settings left out of what a resumed run must share with its beginning; of files of keys the rows are compared."""
 IN_MEMORY = memory_error_in_a_line(
     "the training does not fit the memory",
     "free memory and repeat the command, which resumes from the last checkpoint; or train fewer students at a time, or "
@@ -98,12 +98,13 @@ def prepare(
     if settings.loss.active == ("variants_ce",) and not rows.derived[train_rows].any():
         raise UsageError(f"loss: nothing to learn from: {NO_DERIVED}; set loss.kd")
     configs = [student_config(name, settings, teacher) for name in settings.students]
+    by_rows = settings.skip_bad or settings.keys or settings.exclude_keys
     spec = {
         "algorithm": ALGORITHM_VERSION,
         "settings": settings.model_dump(mode="json", exclude=NOT_COMPARED),
         "manifests": [
             {"digest": manifest.digest, "fingerprint": manifest.info.fingerprint, "weight": weight}
-            | ({"rows": rows_digest(selection.rows)} if settings.skip_bad else {})
+            | ({"rows": rows_digest(selection.rows)} if by_rows else {})
             for (manifest, weight), selection in zip(manifests, rows.selections, strict=True)
         ],
         "teacher": {key: teacher.identity[key] for key in ("architecture", "sha256")},

@@ -30,11 +30,11 @@ def factory(*args):
 
 
 def test_export(student, tmp_path):
-    done = factory("export", student, "--torch-export", tmp_path / "s.pt2")
+    done = factory("export", "student", student, "--torch-export", tmp_path / "s.pt2")
     assert done.exit_code == 0, done.output
     assert "images batch × 1 × 8 × 8 in [0, 1] to 3 logits" in done.stdout
     assert (tmp_path / "s.pt2").exists()
-    assert isinstance(factory("export", student).exception, UsageError)
+    assert isinstance(factory("export", "student", student).exception, UsageError)
 
 
 def test_eval_writes_a_picture(student, dataset, tmp_path):

@@ -153,3 +153,17 @@ def test_several_weighted_manifests_resume_exactly(dataset, tmp_path):
         run_distill(asked, [sources[0], (sources[1][0], 0.6)], str(tmp_path / "parts"))
     run_distill(asked, sources, str(tmp_path / "parts"))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_another_content_of_a_file_of_keys_is_another_run(tmp_path):
+    path = write_dataset(tmp_path / "d")
+    keys, file = Manifest.open(path).column("key"), tmp_path / "keys.txt"
+    file.write_text("\n".join(keys[:-4]))
+    asked = settings(checkpoint_seconds=1e9, keys=str(file))
+    with pytest.raises(Interrupted):
+        run_distill(asked, [(path, 1.0)], str(tmp_path / "run"), should_stop=stop_at(2))
+    file.write_text("\n".join(keys[:-8]))
+    with pytest.raises(DataError, match="rows"):
+        run_distill(asked, [(path, 1.0)], str(tmp_path / "run"))
+    (tmp_path / "moved.txt").write_text("\n".join(keys[:-4]))
+    run_distill(asked.model_copy(update={"keys": str(tmp_path / "moved.txt")}), [(path, 1.0)], str(tmp_path / "run"))

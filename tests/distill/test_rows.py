@@ -168,3 +168,15 @@ def test_balance_counts_all_manifests_together(tmp_path):
     two = Manifest.open(write_dataset(tmp_path / "b", count=12, shards=1, seed=1, label=lambda i: 2))
     rows, order = order_of([(one, 1.0), (two, 0.5)], balance=True)  # 12 + 12 + 6 count, so 10 of each class
     assert np.bincount(rows.label[order(0)]).tolist() == [10, 10, 10]
+
+
+def test_keys_and_the_best_select_rows(linked, tmp_path):
+    keys = linked.column("key")[:6]
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    file = str(tmp_path / "keys.txt")
+    assert len(select_rows([(linked, 1.0)], DistillSettings(keys=file))) == 6
+    assert len(select_rows([(linked, 1.0)], DistillSettings(exclude_keys=file))) == len(linked) - 6
+    best = select_rows([(linked, 1.0)], DistillSettings(best="2:confidence"))
+    assert np.bincount(best.label).max() == 2
+    with pytest.raises(UsageError, match="exclude_keys: a key names an image of one dataset, and there are 2"):
+        select_rows([(linked, 1.0), (linked, 1.0)], DistillSettings(exclude_keys=file))

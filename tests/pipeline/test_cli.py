@@ -34,6 +34,8 @@ COMMANDS = (
     "verify",
     "eval",
     "export",
+    "export data",
+    "export student",
     "rescore",
     "gc",
     "rebuild",

@@ -57,12 +57,12 @@ def test_no_command_that_reads_a_run_writes_into_it(factory, run_folder, tmp_pat
     assert f"students go to runs/{folder.name}/distill\n" in err
     assert {path.name for path in folder.iterdir()} == {"distill", "sheet.png"}
     student = folder / "distill/digits-cnn-small"
-    assert factory("export", student, "--torch-export", tmp_path / "s.pt2")[0] == 0
+    assert factory("export", "student", student, "--torch-export", tmp_path / "s.pt2")[0] == 0
     assert factory("eval", student, run_folder / "m.parquet")[0] == 0
     assert contents(run_folder) == before
     assert factory("status", run_folder)[1].splitlines()[-1].split() == ["trained", str(folder / "distill")]
     assert factory("report", run_folder, "--no-metrics")[0] == 0
-    assert f"factory export {student}" in (tmp_path / "work/report-run.html").read_text()
+    assert f"factory export student {student}" in (tmp_path / "work/report-run.html").read_text()
     (folder / "distill/results.json").unlink()
     assert json.loads(factory("status", run_folder, "--json")[1])["trainings"] == {str(folder / "distill"): False}
 

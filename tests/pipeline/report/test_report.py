@@ -185,7 +185,7 @@ def test_students_are_read_from_their_folder_alone(tmp_path):
     text = make_report(dataset, [str(tmp_path / "moved")], test_data=dataset).html.decode()
     assert "digits-cnn-small" in text and "training loss" in text
     assert "Teacher right, student wrong" in text
-    assert f"factory export {tmp_path}/moved/digits-cnn-small" in text
+    assert f"factory export student {tmp_path}/moved/digits-cnn-small" in text
     other = write_dataset(tmp_path / "other", 48, seed=1)
     assert "trained on another dataset" in make_report(other, [str(tmp_path / "moved")]).html.decode()
     with pytest.raises(DataError, match="no finished training"):

@@ -1,0 +1,75 @@
+"""``factory export data`` and ``factory export student``."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from manifests.errors import UsageError
+from pipeline.commands.options import (
+    BestOption,
+    ExcludeKeysOption,
+    JsonOption,
+    KeysOption,
+    WhereOption,
+    argument,
+    option,
+)
+from pipeline.terminal import plain, show, size
+
+app = typer.Typer(no_args_is_help=True, help="Write a dataset or a student in the formats of other tools.")
+
+MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
+
+
+@app.command()
+def data(
+    run: Annotated[str, argument(metavar="RUN|MANIFEST", help="Run folder or manifest (path or URL).")],
+    parquet: Annotated[
+        str | None, option(metavar="OUT", help="Parquet with image bytes, labels and all columns.")
+    ] = None,
+    imagefolder: Annotated[str | None, option(metavar="OUT", help="A folder of images for each class.")] = None,
+    webdataset: Annotated[str | None, option(metavar="OUT", help="Tars of KEY.png, KEY.cls and KEY.json.")] = None,
+    where: WhereOption = None,
+    include_rejected: Annotated[
+        bool, typer.Option("--include-rejected", help="Also images that a filter of stage 1 rejected.")
+    ] = False,
+    keys: KeysOption = None,
+    exclude_keys: ExcludeKeysOption = None,
+    best: BestOption = None,
+    part_mb: Annotated[int, typer.Option(help="Megabytes of images in a Parquet file or tar.", min=1)] = 500,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the kept images, or a selection, for other tools. The same command again makes what is missing."""
+    from manifests.curate import Selection
+    from pipeline.export_data import export_data
+
+    chosen = {"parquet": parquet, "imagefolder": imagefolder, "webdataset": webdataset}
+    given = [(form, out) for form, out in chosen.items() if out]
+    if len(given) != 1:
+        raise UsageError("say how to write it, once: --parquet OUT, --imagefolder OUT or --webdataset OUT")
+    form, out = given[0]
+    selection = Selection(where, include_rejected, keys, exclude_keys, best)
+    show(export_data(run, form, out, selection, part_mb), as_json)
+
+
+@app.command()
+def student(
+    student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
+    onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
+    torch_export: Annotated[str | None, option(metavar="FILE", help="Write a torch.export program (.pt2).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
+    if not onnx and not torch_export:
+        raise UsageError("say what to write: --onnx FILE or --torch-export FILE")
+    from stages.distill.export import export_onnx, export_torch
+
+    files = [export_onnx(student, onnx)] if onnx else []
+    files += [export_torch(student, torch_export)] if torch_export else []
+    lines = (
+        f"{plain(file.file)}: {file.format}, {size(file.bytes)}, images {' × '.join(map(str, file.input))} in [0, 1] "
+        f"to {file.classes} logits, within {file.largest_difference:.1g} of PyTorch's"
+        for file in files
+    )
+    show({"files": [asdict(file) for file in files]}, as_json, lines)
