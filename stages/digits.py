@@ -1,8 +1,7 @@
-"""The real handwritten digits (scikit-learn's ``load_digits``) that the embedded example is measured on.
+"""The real handwritten digits (``assets/digits``) that the embedded example is measured on.
 
 The teacher's training script and the benchmarks read ``train`` and ``validation``; ``factory demo`` writes ``test``
-after synthesis, to score its students. Synthesis and distillation never import this module; scikit-learn is imported
-lazily.
+after synthesis, to score its students. Synthesis and distillation never import this module.
 """
 
 import io
@@ -16,26 +15,13 @@ from PIL import Image
 
 Split = Literal["train", "validation", "test"]
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-VALIDATION = 300
-SEED = 0
+FILE = Path(__file__).parent / "assets/digits/digits.npz"
 
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Images ``[n, 8, 8]`` of integers 0…16 and labels ``[n]``: 598 train, 300 validation, 899 test, stratified."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8).astype(np.uint8)
-    rest, test, rest_labels, test_labels = train_test_split(
-        images, labels, test_size=0.5, stratify=labels, random_state=SEED
-    )
-    if split == "test":
-        return test, test_labels
-    train, held, train_labels, held_labels = train_test_split(
-        rest, rest_labels, test_size=VALIDATION, stratify=rest_labels, random_state=SEED
-    )
-    return (train, train_labels) if split == "train" else (held, held_labels)
+    with np.load(FILE, allow_pickle=False) as arrays:
+        return arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(np.int64)
 
 
 def write_split(split: Split, path: Path) -> Path:
