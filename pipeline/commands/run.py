@@ -211,7 +211,7 @@ def distill(
 def _end(result: "DistillResult") -> None:
     """What to do with the students; exit codes where one was parked or has no score."""
     if student := next(iter(result.students.values()), None):
-        next_step("export", student.folder, "--onnx", f"{student.folder}/model.onnx")
+        next_step("export", "student", student.folder, "--onnx", f"{student.folder}/model.onnx")
     if result.parked or result.unscored:
         raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
 
