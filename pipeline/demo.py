@@ -2,14 +2,16 @@
 
 ``factory demo`` makes a guided and an unguided dataset from one recipe (unguided: method ``dmkd``, the same prior,
 seeds and number of images), distills one student from each, and prints teacher and students side by side.
+``factory demo --photos`` does so with photographs, in a clone of the repository, which holds no real ones to test on.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from manifests.errors import FactoryError
+from manifests.errors import FactoryError, UsageError
 from manifests.local import temporary_name
 from manifests.reader import Manifest
 from manifests.storage import Storage
@@ -18,7 +20,7 @@ from pipeline.executors.settings import executor
 from pipeline.inspect import contact_sheet, hstack, png, samples
 from pipeline.plan import local_folder
 from pipeline.recipe import Recipe, resolve
-from pipeline.synth import run_synth
+from pipeline.synth import SynthResult, run_synth
 from pipeline.terminal import duration, say, share, table
 from stages.settings import student_name
 
@@ -81,11 +83,8 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
     root = local_folder(out, "the demo needs a local folder, since the real digits lie there")
     say(f"about {MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
     started = time.monotonic()
-    unguided = guided.changed(*UNGUIDED)
-    recipes, datasets = dict(zip(DATASETS, (guided, unguided), strict=True)), {}
-    for name, recipe in recipes.items():
-        datasets[name] = run_synth(recipe, root.folder(name), place, title=f"{name} images")
-    root.write(PICTURE, picture(datasets["unguided"].run, datasets["guided"].run))
+    recipes = _recipes(guided)
+    datasets = _datasets(recipes, root, place)
     test = _test_digits(root)
     students = {
         name: _student(recipe, datasets[name].manifest, root.folder(f"{name}/distill"), test, f"{name} student")
@@ -102,6 +101,119 @@ def run_demo(out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed:
         images_unguided=datasets["unguided"].kept,
         picture=root.path(PICTURE),
         student=student,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _recipes(guided: Recipe) -> dict[str, Recipe]:
+    return dict(zip(DATASETS, (guided, guided.changed(*UNGUIDED)), strict=True))
+
+
+def _datasets(recipes: Mapping[str, Recipe], root: Storage, place: Any) -> dict[str, SynthResult]:
+    """The datasets of both methods, and a picture of both."""
+    made = {name: run_synth(each, root.folder(name), place, title=f"{name} images") for name, each in recipes.items()}
+    root.write(PICTURE, picture(made["unguided"].run, made["guided"].run))
+    return made
+
+
+PHOTOS_MINUTES = 15
+PHOTOS = ("synth.shards=4", "synth.group_size=100", "distill.epochs=160")
+"""What the demo changes in the recipe ``photos``, to end in time."""
+HELD_OUT = ("synth.shards=1", "synth.seed=1")
+"""Images that no student learns from."""
+CLONE = Path(__file__).resolve().parents[1]
+PRIOR, TEACHER = CLONE / "priors" / "natural32", CLONE / "benchmarks" / "cifar10-teacher"
+
+
+@dataclass(frozen=True)
+class PhotosResult:
+    """``agreement``: how often a student names the class that the teacher names, on ``held_out`` synthetic images of
+    each method, by student and method. ``accuracy``: of teacher and students on real images, where the user has some;
+    ``images``: behind each student."""
+
+    out: str
+    agreement: dict[str, dict[str, float]]
+    held_out: int
+    images: dict[str, int]
+    accuracy: dict[str, float]
+    picture: str
+    student: str
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        yield ""
+        real = ("on real",) if self.accuracy else ()
+        rows: list[tuple[object, ...]] = []
+        for name in DATASETS:
+            cells = (share(self.agreement[name][other]) for other in DATASETS)
+            rows.append((f"student, {name} synthesis", self.images[name], *cells, *self._real(name)))
+        if self.accuracy:
+            rows.insert(0, ("teacher (the real training images)", "", "", "", *self._real("teacher")))
+        heads = ("agreement with the teacher", "images", "on guided", "on unguided", *real)
+        yield from table((36, 8, 11, 13, *((9,) if real else ())), heads, *rows)
+        yield ""
+        yield f"on {self.held_out} synthetic images of each method that no student learned from, from other noise;"
+        yield (
+            "on real: accuracy on your images"
+            if self.accuracy
+            else "no accuracy: the repository holds no real photographs. --eval DATA scores on labeled CIFAR-10 images"
+        )
+        yield f"pictures: {self.picture} (unguided beside guided)"
+        yield f"student:  {self.student}"
+        yield f"took {duration(self.seconds)}"
+
+    def _real(self, name: str) -> tuple[str | None, ...]:
+        return (share(self.accuracy.get(name)),) if self.accuracy else ()
+
+
+def run_photos(
+    out: str, sets: Sequence[str] = (), workers: int = 1, retry_failed: bool = False, test_data: str | None = None
+) -> PhotosResult:
+    """The demo with photographs: ``priors/natural32``, the CIFAR-10 teacher beside it, the recipe ``photos``.
+
+    ``test_data``: labeled CIFAR-10 images, to measure accuracy. Raises UsageError outside a clone of the repository,
+    otherwise as :func:`run_demo` does.
+    """
+    missing = [path for path in (PRIOR, TEACHER) if not path.is_dir()]
+    if missing:
+        raise UsageError(
+            f"--photos needs a clone of the repository: there is no {missing[0]}; the package leaves it out"
+        )
+    guided = resolve("photos", sets=[f"synth.prior.path={PRIOR}", f"synth.teacher.name={TEACHER}", *PHOTOS, *sets])
+    place = executor(workers=workers, retry_failed=retry_failed)
+    root = local_folder(out, "the demo needs a local folder")
+    from stages.distill.evaluate import check_data, evaluate
+    from stages.models.source import resolve as resolve_model
+
+    if test_data:
+        check_data(test_data, resolve_model(guided.synth.teacher).config.class_names)  # now, not after the images
+    say(f"about {PHOTOS_MINUTES} minutes on two CPU cores: guided and unguided images, then a student from each")
+    started = time.monotonic()
+    recipes = _recipes(guided)
+    datasets = _datasets(recipes, root, place)
+    fresh = {
+        name: run_synth(each.changed(*HELD_OUT), root.folder(f"held-out/{name}"), place, title=f"{name}, held out")
+        for name, each in recipes.items()
+    }
+    folders, accuracy, agreement = {}, dict[str, float](), dict[str, dict[str, float]]()
+    for name, each in recipes.items():
+        title, to = f"{name} student", root.folder(f"{name}/distill")
+        result = run_distill(each, [datasets[name].manifest], to, test_data=test_data, title=title)
+        student = trained(result, student_name(each.distill.students[0]), title)
+        folders[name] = student.folder
+        if student.test:
+            accuracy[name] = student.test.accuracy
+            accuracy["teacher"] = student.test.teacher_accuracy or 0.0
+        scores = {other: evaluate(student.folder, made.manifest, guided.synth.teacher) for other, made in fresh.items()}
+        agreement[name] = {other: found.model_teacher_agreement or 0.0 for other, found in scores.items()}
+    return PhotosResult(
+        out=root.url,
+        agreement=agreement,
+        held_out=min(made.kept for made in fresh.values()),
+        images={name: made.kept for name, made in datasets.items()},
+        accuracy=accuracy,
+        picture=root.path(PICTURE),
+        student=folders["guided"],
         seconds=round(time.monotonic() - started, 1),
     )
 

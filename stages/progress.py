@@ -64,8 +64,8 @@ class ShardWatch:
     def step(self, confidence: Callable[[], float | None] = lambda: None) -> None:
         """One more step is done. ``confidence`` is asked only for what is reported: on a GPU it waits for the step."""
         at = self._at
-        share = (self._done + (at.step + 1) / max(at.steps, 1)) / self._groups
-        self._at = replace(at, step=at.step + 1, share=min(share, (self._done + 1) / self._groups))
+        share = min(1.0, (at.step + 1) / (at.steps + 1))  # decoding and judging count as a step more
+        self._at = replace(at, step=at.step + 1, share=(self._done + share) / self._groups)
         if self._on_progress and (now := time.monotonic()) >= self._next:
             self._next = now + REPORT_SECONDS
             sure = confidence()

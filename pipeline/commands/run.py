@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manifests.errors import DataError, FactoryError
+from manifests.errors import DataError, FactoryError, UsageError
 from pipeline.commands.options import (
     ActorsOption,
     AddressOption,
@@ -37,7 +37,16 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="Where the results go.")] = "demo",
+    out: Annotated[
+        str | None,
+        option("--out", "-o", metavar="FOLDER", help="Where the results go (default: demo, or demo-photos)."),
+    ] = None,
+    photos: Annotated[
+        bool, typer.Option("--photos", help="With photographs and a CIFAR-10 teacher; in a clone, 15 minutes.")
+    ] = False,
+    eval_: Annotated[
+        str | None, option("--eval", metavar="DATA", help="With --photos: labeled CIFAR-10 images to score on.")
+    ] = None,
     set_: SetOption = None,
     workers: Annotated[
         int, typer.Option(envvar="FACTORY_WORKERS", help="1 runs in this process, more as Ray actors.")
@@ -48,14 +57,21 @@ def demo(
 ) -> None:
     """Guided and unguided data, a student from each, and a table. Run again, it takes up where it stopped."""
     from manifests.storage import check_url
-    from pipeline.demo import DATASETS, TEST, run_demo
+    from pipeline.demo import DATASETS, TEST, DemoResult, PhotosResult, run_demo, run_photos
     from pipeline.report import write_report
 
-    result = run_demo(check_url(out), set_ or [], workers, retry_failed)
+    if eval_ and not photos:
+        raise UsageError("--eval goes with --photos: the demo brings its own test digits")
+    folder = check_url(out or ("demo-photos" if photos else "demo"))
+    result: DemoResult | PhotosResult
+    if photos:
+        result = run_photos(folder, set_ or [], workers, retry_failed, eval_)
+    else:
+        result = run_demo(folder, set_ or [], workers, retry_failed)
     show(result, as_json)
     if not no_report:
         students = [f"{result.out}/{name}/distill" for name in DATASETS]
-        write_report(f"{result.out}/{DATASETS[0]}", result.out, students, f"{result.out}/{TEST}")
+        write_report(f"{result.out}/{DATASETS[0]}", result.out, students, eval_ if photos else f"{result.out}/{TEST}")
 
 
 app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")

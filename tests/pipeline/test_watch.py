@@ -72,7 +72,7 @@ def test_a_group_that_is_made_again_in_parts_goes_back(seen):
     watch.begin_group()
     row = {"kept": True, "confidence": 0.5, "label": 1, "teacher_label": 1}
     watch.end_group([row, row | {"kept": False, "teacher_label": 2, "confidence": 1.0}])
-    assert seen[0].share == 1 / 8 and len(seen) == 2  # steps within a second are one report
+    assert seen[0].share == 1 / 10 and len(seen) == 2  # steps within a second are one report
     assert (seen[1].share, seen[1].rows, seen[1].agrees, seen[1].kept, seen[1].confidence) == (0.5, 2, 1, 1, 1.5)
     assert watch.judged == {"agreement": 0.5, "confidence": 0.75}
     watch.begin_group()

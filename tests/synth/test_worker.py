@@ -52,7 +52,7 @@ def made(prior_folder, tmp_path_factory):
     patch.setattr(stages.progress, "REPORT_SECONDS", 0.0)
     report = ShardWorker(settings(prior_folder), storage.url, "f" * 64).run(3, seen.append)
     patch.undo()
-    steps = [0.1, 0.2, 0.3, 0.4, 0.5]  # five steps of the first of two groups, then its images
+    steps = [step / 12 for step in range(1, 6)]  # five of the first of two groups, and one for its images
     assert [at.share for at in seen] == pytest.approx([*steps, 0.5, *(0.5 + share for share in steps), 1.0])
     assert [(at.step, at.rows) for at in seen[:7]] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (5, 40), (1, 40)]
     assert all(0 < at.guided < 1 for at in seen if at.step not in (0, 5) and at.rows == 0)
