@@ -5,6 +5,8 @@ kernels. What does need the whole group, the mean and variance of BatchNorm's in
 """
 
 import gc
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from manifests.errors import FactoryError, UsageError
+from manifests.errors import FactoryError, UsageError, first_line
+
+log = logging.getLogger(__name__)
 
 
 def find_device(name: str) -> torch.device:
@@ -30,6 +34,51 @@ def find_device(name: str) -> torch.device:
 
 
 T = TypeVar("T")
+
+
+class Repeatable:
+    """Calls work on ``device`` so that a GPU gives the same bits on every run: deterministic kernels, the same choice
+    of them, and no TF32. On a CPU, which does all this by itself, nothing changes.
+
+    Where a network needs an operation that has no deterministic kernel, a warning names it, and the work is done again,
+    as all later work is, without asking for such.
+    """
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.gpu, self.strict = torch.device(device).type == "cuda", True
+        if self.gpu:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS starts
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        if not self.gpu:
+            return work()
+        try:
+            with self.kernels():
+                return work()
+        except RuntimeError as error:
+            if not self.strict or "determinis" not in str(error):
+                raise
+            log.warning("two runs on this GPU may differ in the last bits: %s", first_line(error))
+        self.strict = False
+        with self.kernels():
+            return work()
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """The switches of PyTorch around work, put back afterwards."""
+        memory: Any = torch.utils.deterministic  # whose type says nothing of its switch
+        mode, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_deterministic_debug_mode("error" if self.strict else "default")
+            memory.fill_uninitialized_memory = False  # nothing reads it, and filling takes time
+            torch.set_float32_matmul_precision("highest")
+            with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            memory.fill_uninitialized_memory = filled
+            torch.set_deterministic_debug_mode(mode)
 
 
 def in_micro_batches(call: Callable[..., Any], limit: int | None, *inputs: Tensor | None) -> Any:

@@ -13,6 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 ALGORITHM_VERSION = 4
 """Part of every fingerprint: raise when the same settings would make other bytes, or when a default changes."""
+LOSS_SCALE = 2.0**9
+"""Of guidance's gradients that pass through fp16, where no number is below 2⁻²⁴: a faint gradient would vanish in part,
+and the normalized update would blow up what is left of it."""
 
 Stem = Literal["native", "small"]
 SMALL = 64  # pixels; up to this size the stem of an ImageNet network would throw most of the image away

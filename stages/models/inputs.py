@@ -1,6 +1,7 @@
 """A classifier's input rule (size, channels, normalization), and the logits in whatever it returns."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,27 @@ def resized(x: Tensor, size: int, rule: str) -> Tensor:
     if x.shape[-2:] == (size, size):
         return x
     if rule in ("area", "nearest"):
-        return F.interpolate(x, size=(size, size), mode="area" if rule == "area" else "nearest-exact")
-    return F.interpolate(x, size=(size, size), mode=rule, antialias=True, align_corners=False)
+        return interpolated(x, size, mode="area" if rule == "area" else "nearest-exact")
+    return interpolated(x, size, mode=rule, antialias=True, align_corners=False)
+
+
+def interpolated(x: Tensor, size: int, **how: Any) -> Tensor:
+    """``F.interpolate(x, (size, size), **how)`` of ``x [n, c, h, w]``.
+
+    Where deterministic algorithms are on, it is two matrix products, the same numbers up to rounding: the way back
+    through PyTorch's own kernels adds in any order on a GPU.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.interpolate(x, size=(size, size), **how)
+    rows, columns = (_resampling(side, size, x.device, tuple(how.items())).to(x) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+@lru_cache(64)  # a copy from the host at every step would stop a GPU
+def _resampling(side: int, size: int, device: torch.device, how: tuple[tuple[str, Any], ...]) -> Tensor:
+    """What one axis of ``side`` pixels is multiplied with to have ``size``: ``[size, side]``."""
+    one = torch.eye(side, device="cpu")[None, None]
+    return F.interpolate(one, size=(size, side), **dict(how))[0, 0].to(device)
 
 
 def logits_of(out: Any, num_classes: int, what: str) -> Tensor:

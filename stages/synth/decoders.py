@@ -99,12 +99,12 @@ def fidelity(decode: Decode, prior: DiffusionPrior, settings: SynthSettings, tea
 
 
 def guidance_gradient(decode: Decode, latents: Tensor, guide: Guidance) -> tuple[Tensor, Tensor]:
-    """Images of ``latents`` and the gradient of the guidance loss in them, decoded a few at a time."""
+    """Images of ``latents`` and the (scaled) gradient of the guidance loss in them, decoded a few at a time."""
     with torch.no_grad():
         images = torch.cat([decode(latent) for latent in latents.split(1)])
     with torch.enable_grad():
         losses = guide.terms(images.requires_grad_(), torch.Generator())
-        (cotangents,) = torch.autograd.grad(losses.total(guide.settings), images)
+        (cotangents,) = torch.autograd.grad(losses.total(guide.settings) * guide.loss_scale, images)
     return decode_with_vjp(decode, latents, cotangents)
 
 

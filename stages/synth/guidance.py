@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.models.inputs import interpolated
 from stages.models.teacher import Teacher, moments_gap
-from stages.settings import GuidanceSettings
+from stages.settings import LOSS_SCALE, GuidanceSettings
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import Prediction
 
@@ -46,6 +48,7 @@ class Guidance:
     ) -> None:
         self.prior, self.teacher, self.adversary, self.labels = prior, teacher, adversary, labels
         self.settings, self.decode, self.rng = settings, decode or prior.decode, rng
+        self.loss_scale = LOSS_SCALE if prior.settings.dtype == "fp16" else 1.0
         self.losses: Losses | None = None
         self.steps = 0
         self.skipped = torch.zeros(len(labels), dtype=torch.int16, device=labels.device)
@@ -72,7 +75,8 @@ class Guidance:
         with torch.enable_grad():
             source = x.z if settings.gradient_at == "xt" else x.z0.detach().requires_grad_()
             losses = self.terms(self.decode(x.z0 if settings.gradient_at == "xt" else source), rng)
-            (gradient,) = torch.autograd.grad(losses.total(settings), source)
+            (gradient,) = torch.autograd.grad(losses.total(settings) * self.loss_scale, source)
+        gradient = gradient / self.loss_scale
         finite = gradient.isfinite().flatten(1).all(1)
         delta = update(gradient, alpha, sigma, settings).where(finite.view(-1, 1, 1, 1), 0)
         if settings.gradient_at == "xt" and settings.normalize == "none":
@@ -186,9 +190,18 @@ def shifted(images: Tensor, limit: float, rng: torch.Generator) -> Tensor:
     if reach == 0:
         return images
     dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
     side = images.shape[-1]
+    if torch.are_deterministic_algorithms_enabled():  # as in interpolated
+        rows, columns = (_shift(side, distance, images.device).to(images) for distance in (dy, dx))
+        return rows @ images @ columns.T
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
     return padded[..., reach + dy : reach + dy + side, reach + dx : reach + dx + side]
+
+
+@lru_cache(256)
+def _shift(side: int, distance: int, device: torch.device) -> Tensor:
+    """What one axis of ``side`` pixels is multiplied with to move by ``distance``: ``[side, side]``."""
+    return torch.eye(side, device="cpu")[(torch.arange(side, device="cpu") + distance).clamp(0, side - 1)].to(device)
 
 
 def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -197,4 +210,4 @@ def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
     size = int(torch.randint(math.ceil(CROP * side), side, (1,), generator=rng))
     y, x = torch.randint(side - size + 1, (2,), generator=rng).tolist()
     square = images[..., y : y + size, x : x + size]
-    return F.interpolate(square, size=(side, side), mode="bilinear", align_corners=False)
+    return interpolated(square, side, mode="bilinear", align_corners=False)

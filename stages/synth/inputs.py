@@ -8,7 +8,7 @@ from typing import Any
 
 from manifests.errors import DataError, UsageError
 from stages.models.source import ModelSource, resolve
-from stages.settings import ALGORITHM_VERSION, ModelSettings, PriorSettings, SynthSettings
+from stages.settings import ALGORITHM_VERSION, LOSS_SCALE, ModelSettings, PriorSettings, SynthSettings
 from stages.synth.priors.files import FAMILIES, ModelFolder, check_labels, locate_prior, locate_tiny_decoder
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ def semantics(settings: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
         "teacher": network(inputs.teacher),
         "class_names": list(inputs.class_names),
     }
+    if settings.guides and settings.prior.dtype == "fp16":
+        covered["loss_scale"] = LOSS_SCALE
     if inputs.adversary:
         covered["adversary"] = network(inputs.adversary)
     if inputs.tiny_decoder:

@@ -13,7 +13,7 @@ from manifests.errors import DataError, NumericsError, UsageError
 from manifests.schema import Row, make_key
 from manifests.shard import ShardWriter, done_record
 from manifests.storage import Storage
-from stages.memory import find_device, free_memory, out_of_memory, retry_with_smaller_batches
+from stages.memory import Repeatable, find_device, free_memory, out_of_memory, retry_with_smaller_batches
 from stages.models.inputs import to_unit
 from stages.models.loading import load_teacher
 from stages.models.source import ModelSource
@@ -147,11 +147,12 @@ class ShardWorker:
         self.storage, self.fingerprint = Storage(storage), fingerprint
         self.storage.hold()
         torch.set_num_threads(parsed.threads)
-        torch.backends.cudnn.benchmark = False  # a fixed kernel choice: the same bytes on every run
-        self.models = replace(load_models(parsed, self.storage, planned, sources), on_step=self._on_step)
+        self.repeatable = Repeatable(find_device(parsed.device))
+        models = self.repeatable(lambda: load_models(parsed, self.storage, planned, sources))
+        self.models = replace(models, on_step=self._on_step)
         self.watch: ShardWatch | None = None
         self.teacher = self.models.teacher
-        self.decoder_report = decoder_report(self.models, parsed)
+        self.decoder_report = self.repeatable(lambda: decoder_report(self.models, parsed))
         self.prior_labels = parsed.prior.labeled(self.teacher.class_names).labels
         self.side = inverted_side(self.teacher, parsed.images.size) if parsed.inverts else parsed.images.size
 
@@ -202,7 +203,7 @@ class ShardWorker:
         Later groups of the shard keep that size. Raises FactoryError where one trajectory at a time is too many.
         """
         return retry_with_smaller_batches(
-            lambda: self.samples(group, shard, position),
+            lambda: self.repeatable(lambda: self.samples(group, shard, position)),
             self.teacher.batch_limit or len(group.trajectories),
             self.models.limit_batches,
             f"group {group.index} does not fit the memory, not even one trajectory at a time",

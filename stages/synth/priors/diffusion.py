@@ -222,15 +222,15 @@ def xformers_works(device: str) -> str | None:
 def use_attention(networks: Iterable[Any], choice: str, device: str) -> str:
     """Switch ``networks`` to ``choice`` (``auto | sdpa | xformers``); returns the one in use, ``sdpa`` or ``xformers``.
 
-    ``auto`` takes xformers on a GPU where it works; asking for it where it does not costs one line, not the run.
+    ``auto`` takes PyTorch's, whose way back has deterministic kernels; asking for xformers where it does not work costs
+    one line, not the run.
     """
-    if choice == "sdpa" or (choice == "auto" and not device.startswith("cuda")):
+    if choice != "xformers":
         return "sdpa"  # diffusers' default processors call SDPA already
     reason = xformers_works(device)
     if reason is None:
         for network in networks:
             network.enable_xformers_memory_efficient_attention()
         return "xformers"
-    if choice == "xformers":
-        log.warning("xformers does not work here (%s); using PyTorch's attention instead", reason)
+    log.warning("xformers does not work here (%s); using PyTorch's attention instead", reason)
     return "sdpa"
