@@ -53,20 +53,49 @@ def test_the_breakdown_names_every_stage_once_and_puts_back_what_it_watched(scri
     assert shares.keys() == expected | {"encode", "write", "everything else"} and min(shares.values()) > -0.05
 
 
-def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu(script, tmp_path, monkeypatch, capsys):
+def test_the_gpu_benchmark_runs_on_small_networks_without_a_gpu_and_goes_on(script, tmp_path, monkeypatch, capsys):
     gpu, out = script("gpu_guidance"), tmp_path / "gpu.json"
-    rows = ["unguided, 50 steps", "tiny decoder, 50 steps guided", gpu.PUBLISHED]
     options = ["--tiny", "--device", "cpu", "--shapes", "dit", "--batch", "2", "--steps", "2", "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--json", str(out), "--rows", *rows])
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--json", str(out), *more])
+        gpu.main()
+        return json.loads(out.read_text()), capsys.readouterr()
+
+    rows = [gpu.BASE, "guided by a tiny decoder, 50 steps", gpu.PUBLISHED]
+    measured, told = run("--compile", "off", "--rows", rows[1])
+    assert "| guided by a tiny decoder, 50 steps, 2 at once | " in told.out and "| – |" in told.out
+    found, told = run("--compile", "off", "--rows", *rows)
+    kept, base, published = (found["rows"]["dit"][f"{row}, 2 at once"] for row in (rows[1], rows[0], rows[2]))
+    assert kept == measured["rows"]["dit"][f"{rows[1]}, 2 at once"]  # passed over
+    assert all(made["images_per_s"] > 0 and made["deterministic"] for made in (kept, base, published))
+    assert kept["tflop_per_image"] > base["tflop_per_image"] < published["tflop_per_image"]
+    assert re.search(r"\| unguided, 50 steps, 2 at once \| [\d.]+ \| 1.00 \|", told.out)
+    assert found["machine"] == {"device": "cpu", "torch": torch.__version__}
+    out.write_text(json.dumps(found | {"machine": {"device": "another"}}))
+    with pytest.raises(SystemExit, match="use another --json"):
+        run()
+
+
+def test_the_gpu_benchmark_compares_two_runs_by_checksum(script, tmp_path, monkeypatch, capsys):
+    gpu = script("gpu_guidance")
+    full = "guided by the full VAE, 50 steps"
+    monkeypatch.setattr(gpu, "REPEATED", [full])
+    options = ["--tiny", "--device", "cpu", "--shapes", "dit", "--batch", "2", "--steps", "2", "--checksums"]
+    monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options])
     gpu.main()
-    found = json.loads(out.read_text())["rows"]["dit"]
-    assert list(found) == rows and all(row["images_per_s"] > 0 for row in found.values())
-    assert found[rows[1]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
-    assert found[rows[2]]["tflop_per_image"] > found[rows[0]]["tflop_per_image"]
-    assert re.search(r"\| unguided, 50 steps \| [\d.]+ \| 1.00 \|", capsys.readouterr().out)
-    monkeypatch.setattr(sys, "argv", ["gpu_guidance.py", *options, "--rows", rows[1]])
-    gpu.main()
-    assert re.search(r"\| tiny decoder, 50 steps guided \| [\d.]+ \| – \|", capsys.readouterr().out)
+    assert re.search(rf"^dit, {full}, 2 at once: equal \([0-9a-f]{{12}} …\)$", capsys.readouterr().out)
+
+
+def test_the_gpu_benchmark_measures_what_others_are_compared_with_first(script, monkeypatch):
+    gpu = script("gpu_guidance")
+    args = SimpleNamespace(
+        shapes=["sd15"], rows=[gpu.PUBLISHED, gpu.DEFAULTS, gpu.BASE], batch=[16, 64], compile="both", checksums=False
+    )
+    cases = [case.label for case in gpu.cases(args)]
+    assert cases[0] == f"{gpu.BASE}, 16 at once" and len(cases) == 9  # the published algorithm once
+    assert cases.index(f"{gpu.BASE}, 64 at once") < cases.index(f"{gpu.DEFAULTS}, 64 at once")
+    assert cases[-1].endswith(", compiled") and not any("compiled" in label for label in cases[:5])
 
 
 def test_the_gpu_benchmark_counts_published_work_as_the_counted_rows_do(script, tmp_path):
@@ -76,7 +105,7 @@ def test_the_gpu_benchmark_counts_published_work_as_the_counted_rows_do(script, 
     prior["labels"] = {name: i for i, name in enumerate(counted.TEACHER["class_names"])}
     (_, free, *_), (_, published, *_) = islice(counted.rows(prior, ""), 2)
     for row, flops in ((gpu.BASE, free), (gpu.PUBLISHED, published)):
-        sampled, guidance = gpu.ROWS[row]
+        sampled, guidance, _ = gpu.ROWS[row]
         chosen = counted.settings(prior | sampled, guidance or {}, method="diffdfkd" if guidance else "dmkd")
         assert gpu.counted(chosen, row == gpu.PUBLISHED) == flops
 
