@@ -3,10 +3,13 @@
     python tools/distill_prior.py stages/assets/strokes32 --recipe demo --out build/strokes32-lcm --work build/lcm \
         --minutes 30
 
-Latent consistency distillation (Luo et al. 2023, algorithm 1): the prior draws a pool of latents for the prompts of a
-recipe; a copy of its UNet, which also takes the scale of classifier-free guidance as an input, learns to give the same
-clean latent for neighbors on the prior's own DDIM paths. No image that the prior did not draw is seen. A second call
-with more ``--minutes`` goes on where the first stopped. The result is used with ``prior.distilled=lcm``.
+The prior draws a pool of DDIM paths for the prompts of a recipe: latents at a few noise levels of each, and the clean
+latent where it ends. A copy of its UNet learns the consistency function (Song et al. 2023) at these levels: from any
+of them to the end of the path at once, as Luhman & Luhman 2021 learn the whole path. Paths are drawn once, so that a
+training step takes one pass of one network; bootstrapping from the student's own neighbors (latent consistency
+distillation) takes four, and far more steps. No image that the prior did not draw is seen. A second call with more
+``--minutes`` goes on where the first stopped. The result is used with ``prior.distilled=lcm``, in at most ``--levels``
+steps.
 """
 
 import argparse
@@ -29,96 +32,112 @@ from stages.seeds import torch_rng
 from stages.settings import PriorSettings
 from stages.synth.group import prompt_for
 from stages.synth.priors.kinds import TextPrior, load_prior
-from stages.synth.priors.schedule import predicted_z0
-from stages.synth.sampler import sample
 
-SOLVER_STEPS = 50  # of the DDIM solver whose neighbors are made consistent
-POOL_STEPS = 25  # with which the pool is drawn
 AT_ONCE = 256
 SCALE_EMBEDDING = 64  # width of the embedded CFG scale
-TARGET_DECAY = 0.95
 HUBER = 1e-3
 CARD = """---
-license: apache-2.0
+license: {license}
 library_name: diffusers
 tags: [latent-diffusion, latent-consistency-model]
 ---
-# {name}: {base} in few steps
+# {name}: {base} in 1 to {levels} steps
 
-A latent consistency model in diffusers' format, distilled from `{base}` by `tools/distill_prior.py`: use it with
-`prior.path={name} prior.distilled=lcm` (4 steps; `prior.cfg_scale` from {low:g} to {high:g} is an input of the network
-and costs no second evaluation).
+A latent consistency model in diffusers' format, distilled from `{base}` by `tools/distill_prior.py`:
 
-- **Data**: {pool:,} latents that the prior drew itself ({pool_steps} DDIM steps, CFG {pool_scale:g}) for the prompts of
-  recipe `{recipe}`. No other image was used.
-- **Training**: {steps:,} steps of {batch} latents, {minutes:.0f} minutes on {device}, final loss {loss:.5f}.
-- **Limits**: those of `{base}`, and less detail.
+    factory run synth --prior {out} --set prior.distilled=lcm --set prior.scheduler=lcm --set prior.steps={levels}
+
+- **Data**: {pool:,} DDIM paths of {path_steps} steps that `{base}` drew itself for the prompts of recipe `{recipe}`,
+  {scale}. No other image was used.
+- **Training**: {steps:,} steps of {batch} latents at timesteps {times}, {minutes:.0f} minutes on {device}; mean
+  absolute error of the clean latent {loss:.4f}.
+- **Limits**: those of `{base}`, and less detail.{license_line}
 """
 
 
-def draw_pool(prior: TextPrior, prompts: list[str], seed: int) -> Tensor:
-    """A clean latent of the prior for each prompt, ``[n, c, h, w]``."""
-    latents = []
-    for start in range(0, len(prompts), AT_ONCE):
-        some = prompts[start : start + AT_ONCE]
-        noise = torch.randn(len(some), *prior.latent_shape, generator=torch_rng(seed, "pool", start))
-        *_, (_, z) = sample(prior, prior.start(noise.to(prior.device)), prior.encode(some))
-        latents.append(z.cpu())
-        print(f"pool: {start + len(some)} of {len(prompts)} latents", flush=True)
-    return torch.cat(latents)
+class Paths:
+    """DDIM paths of ``prior`` that pass through ``levels`` noise levels, the first of them the noisiest."""
 
-
-def with_scale_input(unet: Any) -> UNet2DConditionModel:
-    """A copy of ``unet`` that also takes an embedding of the CFG scale, to which it does not react yet."""
-    student = UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": SCALE_EMBEDDING})
-    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
-    assert not unexpected and missing == ["time_embedding.cond_proj.weight"], (missing, unexpected)
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student
-
-
-class Consistency:
-    """The loss of latent consistency distillation for a batch from the pool."""
-
-    def __init__(self, prior: TextPrior, student: Any, target: Any, scales: tuple[float, float]) -> None:
-        self.prior, self.student, self.target, self.scales = prior, student, target, scales
-        self.scheduler = LCMScheduler.from_config(prior.schedule.scheduler.config, clip_sample=False)
+    def __init__(self, prior: TextPrior, levels: int, between: int, bf16: bool) -> None:
+        config, self.bf16 = prior.schedule.scheduler.config, bf16
+        self.prior, self.between, self.kind = prior, between, prior.schedule.kind
+        self.scheduler = LCMScheduler.from_config(config, clip_sample=False, original_inference_steps=levels)
         self.alphas = self.scheduler.alphas_cumprod.to(prior.device)
-        self.stride = len(self.alphas) // SOLVER_STEPS
+        stride = len(self.alphas) // (levels * between)
+        self.times = [stride * i - 1 for i in range(levels * between, 0, -1)]
+        self.learned = torch.tensor(self.times[::between], device=prior.device)
+
+    def autocast(self) -> torch.autocast:
+        """For networks alone."""
+        return torch.autocast(torch.device(self.prior.device).type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) ``[n, 1, 1, 1]`` of timesteps ``[n]``."""
         bar = self.alphas[times].view(-1, 1, 1, 1)
         return bar.sqrt(), (1 - bar).sqrt()
 
+    def clean(self, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """ẑ0 that the network's ``output`` stands for."""
+        return (z - sigma * output) / alpha if self.kind == "epsilon" else alpha * z - sigma * output
+
+    @torch.no_grad()
+    def draw(self, prompts: list[str], scales: Tensor, seed: int) -> Tensor:
+        """Latents ``[n, levels + 1, c, h, w]``, the clean one last, of a path for each prompt with its CFG scale
+        ``[n]``."""
+        prior, paths = self.prior, []
+        for start in range(0, len(prompts), AT_ONCE):
+            some = prompts[start : start + AT_ONCE]
+            condition = torch.cat([prior.row(prompt) for prompt in some])
+            negative = prior.negative().expand_as(condition)
+            scale = scales[start : start + AT_ONCE].view(-1, 1, 1, 1).to(prior.device)
+            z = torch.randn(len(some), *prior.latent_shape, generator=torch_rng(seed, "pool", start)).to(prior.device)
+            passed = []
+            for step, time in enumerate(self.times):
+                if step % self.between == 0:
+                    passed.append(z.cpu())
+                times = torch.full((len(some),), time, device=prior.device)
+                with self.autocast():
+                    output = prior.evaluate(z, times, condition).float()
+                    without = output if (scale == 1).all() else prior.evaluate(z, times, negative).float()
+                output = without + scale * (output - without)
+                alpha, sigma = self.levels(times)
+                z0 = self.clean(z, output, alpha, sigma)
+                if step + 1 < len(self.times):
+                    ahead, noise = self.levels(torch.full_like(times, self.times[step + 1]))
+                    z = ahead * z0 + noise * (z - alpha * z0) / sigma
+            paths.append(torch.stack([*passed, z0.cpu()], dim=1).half())
+            print(f"pool: {start + len(some)} of {len(prompts)} paths", flush=True)
+        return torch.cat(paths)
+
     def function(self, network: Any, z: Tensor, times: Tensor, scale: Tensor, condition: Tensor) -> Tensor:
-        """f(z, t): c_skip·z + c_out·ẑ0."""
-        embedded = get_timestep_embedding(1000 * (scale - 1), SCALE_EMBEDDING)
-        output = network(z, times, condition, timestep_cond=embedded).sample
+        """f(z, t) = c_skip·z + c_out·ẑ0, as ``prior.distilled=lcm`` samples with it."""
+        size = network.config.time_cond_proj_dim
+        embedded = get_timestep_embedding(1000 * (scale - 1), size) if size else None
+        with self.autocast():
+            output = network(z, times, condition, timestep_cond=embedded, added_cond_kwargs={}).sample.float()
         alpha, sigma = self.levels(times)
         skip, out = self.scheduler.get_scalings_for_boundary_condition_discrete(times.view(-1, 1, 1, 1))
-        return skip * z + out * predicted_z0(z, output, alpha, sigma, self.prior.schedule.kind)
+        return skip * z + out * self.clean(z, output, alpha, sigma)
 
-    def loss(self, z0: Tensor, condition: Tensor, negative: Tensor, generator: torch.Generator) -> Tensor:
-        """Pseudo-Huber distance (Song & Dhariwal 2023, equation 7) of f at neighbors of the CFG-guided DDIM path."""
-        n, device = len(z0), z0.device
-        index = torch.randint(SOLVER_STEPS, (n,), generator=generator).to(device)
-        times = (index + 1) * self.stride - 1
-        before = (times - self.stride).clamp_min(0)
-        scale = torch.empty(n).uniform_(*self.scales, generator=generator).to(device)
-        (alpha, sigma), (alpha_before, sigma_before) = self.levels(times), self.levels(before)
-        z = alpha * z0 + sigma * torch.randn(z0.shape, generator=generator).to(device)
-        with torch.no_grad():
-            both = self.prior.network(torch.cat([z, z]), times.repeat(2), torch.cat([negative, condition])).sample
-            without, with_ = both.chunk(2)
-            output = without + scale.view(-1, 1, 1, 1) * (with_ - without)
-            clean = predicted_z0(z, output, alpha, sigma, self.prior.schedule.kind)
-            neighbor = alpha_before * clean + sigma_before * (z - alpha * clean) / sigma
-            aim = self.function(self.target, neighbor, before, scale, condition)
-            for mean, value in zip(self.target.parameters(), self.student.parameters(), strict=True):
-                mean.lerp_(value, 1 - TARGET_DECAY)
-        error = self.function(self.student, z, times, scale, condition) - aim
+    def loss(self, network: Any, path: Tensor, scale: Tensor, condition: Tensor, rng: torch.Generator) -> Tensor:
+        """Pseudo-Huber distance (Song & Dhariwal 2023) of f at one level of each ``path [n, levels + 1, c, h, w]`` from
+        the path's end."""
+        n = len(path)
+        level = torch.randint(len(self.learned), (n,), generator=rng).to(path.device)
+        z, z0 = path[torch.arange(n), level].float(), path[:, -1].float()
+        error = self.function(network, z, self.learned[level], scale, condition) - z0
         return ((error.square() + HUBER**2).sqrt() - HUBER).mean()
+
+
+def student_of(unet: Any, scales: tuple[float, float]) -> UNet2DConditionModel:
+    """A copy of ``unet``; for a range of CFG scales it takes the embedded scale, to which it does not react yet."""
+    more = {"time_cond_proj_dim": SCALE_EMBEDDING} if scales[0] < scales[1] else {}
+    student = UNet2DConditionModel.from_config(dict(unet.config) | more)
+    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+    assert not unexpected and len(missing) == len(more), (missing, unexpected)
+    if more:
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
 
 
 def save(folder: Path, base: Path, student: Any, scheduler: LCMScheduler) -> None:
@@ -139,57 +158,57 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo", help="whose prompts are drawn")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pool", type=int, default=8_192, help="latents that the prior draws")
-    parser.add_argument("--pool-scale", type=float, default=3.0)
-    parser.add_argument("--scales", type=float, nargs=2, default=(1.0, 5.0), help="CFG scales to learn")
+    parser.add_argument("--pool", type=int, default=8_192, help="paths that the prior draws")
+    parser.add_argument("--levels", type=int, default=4, help="most steps that the result is sampled in")
+    parser.add_argument("--between", type=int, default=5, help="DDIM steps of a path from one level to the next")
+    parser.add_argument(
+        "--scales", type=float, nargs=2, default=(1.0, 1.0),
+        help="CFG scales to learn; a range makes the scale an input of the network, one scale is built in",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--bf16", action="store_true", help="networks compute in bfloat16 (autocast)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    (low, high), guided = args.scales, args.scales != (1.0, 1.0)
 
-    settings = PriorSettings(path=str(args.prior), steps=POOL_STEPS, cfg_scale=args.pool_scale)
+    settings = PriorSettings(path=str(args.prior), cfg_scale=2.0 if guided else 1.0)
     prior = load_prior(settings, args.device)
-    assert isinstance(prior, TextPrior), "only Stable Diffusion's kind of prior"
+    assert isinstance(prior, TextPrior) and prior.schedule.kind in ("epsilon", "v_prediction"), "no Stable Diffusion"
     prompts_of = resolve(args.recipe, environ={}).synth.prompts
     prompts = [prompt_for(prompts_of, "", 0, i) for i in range(args.pool)]
-    path = args.work / f"pool-{args.pool}-{args.pool_scale:g}.pt"
-    if not path.exists():
-        save_checkpoint(path, {"latents": draw_pool(prior, prompts, seed=0)})
-    latents = load_checkpoint(path)["latents"]
+    scales = torch.empty(args.pool).uniform_(low, high, generator=torch_rng(0, "scales"))
+    paths = Paths(prior, args.levels, args.between, args.bf16)
+    kept = args.work / f"paths-{args.pool}-{args.levels}x{args.between}-{low:g}-{high:g}.pt"
+    if not kept.exists():
+        save_checkpoint(kept, {"paths": paths.draw(prompts, scales, seed=0)})
+    pool = load_checkpoint(kept)["paths"]
 
     torch.manual_seed(0)
-    student, target = (with_scale_input(prior.network).to(args.device) for _ in range(2))
-    checkpoint = args.work / "lcm.pt"
-    if kept := load_checkpoint(checkpoint, args.device):
-        target.load_state_dict(kept["target"])
-    target.requires_grad_(False)
-    consistency = Consistency(prior, student, target, tuple(args.scales))
-    negative = prior.negative()
+    student = student_of(prior.network, (low, high)).to(args.device)
 
-    def loss_of(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (args.batch,), generator=generator)
+    def loss_of(rng: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pool), (args.batch,), generator=rng)
         condition = torch.cat([prior.row(prompts[row]) for row in rows.tolist()])
-        z0 = latents[rows].to(args.device)
-        return consistency.loss(z0, condition, negative.expand_as(condition), generator)
+        return paths.loss(student, pool[rows].to(args.device), scales[rows].to(args.device), condition, rng)
 
-    recipe = Recipe(lr=args.lr, weight_decay=0.0)
-    more = {"target": target.state_dict()}
-    budget = Budget(minutes=args.minutes)
-    fitted = fit({"unet": student}, loss_of, budget, recipe, checkpoint, lambda _: "", more=more)
+    budget, recipe = Budget(minutes=args.minutes), Recipe(lr=args.lr, warmup=50, weight_decay=0.0)
+    fitted = fit({"unet": student}, loss_of, budget, recipe, args.work / "lcm.pt", lambda _: "")
     fitted.load_into({"unet": student})
-    save(args.out, args.prior, student, consistency.scheduler)
-    low, high = args.scales
+    save(args.out, args.prior, student, paths.scheduler)
+    scale = f"with CFG {low:g}" + ("" if low == high else f" to {high:g}, which is an input of the network")
     card = CARD.format(
-        name=args.out.name, base=args.prior.name, low=low, high=high, pool=args.pool, pool_steps=POOL_STEPS,
-        pool_scale=args.pool_scale, recipe=args.recipe, steps=fitted.step, batch=args.batch,
-        minutes=fitted.seconds / 60, device=args.device, loss=fitted.loss,
+        name=args.out.name, base=args.prior.name, out=args.out, levels=args.levels, pool=args.pool,
+        path_steps=len(paths.times), recipe=args.recipe, scale=scale, steps=fitted.step, batch=args.batch,
+        times=", ".join(map(str, paths.learned.tolist())), minutes=fitted.seconds / 60, device=args.device,
+        loss=fitted.loss, license="apache-2.0", license_line="",
     )  # fmt: skip
     (args.out / "README.md").write_text(card)
-    print(f"saved {args.out}; use it with prior.path={args.out} prior.distilled=lcm", flush=True)
+    print(f"saved {args.out}; {args.out / 'README.md'} says how it is used", flush=True)
 
 
 if __name__ == "__main__":
