@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from cells_rows import CIFAR_SETS, DIGITS_SETS, QUESTIONS, REAL, Part, Question, Row
+from cells_rows import CIFAR_SETS, DIGITS_SETS, QUESTIONS, REAL, STROKES_SETS, Part, Question, Row
 from cifar_data import CLASS_NAMES, split_table
 from digits import interval, meaning, synthesize
 from judge import judged
@@ -54,36 +54,42 @@ from stages.settings import ModelSettings
 
 HERE = Path(__file__).resolve().parent
 DECISIVE = ("stages", "pipeline", "manifests", "priors", "benchmarks/cifar10.yaml", "benchmarks/cifar10-teacher")
-PRIOR = f"synth.prior.path={HERE.parent / 'priors' / 'natural32'}"
+PRIORS = "synth.prior.path=priors/"
 COMMON = ("synth.device=cpu", "distill.device=cpu", "synth.prior.dtype=bf16")
+DIGITS = (
+    ModelSettings(name="embedded:digits"),
+    (
+        "distill.students=[digits-cnn-small]",
+        "distill.batch_size=64",
+        "distill.augment.flip=false",
+        "distill.augment.crop=0.1875",
+    ),
+)
 DOMAINS = {
     "cifar10": (
         ModelSettings(name=str(HERE / "cifar10-teacher"), class_names=CLASS_NAMES),
         ("distill.batch_size=256", "distill.dtype=bf16", "distill.channels_last=true"),
     ),
-    "digits": (
-        ModelSettings(name="embedded:digits"),
-        (
-            "distill.students=[digits-cnn-small]",
-            "distill.batch_size=64",
-            "distill.augment.flip=false",
-            "distill.augment.crop=0.1875",
-        ),
-    ),
+    "digits": DIGITS,
+    "strokes": (DIGITS[0], (*DIGITS[1], "distill.batch_size=32", "distill.val_fraction=0.0")),
 }
+SETS = {"cifar10": CIFAR_SETS, "digits": DIGITS_SETS, "strokes": STROKES_SETS}
 
 
 def recipe_of(question: Question, name: str, seed: int, row: Row) -> Recipe:
     """The base recipe with what the set ``name`` and the row change."""
     teacher, common = DOMAINS[question.domain]
-    changes = sets_of(question).get(name, ())
-    sets = [PRIOR, *COMMON, *common, *changes, *row.train, f"synth.seed={seed}", f"distill.seed={seed}"]
-    recipe = resolve(str(HERE / "cifar10.yaml"), sets=sets)
+    base, prior = (
+        ("demo", ()) if question.domain == "strokes" else (str(HERE / "cifar10.yaml"), (f"{PRIORS}natural32",))
+    )
+    changes = (*prior, *COMMON, *common, *sets_of(question).get(name, ()), *row.train)
+    sets = [change.replace(PRIORS, f"synth.prior.path={HERE.parent}/priors/") for change in changes]
+    recipe = resolve(base, sets=[*sets, f"synth.seed={seed}", f"distill.seed={seed}"])
     return recipe.model_copy(update={"synth": recipe.synth.model_copy(update={"teacher": teacher})})
 
 
 def sets_of(question: Question) -> dict[str, tuple[str, ...]]:
-    return CIFAR_SETS if question.domain == "cifar10" else DIGITS_SETS
+    return SETS[question.domain]
 
 
 def real_images(domain: str) -> Iterator[tuple[bytes, int]]:

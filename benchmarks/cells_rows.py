@@ -16,6 +16,7 @@ PAPER_TRAINING = (*PLAIN, "distill.loss.temperature=30", "distill.batch_size=200
 
 CMI = ("synth.method=cmi", "synth.cmi.flip=true", "synth.cmi.steps=100", "synth.cmi.width=32", "synth.cmi.bn=200")
 FEW = ("synth.prior.scheduler=dpmsolver++", "synth.prior.steps=6")
+THREE = ("synth.guidance.updates_per_step=3",)
 DIGITS = ("synth.group_size=100", "synth.guidance.bn=1.0")  # bn: what the published 0.1 is for this teacher
 
 CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/cifar10.yaml
@@ -39,7 +40,7 @@ CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/c
     "inverted": CMI,
     "unguided, 6 steps": (*UNGUIDED, *FEW),
     "6 steps": FEW,
-    "6 steps, three updates": (*FEW, "synth.guidance.updates_per_step=3"),
+    "6 steps, three updates": (*FEW, *THREE),
 }
 DIGITS_SETS: dict[str, tuple[str, ...]] = {
     "unguided": (*DIGITS, *UNGUIDED),
@@ -48,6 +49,19 @@ DIGITS_SETS: dict[str, tuple[str, ...]] = {
     "guided, all steps": (*DIGITS, *WHOLE),
     "guided, all steps, scale 1": (*DIGITS, *WHOLE, "synth.guidance.step_size=1.0"),
     "guided, bn 10": (*DIGITS, "synth.guidance.bn=10"),
+}
+
+DEMO = ("synth.groups_per_shard=1",)  # groups of 50, as the demo recipe says
+LCM = ("synth.prior.distilled=lcm", "synth.prior.scheduler=lcm", "synth.prior.steps=4")
+DISTILLED = (*DEMO, "synth.prior.path=priors/strokes32-lcm", *LCM)
+STROKES_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in the demo recipe
+    "unguided": (*DEMO, *UNGUIDED, "synth.prior.steps=25"),
+    "guided": (*DEMO, "synth.prior.steps=25"),
+    "6 steps": (*DEMO, *FEW),
+    "6 steps, three updates": (*DEMO, *FEW, *THREE),
+    "4 distilled": DISTILLED,
+    "4 distilled, three updates": (*DISTILLED, *THREE),
+    "2 distilled, three updates": (*DISTILLED, *THREE, "synth.prior.steps=2"),
 }
 
 
@@ -79,7 +93,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """Rows of one table. ``domain``: what the teacher knows, ``cifar10`` or ``digits``."""
+    """Rows of one table. ``domain``: what the teacher knows, ``cifar10`` or ``digits`` (from a prior of photographs),
+    or ``strokes``: digits from a prior of pen strokes."""
 
     about: str
     rows: dict[str, Row]
@@ -185,6 +200,24 @@ QUESTIONS: dict[str, Question] = {
             "6 steps, 6,000 images": of("6 steps", 2400, trajectories=6000),
             "6 steps, three updates, 4,500 images": of("6 steps, three updates", 2400, trajectories=4500),
         },
+        base="guided",
+    ),
+    "few-strokes": Question(
+        "the same on digits, from the prior of pen strokes and its few-step twin: two images a class, or as many as take "
+        "the CPU seconds of those in 25 steps; 2,400 steps of 32",
+        {
+            **{name: of(name, 2400, trajectories=20) for name in STROKES_SETS},
+            **{
+                f"{name}, {count} images": of(name, 2400, trajectories=count)
+                for name, count in {
+                    "6 steps": 62,
+                    "6 steps, three updates": 49,
+                    "4 distilled, three updates": 84,
+                    "2 distilled, three updates": 148,
+                }.items()
+            },
+        },
+        domain="strokes",
         base="guided",
     ),
     "shift": Question(
