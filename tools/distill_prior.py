@@ -141,7 +141,14 @@ def student_of(unet: Any, scales: tuple[float, float]) -> UNet2DConditionModel:
 
 
 def save(folder: Path, base: Path, student: Any, scheduler: LCMScheduler) -> None:
-    """The pipeline folder ``base`` with the student as its UNet."""
+    """The pipeline folder ``base`` with the student as its UNet; the noise schedule in the words of ``base``, if LCM's
+    scheduler makes the same of them."""
+    told = json.loads((base / "scheduler" / "scheduler_config.json").read_text()) | {
+        "clip_sample": False, "original_inference_steps": scheduler.config.original_inference_steps
+    }  # fmt: skip
+    plain = LCMScheduler.from_config(told)
+    if torch.equal(plain.alphas_cumprod, scheduler.alphas_cumprod):
+        scheduler = plain
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(base / part, folder / part, dirs_exist_ok=True)
@@ -166,6 +173,7 @@ def main() -> None:
         help="CFG scales to learn; a range makes the scale an input of the network, one scale is built in",
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--bf16", action="store_true", help="networks compute in bfloat16 (autocast)")
@@ -196,7 +204,8 @@ def main() -> None:
         condition = torch.cat([prior.row(prompts[row]) for row in rows.tolist()])
         return paths.loss(student, pool[rows].to(args.device), scales[rows].to(args.device), condition, rng)
 
-    budget, recipe = Budget(minutes=args.minutes), Recipe(lr=args.lr, warmup=50, weight_decay=0.0)
+    budget = Budget(minutes=args.minutes) if args.steps is None else Budget(steps=args.steps)
+    recipe = Recipe(lr=args.lr, warmup=50, weight_decay=0.0)
     fitted = fit({"unet": student}, loss_of, budget, recipe, args.work / "lcm.pt", lambda _: "")
     fitted.load_into({"unet": student})
     save(args.out, args.prior, student, paths.scheduler)
