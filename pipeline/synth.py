@@ -138,6 +138,8 @@ def run_synth(
                 raise
             if isinstance(recorder, Recorder):
                 recorder.finish()
+            if len(done) < stored.shards and factory == WORKER and not quiet:
+                events.write("work_counted", **_counted(synth, inputs))
             seconds = time.monotonic() - started
             events.write("run_finished", **state, seconds=round(seconds, 3))
     except (UsageError, DataError):
@@ -156,6 +158,18 @@ def run_synth(
         seconds=round(seconds, 3),
         sheet=None if quiet else final_sheet(storage, manifest),
     )
+
+
+def _counted(synth: SynthSettings, inputs: SynthInputs) -> dict[str, Any]:
+    """The FLOPs of a trajectory, for the report; nothing where they cannot be counted: the images are made."""
+    from stages.cost import synth_cost
+
+    try:
+        cost = synth_cost(synth, inputs.sources)
+    except Exception:  # whatever a foreign network does without its weights
+        return {}
+    each = synth.images_per_trajectory
+    return {"flop_per_trajectory": cost.flop_per_trajectory, "parts": cost.parts, "images_per_trajectory": each}
 
 
 def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> DatasetInfo:

@@ -1,5 +1,6 @@
 """``factory demo``, ``run synth``, ``run distill`` and ``run rounds``: what makes datasets and students."""
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -293,6 +294,7 @@ def rounds(
     device: DeviceOption = None,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Both stages in turn: later images avoid what the student already knows. The same command again resumes."""
@@ -300,6 +302,7 @@ def rounds(
     from pipeline import rounds as stages
     from pipeline.executors.settings import executor
     from pipeline.recipe import DEFAULT, resolve
+    from pipeline.report import write_report
 
     flags = {
         "rounds.count": ("--rounds", count),
@@ -315,5 +318,8 @@ def rounds(
         return
     result = stages.run_rounds(resolved, check_url(out), place, test_data=test_data)
     show(result, as_json)
+    if not no_report:  # of the last round, with the students of all
+        students = [f"{os.path.dirname(manifest)}/distill" for manifest in result.manifests]
+        write_report(result.manifests[-1], result.out, students, test_data)
     if test_data and any(each.accuracy is None for each in result.rounds):
         raise typer.Exit(DataError.exit_code)

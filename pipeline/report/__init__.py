@@ -22,7 +22,7 @@ from pipeline import outputs
 from pipeline.report import facts
 from pipeline.report.columns import AGREES, FINAL, KEPT, SCORES, Columns, packed, read_columns, sliders
 from pipeline.report.pictures import Picture, Pictures, cuts, flags, gallery_rows, trajectories
-from pipeline.report.students import Training, confusion, read_training, student_facts
+from pipeline.report.students import TestImages, Training, confusion, read_training, reliability_points, student_facts
 from pipeline.terminal import number, plain, say, share
 
 REPORT = "report.html"
@@ -56,11 +56,12 @@ def make_report(
     absent = [f"Images of a tar: {problem}" for problem in manifest.problems]
     teacher, why = _teacher(manifest) if measure or test_data else (None, "Left out with --no-metrics.")
     measured = _measured(manifest, teacher, why) if measure else "Left out with --no-metrics."
-    trainings = [read_training(folder, manifest, test_data, teacher) for folder in students or ()]
+    tests = TestImages(test_data, teacher, manifest) if test_data else None
+    trainings = [read_training(folder, manifest, tests) for folder in students or ()]
     unnamed = outputs.trainings(manifest.storage, manifest.info.fingerprint) if students is None else {}
     for folder in (folder for folder, finished in unnamed.items() if finished):
         try:
-            trainings.append(read_training(folder, manifest, test_data, teacher))
+            trainings.append(read_training(folder, manifest, tests))
         except DataError as error:  # of files that nobody named
             absent.append(f"Students: {error}")
 
@@ -231,7 +232,11 @@ def _render(**values: Any) -> bytes:
         autoescape=True, undefined=StrictUndefined, finalize=readable, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"share": share, "number": number, "embedded": lambda v: Markup(_json(v)), "last": _last}
-    environment.globals |= {"confusion": confusion, "student_facts": student_facts}
+    environment.globals |= {
+        "confusion": confusion,
+        "student_facts": student_facts,
+        "reliability_points": reliability_points,
+    }
     style, script = _asset("report.css"), _asset("report.js")
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "

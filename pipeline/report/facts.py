@@ -1,5 +1,6 @@
 """What the page says in words and numbers of a dataset: how it was made, what remained, and what to trust."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from manifests.storage import Storage
 from pipeline.events import read_events
 from pipeline.plan import PLAN, RESOLVED, flattened
 from pipeline.report.columns import Columns, class_names
-from pipeline.terminal import duration, number, share, size
+from pipeline.terminal import duration, flop, number, share, size
 from stages.settings import SynthSettings
 
 if TYPE_CHECKING:
@@ -87,9 +88,11 @@ def _short(value: Any) -> str:
 
 def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     """What the shards of a run took, from its events: name and value; nothing where there are none."""
-    shards, last = dict[int, dict[str, Any]](), 0.0
+    shards, last, work = dict[int, dict[str, Any]](), 0.0, dict[str, Any]()
     for event in read_events(storage):
         last = event["time"]
+        if event["kind"] == "work_counted":
+            work = event
         shard = event.get("shard")
         if event["kind"] == "shard_done" and event.get("rows") and isinstance(shard, int) and 0 <= shard < MAX_SHARD:
             kept = ("rows", "seconds", "bytes", "evaluations", "worker")
@@ -103,12 +106,25 @@ def cost(storage: Storage, group_size: int) -> list[tuple[str, str]]:
     workers = {str(event.get("worker")) for event in shards.values()}
     facts = [
         ("time per 1,000 images", f"{duration(1000 * seconds / rows)} of one worker"),
+        ("compute per 1,000 images", _compute(work)),
         ("disk per 1,000 images", size(1000 * data / rows)),
         ("prior evaluations an image", f"{evaluations * group_size / rows:.3g}" if evaluations else ""),
         ("work in all", f"{duration(seconds)} for {rows:,} images, workers: {len(workers)}"),
         ("last event", _date(last)),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _compute(work: Mapping[str, Any]) -> str:
+    """The counted FLOPs of an event ``work_counted``, with their largest parts."""
+    try:
+        each = 1000 / work["images_per_trajectory"]
+        parts = sorted(((float(count), str(name)) for name, count in work["parts"].items() if count), reverse=True)
+        total = each * work["flop_per_trajectory"]
+        shares = ", ".join(f"{_short(name)} {share(count * each / total)}" for count, name in parts[:3])
+        return f"{flop(total)}, counted: {shares}" if math.isfinite(total) and total > 0 else ""
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError):  # somebody else's
+        return ""
 
 
 def _date(seconds: float) -> str:

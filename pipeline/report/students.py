@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from manifests.checked_json import load_checked, load_json
 from manifests.errors import DataError, FactoryError
 from manifests.images import LABELED_FORMATS, decode
+from manifests.order import spread
 from manifests.reader import Manifest
 from manifests.storage import Storage
 from pipeline.report.columns import class_names
@@ -17,6 +19,7 @@ from pipeline.report.pictures import Encoded, encoded
 from pipeline.terminal import share
 
 if TYPE_CHECKING:
+    from stages.distill.evaluate import Scores
     from stages.distill.results import DistillResult, StudentResult
 
 CURVES = (("loss", "training loss"), ("val_agreement", "agreement with the teacher on held-out images"))
@@ -94,8 +97,8 @@ class Training:
         return self.result.images + self.result.val_images
 
 
-def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: Any) -> Training:
-    """The run of stage 2 in ``url``. ``teacher``: of the dataset, to find mistakes on ``test_data`` with; None without.
+def read_training(url: str, manifest: Manifest, tests: "TestImages | None") -> Training:
+    """The run of stage 2 in ``url``. ``tests``: to find mistakes on; None without.
 
     Raises DataError where it has not finished or cannot be read.
     """
@@ -110,21 +113,21 @@ def read_training(url: str, manifest: Manifest, test_data: str | None, teacher: 
         spec = load_checked(storage.read(RUN))
         settings = dict(spec["settings"])
         prints = [str(entry["fingerprint"]) for entry in spec["manifests"]]
-        tests = [student.test for student in result.students.values() if student.test]
-        if any({len(test.confusion), *map(len, test.confusion)} != {len(test.per_class)} for test in tests):
+        scored = [student.test for student in result.students.values() if student.test]
+        if any({len(test.confusion), *map(len, test.confusion)} != {len(test.per_class)} for test in scored):
             raise ValueError("a confusion matrix does not fit its classes")
     curves = {name: [*_curves(_metrics(storage, name))] for name in result.students}
     mistakes, note = dict[str, Mistakes](), ""
-    if test_data and teacher is not None:
+    if tests and tests.teacher is not None:
         for name in result.students:
             try:
-                mistakes[name] = find_mistakes(storage.path(name), teacher, test_data, manifest)
+                mistakes[name] = find_mistakes(storage.path(name), tests)
             except FactoryError as error:
                 note = f"No images that students get wrong: {error}"
-    elif test_data:
-        note = "No images that students get wrong: the teacher cannot be asked."
     elif tests:
-        note = f"Images that students get wrong are shown with --test-data {tests[0].data.path}"
+        note = "No images that students get wrong: the teacher cannot be asked."
+    elif scored:
+        note = f"Images that students get wrong are shown with --test-data {scored[0].data.path}"
     return Training(
         url=storage.url,
         result=result,
@@ -177,35 +180,60 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Confusio
     return Confusion([*names], whole, [(int(t), int(p), int(counts[t, p]), float(shares[t, p])) for t, p in places])
 
 
-def find_mistakes(folder: str, teacher: Any, data: str, manifest: Manifest) -> Mistakes:
-    """Among the first :data:`LOOKED_AT` images of ``data``, up to :data:`MISTAKES` that ``teacher`` gets right and the
-    student in ``folder`` wrong, evenly spread over them. Errors as :func:`stages.distill.evaluate.evaluate`."""
-    import torch
+class TestImages:
+    """The first :data:`LOOKED_AT` labeled images of ``data``, and what the teacher says of them, asked once for all
+    students. Errors as :func:`stages.distill.evaluate.evaluate`."""
 
-    from stages.distill.eval_data import LabeledImages, labeled_images
-    from stages.distill.evaluate import run_models, viewing
+    def __init__(self, data: str, teacher: Any, manifest: Manifest) -> None:
+        self.data, self.teacher, self.manifest = data, teacher, manifest
+
+    def images(self) -> Any:
+        """The images, to be gone through once."""
+        from stages.distill.eval_data import labeled_images
+
+        images = labeled_images(self.data, self.manifest.info.class_names)
+        return replace(images, samples=islice(images.samples, LOOKED_AT))
+
+    def predictions(self, classify: Any, spec: Any) -> list[Any]:
+        """Labels and predicted classes, ``[n]`` each. ``spec``: how the classifier sees pictures."""
+        import torch
+
+        from stages.distill.evaluate import run_models, viewing
+
+        images = self.images()
+        labels, logits = run_models(images, [viewing(classify, spec, images)], torch.device("cpu"))
+        return [labels.numpy(), logits.argmax(1).numpy()]
+
+    @cached_property
+    def teachers(self) -> list[Any]:
+        """The teacher's :meth:`predictions`."""
+        return self.predictions(self.teacher.logits, self.teacher.input)
+
+
+def find_mistakes(folder: str, tests: TestImages) -> Mistakes:
+    """Up to :data:`MISTAKES` images that the teacher gets right and the student in ``folder`` wrong, evenly spread."""
     from stages.models.inputs import InputSpec
     from stages.models.loading import load_model
 
-    def some() -> LabeledImages:
-        images = labeled_images(data, manifest.info.class_names)
-        return replace(images, samples=islice(images.samples, LOOKED_AT))
-
     net, config = load_model(folder)
     spec = InputSpec(config.input)
-    images = some()
-    models = [viewing(lambda x: net(spec(x)), spec, images), viewing(teacher.logits, teacher.input, images)]
-    labels, student, judge = run_models(images, models, torch.device("cpu"))
-    predicted = student.argmax(1)
-    wrong = ((judge.argmax(1) == labels) & (predicted != labels)).nonzero().flatten().numpy()
-    shown = {int(i) for i in wrong[np.linspace(0, len(wrong) - 1, min(MISTAKES, len(wrong))).round().astype(int)]}
-    names = class_names(manifest)
+    (labels, judged), (_, predicted) = tests.teachers, tests.predictions(lambda x: net(spec(x)), spec)
+    wrong = np.flatnonzero((judged == labels) & (predicted != labels))
+    shown = {*spread(wrong, MISTAKES).tolist()}
+    names = class_names(tests.manifest)
     mistakes = [
         Mistake(encoded(decode(image, formats=LABELED_FORMATS)), names[label], names[int(predicted[place])])
-        for place, (_, image, label) in enumerate(some())
+        for place, (_, image, label) in enumerate(tests.images().samples)
         if place in shown
     ]
     return Mistakes(mistakes, len(wrong), len(labels))
+
+
+def reliability_points(test: "Scores") -> str:
+    """Accuracy over mean confidence as points of an SVG polyline, 100 × 100."""
+    return " ".join(
+        f"{100 * confidence:.1f},{100 * (1 - accuracy):.1f}" for _, confidence, accuracy in test.reliability
+    )
 
 
 def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:

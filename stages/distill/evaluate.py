@@ -50,6 +50,7 @@ class Scores:
     ``class_order``: what the labels mean, for people; ``ece``: :func:`calibration_error`; ``per_class``: accuracy by
     class name (None without images); ``confusion[true][predicted]``: counts. With a teacher:
     ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
+    ``reliability``: of :func:`reliability`.
     ``decisions``: what else was settled and from what, for people: the model's (:class:`ModelSource`) and the data's.
     """
 
@@ -63,6 +64,7 @@ class Scores:
     model_teacher_agreement: Share | None = None
     teacher_accuracy: Share | None = None
     decisions: dict[str, str] = field(default_factory=dict)
+    reliability: list[tuple[Annotated[int, Field(ge=0)], Share, Share]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
@@ -280,6 +282,7 @@ def scores(
         images=len(labels),
         accuracy=_equal_share(predicted, labels),
         ece=calibration_error(logits, labels),
+        reliability=reliability(logits, labels),
         per_class=dict(zip(unique_names(class_names), shares, strict=True)),
         confusion=confusion.tolist(),
         model_teacher_agreement=None if by_teacher is None else _equal_share(predicted, by_teacher),
@@ -291,13 +294,22 @@ def _equal_share(a: Tensor, b: Tensor) -> float:
     return (a == b).double().mean().item()
 
 
+def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[tuple[int, float, float]]:
+    """(images, mean confidence, accuracy) of each of ``bins`` equal-width bins of the confidence that holds images, the
+    points of a reliability diagram (Guo et al. 2017). ``logits [n, C]``, ``labels [n]``."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count = torch.bincount(place, minlength=bins)
+    sums = torch.zeros(2, bins, dtype=torch.float64)
+    sums.index_add_(1, place, torch.stack([confidence, (predicted == labels).double()]))
+    means = (sums / count.clamp_min(1)).clamp(0, 1)
+    return [(n, *pair) for n, pair in zip(count.tolist(), means.T.tolist(), strict=True) if n]
+
+
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Expected calibration error (Guo et al. 2017): Σ_bin share·|accuracy − mean confidence|, equal-width bins."""
-    confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
-    return (gap.abs().sum() / len(labels)).item()
+    found = reliability(logits, labels, bins)
+    return sum(n * abs(accuracy - confidence) for n, confidence, accuracy in found) / len(labels)
 
 
 CELL, SMALL_CELL, NUMBERS_UP_TO = 34, 4, 30

@@ -18,7 +18,7 @@ import torch
 from manifests.errors import DataError
 from stages.digits import load_split, write_split
 from stages.distill.eval_data import labeled_images
-from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, evaluate_net, scores
+from stages.distill.evaluate import DataIdentity, calibration_error, evaluate, evaluate_net, reliability, scores
 from stages.distill.export import export_onnx
 from stages.distill.run import run_distill
 from stages.models.loading import load_model, save_model
@@ -252,7 +252,12 @@ def test_classes_of_one_name_are_told_apart():
 def test_calibration_error_by_hand():
     # confidences 0.6 (right), 0.6 (wrong) and 0.9 (right): 2/3·|0.5 − 0.6| + 1/3·|1 − 0.9|
     logits = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).log()
-    assert calibration_error(logits, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3 * 0.1 + 1 / 3 * 0.1, abs=1e-6)
+    labels = torch.tensor([0, 1, 0])
+    assert calibration_error(logits, labels) == pytest.approx(2 / 3 * 0.1 + 1 / 3 * 0.1, abs=1e-6)
+    points = reliability(logits, labels, bins=2)
+    assert points == [(3, pytest.approx(0.7, abs=1e-6), pytest.approx(2 / 3))]
+    (low, first, half), (high, second, whole) = reliability(logits, labels)
+    assert (low, high, half, whole) == (2, 1, 0.5, 1.0) and (first, second) == pytest.approx((0.6, 0.9), abs=1e-6)
 
 
 @pytest.mark.parametrize(

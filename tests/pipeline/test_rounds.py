@@ -174,3 +174,17 @@ def test_bad_test_data_are_found_before_the_first_round(tmp_path):
     with pytest.raises(DataError, match="sample 'zero/a.png' is no image"):
         run_rounds(resolve("demo", environ={}), str(tmp_path / "out"), INLINE, test_data=str(tmp_path / "data"))
     assert not (tmp_path / "out").exists()
+
+
+def test_rounds_end_with_a_report_of_all_students(done, monkeypatch, capsys):
+    from pipeline import cli
+
+    folder, _, result = done
+    monkeypatch.setattr("pipeline.rounds.run_rounds", lambda *_, **__: result)
+    monkeypatch.setattr("sys.argv", ["factory", "run", "rounds", "--out", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and f"report: {folder}/report.html" in capsys.readouterr().err
+    text = (folder / "report.html").read_text()
+    assert "round-002/distill" in text and "round-001/distill" in text
+    (folder / "report.html").unlink()

@@ -17,13 +17,16 @@ from manifests.schema import SCHEMA
 from manifests.storage import Storage
 from manifests.where import compile_where
 from pipeline import cli, report, synth
+from pipeline.events import EventLog
 from pipeline.repair import leftovers
 from pipeline.report import columns as counting
 from pipeline.report import make_report
 from pipeline.report.columns import Columns, nice_stops, packed, read_columns, slider
+from pipeline.report.facts import cost
 from pipeline.report.pictures import Pictures, cuts, flags, gallery_rows, trajectories
 from pipeline.report.students import confusion
 from stages.distill.run import run_distill
+from stages.models.teacher import Teacher
 from tests.distill.drawn import write_dataset
 from tests.distill.short import settings
 from tests.pipeline.fake_worker import FACTORY
@@ -190,6 +193,31 @@ def test_students_are_read_from_their_folder_alone(tmp_path):
     assert "trained on another dataset" in make_report(other, [str(tmp_path / "moved")]).html.decode()
     with pytest.raises(DataError, match="no finished training"):
         make_report(dataset, [str(tmp_path / "run")])
+
+
+def test_the_teacher_is_asked_once_for_all_students(tmp_path, monkeypatch):
+    dataset = write_dataset(tmp_path / "run", 48)
+    two = settings().model_copy(update={"students": ("digits-cnn-small", "digits-cnn")})
+    run_distill(two, [(dataset, 1.0)], str(tmp_path / "run/distill"), test_data=dataset)
+    asked, logits = [], Teacher.logits
+    monkeypatch.setattr(Teacher, "logits", lambda self, x: asked.append(len(x)) or logits(self, x))
+    text = make_report(dataset, test_data=dataset, measure=False).html.decode()
+    assert text.count("Teacher right, student wrong") == 2 and asked == [2, 48]  # the probe of a loaded teacher, and the images
+    assert text.count("reliability: accuracy by confidence on test images") == 2
+    assert "below the diagonal: surer than right" in text
+
+
+def test_counted_work_is_of_the_log(tmp_path):
+    dataset = Storage(tmp_path)
+    with EventLog(dataset) as events:
+        events.write("work_counted", flop_per_trajectory=2e9, images_per_trajectory=2, parts={"denoiser": 1.5e9, "x": 0})
+        events.write("shard_done", shard=0, rows=10, seconds=1.0)
+    assert dict(cost(dataset, 5))["compute per 1,000 images"] == "1.0 TFLOP, counted: denoiser 75.0%"
+    for broken in ({}, {"images_per_trajectory": 0}, {"parts": [1]}, {"flop_per_trajectory": "x"}):
+        with EventLog(dataset) as events:
+            full = {"flop_per_trajectory": 2e9, "images_per_trajectory": 2, "parts": {}}
+            events.write("work_counted", **(full | broken if broken else {}))
+        assert "compute per 1,000 images" not in dict(cost(dataset, 5))
 
 
 def test_recorded_test_data_is_not_opened(tmp_path):
