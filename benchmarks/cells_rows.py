@@ -203,8 +203,8 @@ QUESTIONS: dict[str, Question] = {
         base="guided",
     ),
     "few-strokes": Question(
-        "the same on digits, from the prior of pen strokes and its few-step twin: two images a class, or as many as take "
-        "the CPU seconds of those in 25 steps; 2,400 steps of 32",
+        "the same on digits, from the prior of pen strokes and its few-step twin: two images a class, or as many as "
+        "take the CPU seconds of those in 25 steps; 2,400 steps of 32",
         {
             **{name: of(name, 2400, trajectories=20) for name in STROKES_SETS},
             **{

@@ -57,7 +57,7 @@ def test_fewer_steps_visit_levels_that_were_learned_and_more_are_refused(distill
     for steps, times in ((1, [999]), (2, [999, 499]), (3, [999, 749, 499])):
         settings = PriorSettings(path=str(folder / "one"), distilled="lcm", steps=steps)
         assert load_prior(settings, "cpu").timesteps == times
-    with pytest.raises(UsageError, match="cannot be sampled in 5 steps"):
+    with pytest.raises(UsageError, match="distilled at 4 noise levels: set prior.steps to 4 or less"):
         load_prior(PriorSettings(path=str(folder / "one"), distilled="lcm", steps=5), "cpu")
 
 
