@@ -73,7 +73,7 @@ class Repeatable:
             torch.set_deterministic_debug_mode("error" if self.strict else "default")
             memory.fill_uninitialized_memory = False  # nothing reads it, and filling takes time
             torch.set_float32_matmul_precision("highest")
-            with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
                 yield
         finally:
             torch.set_float32_matmul_precision(precision)

@@ -121,12 +121,13 @@ def test_a_gpu_works_with_deterministic_kernels_without_tf32_and_a_cpu_as_ever(m
 
     def switches():
         cudnn = torch.backends.cudnn
-        return torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+        chosen = (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
+        return torch.get_deterministic_debug_mode(), *chosen
 
     usual = switches()
     assert Repeatable("cpu")(switches) == usual
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    assert Repeatable("cuda:1")(switches) == (2, True, False, False)
+    assert Repeatable("cuda:1")(switches) == (2, True, True, False, False)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and switches() == usual
 
 

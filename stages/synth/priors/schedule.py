@@ -258,7 +258,9 @@ class Schedule:
         )
         self.kind = "flow_prediction" if self.flow else self.scheduler.config.prediction_type
         if name == "lcm" and steps > (levels := self.scheduler.config.original_inference_steps):
-            raise UsageError(f"prior {source} was distilled at {levels} noise levels: set prior.steps to {levels} or less")
+            raise UsageError(
+                f"prior {source} was distilled at {levels} noise levels: set prior.steps to {levels} or less"
+            )
         try:
             self.scheduler.set_timesteps(steps)
         except Exception as error:
