@@ -128,7 +128,7 @@ def stored(question: Question, part: Part, seed: int, row: Row, out: Path) -> tu
     if part.name == REAL:
         return real_set(question.domain, part.trajectories, out / f"real-{question.domain}-{part.trajectories}"), 0.0
     recipe = recipe_of(question, part.name, seed, row)
-    shards = ceil(part.trajectories / recipe.synth.group_size)
+    shards = ceil(part.trajectories / (recipe.synth.group_size * recipe.synth.groups_per_shard))
     return synthesize(recipe, shards, out / f"{slug(question.domain, part.name)}-{seed}")
 
 

@@ -124,6 +124,10 @@ def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float,
         shards = min(fitting, 4 * shards)
 
 
+LATER = {"guidance": ("energy", "entropy", "bn_population"), "lca": ("pairs",)}
+"""Settings of synthesis that came after cells were kept: off, they change no cell's meaning."""
+
+
 def meaning(recipe: Recipe, synthetic: bool = True) -> dict:
     """What decides a cell's numbers besides its name: a cell of another meaning is not this call's."""
     meant = {"distill": recipe.distill.model_dump(mode="json", exclude={"device"})}
@@ -131,6 +135,11 @@ def meaning(recipe: Recipe, synthetic: bool = True) -> dict:
     if synthetic:
         meant["synth"] = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
         meant["synth"]["prior"]["path"] = locate_prior(recipe.synth.prior).sha256
+        chosen = recipe.synth.model_dump(exclude_defaults=True)
+        for section, names in LATER.items():
+            for name in names:
+                if name not in chosen.get(section, {}):
+                    del meant["synth"][section][name]
     return meant
 
 

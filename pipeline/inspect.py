@@ -14,7 +14,7 @@ from manifests.dataset import unique_names
 from manifests.errors import DataError, StoreError
 from manifests.images import decode
 from manifests.reader import Manifest
-from pipeline.terminal import number, plain, progress, share, table
+from pipeline.terminal import number, plain, progress, published_bn, share, table
 
 GAP = 2
 NAME_WIDTH, NAME_WIDEST = 64, 160
@@ -217,6 +217,8 @@ def metric_lines(found: dict[str, Any]) -> Iterator[str]:
         f"{found['images']} kept images looked at: the teacher agrees with {share(found['teacher_accuracy'])}, "
         f"BatchNorm gap {gap}"
     )
+    if unit := published_bn(found.get("published_bn")):
+        yield f"BatchNorm weights: {unit}"
     if found["near_duplicates"] is None:
         yield "no diversity: the teacher shows no features"
         return

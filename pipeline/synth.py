@@ -1,6 +1,6 @@
 """Stage 1 from recipe to manifest: plan, lease, executor over the missing shards, merge.
 
-A dry run writes nothing and loads no weight; a prior that a hub holds is fetched into its cache.
+A dry run writes nothing and loads no weights but the teacher's; a prior that a hub holds is fetched into its cache.
 """
 
 import time
@@ -22,7 +22,7 @@ from pipeline.lease import Lease
 from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
 from pipeline.rates import Time
 from pipeline.recipe import Recipe
-from pipeline.terminal import duration, flop, pairs, progress, say, size
+from pipeline.terminal import duration, flop, pairs, progress, published_bn, say, size
 from pipeline.watch import GrowingSheet, Recorder, SynthWatch, final_sheet
 from stages.hub import NotFetched
 from stages.progress import loggers
@@ -186,7 +186,11 @@ def dataset_info(plan: Plan, inputs: SynthInputs, teacher: TeacherCopy) -> Datas
 
 @dataclass(frozen=True)
 class SynthEstimate:
-    """What ``run_synth`` would make. What depends on a prior that cannot be fetched is None; ``unknown`` says why."""
+    """What ``run_synth`` would make. What depends on a prior that cannot be fetched is None; ``unknown`` says why.
+
+    ``published_bn``: what the papers' BatchNorm weights are for this teacher
+    (:func:`stages.models.teacher.published_bn_unit`); None without BatchNorm, and for methods that match no statistics.
+    """
 
     out: str
     fingerprint: str | None
@@ -206,6 +210,7 @@ class SynthEstimate:
     prior: dict[str, Any] | None
     prior_decisions: Mapping[str, str]
     teacher: dict[str, Any] | None
+    published_bn: tuple[float, float] | None
     versions: dict[str, str] | None
     unknown: str | None
 
@@ -221,6 +226,7 @@ class SynthEstimate:
                 ("prior", f"{self.prior.get('name')}, sha256 {str(self.prior.get('sha256'))[:12]}"),
                 ("", "; ".join(f"{what} {how}" for what, how in self.prior_decisions.items()) or None),
                 ("teacher", f"{self.teacher.get('architecture')}, sha256 {self.teacher['sha256'][:12]}"),
+                ("BatchNorm", published_bn(self.published_bn)),
                 ("classes", str(self.classes)),
             ]
         pixels = f"{self.image_size} px" if self.image_size else "the prior's size"
@@ -255,7 +261,7 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
     fetched."""
     synth, storage = recipe.synth, Storage(out)
     storage.refuse_file()
-    inputs, cost, unknown = None, None, None
+    inputs, cost, unit, unknown = None, None, None, None
     try:
         inputs = inspect_inputs(synth)
     except NotFetched as error:
@@ -264,6 +270,10 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
         from stages.cost import synth_cost
 
         cost = synth_cost(synth, inputs.sources)
+        if synth.guides or synth.inverts:
+            from stages.models.loading import load_teacher
+
+            unit = load_teacher(inputs.sources["teacher"]).published_bn
     trajectories = synth.groups_per_shard * synth.group_size
     images = trajectories * synth.images_per_trajectory
     image_size = inputs.image_size if inputs else synth.images.size
@@ -291,6 +301,7 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
         prior=inputs.prior if inputs else None,
         prior_decisions=inputs.decisions if inputs else {},
         teacher=inputs.teacher if inputs else None,
+        published_bn=unit,
         versions=plan.versions if plan else None,
         unknown=unknown,
     )

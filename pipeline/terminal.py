@@ -61,6 +61,18 @@ def number(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
+def published_bn(unit: Sequence[float] | None) -> str | None:
+    """What a BatchNorm weight of the papers is here (:func:`stages.models.teacher.published_bn_unit`).
+
+    >>> published_bn((160.2, 320.9))
+    'a published weight of 1 (Σ of norms) is 160 here for means, 321 for variances'
+    """
+    if unit is None:
+        return None
+    means, variances = (f"{value:.3g}" for value in unit)
+    return f"a published weight of 1 (Σ of norms) is {means} here for means, {variances} for variances"
+
+
 def duration(seconds: float) -> str:
     """``42 s``, ``3 min 05 s``, ``2 h 07 min``; ``?`` where unknown.
 

@@ -295,6 +295,18 @@ class GuidanceSettings(Settings):
         le=MAX_WEIGHT,
         description="weight of equal predictions for two views; default: 1 for a teacher without BatchNorm, else 0",
     )
+    energy: float = Field(
+        0.0, ge=0, le=MAX_WEIGHT, description="weight of the free energy of the teacher's logits: no label takes part"
+    )
+    entropy: float = Field(
+        0.0,
+        ge=-MAX_WEIGHT,
+        le=MAX_WEIGHT,
+        description="weight of the answer's entropy; below 0 asks for unsure answers",
+    )
+    bn_population: float = Field(
+        0.0, ge=0, lt=1, description="share of a shard's earlier groups in the statistics that bn matches (0.9: Fast)"
+    )
     interval: Interval = Field((0.0, 1.0), description="guided part of the steps, 0 = first, 1 = last")
     every: int = Field(1, gt=0, le=MAX_STEPS, description="guide every k-th step of the interval")
     updates_per_step: int = Field(1, gt=0, le=MAX_STEPS, description="updates per guided step (x0 only)")
@@ -329,12 +341,21 @@ class LatentMixSettings(Settings):
     kind: Literal["cutmix", "mixup", "traditional"] = Field(
         "cutmix", description="a box or a blend of another latent of the class; or flip, shift, crop-and-resize"
     )
+    pairs: Literal["independent", "permutation"] = Field(
+        "independent", description="a partner and box for each trajectory; or a permutation and one box for each class"
+    )
     every: int = Field(0, ge=0, le=MAX_STEPS, description="mix at every k-th step; 0 switches it off")
     interval: Interval = Field((0.0, 0.6), description="part of the steps in which it may happen")
     probability: float = Field(1.0, ge=0, le=1, description="share of trajectories that it happens to")
     alpha: float = Field(
         1.0, gt=0, le=MAX_WEIGHT, description="lambda ~ Beta(alpha, alpha), drawn per pair: 1 - lambda is mixed in"
     )
+
+    @model_validator(mode="after")
+    def _paired(self) -> "LatentMixSettings":
+        if self.kind == "traditional" and self.pairs == "permutation":
+            raise ValueError("traditional augmentation takes no partner: leave lca.pairs out")
+        return self
 
     def at(self, step: int, steps: int) -> bool:
         """Whether step ``step`` (0 = first) of ``steps`` mixes. Step 0 is pure noise, so it never does."""
@@ -499,6 +520,16 @@ class SynthSettings(Settings):
             raise ValueError(
                 f"lca.every {self.lca.every} meets no step of {steps} in lca.interval {low:g}, {high:g}: lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _population(self) -> "SynthSettings":
+        if not self.guidance.bn_population:
+            return self
+        if self.method != "diffdfkd" or not self.guidance.bn:
+            raise ValueError("guidance.bn_population needs method diffdfkd and guidance.bn > 0")
+        if self.groups_per_shard == 1:
+            raise ValueError("guidance.bn_population joins the groups of a shard: set groups_per_shard to 2 or more")
         return self
 
     @model_validator(mode="after")

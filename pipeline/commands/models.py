@@ -7,7 +7,7 @@ import typer
 
 from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption, argument, option
-from pipeline.terminal import pairs, plain, progress, say, share, show, table
+from pipeline.terminal import pairs, plain, progress, published_bn, say, share, show, table
 
 EVAL_HELP = (
     "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
@@ -33,6 +33,8 @@ def evaluate(
         scores = measure(model, data, ModelSettings(name=teacher) if teacher else None, device, on_progress=shown)
     for what, how in (scores.decisions | {"class order": scores.class_order}).items():
         say(f"{what}: {how}")
+    if unit := published_bn(scores.published_bn):
+        say(f"BatchNorm weights: {unit}")
     if confusion is not None:
         from pipeline.inspect import save
 

@@ -27,7 +27,7 @@ from stages.memory import find_device
 from stages.models.inputs import InputSpec, require_finite_weights, to_unit
 from stages.models.loading import check_class_names, load_network, load_teacher
 from stages.models.source import ModelConfig, resolve, split_name
-from stages.models.teacher import BlackBox, Teacher
+from stages.models.teacher import BlackBox, Teacher, batchnorm_layers, published_bn_unit, running_statistics
 from stages.settings import ModelSettings
 
 BATCH = 64
@@ -52,6 +52,7 @@ class Scores:
     ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
     ``reliability``: of :func:`reliability`.
     ``decisions``: what else was settled and from what, for people: the model's (:class:`ModelSource`) and the data's.
+    ``published_bn``: :func:`~stages.models.teacher.published_bn_unit` of a classifier that was loaded to be scored.
     """
 
     class_order: str
@@ -65,6 +66,7 @@ class Scores:
     teacher_accuracy: Share | None = None
     decisions: dict[str, str] = field(default_factory=dict)
     reliability: list[tuple[Annotated[int, Field(ge=0)], Share, Share]] = field(default_factory=list)
+    published_bn: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
@@ -94,9 +96,11 @@ def evaluate(
     source = resolve(model if isinstance(model, ModelSettings) else ModelSettings(name=model))
     name = model.name if isinstance(model, ModelSettings) else model
     with torch_threads(1):
-        config, net = source.config, load_network(source)
+        config, net, unit = source.config, load_network(source), None
         if isinstance(net, nn.Module):
             require_finite_weights(net, f"model '{name}'")
+            if norms := batchnorm_layers(net):
+                unit = published_bn_unit(running_statistics(norms))
             classify = _classify(net.to(place), config)
         else:
             classify = BlackBox(net, config.input, config.class_names, source.identity).check().logits
@@ -106,7 +110,7 @@ def evaluate(
         named = [config.architecture, *([str(judge.identity["architecture"])] if judge else [])]
         alone = place.type != "cpu" or any(split_name(each)[0] == "code" for each in named)
         found = score(classify, config, data, judge, place, 1 if alone else threads or cores(), on_progress)
-        return replace(found, decisions=source.decisions | found.decisions)
+        return replace(found, decisions=source.decisions | found.decisions, published_bn=unit)
 
 
 def evaluate_net(

@@ -32,9 +32,7 @@ class Teacher:
 
     def __init__(self, net: nn.Module, spec: InputSettings, class_names: Sequence[str], identity: dict[str, Any]):
         self.net = net.eval().requires_grad_(False)
-        self._norms: list[nn.Module] = [
-            module for module in net.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-        ]
+        self._norms = batchnorm_layers(net)
         self._head = head_of(net) if head_path(net) is not None else None
         self._describe(spec, class_names, identity)
 
@@ -57,7 +55,12 @@ class Teacher:
     @property
     def batchnorms(self) -> list[tuple[Tensor, Tensor]]:
         """(running mean, running variance), each ``[c]``, of every BatchNorm layer, in the order of the network."""
-        return [(norm.running_mean, norm.running_var) for norm in self._norms]  # type: ignore[misc]
+        return running_statistics(self._norms)
+
+    @property
+    def published_bn(self) -> tuple[float, float] | None:
+        """:func:`published_bn_unit` of its BatchNorm layers, None without such layers."""
+        return published_bn_unit(self.batchnorms) if self.has_batchnorm else None
 
     @property
     def class_weights(self) -> Tensor | None:
@@ -238,6 +241,19 @@ class Moments:
         return float(moments_gap(data, running, eps=0.0)) if data else None
 
 
+MIN_VARIANCE = 1e-5  # of a channel: dead ones have none
+
+
+def batchnorm_layers(net: nn.Module) -> list[nn.Module]:
+    """Those that keep running statistics."""
+    return [module for module in net.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
+
+def running_statistics(norms: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """(running mean, running variance), each ``[c]``, of BatchNorm layers."""
+    return [(norm.running_mean, norm.running_var) for norm in norms]  # type: ignore[misc]
+
+
 def moments_gap(
     data: Sequence[tuple[Tensor, Tensor]], running: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-12
 ) -> Tensor:
@@ -249,10 +265,21 @@ def moments_gap(
     """
     terms = []
     for (mean, variance), (running_mean, running_variance) in zip(data, running, strict=True):
-        scale = running_variance.to(variance.dtype).clamp_min(1e-5)
+        scale = running_variance.to(variance.dtype).clamp_min(MIN_VARIANCE)
         shift, spread = (mean - running_mean) / scale.sqrt(), (variance - running_variance) / scale
         terms.append((shift.square().mean() + eps).sqrt() + (spread.square().mean() + eps).sqrt())
     return torch.stack(terms).mean()
+
+
+def published_bn_unit(running: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """What the papers' BatchNorm loss Σ_l(‖μ_l − m_l‖₂ + ‖σ²_l − s²_l‖₂) with weight 1 is as a weight of
+    :func:`moments_gap`: Σ_l‖s_l‖₂ for its means and Σ_l‖s²_l‖₂ for its variances, two numbers.
+
+    Exact where every channel of every layer is off by the same share of its running std s (variance s²): r of it make
+    r·Σ_l‖s_l‖₂ there and r here.
+    """
+    variances = [variance.double().clamp_min(MIN_VARIANCE) for _, variance in running]
+    return sum(v.sum().sqrt().item() for v in variances), sum(v.norm().item() for v in variances)
 
 
 def kind_of_answers(

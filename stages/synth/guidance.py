@@ -1,9 +1,10 @@
 """Teacher guidance: the loss terms of DiffDFKD (equations 6-9) and the normalized update of ẑ0 (equation 10)."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,57 @@ from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import Prediction
 
 EPS = 1e-12
+DEFAULTS = GuidanceSettings()
 DEFAULT_CONSISTENCY = 1.0  # weight where none is set and the term is on
 CROP = 0.75  # smallest side of a second view
 
+Moments = Sequence[tuple[Tensor, Tensor]]
+"""(mean, biased variance) of the inputs of each BatchNorm layer, ``[c]`` each."""
 Decode = Callable[[Tensor], Tensor]
 """Clean latents ``[n, c, h, w]`` to images ``[n, 3, side, side]`` in [−1, 1]. Differentiable."""
+
+
+class Population:
+    """BatchNorm moments of a shard's earlier groups at each denoising step, older groups weighted less by ``share``
+    each (``guidance.bn_population``), so that a group completes them in place of repeating them (Fang et al. 2022 match
+    such an average).
+
+    A shard starts without any: its groups depend on each other in their order, and on no other shard.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.earlier: dict[int, Moments] = {}
+        self.latest: dict[int, Moments] = {}  # with those of the group that is being made
+
+    def joined(self, step: int, group: Moments) -> Moments:
+        """The moments of earlier groups and of this one together."""
+        earlier = self.earlier.get(step)
+        both = group if earlier is None else [union(*pair, self.share) for pair in zip(group, earlier, strict=True)]
+        self.latest[step] = [(mean.detach(), variance.detach()) for mean, variance in both]
+        return both
+
+    def advance(self) -> None:
+        """The group is made: to the next one it is an earlier one, but where its statistics overflowed."""
+        finite = {s: m for s, m in self.latest.items() if all(x.isfinite().all() for pair in m for x in pair)}
+        self.earlier |= finite
+
+    def restart(self) -> None:
+        """Forget all groups, for the next shard."""
+        self.earlier, self.latest = {}, {}
+
+
+def alone(group: Moments) -> Moments:
+    """The moments of a group that nothing is joined with."""
+    return group
+
+
+def union(new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]:
+    """(mean, variance) ``[c]`` of data that are ``old`` to a ``share`` and else ``new``: by the law of total variance,
+    what the means differ by counts, too."""
+    mean = (1 - share) * new[0] + share * old[0]
+    variance = (1 - share) * new[1] + share * old[1] + (1 - share) * share * (new[0] - old[0]).square()
+    return mean, variance
 
 
 class Guidance:
@@ -28,7 +75,7 @@ class Guidance:
     of ``prior`` at a step where it is :meth:`active`, it returns the moved prediction.
 
     ``labels [n]`` are the target classes, ``adversary`` is a frozen student or None, ``decode`` stands in for the
-    prior's own decoder, ``rng`` gives the generator of a step's random views.
+    prior's own decoder, ``rng`` gives the generator of a step's random views, ``population`` are earlier groups.
 
     Its record: ``losses`` of the last guided step (before its last update), the number of guided ``steps``, and for
     each trajectory how many updates were ``skipped [n]``, because their gradient was not finite (half precision
@@ -45,9 +92,10 @@ class Guidance:
         adversary: Teacher | None = None,
         decode: Decode | None = None,
         rng: Callable[[int], torch.Generator] = lambda step: torch.Generator(),
+        population: Population | None = None,
     ) -> None:
         self.prior, self.teacher, self.adversary, self.labels = prior, teacher, adversary, labels
-        self.settings, self.decode, self.rng = settings, decode or prior.decode, rng
+        self.settings, self.decode, self.rng, self.population = settings, decode or prior.decode, rng, population
         self.loss_scale = LOSS_SCALE if prior.settings.dtype == "fp16" else 1.0
         self.losses: Losses | None = None
         self.steps = 0
@@ -74,7 +122,7 @@ class Guidance:
         settings, (alpha, sigma) = self.settings, self.prior.levels(x.step)
         with torch.enable_grad():
             source = x.z if settings.gradient_at == "xt" else x.z0.detach().requires_grad_()
-            losses = self.terms(self.decode(x.z0 if settings.gradient_at == "xt" else source), rng)
+            losses = self.terms(self.decode(x.z0 if settings.gradient_at == "xt" else source), rng, x.step)
             (gradient,) = torch.autograd.grad(losses.total(settings) * self.loss_scale, source)
         gradient = gradient / self.loss_scale
         finite = gradient.isfinite().flatten(1).all(1)
@@ -84,12 +132,15 @@ class Guidance:
         self.losses, self.skipped = losses.detached(), self.skipped + ~finite
         return self.prior.move(x.detached(), delta)
 
-    def terms(self, images: Tensor, rng: torch.Generator) -> "Losses":
-        """The terms of the loss for images ``[n, 3, h, w]`` in [−1, 1], seen through random views."""
+    def terms(self, images: Tensor, rng: torch.Generator, step: int | None = None) -> "Losses":
+        """The terms of the loss for images ``[n, 3, h, w]`` in [−1, 1], seen through random views; with the population
+        as it was at ``step``, if there is one."""
         bn = self.settings.bn > 0 and self.teacher.has_batchnorm
         moved = shifted(images, self.settings.jitter, rng)
         other = cropped(moved, rng) if two_views(self.settings, self.teacher) else None
-        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other)
+        population = self.population
+        joined = partial(population.joined, step) if population is not None and step is not None else alone
+        return teacher_losses(moved, self.labels, self.teacher, self.adversary, bn, other, self.settings, joined)
 
 
 def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,31 +166,48 @@ def inconsistency(first: Tensor, second: Tensor) -> Tensor:
     return (to_p + to_q) / 2
 
 
+def energy(logits: Tensor) -> Tensor:
+    """Free energy −log Σ_c exp(logit_c) per sample ``[n]`` (Liu et al. 2020, equation 3, temperature 1): high for
+    images unlike those the teacher was trained on."""
+    return -logits.logsumexp(1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy −Σ_c p_c·log p_c of the answer per sample ``[n]``, 0 to ln C."""
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
 @dataclass(frozen=True)
 class Losses:
     """Terms of one guided step: per sample ``[n]`` (``adversarial`` zero without a student) and ``bn`` per group.
 
-    ``inconsistency`` is None where it is off.
+    The others are None where they are off.
     """
 
     ce: Tensor
     adversarial: Tensor
     bn: Tensor
     inconsistency: Tensor | None = None
+    energy: Tensor | None = None
+    entropy: Tensor | None = None
 
     def detached(self) -> "Losses":
-        inconsistency = None if self.inconsistency is None else self.inconsistency.detach()
-        return Losses(self.ce.detach(), self.adversarial.detach(), self.bn.detach(), inconsistency)
+        terms = {field.name: getattr(self, field.name) for field in fields(self)}
+        detached: dict[str, Any] = {name: None if term is None else term.detach() for name, term in terms.items()}
+        return Losses(**detached)
 
     def total(self, settings: GuidanceSettings) -> Tensor:
-        """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i + Σ_i w_con·JS_i: sums, so that a sample's gradient does not
-        shrink with n."""
+        """Σ_i w_ce·CE_i + n·w_bn·BN + Σ_i w_adv·ADV_i + Σ_i w_con·JS_i + Σ_i w_en·E_i + Σ_i w_h·H_i: sums, so that a
+        sample's gradient does not shrink with n."""
         n = len(self.ce)
         loss = settings.ce * self.ce.sum() + n * settings.bn * self.bn + settings.adversarial * self.adversarial.sum()
-        if self.inconsistency is None:
-            return loss
-        weight = DEFAULT_CONSISTENCY if settings.consistency is None else settings.consistency
-        return loss + weight * self.inconsistency.sum()
+        consistency = DEFAULT_CONSISTENCY if settings.consistency is None else settings.consistency
+        others = (consistency, self.inconsistency), (settings.energy, self.energy), (settings.entropy, self.entropy)
+        for weight, term in others:
+            if term is not None:
+                loss = loss + weight * term.sum()
+        return loss
 
 
 def two_views(settings: GuidanceSettings, teacher: Teacher) -> bool:
@@ -154,23 +222,33 @@ def teacher_losses(
     adversary: Teacher | None,
     bn: bool,
     other: Tensor | None = None,
+    settings: GuidanceSettings = DEFAULTS,
+    joined: Callable[[Moments], Moments] = alone,
 ) -> Losses:
     """All terms for images ``[n, 3, h, w]`` in [−1, 1]; ``bn`` needs a teacher with BatchNorm.
 
-    With a second view ``other`` of the same images the class prior is the mean over both.
+    With a second view ``other`` of the same images the class prior is the mean over both. ``joined`` adds other images
+    to the group's moments. ``settings`` say which of the further terms are on.
     """
     if bn:
         logits, moments = teacher.with_moments(images)
-        statistics = moments_gap(moments, teacher.batchnorms)
+        statistics = moments_gap(joined(moments), teacher.batchnorms)
     else:
         logits = teacher.logits(images)
         statistics = logits.new_zeros(())
     adversarial = disagreement(logits, adversary.logits(images)) if adversary else torch.zeros_like(logits[:, 0])
-    ce = class_prior(logits, labels)
+    losses = Losses(
+        class_prior(logits, labels),
+        adversarial,
+        statistics,
+        energy=energy(logits) if settings.energy else None,
+        entropy=entropy(logits) if settings.entropy else None,
+    )
     if other is None:
-        return Losses(ce, adversarial, statistics)
+        return losses
     others = teacher.logits(other)
-    return Losses((ce + class_prior(others, labels)) / 2, adversarial, statistics, inconsistency(logits, others))
+    ce = (losses.ce + class_prior(others, labels)) / 2
+    return replace(losses, ce=ce, inconsistency=inconsistency(logits, others))
 
 
 def update(gradient: Tensor, alpha: float, sigma: float, settings: GuidanceSettings) -> Tensor:

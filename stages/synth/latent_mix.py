@@ -73,6 +73,8 @@ def draw_mixes(
 
     Partners are of the same class; a trajectory without one goes unmixed (but for the traditional kinds).
     """
+    if settings.pairs == "permutation":
+        return draw_permutations(settings, group, seed, step, timestep, shape)
     height, width = shape[-2:]
     mixes = {}
     for position, (trajectory, label) in enumerate(zip(group.trajectories, group.labels, strict=True)):
@@ -82,19 +84,43 @@ def draw_mixes(
             partners = [position]
         if not partners or rng.random() >= settings.probability:
             continue
-        partner, lam = rng.choice(partners), 1.0
-        if settings.kind == "traditional":
-            y, x, h, w = draw_window(rng, height, width)
-        elif settings.kind == "mixup":
-            y, x, h, w = 0, 0, height, width
-            lam = float(np.float32(rng.betavariate(settings.alpha, settings.alpha)))  # as the manifest stores it
-        else:
-            lam = rng.betavariate(settings.alpha, settings.alpha)
-            y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
-            lam = 1 - h * w / (height * width)
+        partner = rng.choice(partners)
+        y, x, h, w, lam = draw_region(settings, rng, height, width)
         if h and w:
             mixes[position] = Mix(step, timestep, partner, y, x, h, w, lam)
     return mixes
+
+
+def draw_permutations(
+    settings: LatentMixSettings, group: Group, seed: int, step: int, timestep: int, shape: Sequence[int]
+) -> dict[int, Mix]:
+    """As DiffDFKD's public code mixes its batches of one class: one permutation of the class and one box (MixUp: one λ)
+    for all, so that every latent of the class stays whole, in two parts. What meets itself stays as it is.
+
+    ``probability`` is that of a class.
+    """
+    height, width = shape[-2:]
+    mixes: dict[int, Mix] = {}
+    for label in sorted({*group.labels}):
+        rng = python_rng(seed, "lca", "class", group.index, label, step)
+        positions = [position for position, other in enumerate(group.labels) if other == label]
+        partners = rng.sample(positions, len(positions))
+        y, x, h, w, lam = draw_region(settings, rng, height, width)
+        if h and w and rng.random() < settings.probability:
+            pairs = zip(positions, partners, strict=True)
+            mixes |= {own: Mix(step, timestep, other, y, x, h, w, lam) for own, other in pairs if own != other}
+    return mixes
+
+
+def draw_region(settings: LatentMixSettings, rng: Random, height: int, width: int) -> tuple[int, int, int, int, float]:
+    """``y, x, h, w, lam`` of a :class:`Mix`."""
+    if settings.kind == "traditional":
+        return *draw_window(rng, height, width), 1.0
+    lam = rng.betavariate(settings.alpha, settings.alpha)
+    if settings.kind == "mixup":
+        return 0, 0, height, width, float(np.float32(lam))  # as the manifest stores it
+    y, x, h, w = draw_box(lam, rng.random(), rng.random(), height, width)
+    return y, x, h, w, 1 - h * w / (height * width)
 
 
 def draw_box(lam: float, cy: float, cx: float, height: int, width: int) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ from stages.models.teacher import Teacher
 from stages.seeds import torch_rng
 from stages.settings import SynthSettings
 from stages.synth.group import Group
-from stages.synth.guidance import Decode, Guidance, Losses
+from stages.synth.guidance import Decode, Guidance, Losses, Population
 from stages.synth.latent_mix import LatentMix, Mix
 from stages.synth.priors.diffusion import DiffusionPrior
 from stages.synth.priors.schedule import State
@@ -159,6 +159,7 @@ class Models:
     """What a worker loads once, on ``device``; ``adversary`` is a frozen student or None.
 
     ``decode`` is the decoder of guidance (None: the prior's own); ``on_step`` watches every step of every method.
+    ``population``: the shard's earlier groups, where guidance matches their statistics, too.
     """
 
     prior: DiffusionPrior | None  # None for methods that invert the teacher
@@ -167,6 +168,7 @@ class Models:
     device: str
     decode: Decode | None = None
     on_step: OnStep = ignored
+    population: Population | None = None
 
     def limit_batches(self, limit: int | None) -> None:
         """Let no network see more than ``limit`` trajectories at once (None: any number), to save memory."""
@@ -185,6 +187,7 @@ class Models:
             adversary=self.adversary,
             decode=self.decode,
             rng=lambda step: torch_rng(seed, "shift", group.index, step),
+            population=self.population,
         )
 
 

@@ -24,7 +24,7 @@ from stages.synth.cmi import cmi
 from stages.synth.dda import dda
 from stages.synth.decoders import TinyDecoder, fidelity, load_decoder, use_tiny_decoder
 from stages.synth.group import Group, make_group
-from stages.synth.guidance import Losses, two_views
+from stages.synth.guidance import Losses, Population, two_views
 from stages.synth.images import ImageWriter, Sample, as_stored, to_pixels
 from stages.synth.inputs import Pinned, check_folder, check_network, model_sources
 from stages.synth.inversion import deepinversion, inverted_side
@@ -78,7 +78,8 @@ def load_models(
     for tiny in (decode, prior and prior.tiny):
         if isinstance(tiny, TinyDecoder):
             check_folder(planned, "tiny_decoder", tiny.source)
-    return Models(prior, teacher, adversary, device, decode)
+    share = settings.guidance.bn_population
+    return Models(prior, teacher, adversary, device, decode, population=Population(share) if share else None)
 
 
 def check_adversary(adversary: Teacher, teacher: Teacher) -> None:
@@ -166,6 +167,8 @@ class ShardWorker:
         count, splits = settings.groups_per_shard, {}
         self.models.limit_batches(None)
         watch = self.watch = ShardWatch(shard, count, steps_of_group(self.models, settings), on_progress)
+        if self.models.population:
+            self.models.population.restart()
         record = done_record(self.storage, shard)
         if record is None:
             with (
@@ -175,6 +178,8 @@ class ShardWorker:
                 for position in range(count):
                     group = make_group(settings, shard * count + position, self.teacher.class_names)
                     samples, cost = self.make_group_samples(group, shard, position)
+                    if self.models.population:
+                        self.models.population.advance()
                     images.write(samples)
                     counters += cost
                     check_skipped(counters, settings, (position + 1) / count)

@@ -18,6 +18,7 @@ def test_dry_run_counts_and_writes_nothing(tmp_path):
     assert (found.images, found.trajectories, found.denoiser_calls) == (60, 60, 0)
     assert found.disk_bytes_at_most > 60 * 8 * 8 * 3 * 0.8
     assert any("fingerprint" in line for line in found.lines())
+    assert found.published_bn is None  # ``small_recipe`` runs no model
     assert not (tmp_path / "run").exists()
 
 
@@ -54,6 +55,8 @@ def test_compute_and_memory_are_totals_of_the_counted_cost(tmp_path):
     assert found.cost.flop == 300 * counted.flop_per_trajectory
     assert found.cost.saved_bytes_per_group == 50 * counted.saved_bytes_per_trajectory > 0
     lines = "\n".join(found.lines())
+    assert [round(unit, 1) for unit in found.published_bn] == [15.7, 8.2]  # of the digits teacher
+    assert "a published weight of 1 (Σ of norms) is 15.7 here for means, 8.23 for variances" in lines
     assert found.cost.fit_decoder_once == counted.fit_decoder_once > 0 and "a decoder is fitted" in lines
     assert (
         f"{flop(300 * counted.flop_per_trajectory)} in all, {flop(counted.flop_per_trajectory / 2)} an image" in lines

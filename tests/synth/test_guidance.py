@@ -5,16 +5,21 @@ import math
 import pytest
 import torch
 
+from stages.models.teacher import mean_and_variance, moments_gap
 from stages.settings import GuidanceSettings
 from stages.synth.guidance import (
     Losses,
+    Population,
     class_prior,
     cropped,
     disagreement,
+    energy,
+    entropy,
     inconsistency,
     shifted,
     teacher_losses,
     two_views,
+    union,
     update,
 )
 from tests.synth.tiny import TinyTeacher, feature_statistics
@@ -60,6 +65,71 @@ def test_inconsistency_hand_computed():
     last = (of_first + of_second) / 2
     assert inconsistency(first, second).tolist() == pytest.approx([0.0, math.log(2), last], abs=1e-6)
     torch.testing.assert_close(inconsistency(second, first), inconsistency(first, second))
+
+
+def test_energy_and_entropy_hand_computed():
+    logits = torch.tensor([[math.log(3), 0.0], [5.0, 5.0], [90.0, 0.0]])
+    assert energy(logits).tolist() == pytest.approx([-math.log(4), -5 - math.log(2), -90], rel=1e-6)
+    first = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy(logits).tolist() == pytest.approx([first, math.log(2), 0.0], abs=1e-6)
+
+
+def test_energy_and_entropy_weigh_in_where_they_are_on():
+    teacher, labels, images = TinyTeacher(), torch.tensor([0, 1, 1]), torch.randn(3, 3, 8, 8)
+    off = teacher_losses(images, labels, teacher, None, True)
+    assert off.energy is None and off.entropy is None
+    for names in (["energy"], ["entropy"], ["energy", "entropy"]):
+        settings = GuidanceSettings(**dict.fromkeys(names, 0.5))
+        on = teacher_losses(images, labels, teacher, None, True, None, settings)
+        terms = {"energy": energy(teacher.logits(images)), "entropy": entropy(teacher.logits(images))}
+        assert [name for name in terms if getattr(on, name) is not None] == names
+        expected = off.total(GuidanceSettings()) + sum(0.5 * terms[name].sum() for name in names)
+        torch.testing.assert_close(on.total(settings), expected)
+        assert on.detached().total(settings).requires_grad is False
+    GuidanceSettings(entropy=-1.0)  # asks for unsure answers
+    with pytest.raises(ValueError, match="energy"):
+        GuidanceSettings(energy=-1.0)
+
+
+def test_a_union_has_the_moments_of_both_data():
+    """One part in four of the second: (0, 2) three times and (8, 10, 8, 10, …): mean 3, variance 13."""
+    new, old = torch.tensor([[0.0, 2.0] * 3]).T, torch.tensor([[8.0, 10.0]]).T
+    mean, variance = union(mean_and_variance(new), mean_and_variance(old), 0.25)
+    assert (mean.item(), variance.item()) == pytest.approx((3.0, 13.0))
+    whole = mean_and_variance(torch.cat([new, old]))
+    assert (mean.item(), variance.item()) == pytest.approx(tuple(x.item() for x in whole))
+
+
+def test_a_population_remembers_groups_once_they_are_made():
+    def group(mean, variance):
+        return [(torch.tensor([mean]), torch.tensor([variance]))]
+
+    population = Population(0.5)
+    assert population.joined(3, group(0.0, 1.0)) == group(0.0, 1.0)  # the first group of a shard is alone
+    assert population.joined(3, group(2.0, 1.0)) == group(2.0, 1.0)  # made again, for lack of memory
+    population.advance()
+    assert population.joined(3, group(4.0, 3.0)) == group(3.0, 2.0 + 1.0)  # means 2 and 4: variance 1 between them
+    assert population.joined(4, group(4.0, 3.0)) == group(4.0, 3.0)  # other steps see other images
+    population.advance()
+    assert population.joined(3, group(3.0, 3.0)) == group(3.0, 3.0)
+    population.joined(3, group(math.inf, 1.0))
+    population.advance()
+    assert population.joined(3, group(3.0, 3.0)) == group(3.0, 3.0)  # what overflowed is not remembered
+    population.restart()
+    assert population.joined(3, group(7.0, 1.0)) == group(7.0, 1.0)
+
+
+def test_the_statistics_term_is_that_of_the_joined_moments():
+    teacher, labels, images = TinyTeacher(), torch.tensor([0, 1]), torch.randn(2, 3, 8, 8, requires_grad=True)
+    ((mean, variance),) = moments = teacher.with_moments(images)[1]
+    population = Population(0.9)
+    population.earlier[0] = [(m.detach() + 1, v.detach() * 2) for m, v in moments]
+    losses = teacher_losses(images, labels, teacher, None, True, joined=lambda group: population.joined(0, group))
+    joint = 0.1 * variance + 0.9 * 2 * variance.detach() + 0.09 * (mean - mean.detach() - 1).square()
+    expected = moments_gap([(0.1 * mean + 0.9 * (mean.detach() + 1), joint)], teacher.batchnorms)
+    torch.testing.assert_close(losses.bn, expected)
+    (got,) = torch.autograd.grad(losses.bn, images, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, images)[0])
 
 
 def test_two_views_share_the_class_prior_and_weigh_in_with_their_disagreement():

@@ -62,6 +62,42 @@ def test_cutmix_draws_what_it_drew_before_there_were_other_kinds():
     }
 
 
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_permutations_give_a_class_one_box_and_every_latent_one_place(kind):
+    group = replace(GROUP, trajectories=tuple(range(60)), labels=tuple(i % 3 for i in range(60)), prompts=("p",) * 60)
+    settings = every_step(kind, pairs="permutation")
+    mixes = draw_mixes(settings, group, 7, 2, 600, SHAPE)
+    assert mixes == draw_mixes(settings, group, 7, 2, 600, SHAPE) != draw_mixes(settings, group, 7, 3, 600, SHAPE)
+    assert mixes != draw_mixes(settings, replace(group, index=4), 7, 2, 600, SHAPE)
+    for label in range(3):
+        positions = [p for p in range(60) if group.labels[p] == label]
+        own = [mixes[p] for p in positions if p in mixes]
+        assert len({(m.y, m.x, m.h, m.w, m.lam) for m in own}) == 1
+        partners = [mixes[p].partner if p in mixes else p for p in positions]
+        assert sorted(partners) == positions and len(own) > 10  # nothing is lost, and little meets itself
+        assert all(mixes[p].partner != p for p in positions if p in mixes)
+    boxes = {(m.y, m.x, m.h, m.w, m.lam) for m in mixes.values()}
+    assert len(boxes) == 3  # one a class
+
+
+def test_permutations_by_hand():
+    """Two of a class exchange the box: what one loses the other has."""
+    x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    mix = {"step": 1, "timestep": 0, "y": 1, "x": 0, "h": 2, "w": 3, "lam": 10 / 16}
+    mixed = mixing({0: Mix(partner=1, **mix), 1: Mix(partner=0, **mix)}, 2, (1, 4, 4), "cutmix")(x)
+    assert mixed[0].sum() == 6 and mixed[1].sum() == 10 and torch.equal(mixed[0] + mixed[1], torch.ones(1, 4, 4))
+
+
+def test_permutations_leave_classes_out_with_probability():
+    group = replace(
+        GROUP, trajectories=tuple(range(400)), labels=tuple(i // 4 for i in range(400)), prompts=("p",) * 400
+    )
+    mixes = draw_mixes(every_step("mixup", pairs="permutation", probability=0.5), group, 0, 1, 0, SHAPE)
+    assert 35 < len({group.labels[p] for p in mixes}) < 65  # of 100
+    with pytest.raises(ValueError, match="takes no partner"):
+        every_step("traditional", pairs="permutation")
+
+
 def test_probability_thins_the_mixes():
     group = replace(GROUP, trajectories=tuple(range(400)), labels=(0,) * 400, prompts=("p",) * 400)
     for kind in KINDS:

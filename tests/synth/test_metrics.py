@@ -56,7 +56,7 @@ def test_measures_the_kept_images_of_each_class(tmp_path):
     found = measure(manifest, teacher, on_images=lambda *done: seen.append(done))
     assert found["images"] == 23 and seen[-1] == (23, 23)
     assert {name: facts["images"] for name, facts in found["classes"].items()} == {"left": 7, "right": 8, "top": 8}
-    assert found["bn_gap"] > 0
+    assert found["bn_gap"] > 0 and len(found["published_bn"]) == 2
     assert 0 <= found["teacher_accuracy"] <= 1
     facts = found["classes"]["left"]
     assert -1 <= facts["cosine"] <= 1 <= facts["vendi"] <= 7

@@ -133,6 +133,49 @@ def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, t
     assert other.read(done_records(other)[3].tar) == before
 
 
+def test_statistics_of_earlier_groups_stay_within_their_shard(prior_folder, tmp_path):
+    """Any order of shards gives the same bytes, so workers and interruptions do not matter; the first group of a shard
+    is what it is without a population."""
+    prior = {"path": str(prior_folder), "steps": 3, "cfg_scale": 1.0}
+    given = {"prior": prior, "lca": {}, "groups_per_shard": 2, "group_size": 4, "shards": 2, "images": {}}
+
+    def shards(name, *order, **guidance):
+        storage = Storage(str(tmp_path / name))
+        worker = ShardWorker(settings(prior_folder, guidance={"bn": 10.0} | guidance, **given), storage.url, "f" * 64)
+        for shard in order:
+            worker.run(shard)
+        return {shard: stored_images(storage, shard) for shard in order}, done_records(storage)
+
+    joint, records = shards("joint", 0, 1, bn_population=0.9)
+    assert shards("backwards", 1, 0, bn_population=0.9)[1] == records
+    plain, _ = shards("plain", 0, 1)
+    for shard in (0, 1):
+        same = [np.array_equal(joint[shard][key], plain[shard][key]) for key in plain[shard]]
+        assert all(same[:4]) and not any(same[4:])
+
+
+def test_a_group_made_again_for_lack_of_memory_joins_the_population_once(prior_folder, tmp_path, monkeypatch):
+    given = settings(
+        prior_folder, guidance={"bn_population": 0.5}, lca={}, groups_per_shard=3, group_size=2, images={}, shards=1
+    )
+    whole, broken = (Storage(str(tmp_path / name)) for name in ("whole", "broken"))
+    ShardWorker(given, whole.url, "f" * 64).run(0)
+    worker, calls = ShardWorker(given, broken.url, "f" * 64), []
+    samples = worker.samples
+
+    def fails_once(group, *more):
+        calls.append(group.index)
+        found = samples(group, *more)
+        if len(calls) == 2:
+            raise MemoryError
+        return found
+
+    monkeypatch.setattr(worker, "samples", fails_once)
+    monkeypatch.setattr(worker.models.__class__, "limit_batches", lambda self, limit: None)
+    worker.run(0)
+    assert calls == [0, 1, 1, 2] and done_records(broken) == done_records(whole)
+
+
 def test_unguided_rows_have_no_losses(prior_folder, tmp_path):
     storage = Storage(str(tmp_path))
     ShardWorker(settings(prior_folder, method="dmkd", lca={}, groups_per_shard=1), storage.url, "f" * 64).run(0)
