@@ -437,8 +437,9 @@ class CmiSettings(Settings):
 class DdaSettings(Settings):
     """Diffusion augmentation of inverted images (Li et al. 2024); ``cmi`` says how these are made.
 
-    The paper's guidance of 0.5 is ``prior.cfg_scale``. A prior with an image encoder varies images from pure noise, as
-    in the paper; others start from the noised image (image-to-image), for which the paper names no ``strength``.
+    The paper's guidance of 0.5 is ``prior.cfg_scale`` 1: diffusers' pipelines switch CFG off at 1 and below. A prior
+    with an image encoder varies images from pure noise, as in the paper; others start from the noised image
+    (image-to-image), for which the paper names no ``strength``.
     """
 
     variants: int = Field(3, gt=0, le=1000, description="images made from each inverted one")

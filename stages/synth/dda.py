@@ -1,6 +1,7 @@
 """DDA (Li et al. 2024): inverted images, then variants of each by the prior; those that stray are filtered out.
 
-The paper feeds features of an image encoder to the diffusion model (image variation): so does a prior that has one.
+The paper feeds features of an image encoder to the diffusion model (image variation): so does a prior that has one,
+with its image as the only condition (``StableDiffusionImageVariationPipeline``) or beside a prompt (Stable unCLIP).
 Image-to-image is the substitute that any other prior allows. Its self-supervised term is distillation's
 ``loss.variants_ce``.
 """

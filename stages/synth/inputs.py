@@ -48,6 +48,10 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
         log.warning("prior %s: %s", source.folder, source.geometry.note)
     if prior["conditioning"] == "class":
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
+    if prior["conditioning"] == "image" and settings.method != "dda":
+        raise UsageError(
+            f"prior {prior['name']} only varies images: it takes part in --method dda, not {settings.method}"
+        )
     if settings.method == "dda":
         check_start(settings, varies(prior))
     tiny = None

@@ -16,6 +16,7 @@ from diffusers import (
     DiTTransformer2DModel,
     IFPipeline,
     LDMPipeline,
+    StableDiffusionImageVariationPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     StableUnCLIPImg2ImgPipeline,
@@ -161,20 +162,40 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
     return folder
 
 
-def save_unclip(folder: Path) -> Path:
-    """A random 16-pixel ``StableUnCLIPImg2ImgPipeline``: images cut to 16 of 20 pixels, embeddings of 8 numbers."""
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
-    vision = CLIPVisionConfig(
+def tiny_vision_config(width: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
-        projection_dim=8,
+        projection_dim=width,
         num_hidden_layers=1,
         num_attention_heads=2,
         image_size=16,
         patch_size=4,
         initializer_factor=20.0,  # of its class token: some spread among embeddings
     )
+
+
+def save_image_variation(folder: Path) -> Path:
+    """A random 16-pixel ``StableDiffusionImageVariationPipeline``: images cut to 16 of 20 pixels, one token of 16."""
+    torch.manual_seed(0)
+    pipeline = StableDiffusionImageVariationPipeline(
+        vae=tiny_vae(),
+        image_encoder=CLIPVisionModelWithProjection(tiny_vision_config(16)),
+        unet=tiny_text_unet(),
+        scheduler=tiny_scheduler(),
+        safety_checker=None,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_unclip(folder: Path) -> Path:
+    """A random 16-pixel ``StableUnCLIPImg2ImgPipeline``: images cut to 16 of 20 pixels, embeddings of 8 numbers."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder.parent / f"{folder.name}-words")
+    vision = tiny_vision_config(8)
     normalizer = StableUnCLIPImageNormalizer(embedding_dim=8)
     normalizer.load_state_dict({"mean": 0.1 * torch.randn(1, 8), "std": 0.5 + torch.rand(1, 8)})
     pipeline = StableUnCLIPImg2ImgPipeline(

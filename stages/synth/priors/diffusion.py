@@ -25,9 +25,9 @@ class DiffusionPrior(ABC):
     and conditioning, which the kinds of priors add.
 
     Latents are ``[n, *latent_shape]``, images ``[n, 3, image_size, image_size]`` in [−1, 1]. ``timesteps`` is the
-    schedule, noisiest first; ``conditioning`` is "text", "class" or "none". On the device ``meta`` it has shapes and no
-    weights: for counting. Raises :class:`DataError` where a component is missing, damaged or of a kind that cannot be
-    guided.
+    schedule, noisiest first; ``conditioning`` is "text", "class", "image" or "none". On the device ``meta`` it has
+    shapes and no weights: for counting. Raises :class:`DataError` where a component is missing, damaged or of a kind
+    that cannot be guided.
     """
 
     encoders: Sequence[Any] = ()  # of prompts, and of images

@@ -42,6 +42,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family("text", "unet", "vae", "madebyollin/taesdxl", side=128),
     "IFPipeline": Family("text", "unet", None),
     "StableUnCLIPImg2ImgPipeline": Family("text", "unet", "vae", "madebyollin/taesd", "image_encoder"),
+    "StableDiffusionImageVariationPipeline": Family("image", "unet", "vae", "madebyollin/taesd", "image_encoder"),
     "DiTPipeline": Family("class", "transformer", "vae", "madebyollin/taesd"),
     "LDMPipeline": Family("none", "unet", "vqvae"),
     "DDPMPipeline": Family("none", "unet", None),

@@ -182,32 +182,28 @@ class TextPriorIF(TextPrior):
         return embedded
 
 
-class TextPriorUnclip(TextPrior):
-    """A ``StableUnCLIPImg2ImgPipeline``. A condition is one row: all token embeddings, then the image's embedding and
-    that of its noise level.
+class ImageEncoding(DiffusionPrior):
+    """A pipeline with an image encoder: what a :class:`~stages.synth.priors.schedule.VariationPrior` embeds with."""
 
-    :meth:`encode` leaves the image open: its part is zero, as in CFG's unconditional half. The network was trained with
-    that in a quarter of its samples, so it is a text prior too.
-    """
+    processor: Any
+    image_encoder: Any
 
-    def load(self) -> tuple[Any, Any]:
-        unet, vae = super().load()
-        encoder = self.encoder("image_encoder", CLIPVisionModelWithProjection)
-        self.encoders = [*self.encoders, encoder]
-        normalizer = self.part("image_normalizer", StableUnCLIPImageNormalizer)
-        self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
-        noising = self.source.config("image_noising_scheduler", "scheduler_config.json")
-        self.noising = DDPMScheduler.from_config(noising)
+    def load_image_encoder(self) -> None:
+        """Raises DataError where the feature extractor makes pictures of another size than the encoder takes."""
+        self.image_encoder = self.encoder("image_encoder", CLIPVisionModelWithProjection)
+        self.encoders = [*self.encoders, self.image_encoder]
         self.source.config("feature_extractor", "preprocessor_config.json")
         self.processor = self.tokens("feature_extractor", CLIPImageProcessor)
-        seen = (self.processor.crop_size["height"], 2 * encoder.config.projection_dim)
-        if seen != (encoder.config.image_size, unet.config.projection_class_embeddings_input_dim):
+
+    def check_widths(self, expected: int, what: str) -> None:
+        """Raises DataError where the encoder's embedding is not as wide as the network expects it."""
+        seen, width = self.processor.crop_size["height"], self.image_encoder.config.projection_dim
+        if (seen, width) != (self.image_encoder.config.image_size, expected):
             raise DataError(
                 f"prior {self.folder}: feature_extractor, image_encoder and unet do not belong together: "
-                f"{seen[0]} pixels for {encoder.config.image_size}, an embedding of {seen[1]} (half of it the noise "
-                f"level's) for {unet.config.projection_class_embeddings_input_dim}"
+                f"{seen} pixels for {self.image_encoder.config.image_size}, an embedding of {width} for "
+                f"{expected}{what}"
             )
-        return unet, vae
 
     def pixels(self, images: Tensor) -> Tensor:
         """Images ``[n, 3, side, side]`` in [−1, 1] as the feature extractor hands them to the encoder."""
@@ -224,14 +220,63 @@ class TextPriorUnclip(TextPrior):
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        encoder = self.encoders[1]
-
         def embed(pixels: Tensor) -> Tensor:
-            embedded: Tensor = encoder(pixels).image_embeds
+            embedded: Tensor = self.image_encoder(pixels).image_embeds
             return embedded
 
-        embedded: Tensor = in_micro_batches(embed, self.batch_limit, self.pixels(images).to(encoder.dtype))
+        pixels = self.pixels(images).to(self.image_encoder.dtype)
+        embedded: Tensor = in_micro_batches(embed, self.batch_limit, pixels)
         return embedded.float()
+
+
+class ImagePrior(ImageEncoding):
+    """A ``StableDiffusionImageVariationPipeline`` (VAE, UNet, image encoder; no text), which draws variants of images
+    alone. A condition is the image's embedding, the one token that the network attends to; zero in CFG's unconditional
+    half."""
+
+    def load(self) -> tuple[Any, Any]:
+        self.load_image_encoder()
+        unet, vae = self.part("unet", UNet2DConditionModel), self.part("vae", AutoencoderKL)
+        self.check_widths(unet.config.cross_attention_dim, " in cross-attention")
+        return unet, vae
+
+    def encode(self, conditions: Sequence[str]) -> Tensor:
+        """With the image left open."""
+        return self.tokens_of(torch.zeros(len(conditions), self.network.config.cross_attention_dim, device=self.device))
+
+    def encode_with(self, conditions: Sequence[str], embedded: Tensor, noise: Tensor, level: int) -> Tensor:
+        """The network was trained on embeddings as they are, so there is no ``level`` but 0."""
+        if level:
+            raise UsageError(f"prior {self.folder} adds no noise to features: leave dda.noise_level at 0")
+        return self.tokens_of(embedded)
+
+    def tokens_of(self, embedded: Tensor) -> Tensor:
+        """``[n, 1, d]``, or ``[2n, 1, d]`` with zeros first where CFG is on."""
+        rows = embedded[:, None].to(self.network.dtype)
+        return torch.cat([torch.zeros_like(rows), rows]) if self.two_halves else rows
+
+    def evaluate(self, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.network(latents, time, condition).sample
+
+
+class TextPriorUnclip(TextPrior, ImageEncoding):
+    """A ``StableUnCLIPImg2ImgPipeline``. A condition is one row: all token embeddings, then the image's embedding and
+    that of its noise level.
+
+    :meth:`encode` leaves the image open: its part is zero, as in CFG's unconditional half. The network was trained with
+    that in a quarter of its samples, so it is a text prior too.
+    """
+
+    def load(self) -> tuple[Any, Any]:
+        unet, vae = super().load()
+        self.load_image_encoder()
+        normalizer = self.part("image_normalizer", StableUnCLIPImageNormalizer)
+        self.mean, self.std = (part.detach().float().to(self.device) for part in (normalizer.mean, normalizer.std))
+        noising = self.source.config("image_noising_scheduler", "scheduler_config.json")
+        self.noising = DDPMScheduler.from_config(noising)
+        both = unet.config.projection_class_embeddings_input_dim
+        self.check_widths(both // 2, f", half of the network's {both}: the rest is the noise level's")
+        return unet, vae
 
     def encode(self, conditions: Sequence[str]) -> Tensor:
         width = self.network.config.projection_class_embeddings_input_dim
@@ -314,6 +359,7 @@ KINDS: dict[str, type[DiffusionPrior]] = {
     "StableDiffusionXLPipeline": TextPriorXL,
     "IFPipeline": TextPriorIF,
     "StableUnCLIPImg2ImgPipeline": TextPriorUnclip,
+    "StableDiffusionImageVariationPipeline": ImagePrior,
     "DiTPipeline": ClassPrior,
     "LDMPipeline": FreePrior,
     "DDPMPipeline": FreePrior,

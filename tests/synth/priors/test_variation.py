@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableUnCLIPImg2ImgPipeline
+from diffusers import StableDiffusionImageVariationPipeline, StableUnCLIPImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
@@ -23,7 +23,7 @@ from stages.synth.priors.files import locate_prior
 from stages.synth.priors.kinds import load_prior
 from stages.synth.priors.schedule import State, VariationPrior
 from stages.synth.sampler import denoise
-from tests.synth.tiny import save_unclip
+from tests.synth.tiny import save_image_variation, save_unclip
 
 GROUP = make_group(SynthSettings(group_size=3), 0, ("a", "b"))
 PLACE = ExecutorSettings()
@@ -198,7 +198,7 @@ def test_other_missing_parts_are_refused_when_loading(folder, tmp_path, part):
     ("file", "values", "message"),
     [
         ("feature_extractor/preprocessor_config.json", {"crop_size": {"height": 8, "width": 8}}, "8 pixels for 16"),
-        ("unet/config.json", {"projection_class_embeddings_input_dim": 12}, "an embedding of 16 .* for 12"),
+        ("unet/config.json", {"projection_class_embeddings_input_dim": 12}, "an embedding of 8 for 6, half"),
     ],
 )
 def test_parts_of_two_models_are_refused(folder, tmp_path, file, values, message):
@@ -214,3 +214,52 @@ def test_a_noise_level_above_the_schedule_is_refused(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 100}))
     with pytest.raises(UsageError, match="noise level 100 is not below 100"):
         variants(load(copy), tensors(pictures()), 0, noise_level=100)
+
+
+@pytest.fixture(scope="module")
+def images_only(tmp_path_factory):
+    return save_image_variation(tmp_path_factory.mktemp("variation") / "prior")
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_image_variation_without_text_is_that_of_the_pipeline_itself(images_only, scale):
+    prior, images = load(images_only, cfg_scale=scale), tensors(pictures())
+    assert isinstance(prior, VariationPrior)
+    pipeline = StableDiffusionImageVariationPipeline.from_pretrained(images_only, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prior.pixels(images),
+        latents=GROUP.noise(5, prior.latent_shape),
+        num_inference_steps=4,
+        guidance_scale=scale,
+        output_type="pt",
+    ).images
+    ours = variants(prior, images, 5)
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=1e-3, atol=1e-4)
+    assert (variants(prior, tensors(pictures(seed=1)), 5) - ours).abs().max() > 1e-3
+
+
+def test_dda_on_image_variation_from_end_to_end(images_only, tmp_path):
+    asked = recipe(images_only, "prior.cfg_scale=1.0", "dda.guided=true", "guidance.decoder=full")
+    told = dry_run(asked, str(tmp_path / "one"))
+    assert told.denoiser_calls == 6 * 2 * 5  # trajectories, variants, steps
+    manifest = Manifest.open(run_synth(asked, str(tmp_path / "one"), PLACE, quiet=True).manifest)
+    rows = manifest.file.group(0).to_pylist()
+    assert len(rows) == told.images == 18 and all(row["prompt"] is None for row in rows)
+
+
+def test_image_variation_serves_dda_alone_and_adds_no_noise(images_only, tmp_path):
+    asked = resolve("demo", section="synth", sets=[f"prior.path={images_only}"])
+    for start in (lambda out: dry_run(asked, out), lambda out: run_synth(asked, out, PLACE, quiet=True)):
+        with pytest.raises(UsageError, match="only varies images: it takes part in --method dda, not diffdfkd"):
+            start(str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="leave dda.noise_level at 0"):
+        variants(load(images_only), tensors(pictures()), 5, noise_level=9)
+
+
+def test_an_encoder_of_another_width_is_refused(images_only, tmp_path):
+    copy = shutil.copytree(images_only, tmp_path / "copy")
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cross_attention_dim": 24}))
+    with pytest.raises(DataError, match="do not belong together: .*an embedding of 16 for 24 in cross-attention"):
+        load_prior(PriorSettings(path=str(copy)), "meta")
