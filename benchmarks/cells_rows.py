@@ -11,10 +11,24 @@ PLAIN = ("distill.augment.cutmix=0", "distill.augment.mixup=0")
 # between any two of them; 200 trajectories a group, so that 600 are whole groups
 PAPER = (*WHOLE, "synth.images.intermediates=4", "synth.group_size=200")
 PAPER_LCA = ("synth.lca.every=5", "synth.lca.interval=[0.0,1.0]")
+PERMUTATION = ("synth.lca.pairs=permutation",)  # one permutation and one box a class, as in the public code
 DDPM = ("synth.prior.scheduler=ddpm",)
 PAPER_TRAINING = (*PLAIN, "distill.loss.temperature=30", "distill.batch_size=200")
 
 CMI = ("synth.method=cmi", "synth.cmi.flip=true", "synth.cmi.steps=100", "synth.cmi.width=32", "synth.cmi.bn=200")
+# CMI's published 1 is 160 (means) to 320 (variances) for this teacher, DeepInversion's 10 is 1,600 to 3,200; ours was
+# 10 for both. As published: ce 1, a contrastive temperature of 0.2, no factor for the first layer. Shorter: 200 of 500
+# steps with half the width, 400 of 2,000.
+CMI_PUBLISHED = (
+    *("synth.method=cmi", "synth.cmi.flip=true", "synth.cmi.steps=200", "synth.cmi.width=32"),
+    *("synth.cmi.ce=1", "synth.cmi.temperature=0.2"),
+)
+DEEPINVERSION = (
+    *("synth.method=deepinversion", "synth.deepinversion.flip=true", "synth.deepinversion.steps=400"),
+    "synth.deepinversion.first_bn=1",
+)
+# the 1,500 images as one shard, so that every group but the first joins those before it
+POPULATION = ("synth.groups_per_shard=6",)
 FEW = ("synth.prior.scheduler=dpmsolver++", "synth.prior.steps=6")
 THREE = ("synth.guidance.updates_per_step=3",)
 DIGITS = ("synth.group_size=100", "synth.guidance.bn=1.0")  # bn: what the published 0.1 is for this teacher
@@ -25,10 +39,13 @@ CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/c
     "LCA": LCA,
     **{f"LCA, scale {v}": (*LCA, f"synth.guidance.step_size={v}") for v in (0.1, 0.15, 0.2)},
     "LCA, bn 30": (*LCA, "synth.guidance.bn=30"),
+    "LCA, permutation": (*LCA, *PERMUTATION),
     "ddim, none": PAPER,
     "ddim, LCA": (*PAPER, *PAPER_LCA),
     "ddpm, none": (*PAPER, *DDPM),
     "ddpm, LCA": (*PAPER, *DDPM, *PAPER_LCA),
+    "ddim, LCA, permutation": (*PAPER, *PAPER_LCA, *PERMUTATION),
+    "ddpm, LCA, permutation": (*PAPER, *DDPM, *PAPER_LCA, *PERMUTATION),
     **{f"bn {v}": (f"synth.guidance.bn={v}",) for v in (3, 20, 30, 60, 100)},
     "all steps": WHOLE,
     "all steps, bn 30": (*WHOLE, "synth.guidance.bn=30"),
@@ -37,6 +54,14 @@ CIFAR_SETS: dict[str, tuple[str, ...]] = {  # what a set changes in benchmarks/c
     "CFG 3, bn 30": ("synth.prior.cfg_scale=3", "synth.guidance.bn=30"),
     "scale 0.2": ("synth.guidance.step_size=0.2",),
     "groups of 500": ("synth.group_size=500",),
+    "population 0.5": (*POPULATION, "synth.guidance.bn_population=0.5"),
+    "population 0.5, bn 20": (*POPULATION, "synth.guidance.bn_population=0.5", "synth.guidance.bn=20"),
+    "population 0.9, bn 100": (*POPULATION, "synth.guidance.bn_population=0.9", "synth.guidance.bn=100"),
+    **{f"energy {v}": (f"synth.guidance.energy={v}",) for v in (0.1, 1)},
+    "energy 1, no class prior": ("synth.guidance.energy=1", "synth.guidance.ce=0"),
+    **{f"entropy {v}": (f"synth.guidance.entropy={v}",) for v in (-0.3, 1)},
+    **{f"cmi, bn {v}": (*CMI_PUBLISHED, f"synth.cmi.bn={v}") for v in (10, 100, 200, 300)},
+    **{f"deepinversion, bn {v}": (*DEEPINVERSION, f"synth.deepinversion.bn={v}") for v in (10, 1000, 2000, 3000)},
     "inverted": CMI,
     "unguided, 6 steps": (*UNGUIDED, *FEW),
     "6 steps": FEW,
@@ -120,6 +145,7 @@ SCHEDULES: dict[str, tuple[int, tuple[str, ...]]] = {  # one list for every row 
 SCREENED = (
     *(name for name in CIFAR_SETS if name.startswith(("bn ", "all steps", "CFG"))),
     *("ddpm", "scale 0.2", "groups of 500"),
+    *(name for name in CIFAR_SETS if name.startswith(("population", "energy", "entropy"))),
 )
 
 QUESTIONS: dict[str, Question] = {
@@ -166,6 +192,10 @@ QUESTIONS: dict[str, Question] = {
             )
             for sampler in ("ddim", "ddpm")
             for name in ("none", "LCA", "600 finals", "LCA, 600 finals", "3,000 finals")
+        }
+        | {
+            f"{sampler}, LCA, permutation": of(f"{sampler}, LCA, permutation", 3000, PAPER_TRAINING, trajectories=600)
+            for sampler in ("ddim", "ddpm")
         },
         base="ddim, none",
     ),
@@ -187,6 +217,14 @@ QUESTIONS: dict[str, Question] = {
             "1,350 guided, 150 inverted": Row((Part("guided", 1350), Part("inverted", 150))),
             "inverted": of("inverted"),
             "1,125 guided, 375 unguided": Row((Part("guided", 1125), Part("unguided", 375))),
+        },
+        base="guided",
+    ),
+    "inversion": Question(
+        "what the older methods reach with the published BatchNorm weights in our unit (10 was ours)",
+        {
+            "guided": of("guided"),
+            **{name: of(name) for name in CIFAR_SETS if name.startswith(("cmi, ", "deepinversion, "))},
         },
         base="guided",
     ),
