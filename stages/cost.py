@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from manifests.errors import UsageError
 from stages.distill.batches import Batch
-from stages.distill.losses import paired_layers, student_terms, teacher_targets, weighted
+from stages.distill.losses import align_head, paired_layers, student_terms, teacher_targets, weighted
 from stages.distill.run import student_config
 from stages.models.build import build_net, check_runs
 from stages.models.inputs import InputSpec
@@ -337,7 +337,9 @@ def distill_cost(
         layers = paired_layers(loss, teacher.net, net) if loss.gradcam else ([], [])
         ask = partial(teacher_targets, teacher, x, loss, layers[0])
         targets, targets_flops = ask(), flops(ask)
-        terms = partial(student_terms, net.train(), InputSpec(config.input)(x), batch, targets, loss, layers[1])
+        with torch.device("meta"):
+            align = align_head(teacher, net) if loss.feature else None
+        terms = partial(student_terms, net.train(), InputSpec(config.input)(x), batch, targets, loss, layers[1], align)
         costs[name] = flops(partial(_backward, terms, loss)) // TWO * views
         saved = max(saved, saved_bytes(terms, [net, teacher.net]) // TWO)
         nets.append(net)

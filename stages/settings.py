@@ -525,12 +525,8 @@ class SynthSettings(Settings):
 
     @model_validator(mode="after")
     def _population(self) -> "SynthSettings":
-        if not self.guidance.bn_population:
-            return self
-        if self.method != "diffdfkd" or not self.guidance.bn:
+        if self.guidance.bn_population and (self.method != "diffdfkd" or not self.guidance.bn):
             raise ValueError("guidance.bn_population needs method diffdfkd and guidance.bn > 0")
-        if self.groups_per_shard == 1:
-            raise ValueError("guidance.bn_population joins the groups of a shard: set groups_per_shard to 2 or more")
         return self
 
     @model_validator(mode="after")
@@ -599,13 +595,17 @@ class LossSettings(Settings):
     )
     cam: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="class activation maps, every class (mSARC)")
     gradcam: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="Grad-CAM at the end of each stage (mSARC)")
+    feature: float = Field(
+        0.0, ge=0, le=MAX_WEIGHT, description="the last stage's maps, the student's through a trained head (DDA's code)"
+    )
     teacher_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
     student_layers: tuple[str, ...] | None = Field(None, description="module paths for gradcam; default: its stages")
 
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the terms that are on, in the order in which they are computed."""
-        return tuple(name for name in ("kd", "ce", "variants_ce", "cam", "gradcam") if getattr(self, name))
+        names = ("kd", "ce", "variants_ce", "cam", "gradcam", "feature")
+        return tuple(name for name in names if getattr(self, name))
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossSettings":
@@ -652,7 +652,7 @@ class AugmentSettings(Settings):
 class TeacherCacheSettings(Settings):
     """The teacher's logits for ``augment.num_views`` views of every image, computed once and then looked up."""
 
-    enabled: bool = Field(False, description="needs augment.num_views; excludes cam, gradcam, cutmix and mixup")
+    enabled: bool = Field(False, description="needs augment.num_views; excludes cam, gradcam, feature, cutmix, mixup")
     top_k: int | None = Field(
         None, ge=1, le=MAX_CLASSES, description="logits kept for each view; default: all, above 256 classes 64"
     )
@@ -701,7 +701,7 @@ class DistillSettings(Settings):
     threads: int = Field(1, gt=0, le=MAX_THREADS, description="CPU threads; sums depend on it")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of students and teacher; CPUs: AMX")
     channels_last: bool = Field(False, description="channels last in memory: faster on CPUs, and with bf16")
-    compile: bool = Field(False, description="torch.compile of the students; excludes cam and gradcam")
+    compile: bool = Field(False, description="torch.compile of the students; excludes cam, gradcam and feature")
     memory_gb: float = Field(
         4.0, ge=0, le=2**20, description="decoded images are kept in memory up to this size; more are streamed"
     )
@@ -741,13 +741,13 @@ class DistillSettings(Settings):
     def _consistent(self) -> "DistillSettings":
         if self.select == "best" and not self.val_fraction:
             raise ValueError("select: best needs val_fraction > 0 to choose by")
-        if self.compile and (self.loss.cam or self.loss.gradcam):
-            raise ValueError("compile excludes loss.cam and loss.gradcam: they look inside the network")
+        if self.compile and (self.loss.cam or self.loss.gradcam or self.loss.feature):
+            raise ValueError("compile excludes loss.cam, loss.gradcam and loss.feature: they look inside the network")
         return self
 
     @model_validator(mode="after")
     def _cached_views_recur(self) -> "DistillSettings":
-        wrong = [f"loss.{name}" for name in ("cam", "gradcam") if getattr(self.loss, name)]
+        wrong = [f"loss.{name}" for name in ("cam", "gradcam", "feature") if getattr(self.loss, name)]
         wrong += [f"augment.{name}" for name in ("cutmix", "mixup") if getattr(self.augment, name)]
         if self.teacher_cache.enabled and wrong:
             raise ValueError(

@@ -70,13 +70,57 @@ def _pooled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.adaptive_avg_pool2d(maps, size)
 
 
+class AlignHead(nn.Module):
+    """A student's last map ``[n, takes, h, w]`` in the teacher's channels ``[n, gives, h, w]``: 1×1, 3×3 and 1×1
+    convolutions, the first two twice as wide as the teacher's map and with BatchNorm and ReLU (as CSD's public code,
+    which is DDA's). It learns with the student and is no part of it."""
+
+    def __init__(self, takes: int, gives: int) -> None:
+        super().__init__()
+        self.takes, self.gives, wide = takes, gives, 2 * gives
+
+        def block(channels: int, size: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(channels, wide, size, padding=size // 2, bias=False)
+            return [convolution, nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+
+        self.layers = nn.Sequential(*block(takes, 1), *block(wide, 3), nn.Conv2d(wide, gives, 1, bias=False))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        out: Tensor = self.layers(maps)
+        return out
+
+
+def align_head(teacher: Teacher, student: nn.Module) -> AlignHead:
+    """The head between the last maps of ``student`` and ``teacher``, which their last linear layers pool."""
+    if teacher.class_weights is None:
+        raise UsageError(f"{teacher.what} ends in no linear layer on pooled features: set loss.feature to 0")
+    weight = head_of(student).weight
+    assert isinstance(weight, Tensor)
+    return AlignHead(weight.shape[1], teacher.class_weights.shape[1])
+
+
+def feature_mse(student: Tensor, teacher: Tensor, align: AlignHead) -> Tensor:
+    """Mean squared difference of the teacher's last map and the student's through ``align``; where sizes differ, both
+    are averaged to the smaller before."""
+    for maps, channels in ((student, align.takes), (teacher, align.gives)):
+        if maps.shape[1] != channels:
+            raise UsageError(
+                f"the last feature map has {maps.shape[1]} channels, the last linear layer takes {channels}: "
+                "set loss.feature to 0"
+            )
+    size = (min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1]))
+    return F.mse_loss(align(_pooled(student, size)).float(), _pooled(teacher, size))
+
+
 @dataclass(frozen=True)
 class Targets:
-    """Teacher logits ``[n, C]``, class activation maps ``[n, C, h, w]`` and one Grad-CAM ``[n, h, w]`` per layer."""
+    """Teacher logits ``[n, C]``, class activation maps ``[n, C, h, w]``, one Grad-CAM ``[n, h, w]`` per layer, and the
+    last map ``[n, K, h, w]``."""
 
     logits: Tensor
     cam: Tensor | None
     gradcams: list[Tensor]
+    feature: Tensor | None = None
 
 
 def paired_layers(settings: LossSettings, teacher: nn.Module, student: nn.Module) -> tuple[list[str], list[str]]:
@@ -101,9 +145,10 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
 
     It is not asked where no term compares with it (labels alone): logits are then ``[n, 0]``.
     """
-    if not (settings.kd or settings.cam or settings.gradcam):
+    looks_inside = settings.cam or settings.gradcam or settings.feature
+    if not (settings.kd or looks_inside):
         return Targets(x.new_zeros(len(x), 0), None, [])
-    if not settings.cam and not settings.gradcam:
+    if not looks_inside:
         with torch.no_grad():
             return Targets(teacher.logits(x), None, [])
     last = stage_paths(teacher.net)[-1]
@@ -119,18 +164,26 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
         if teacher.class_weights is None:
             raise UsageError(f"{teacher.what} ends in no linear layer on pooled features: set loss.cam to 0")
         cam = class_activation_maps(maps[last], teacher.class_weights).detach()
-    return Targets(logits.detach(), cam, [g.detach() for g in cams])
+    feature = maps[last].detach().float() if settings.feature else None
+    return Targets(logits.detach(), cam, [g.detach() for g in cams], feature)
 
 
 def student_terms(
-    net: nn.Module, x: Tensor, batch: Batch, targets: Targets, settings: LossSettings, layers: list[str]
+    net: nn.Module,
+    x: Tensor,
+    batch: Batch,
+    targets: Targets,
+    settings: LossSettings,
+    layers: list[str],
+    align: AlignHead | None = None,
 ) -> dict[str, Tensor]:
-    """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM.
+    """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM; ``align``: for
+    ``loss.feature``.
 
     Of a part of a batch: what it adds to each term of the whole one.
     """
-    last = stage_paths(net)[-1] if settings.cam else ""  # not every network has feature maps
-    with outputs_of(net, [*layers, *([last] if settings.cam else [])]) as maps:
+    last = stage_paths(net)[-1] if settings.cam or settings.feature else ""  # not every network has feature maps
+    with outputs_of(net, [*layers, *([last] if last else [])]) as maps:
         logits = net(x).float()
     terms = {}
     if settings.kd:
@@ -150,6 +203,9 @@ def student_terms(
         maps_s = gradcam(logits, targets.logits.argmax(1), [maps[path] for path in layers])
         pairs = zip(maps_s, targets.gradcams[-len(maps_s) :], strict=True)
         terms["gradcam"] = batch.share * torch.stack([map_mse(s, t) for s, t in pairs]).sum()
+    if settings.feature:
+        assert targets.feature is not None and align is not None
+        terms["feature"] = batch.share * feature_mse(maps[last], targets.feature, align)
     return terms
 
 

@@ -98,6 +98,9 @@ def prepare(
     if settings.loss.active == ("variants_ce",) and not rows.derived[train_rows].any():
         raise UsageError(f"loss: nothing to learn from: {NO_DERIVED}; set loss.kd")
     configs = [student_config(name, settings, teacher) for name in settings.students]
+    students = [Student(config, settings, device, ranks) for config in configs]
+    for student in students if settings.loss.feature else ():
+        student.attach_head(teacher)
     by_rows = settings.skip_bad or settings.keys or settings.exclude_keys
     spec = {
         "algorithm": ALGORITHM_VERSION,
@@ -112,7 +115,7 @@ def prepare(
     return Prepared(
         settings=settings, teacher=teacher, rows=rows, train_rows=train_rows, val_rows=val_rows,
         order=EpochOrder(rows, train_rows, settings), spec=spec, device=device, ranks=ranks,
-        students=[Student(config, settings, device, ranks) for config in configs],
+        students=students,
     )  # fmt: skip
 
 

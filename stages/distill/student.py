@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from manifests.errors import FactoryError
 from stages.distill.batches import Batch
-from stages.distill.losses import Targets, student_terms, weighted
+from stages.distill.losses import AlignHead, Targets, align_head, student_terms, weighted
 from stages.distill.runtime import ALONE, Ranks, autocast
 from stages.models import build
 from stages.models.inputs import finite
 from stages.models.source import ModelConfig
+from stages.models.teacher import Teacher
 from stages.seeds import derive
 from stages.settings import DistillSettings, OptimizerSettings, student_name
 
@@ -43,13 +44,18 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 def build_optimizer(net: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or AdamW; weight decay on matrices and kernels only."""
-    groups = [
-        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(net, settings)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, settings.lr, betas=(settings.momentum, 0.999))
     return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def parameter_groups(net: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """What decays, and what does not."""
+    return [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 class Diverged(FactoryError):
@@ -70,6 +76,7 @@ class Student:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = torch.compile(self.net) if settings.compile else self.net
         self.layers: list[str] = []  # for Grad-CAM, set by the run
+        self.align: AlignHead | None = None  # for loss.feature
         self.optimizer = build_optimizer(self.net, settings.optimizer)
         self.average = copy.deepcopy(self.net).requires_grad_(False).eval() if settings.optimizer.ema else None
         self.sums: dict[str, float] = {}  # of the epoch: every term and the loss, over images, and their number
@@ -77,6 +84,19 @@ class Student:
         self.best = -1.0  # highest val_agreement so far
         self.best_weights: dict[str, Tensor] = {}  # those of then
         self.parked: str | None = None  # why it takes no further part
+
+    def attach_head(self, teacher: Teacher) -> None:
+        """Learn a head for ``loss.feature``, too. Raises UsageError where one of both networks has no last map."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.settings.seed, "align", self.name))
+            self.align = align_head(teacher, self.net).to(next(self.net.parameters()).device)
+        for group in parameter_groups(self.align, self.settings.optimizer):
+            self.optimizer.add_param_group(group)
+
+    @property
+    def trained(self) -> nn.Module:
+        """Everything that learns: the network, and its head where there is one."""
+        return self.net if self.align is None else nn.ModuleList([self.net, self.align])
 
     @property
     def result(self) -> nn.Module:
@@ -101,15 +121,15 @@ class Student:
         if settings.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with autocast(settings.dtype, x.device):
-            terms = student_terms(self.forward, x, batch, targets, settings.loss, self.layers)
+            terms = student_terms(self.forward, x, batch, targets, settings.loss, self.layers, self.align)
             loss = weighted(terms, settings.loss)
         loss.backward()
         part = torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
-        values = self.ranks.add_up(self.net, part, batch.share).tolist()
+        values = self.ranks.add_up(self.trained, part, batch.share).tolist()
         if not math.isfinite(values[0]):
             raise Diverged(f"loss is {values[0]} at step {step}; a smaller learning rate or optimizer.clip may help")
         if settings.optimizer.clip:
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.optimizer.clip)
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), settings.optimizer.clip)
             if not math.isfinite(norm.item()):
                 raise Diverged(f"gradients are not finite at step {step}; a smaller learning rate may help")
         for group in self.optimizer.param_groups:
@@ -154,6 +174,7 @@ class Student:
             "best": self.best,
             "best_weights": dict(self.best_weights),
             "parked": self.parked,
+            **({} if self.align is None else {"align": self.align.state_dict()}),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -166,6 +187,8 @@ class Student:
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.align is not None:
+            self.align.load_state_dict(state["align"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums, self.metrics = dict(state["sums"]), list(state["metrics"])
         self.best, self.best_weights, self.parked = state["best"], state["best_weights"], state["parked"]

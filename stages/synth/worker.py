@@ -79,6 +79,8 @@ def load_models(
         if isinstance(tiny, TinyDecoder):
             check_folder(planned, "tiny_decoder", tiny.source)
     share = settings.guidance.bn_population
+    if share and settings.groups_per_shard == 1:
+        log.warning("guidance.bn_population joins the groups of a shard, which is one: set groups_per_shard")
     return Models(prior, teacher, adversary, device, decode, population=Population(share) if share else None)
 
 

@@ -51,6 +51,27 @@ def test_derived_mean_counts_derived_samples_only():
     assert losses.derived_mean(per_sample, torch.zeros(3), 0).item() == 0
 
 
+def test_feature_mse_by_hand():
+    """Doubled by the head, then averaged to the teacher's one pixel: ((2·2.5 − 1)² + (2·0 − 3)²) / 2."""
+
+    class Doubled(losses.AlignHead):
+        def forward(self, maps):
+            return 2 * maps
+
+    student = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    teacher = torch.tensor([[[[1.0]], [[3.0]]]])
+    assert losses.feature_mse(student, teacher, Doubled(2, 2)).item() == pytest.approx((4**2 + 3**2) / 2)
+    with pytest.raises(UsageError, match="2 channels, the last linear layer takes 5: set loss.feature to 0"):
+        losses.feature_mse(student, teacher, Doubled(5, 2))
+
+
+def test_the_align_head_has_the_published_layers():
+    align = losses.AlignHead(3, 4)
+    shapes = [tuple(module.weight.shape) for module in align.layers if isinstance(module, torch.nn.Conv2d)]
+    assert shapes == [(8, 3, 1, 1), (8, 8, 3, 3), (4, 8, 1, 1)]
+    assert align(torch.zeros(2, 3, 5, 5)).shape == (2, 4, 5, 5)
+
+
 def test_class_activation_map_by_hand():
     features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])  # two channels of 1×2
     weights = torch.tensor([[1.0, 0.0], [1.0, -1.0]], requires_grad=True)

@@ -46,6 +46,21 @@ def test_stopped_anywhere_it_resumes_to_the_same_weights(dataset, tmp_path):
         assert whole == parts
 
 
+def test_the_head_of_the_feature_term_learns_and_resumes(dataset, tmp_path):
+    asked = settings(loss={"kd": 1.0, "feature": 3.0}, checkpoint_seconds=1e9, epochs=2)
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "whole"))
+    with pytest.raises(Interrupted, match="the same command resumes"):
+        run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"), should_stop=stop_at(2))
+    run_distill(asked, [(dataset, 1.0)], str(tmp_path / "parts"))
+    (name,) = asked.students
+    assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / name / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["feature"] < lines[0]["feature"]
+    without = settings(loss={"kd": 1.0}, checkpoint_seconds=1e9, epochs=2)
+    run_distill(without, [(dataset, 1.0)], str(tmp_path / "without"))
+    assert weights(tmp_path / "without", name) != weights(tmp_path / "whole", name)
+
+
 def test_a_manifest_whose_recipe_was_edited_is_the_same_data(tmp_path):
     """Stage 1, run again, stores edited settings of stage 2: a run goes on where they do not differ for it."""
     path = write_dataset(tmp_path / "d")

@@ -72,8 +72,8 @@ def diverging(monkeypatch, *names):
     """From step 4 on, the loss of the students ``names`` is NaN."""
     original = student.student_terms
 
-    def terms(net, x, batch, targets, wanted, layers):
-        found = original(net, x, batch, targets, wanted, layers)
+    def terms(net, *args):
+        found = original(net, *args)
         counts[net] = counts.get(net, 0) + 1
         spoilt = type(net).__name__ in names and counts[net] > 4
         return {name: value * float("nan") if spoilt else value for name, value in found.items()}

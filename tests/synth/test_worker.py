@@ -24,7 +24,7 @@ from stages.models.source import resolve
 from stages.settings import SynthSettings
 from stages.synth.inputs import inspect_inputs, pinned_models, semantics
 from stages.synth.scores import rescored, teacher_columns
-from stages.synth.worker import ShardWorker
+from stages.synth.worker import ShardWorker, load_models
 from tests.manifests.samples import INFO
 from tests.synth.tiny import save_ddpm
 
@@ -133,7 +133,7 @@ def test_equal_plans_give_equal_bytes_and_commits_are_kept(made, prior_folder, t
     assert other.read(done_records(other)[3].tar) == before
 
 
-def test_statistics_of_earlier_groups_stay_within_their_shard(prior_folder, tmp_path):
+def test_statistics_of_earlier_groups_stay_within_their_shard(prior_folder, tmp_path, caplog):
     """Any order of shards gives the same bytes, so workers and interruptions do not matter; the first group of a shard
     is what it is without a population."""
     prior = {"path": str(prior_folder), "steps": 3, "cfg_scale": 1.0}
@@ -149,6 +149,11 @@ def test_statistics_of_earlier_groups_stay_within_their_shard(prior_folder, tmp_
     joint, records = shards("joint", 0, 1, bn_population=0.9)
     assert shards("backwards", 1, 0, bn_population=0.9)[1] == records
     plain, _ = shards("plain", 0, 1)
+    assert "which is one: set groups_per_shard" not in caplog.text
+    load_models(
+        SynthSettings.model_validate(settings(prior_folder, guidance={"bn_population": 0.9}, groups_per_shard=1))
+    )
+    assert "which is one: set groups_per_shard" in caplog.text
     for shard in (0, 1):
         same = [np.array_equal(joint[shard][key], plain[shard][key]) for key in plain[shard]]
         assert all(same[:4]) and not any(same[4:])
