@@ -58,11 +58,35 @@ def student(
     student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
     onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
     torch_export: Annotated[str | None, option(metavar="FILE", help="Write a torch.export program (.pt2).")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize the ONNX file; needs --calibrate.")] = False,
+    calibrate: Annotated[
+        str | None, option(metavar="RUN", help="Dataset whose images calibrate INT8; no real image is needed.")
+    ] = None,
+    where: WhereOption = None,
+    test_data: Annotated[
+        list[str] | None,
+        option("--test-data", metavar="DATA", help="Labeled images to compare INT8 with fp32 on, too."),
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Share of images whose class INT8 may change, and of accuracy it may lose.")
+    ] = 0.02,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does."""
+    """Write a student as ONNX or torch.export, after a check that it answers as PyTorch does; as INT8, as fp32 does."""
     if not onnx and not torch_export:
         raise UsageError("say what to write: --onnx FILE or --torch-export FILE")
+    if int8 != bool(calibrate) or (int8 and not onnx):
+        raise UsageError("INT8 needs all of --onnx FILE --int8 --calibrate RUN")
+    if int8 and onnx and calibrate:
+        from manifests.reader import Manifest
+        from stages.distill.quantize import export_int8
+
+        images = Manifest.open(calibrate).where(where)
+        made = export_int8(student, onnx, images, max_loss, test_data or ())
+        show(made, as_json, [f"{plain(made.file)}: {plain(made.line())}"])
+        if not torch_export:
+            return
+        onnx = None
     from stages.distill.export import export_onnx, export_torch
 
     files = [export_onnx(student, onnx)] if onnx else []

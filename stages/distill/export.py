@@ -3,12 +3,14 @@
 Used by ``factory export``, and by ``factory run distill`` for the card.
 """
 
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from manifests.errors import FactoryError, UsageError
 from stages.distill.results import StudentResult
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
-from stages.models.source import ModelConfig, buildable_from_file
+from stages.models.onnx_data import ONNX_FACTS
+from stages.models.source import ModelConfig, buildable_from_file, layout_of, split_name
 from stages.settings import DistillSettings
 
 SIZES = (1, 5)
@@ -104,6 +107,7 @@ class Deployable(nn.Module):
         self.net = net
         self.register_buffer("mean", torch.tensor(config.input.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(config.input.std).view(1, -1, 1, 1))
+        self.config = config
         self.bgr = config.input.channel_order == "bgr"
 
     def forward(self, images: Tensor) -> Tensor:
@@ -129,7 +133,9 @@ class Exported:
 def export_onnx(student: str, file: str) -> Exported:
     """Write ``file`` (.onnx): input ``images [batch, channels, size, size]`` in [0, 1], output ``logits``.
 
-    Raises UsageError where the extra is not installed, FactoryError where ONNX Runtime answers otherwise.
+    Its metadata say what the images and the classes are (:func:`describe`), so that ``factory eval FILE.onnx DATA``
+    needs no settings. Raises UsageError where the extra is not installed, FactoryError where ONNX Runtime answers
+    otherwise.
     """
     try:
         import onnx  # noqa: F401
@@ -143,12 +149,32 @@ def export_onnx(student: str, file: str) -> Exported:
             net, (x,), path, input_names=["images"], output_names=["logits"], dynamo=True, external_data=False,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
         )  # fmt: skip
+        describe(path, net.config)
 
     def read(path: Path) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
     return _export(student, file, "onnx", write, read)
+
+
+def describe(path: Path, config: ModelConfig, **more: str) -> None:
+    """Add what the model takes and answers to the metadata of the ONNX file ``path``: the input rule of what it was
+    exported from, without the normalization and channel order, which are part of the file; class names; version."""
+    import onnx
+
+    channels = config.input.channels
+    rule = config.input.model_copy(update={"mean": (0.0,) * channels, "std": (1.0,) * channels, "channel_order": "rgb"})
+    facts = {
+        "architecture": config.architecture,
+        "num_classes": config.num_classes,
+        "class_names": config.class_names,
+        "input": rule.model_dump(mode="json"),
+        "version": metadata.version("dfkd-factory"),
+    }
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {ONNX_FACTS: json.dumps(facts), **more})
+    onnx.save(model, path)
 
 
 def export_torch(student: str, file: str) -> Exported:
@@ -250,8 +276,15 @@ def model_card(config: ModelConfig, settings: DistillSettings, spec: Mapping[str
         named = f"""
 No folder may name {architecture}, so MODEL.yaml does: write name, weights (FOLDER/model.safetensors), and
 `num_classes`, `class_names`, `input` and `stem` as they are in `config.json` into it."""
+    elsewhere, library = "", "timm" if layout_of(config) else "pytorch"
+    if library == "timm":
+        elsewhere = """ timm and transformers load it as well:
+`timm.create_model("local-dir:FOLDER", pretrained=True)`,
+`AutoModelForImageClassification.from_pretrained("FOLDER")` with `AutoImageProcessor`."""
+    elif split_name(config.architecture)[0] == "timm":
+        elsewhere = " timm itself builds other first layers, so there it loads as ONNX only."
     return f"""---
-library_name: pytorch
+library_name: {library}
 tags: [image-classification, knowledge-distillation, data-free, synthetic-data]
 ---
 # {architecture}, distilled without the teacher's data
@@ -273,5 +306,5 @@ on the training machine).
 
 Load it with `stages.distill.export.load_student({model})` (PIL images, or tensors `[n, 3, h, w]` of uint8 or in [0, 1],
 in, logits out); score it with `factory eval {model} DATA`; write it for other runtimes with
-`factory export student {model} --onnx FILE`.{named}
+`factory export student {model} --onnx FILE`.{elsewhere}{named}
 """

@@ -135,6 +135,57 @@ def timm_facts(folder: Path) -> FolderFacts:
     )
 
 
+def timm_rule(rule: InputSettings) -> dict[str, Any] | None:
+    """The fields of a timm ``pretrained_cfg`` that say ``rule``, the inverse of :func:`timm_input`; None where timm has
+    no words for it."""
+    if rule.resize not in TIMM_FILTERS or rule.channel_order != "rgb":
+        return None
+    fields = {
+        "input_size": [rule.channels, rule.size, rule.size],
+        "interpolation": rule.resize,
+        "mean": [*rule.mean],
+        "std": [*rule.std],
+    }
+    if isinstance(rule.resize_size, int):
+        exact = rule.size / rule.resize_size
+        crop = exact if math.floor(rule.size / exact) == rule.resize_size else rule.size / (rule.resize_size + 0.5)
+        return fields | {"crop_pct": crop, "crop_mode": "center"}
+    if rule.resize_size not in (None, (rule.size, rule.size)):
+        return None
+    return fields | {"crop_pct": 1.0, "crop_mode": "squash"}
+
+
+def timm_layout(
+    name: str, num_classes: int, class_names: tuple[str, ...], rule: InputSettings, arguments: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """``config.json`` as timm's ``save_for_hf`` writes it for its model ``name`` (without ``timm:``), built with
+    ``arguments``: ``timm.create_model("local-dir:…")`` and transformers' TimmWrapper read it. None as
+    :func:`timm_rule`."""
+    fields = timm_rule(rule)
+    if fields is None:
+        return None
+    try:
+        import timm
+
+        known = timm.get_pretrained_cfg(name)
+    except (ImportError, RuntimeError):
+        return None
+    kept = known.to_dict() if known else {}
+    inherited = {key: kept[key] for key in ("fixed_input_size", "first_conv", "classifier", "pool_size") if key in kept}
+    built = dict(arguments)
+    if rule.channels != 3:
+        built["in_chans"] = rule.channels
+    if kept.get("fixed_input_size"):
+        built.setdefault("img_size", rule.size)
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": num_classes,
+        "label_names": [*class_names],
+        "model_args": built,
+        "pretrained_cfg": {**inherited, **fields, "num_classes": num_classes, "custom_load": False},
+    }
+
+
 def builder_arguments(given: Any, path: Path) -> dict[str, Any]:
     """``model_args`` of the file ``path``. Raises DataError where they are no plain arguments of a network."""
     refused = sorted(key for key in given if key in NOT_OF_THE_NET) if isinstance(given, Mapping) else []

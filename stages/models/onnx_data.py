@@ -4,10 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from manifests.checked_json import load_json
 from manifests.errors import DataError, UsageError
 from manifests.plain_files import read_regular
 from stages.hub import inside
 
+ONNX_FACTS = "dfkd_factory"
+"""The entry of a model's metadata that says what it takes and answers (:func:`stages.distill.export.describe`)."""
 SMALL = 2**20
 """Bytes of a tensor that moves into the model."""
 
@@ -32,6 +35,19 @@ def external_data(model: bytes, path: Path) -> dict[str, bytes]:
             name, start, length = _place(tensor, path)
             ends[name] = max(start + (length or 0), ends.get(name, 0))
     return {name: _read(path, name, end) for name, end in sorted(ends.items())}
+
+
+def stated_facts(path: Path) -> dict[str, Any]:
+    """What the metadata of the ONNX model ``path`` say of its input and classes; nothing where they do not, or where it
+    cannot be read (which loading it will say)."""
+    try:
+        import onnx
+
+        entries = onnx.load_model_from_string(read_regular(path)).metadata_props
+        found = next((load_json(entry.value.encode()) for entry in entries if entry.key == ONNX_FACTS), {})
+    except Exception:  # as above
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def with_small_data(model: bytes, data: Mapping[str, bytes], path: Path) -> bytes:

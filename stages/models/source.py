@@ -30,6 +30,7 @@ from stages.models.folders import (
     shards,
     timm_facts,
     timm_input,
+    timm_layout,
     weights_in,
 )
 from stages.settings import MAX_CLASSES, SMALL, InputSettings, ModelSettings, Settings, Stem
@@ -134,9 +135,25 @@ class NamedConfig(ModelConfig):
     arguments: dict[str, Any] = Field(default_factory=dict, exclude_if=operator.not_)
 
 
+OWN = "dfkd_factory"
+"""The key of what is ours in a ``config.json`` of timm's layout."""
+
+
 def config_json(config: ModelConfig, weights: bytes) -> bytes:
-    """The ``config.json`` beside ``weights``, with its own checksum and their sha256."""
-    return dump_checked(config.model_dump(mode="json") | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()})
+    """The ``config.json`` beside ``weights``, with its own checksum and their sha256: of a timm architecture that timm
+    builds alike in its own layout, which holds ours under :data:`OWN`."""
+    own = config.model_dump(mode="json") | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()}
+    layout = layout_of(config)
+    return dump_checked(layout | {OWN: own} if layout else own)
+
+
+def layout_of(config: ModelConfig) -> dict[str, Any] | None:
+    """timm's ``config.json`` of the model, None where that is not one of timm's as timm builds it."""
+    scheme, name = split_name(config.architecture)
+    if scheme != "timm" or config.stem != "native" or is_timm_home(name):
+        return None
+    arguments = config.arguments if isinstance(config, NamedConfig) else {}
+    return timm_layout(name, config.num_classes, config.class_names, config.input, arguments)
 
 
 def parse_config(data: bytes, where: str) -> tuple[ModelConfig, str | None]:
@@ -145,6 +162,7 @@ def parse_config(data: bytes, where: str) -> tuple[ModelConfig, str | None]:
         values = load_checked(data)
     except ValueError as error:
         raise DataError(f"{where} is no model config: {error}") from None
+    values = values[OWN] if isinstance(values.get(OWN), dict) else values
     recorded = values.pop(WEIGHTS_SHA256, None)
     return check_config(values, where), None if recorded is None else str(recorded)
 
@@ -306,6 +324,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
         facts = timm_facts(home)
     elif scheme == "onnx":
         weights = Path(rest)
+        facts = onnx_facts(weights)
     if settings.weights and settings.num_classes not in (None, facts.num_classes or settings.num_classes):
         facts = replace(facts, num_classes=None, class_names=None)  # those of other weights
     if weights is None and home:
@@ -328,6 +347,22 @@ def resolve(settings: ModelSettings) -> ModelSource:
         checkpoint_key=settings.checkpoint_key,
         decisions=_decisions(config, settings, facts),
     )
+
+
+def onnx_facts(path: Path) -> FolderFacts:
+    """What an ONNX file that was exported here says of itself; nothing of any other."""
+    from stages.models.onnx_data import stated_facts
+
+    facts = stated_facts(path)
+    try:
+        rule = InputSettings.model_validate(facts["input"])
+        names = tuple(map(str, facts["class_names"]))
+        count = check_class_count(facts["num_classes"], str(path))
+    except (KeyError, TypeError, ValidationError, DataError):
+        return FolderFacts()
+    stated = f"the metadata of {path}"
+    decisions = {"architecture": stated, "input": stated, "classes": f"names from {stated}"}
+    return FolderFacts(None, count, names if len(names) == count else None, rule, decisions=decisions)
 
 
 def _weights(settings: ModelSettings) -> Path | None:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,17 @@ import torch
 from PIL import Image
 
 from manifests.errors import DataError, FactoryError, UsageError
+from manifests.reader import Manifest
 from stages.distill import export
-from stages.distill.evaluate import CELL, confusion_picture
+from stages.distill.evaluate import CELL, confusion_picture, evaluate
 from stages.distill.export import load_student
-from stages.models.inputs import InputSpec
-from stages.models.loading import load_model
-from tests.distill.drawn import teacher_files
+from stages.models.build import build_net
+from stages.models.folders import timm_input, timm_rule
+from stages.models.inputs import InputSpec, to_unit
+from stages.models.loading import load_model, save_model
+from stages.models.source import NamedConfig, layout_of, resolve
+from stages.settings import InputSettings, ModelSettings
+from tests.distill.drawn import teacher_files, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +135,103 @@ def test_confusion_picture():
     assert dark < half < light
     many = Image.open(io.BytesIO(confusion_picture([[0] * 40 for _ in range(40)], [str(i) for i in range(40)])))
     assert max(many.size) < 200
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[str, str]:
+    """A teacher that tells the drawn squares apart, as a model folder with a card, and a dataset."""
+    folder = tmp_path_factory.mktemp("trained")
+    manifest = write_dataset(folder / "data", count=192)
+    net, config = load_model(str(folder / "data/teacher"))
+    images = Manifest.open(manifest)
+    spec, x = InputSpec(config.input), torch.from_numpy(np.stack(images.pixels(range(len(images)))))
+    x, labels = spec(to_unit(x)), torch.from_numpy(images.labels)
+    optimizer = torch.optim.Adam(net.train().parameters(), 0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    save_model(folder / "student", net.eval(), config)
+    (folder / "student/README.md").write_text("# A student\n")
+    return str(folder / "student"), manifest
+
+
+def test_int8_without_real_images(trained, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from stages.distill.quantize import export_int8
+
+    student, manifest = trained
+    images, file = Manifest.open(manifest), tmp_path / "s.onnx"
+    made = export_int8(student, str(file), images, 0.02, [manifest])
+    assert made.agreement >= 0.98 and made.calibration == 96 and made.held_out == 96
+    assert made.bytes < made.fp32_bytes / 1.5 and file.stat().st_size > made.bytes  # with what was measured
+    scores = evaluate(str(file), [manifest])  # its metadata say input and classes
+    assert scores.accuracy == made.accuracy and scores.accuracy > 0.95
+    export_int8(student, str(file), images)
+    card = (Path(student) / "README.md").read_text()
+    assert card.startswith("# A student") and card.count("**INT8** (s.onnx)") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["s.onnx"]
+
+
+def test_int8_that_loses_too_much_is_not_written(trained, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from stages.distill import quantize
+
+    student, manifest = trained
+    answers = iter([np.zeros(96), np.arange(96) < 5])
+    monkeypatch.setattr(quantize, "_classes", lambda path, batches: next(answers))
+    with pytest.raises(FactoryError, match=r"5.2% get another class, at most 2.0% were allowed"):
+        quantize.export_int8(student, str(tmp_path / "s.onnx"), Manifest.open(manifest))
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(DataError, match="calibration needs 64"):
+        quantize.export_int8(
+            student, str(tmp_path / "s.onnx"), Manifest.open(manifest).where("label == 0").take([0, 1])
+        )
+
+
+def test_a_timm_student_loads_in_timm_and_in_transformers(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    rule = InputSettings(size=96, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), resize="bicubic", resize_size=110)
+    config = NamedConfig(
+        architecture="timm:resnet10t", num_classes=3, channels=3, input=rule, class_names=("cat", "dog", "emu")
+    )
+    net = build_net(config).eval()
+    save_model(tmp_path, net, config)
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 150, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = load_student(tmp_path)(Image.fromarray(pixels))
+        other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        view = timm.data.create_transform(**timm.data.resolve_data_config({}, model=other))
+        assert torch.allclose(other(view(Image.fromarray(pixels))[None]), expected, atol=1e-5)
+        wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        inputs = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(pixels), return_tensors="pt")
+        assert torch.allclose(wrapped(**inputs).logits, expected, atol=1e-5)
+    assert wrapped.config.id2label == {0: "cat", 1: "dog", 2: "emu"}
+    loaded, stored = load_model(tmp_path)
+    assert stored.input == rule and torch.equal(loaded.state_dict()["fc.bias"], net.state_dict()["fc.bias"])
+    assert resolve(ModelSettings(name=f"timm:{tmp_path}")).config.input == rule  # as of anybody's folder of timm
+
+
+@pytest.mark.parametrize("changes", [{"stem": "small"}, {"architecture": "torchvision:resnet18"}])
+def test_what_timm_builds_otherwise_is_not_in_its_layout(changes):
+    rule = InputSettings(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    values = {
+        "architecture": "timm:resnet10t",
+        "num_classes": 2,
+        "channels": 3,
+        "input": rule,
+        "class_names": ("a", "b"),
+    }
+    assert layout_of(NamedConfig(**values)) is not None
+    assert layout_of(NamedConfig(**values | changes)) is None
+    bgr = rule.model_copy(update={"channel_order": "bgr"})
+    assert layout_of(NamedConfig(**values | {"input": bgr})) is None
+
+
+@pytest.mark.parametrize("size", [(224, 256), (32, 36), (97, 113), (64, None)])
+def test_the_input_rule_survives_timms_words(size):
+    rule = InputSettings(size=size[0], resize_size=size[1], mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, resize="bicubic")
+    back = timm_input(timm_rule(rule), {})
+    assert back == rule or (size[1] is None and back.resize_size in (None, (64, 64)))
