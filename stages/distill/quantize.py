@@ -56,7 +56,8 @@ class Quantized:
         return (
             f"INT8: {self.fp32_bytes / 1e3:.0f} → {self.bytes / 1e3:.0f} kB, {self.fp32_latency_ms:.2f} → "
             f"{self.latency_ms:.2f} ms per image (ONNX Runtime, one thread); the class of fp32 for "
-            f"{self.agreement:.1%} of {self.held_out} held-out synthetic images, calibrated on {self.calibration} others{tested}"
+            f"{self.agreement:.1%} of {self.held_out} held-out synthetic images, calibrated on {self.calibration} "
+            f"others{tested}"
         )
 
 
