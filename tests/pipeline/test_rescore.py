@@ -92,7 +92,7 @@ def test_a_published_rescored_manifest_needs_only_the_tars_and_its_rows_are_chec
         storage.delete(done_name(record.shard))
         storage.delete(record.table)
     assert verify(made) == []
-    assert any("differs from its row" in str(problem) for problem in verify(tmp_path / "d/wrong.parquet"))
+    assert any("its label in the tar is b'0', in its row 2" in str(p) for p in verify(tmp_path / "d/wrong.parquet"))
 
 
 def test_refusals_write_nothing(tmp_path, manifest, other):
