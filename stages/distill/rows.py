@@ -1,20 +1,21 @@
 """Which rows are trained on, in which order, and which are held out: from manifests to numbers, no image touched."""
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests.curate import Selection
 from manifests.dataset import MAX_SHARD
 from manifests.errors import DataError, UsageError
 from manifests.order import mixed_order
 from manifests.reader import Manifest
-from manifests.schema import KEY
 from stages.seeds import derive, mixed, uniform
 from stages.settings import DistillSettings
 
@@ -109,10 +110,9 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
     labels = np.concatenate([selection.labels for selection in selections])
     ids, derived = [], []
     for selection in selections:
-        place = np.array([place_of(key, selection.url) for key in selection.column("key")], np.uint64)
-        salt = np.array([derive(0, selection.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
-        ids.append(mixed(place ^ salt))
-        derived.append(np.array([key is not None for key in selection.column("source_key")]))
+        place = np.concatenate([places_of(part["key"], selection.url) for part in in_parts(selection, "key")])
+        ids.append(mixed(place ^ _salt(selection)))
+        derived.append(np.concatenate([part["source_key"].is_valid() for part in in_parts(selection, "source_key")]))
     return Rows(
         selections=selections,
         weights=[weight for _, weight in manifests],
@@ -125,13 +125,39 @@ def select_rows(manifests: Sequence[tuple[Manifest, float]], settings: DistillSe
     )
 
 
-def place_of(key: str, where: str) -> int:
-    """Shard and index of a sample's key as one number. Raises DataError for a key that stage 1 never writes."""
-    if re.fullmatch(KEY, key, re.ASCII) and len(key) <= 19:
-        shard, index = map(int, key.split("-"))
-        if shard < MAX_SHARD and index < 1 << 32:
-            return shard << 32 | index
-    raise DataError(f"{where}: {key[:80]!r} is no key of a sample")
+def _salt(selection: Manifest) -> npt.NDArray[np.uint64]:
+    return np.array([derive(0, selection.info.fingerprint)], np.uint64)  # the dataset, not the file: it may grow
+
+
+PART = 1 << 17
+"""Rows that are looked at together, as many as a row group has: of millions none is an object of Python."""
+
+
+def in_parts(selection: Manifest, *columns: str) -> Iterator[pa.Table]:
+    """``columns`` of all rows, as tables of at most ``PART`` rows."""
+    for start in range(0, len(selection), PART):
+        yield selection.file.read_columns([*columns], selection.rows[start : start + PART])
+
+
+def places_of(keys: pa.ChunkedArray, url: str) -> npt.NDArray[np.uint64]:
+    """Shard and index of samples' keys as one number each. Raises DataError for a key that stage 1 never writes."""
+    place, known = _places(keys)
+    if not known.all():
+        raise DataError(f"{url}: {_text(keys, int(known.argmin()))[:80]!r} is no key of a sample")
+    return place
+
+
+def _places(keys: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """The place of each key, and which of them are keys as stage 1 writes them."""
+    found = pc.extract_regex(keys, r"^(?P<shard>[0-9]{6,12})-(?P<index>[0-9]{6,12})$")
+    numbers = (pc.struct_field(found, name).cast(pa.int64()).fill_null(-1) for name in ("shard", "index"))
+    shard, index = (np.asarray(column.to_numpy()) for column in numbers)
+    known = (shard >= 0) & (shard < MAX_SHARD) & (index < 1 << 32) & (pc.binary_length(keys).to_numpy() <= 19)
+    return (shard << 32 | index).astype(np.uint64), known
+
+
+def _text(texts: pa.ChunkedArray, number: int) -> str:
+    return str(texts[number].as_buffer().to_pybytes().decode(errors="backslashreplace"))
 
 
 def rows_digest(rows: Ints) -> str:
@@ -139,42 +165,65 @@ def rows_digest(rows: Ints) -> str:
     return f"{len(rows)} rows, sha256 {hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest()}"
 
 
-def links_of(rows: Rows) -> Iterator[list[tuple[object, ...]]]:
-    """What ties each row to others: its own key, its trajectory, LCA partners, the image it was derived from."""
-    for number, selection in enumerate(rows.selections):
-        columns = (selection.column(name) for name in ("key", "trajectory", "lca", "source_key"))
-        for key, trajectory, cuts, source in zip(*columns, strict=True):
-            links: list[tuple[object, ...]] = [(number, "key", key)]
-            near = [trajectory, *(cut["partner"] for cut in cuts or ())]
-            links += [(number, "trajectory", other) for other in near if other is not None]
-            links += [(number, "key", source)] if source is not None else []
-            yield links
+def family_numbers(rows: Rows) -> Ints:
+    """Rows that are linked, directly or through others, get the same number, families by their first row: those of one
+    trajectory, of trajectories that LCA mixed, and an image with those derived from it."""
+    pairs, things = [], 0
+    for number in range(len(rows.selections)):
+        for row, thing in _links(rows, number):
+            kinds, thing = np.unique(thing, return_inverse=True)
+            pairs.append((row, thing + things))
+            things += len(kinds)
+    row, thing = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return np.unique(components(row, thing, len(rows), things), return_inverse=True)[1]
 
 
-def family_numbers(rows: Iterable[Sequence[object]]) -> Ints:
-    """Union-find: rows that are linked to a common thing, directly or through others, get the same number.
+def _links(rows: Rows, number: int) -> Iterator[tuple[Ints, npt.NDArray[Any]]]:
+    """What ties rows of manifest ``number`` to others, as rows and numbers of things: keys, then trajectories."""
+    selection, first = rows.selections[number], int(rows.starts[number])
+    mine = np.arange(first, first + len(selection))
+    derived = mine[rows.derived[mine]]
+    yield np.concatenate([mine, derived]), np.concatenate([rows.ids[mine], *_source_ids(selection, len(derived))])
+    row, thing = [], []
+    for start, part in zip(range(0, len(mine), PART), in_parts(selection, "trajectory", "lca"), strict=True):
+        own, cuts = part["trajectory"].combine_chunks(), part["lca"].combine_chunks()
+        partners = pc.struct_field(cuts.flatten(), "partner")
+        for values, place in ((own, np.arange(len(own))), (partners, pc.list_parent_indices(cuts).to_numpy())):
+            valid = np.asarray(values.is_valid())
+            row.append(mine[start + place[valid]])
+            thing.append(np.asarray(values.drop_null(), np.int64))
+    yield np.concatenate(row), np.concatenate(thing)
 
-    >>> family_numbers([["a", "t1"], ["b", "t2"], ["c", "t3", "t1"], ["d"]]).tolist()
-    [0, 1, 0, 2]
+
+def _source_ids(selection: Manifest, count: int) -> Iterator[npt.NDArray[np.uint64]]:
+    """The sample ids of the images that ``count`` rows were derived from; any number for another text than a key."""
+    for part in in_parts(selection, "source_key") if count else ():
+        texts = part["source_key"].drop_null()
+        place, known = _places(texts)
+        ids = mixed(place ^ _salt(selection))
+        ids[~known] = [derive(0, _text(texts, int(other))) for other in np.flatnonzero(~known)]
+        yield ids
+
+
+def components(row: Ints, thing: Ints, rows: int, things: int) -> Ints:
+    """The connected components of a graph between rows and things, given as pairs: for each row the first one that is
+    linked with it, directly or through others.
+
+    >>> components(np.array([0, 1, 1, 2, 3]), np.array([0, 1, 0, 2, 2]), 5, 3).tolist()
+    [0, 0, 2, 2, 4]
     """
-    parent: dict[object, object] = {}
-
-    def find(thing: object) -> object:
-        root = thing
-        while (above := parent.setdefault(root, root)) != root:
-            root = above
-        while thing != root:
-            parent[thing], thing = root, parent[thing]
-        return root
-
-    first = []
-    for links in rows:
-        root = find(links[0])
-        for other in links[1:]:
-            parent[find(other)] = root
-        first.append(links[0])
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(find(thing), len(numbers)) for thing in first], np.int64)
+    first = np.arange(rows)
+    while True:
+        of_thing = np.full(things, rows, np.int64)
+        np.minimum.at(of_thing, thing, first[row])
+        linked = first.copy()
+        np.minimum.at(linked, row, of_thing[thing])
+        np.minimum.at(linked, first, linked.copy())  # the one that they had goes along: what it stands for follows
+        while not np.array_equal(linked, nearer := linked[linked]):
+            linked = nearer
+        if np.array_equal(linked, first):
+            return first
+        first = linked
 
 
 def split_validation(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
@@ -184,7 +233,7 @@ def split_validation(rows: Rows, share: float, seed: int) -> tuple[Ints, Ints]:
         return every, every[:0]
     if len(rows) < 2:
         raise DataError(f"{len(rows)} row is left after selection; training needs 2, and val_fraction > 0 one more")
-    family = family_numbers(links_of(rows))
+    family = family_numbers(rows)
     if not family.any():
         raise UsageError("val_fraction: every row is linked to every other by trajectory or LCA; use val_fraction 0")
     held = draw_families(family, rows.ids, share, seed)[family]
@@ -203,7 +252,10 @@ def draw_families(family: Ints, ids: npt.NDArray[np.uint64], share: float, seed:
     np.minimum.at(lowest, family, ids)
     order = np.argsort(uniform(seed, "held out", lowest), kind="stable")
     chosen, room = np.zeros(len(sizes), bool), share * len(family)
+    smallest = sizes.min()
     for number in order:
+        if room < smallest:
+            break
         if sizes[number] <= room:
             chosen[number] = True
             room -= sizes[number]

@@ -1,6 +1,7 @@
 """Selection, held-out split and epoch order."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +10,10 @@ from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
 from stages.distill.rows import (
     EpochOrder,
+    components,
     draw_families,
     family_numbers,
-    links_of,
-    place_of,
+    places_of,
     select_rows,
     split_validation,
 )
@@ -38,13 +39,28 @@ def linked(tmp_path_factory) -> Manifest:
     return Manifest.open(path)
 
 
-def test_families_by_hand():
-    assert family_numbers([["a"], ["b", "a"], ["c"], ["d", "c", "e"], ["e"]]).tolist() == [0, 0, 1, 1, 1]
+@given(st.integers(1, 40), st.data())
+def test_components_are_those_of_union_by_hand(count, data):
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, count - 1), st.integers(0, 30)), max_size=80))
+    row, thing = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
+    groups = [{number} for number in range(count)]
+    for _ in range(count):
+        for number, of in pairs:
+            whole = set.union(*(groups[other] for other, its in pairs if its == of), groups[number])
+            for member in whole:
+                groups[member] = whole
+    assert components(row, thing, count, 31).tolist() == [min(group) for group in groups]
+
+
+def test_a_long_chain_takes_few_rounds():
+    order = np.random.default_rng(0).permutation(200_000)
+    row, thing = np.repeat(order, 2)[1:-1], np.repeat(np.arange(199_999), 2)
+    assert not components(row, thing, 200_000, 199_999).any()
 
 
 def test_rows_of_one_family_stay_together(linked):
     rows = select_rows([(linked, 1.0)], DistillSettings(include_rejected=True))
-    families = family_numbers(links_of(rows))
+    families = family_numbers(rows)
     assert families.tolist() == [i // 4 for i in range(24)]
     for seed in range(5):
         train, held = split_validation(rows, 0.3, seed)
@@ -107,16 +123,24 @@ def test_where_and_kept(linked):
 
 @pytest.mark.parametrize("key", ["999999999999-000000", "000000-999999999999", "000000-00000", "0" * 9000 + "-000000"])
 def test_keys_that_stage_1_never_writes(key):
+    keys = pa.chunked_array([["000002-000345"], [key]])
     with pytest.raises(DataError, match=f"^m.parquet: '{key[:80]}' is no key of a sample"):
-        place_of(key, "m.parquet")
-    assert place_of("000002-000345", "") == (2 << 32) + 345
+        places_of(keys, "m.parquet")
+    assert places_of(keys[:1], "").tolist() == [(2 << 32) + 345]
 
 
 def test_derived_rows_follow_their_source(tmp_path):
     path = write_dataset(tmp_path / "d", count=6, shards=1, source_key=lambda i: "000000-000000" if i > 3 else None)
     rows = select_rows([(Manifest.open(path), 1.0)], DistillSettings())
     assert rows.derived.tolist() == [False] * 4 + [True] * 2
-    assert family_numbers(links_of(rows)).tolist() == [0, 1, 2, 3, 0, 0]
+    assert family_numbers(rows).tolist() == [0, 1, 2, 3, 0, 0]
+
+
+def test_variants_of_an_image_that_is_elsewhere_are_one_family(tmp_path):
+    sources = [None, "000009-000000", "000009-000000", "cat.png", None, "cat.png"]
+    path = write_dataset(tmp_path / "d", count=6, shards=1, source_key=sources.__getitem__)
+    rows = select_rows([(Manifest.open(path), 1.0)], DistillSettings())
+    assert family_numbers(rows).tolist() == [0, 1, 1, 2, 3, 2]
 
 
 def test_one_family_cannot_be_split(tmp_path):
