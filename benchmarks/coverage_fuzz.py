@@ -4,8 +4,8 @@
 
 READER: tar, manifest, rows, sealed (JSON with a checksum: done records, descriptions, plans, model configurations) or
 settings. Each may return or raise the errors that it documents, in one line; atheris stops at anything else, at 10 s or
-at 2 GB, and the input is printed. Inputs start from ``benchmarks/corpus/READER.txt`` (a line each, base64 of zlib), into which those
-that reach new code are merged, the smallest first; ``tests/benchmarks/test_corpus.py`` replays them.
+at 2 GB, and the input is printed. Inputs start from ``benchmarks/corpus/READER.txt`` (a line each, base64 of zlib),
+into which those that reach new code are merged, the smallest first; ``tests/benchmarks/test_corpus.py`` replays them.
 """
 
 import argparse

@@ -113,8 +113,13 @@ def load_as(kind: type[T], values: Any) -> T:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))) from None
+        raise ValueError(first_fault(error)) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault that pydantic found and where, in one line whatever the keys of a file are called."""
+    first = error.errors()[0]
+    return " ".join(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))).split())
 
 
 def _digest(values: Mapping[str, Any]) -> str:

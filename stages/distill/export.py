@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifests.card import markdown
-from manifests.errors import FactoryError, UsageError
+from manifests.errors import FactoryError, UsageError, one_line
 from stages.distill.results import StudentResult
+from stages.models.build import check_runs
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_model
 from stages.models.onnx_data import ONNX_FACTS
@@ -197,6 +198,7 @@ def _export(
 ) -> Exported:
     """Write ``file`` once what was written answers as PyTorch does."""
     net, config = load_model(student)
+    check_runs(net, config)
     deployable, target = Deployable(net, config).eval(), Path(file)
     shape = (config.channels, config.input.size, config.input.size)
     if not os.path.isdir(target.parent):  # Path.is_dir raises where a name is too long
@@ -221,6 +223,10 @@ def _export(
             part.replace(target)
     except OSError as error:
         raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+    except FactoryError:
+        raise
+    except Exception as error:  # whatever the exporter does with a network that it cannot follow
+        raise FactoryError(f"{kind} cannot export {student}: {one_line(error)}") from error
     size = target.stat().st_size
     return Exported(str(student), str(target), kind, size, ("batch", *shape), config.num_classes, worst)
 

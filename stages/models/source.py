@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from manifests.checked_json import dump_checked, load_checked
+from manifests.checked_json import dump_checked, first_fault, load_checked
 from manifests.errors import DataError, UsageError
 from manifests.plain_files import MAX_SETTINGS, load_yaml_file, read_regular
 from stages.hub import inside
@@ -172,7 +172,7 @@ def check_config(values: Any, where: str) -> ModelConfig:
     try:
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
-        raise DataError(f"{where} is no model config: {_first_line(error)}") from None
+        raise DataError(f"{where} is no model config: {first_fault(error)}") from None
     if len(config.class_names) != config.num_classes:
         raise DataError(f"{where}: {len(config.class_names)} class names for {config.num_classes} classes")
     check_class_count(config.num_classes, where)
@@ -429,7 +429,7 @@ def _from_yaml(settings: ModelSettings) -> ModelSettings:
     try:
         stored = ModelSettings.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{path} describes no model: {_first_line(error)}") from None
+        raise UsageError(f"{path} describes no model: {first_fault(error)}") from None
     if stored.name.endswith((".yaml", ".yml")):
         raise UsageError(f"{path}: name must be a model, not another YAML file")
     given = {key: value for key in ModelSettings.model_fields if (value := getattr(settings, key)) is not None}
@@ -478,8 +478,3 @@ def _overridden(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
     if spec.channels != config.channels:
         raise DataError(f"{settings.name} takes {config.channels} channels, but input.channels is {spec.channels}")
     return config.model_copy(update={"class_names": names, "input": spec, "stem": settings.stem or config.stem})
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

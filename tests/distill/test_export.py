@@ -1,6 +1,7 @@
 """Students in use: loaded in one call, exported with answers compared, scored with a picture."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from manifests.checked_json import dump_checked, load_checked
 from manifests.errors import DataError, FactoryError, UsageError
 from manifests.reader import Manifest
 from stages.distill import export
@@ -119,6 +121,25 @@ def test_a_file_that_cannot_be_written_is_said(student, tmp_path):
         with pytest.raises(UsageError, match=says):
             export.export_torch(student, str(file))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_exporter_cannot_follow_is_one_line(student, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("\x1b[96mone\n\ntwo")
+
+    monkeypatch.setattr(torch.export, "export", broken)
+    with pytest.raises(FactoryError, match=r"torch\.export cannot export .*one two$"):
+        export.export_torch(str(student), str(tmp_path / "s.pt2"))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_images_that_a_network_cannot_take_are_said_before_the_export(student, tmp_path):
+    copy = shutil.copytree(student, tmp_path / "copy")
+    values = load_checked((copy / "config.json").read_bytes())
+    values["input"]["size"] = 1
+    (copy / "config.json").write_bytes(dump_checked(values))
+    with pytest.raises(UsageError, match="cannot take 1 × 1 pixels"):
+        export.export_torch(str(copy), str(tmp_path / "s.pt2"))
 
 
 def test_what_is_missing_is_said(student, tmp_path, monkeypatch):
