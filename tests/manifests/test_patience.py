@@ -43,7 +43,7 @@ def test_a_silent_http_server_ends_the_wait_in_one_line(silent):
     ) as caught:
         ManifestFile(Storage(url), "m.parquet")
     assert caught.value.exit_code == 3
-    assert 1.4 < time.monotonic() - started < 4
+    assert 1.4 < time.monotonic() - started < 20  # not 60; a busy machine answers late itself
     assert lines == [f"waiting for {url}/m.parquet: no answer for 0 s; this goes on for 1 s more"]
 
 
