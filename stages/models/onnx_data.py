@@ -44,7 +44,7 @@ def stated_facts(path: Path) -> dict[str, Any]:
         import onnx
 
         entries = onnx.load_model_from_string(read_regular(path)).metadata_props
-        found = next((load_json(entry.value.encode()) for entry in entries if entry.key == ONNX_FACTS), {})
+        found: Any = next((load_json(entry.value.encode()) for entry in entries if entry.key == ONNX_FACTS), {})
     except Exception:  # as above
         return {}
     return found if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from pipeline.bench import run_bench
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.rates import Bench, Pace, Time, read_bench, save_bench
 from pipeline.synth import dry_run
+from stages.settings import ModelSettings
 from tests.pipeline.conftest import small_recipe
 
 PACE = Pace(recipe="demo", images_per_second=5, flop_per_image=200, workers=2, images=10, seconds=1, group_size=10)
@@ -42,9 +43,8 @@ def test_a_dry_run_says_hours_and_price(kept, tmp_path):
 
 def test_a_dry_run_of_stage_2_says_hours(kept, run_folder):
     recipe = small_recipe().changed("distill.epochs=100", "distill.val_fraction=0")
-    found = distill.dry_run(
-        recipe, [(str(run_folder / "m.parquet"), 1.0)], str(run_folder / "d"), "embedded:digits", 1, 10
-    )
+    teacher = ModelSettings(name="embedded:digits")
+    found = distill.dry_run(recipe, [(str(run_folder / "m.parquet"), 1.0)], str(run_folder / "d"), teacher, 1, 10)
     assert found.time.hours == pytest.approx(found.cost.flop / 200 / 5 / 3600)
     assert found.time.price == pytest.approx(10 * found.time.hours)
 
