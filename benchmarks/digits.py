@@ -124,23 +124,29 @@ def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float,
         shards = min(fitting, 4 * shards)
 
 
-LATER = {"guidance": ("energy", "entropy", "bn_population"), "lca": ("pairs",)}
-"""Settings of synthesis that came after cells were kept: off, they change no cell's meaning."""
+LATER = (
+    *("synth.guidance.energy", "synth.guidance.entropy", "synth.guidance.bn_population", "synth.lca.pairs"),
+    *("synth.loggers", "distill.loss.feature", "distill.partitions", "distill.best", "distill.steps"),
+    *("distill.keys", "distill.exclude_keys"),
+)
+"""Settings that came after cells were kept: at their defaults they change no cell's meaning."""
 
 
 def meaning(recipe: Recipe, synthetic: bool = True) -> dict:
     """What decides a cell's numbers besides its name: a cell of another meaning is not this call's."""
     meant = {"distill": recipe.distill.model_dump(mode="json", exclude={"device"})}
-    meant["teacher"] = teacher_identity(recipe.synth.teacher)["sha256"]
     if synthetic:
         meant["synth"] = recipe.synth.model_dump(mode="json", exclude={"teacher", "device", "shards"})
         meant["synth"]["prior"]["path"] = locate_prior(recipe.synth.prior).sha256
-        chosen = recipe.synth.model_dump(exclude_defaults=True)
-        for section, names in LATER.items():
-            for name in names:
-                if name not in chosen.get(section, {}):
-                    del meant["synth"][section][name]
-    return meant
+    chosen = recipe.model_dump(exclude_defaults=True)
+    for key in LATER:
+        *sections, name = key.split(".")
+        there, set_ = meant, chosen
+        for section in sections:
+            there, set_ = there.get(section, {}), set_.get(section, {})
+        if name not in set_:
+            there.pop(name, None)
+    return meant | {"teacher": teacher_identity(recipe.synth.teacher)["sha256"]}
 
 
 def finished(done: Path, meant: dict) -> dict | None:
