@@ -3,6 +3,9 @@
 The command line prints the message without a traceback and exits with ``exit_code``.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class FactoryError(Exception):
     """A run failed for a reason that its message explains."""
@@ -64,6 +67,20 @@ def check_utf8(text: str) -> str:
     except UnicodeEncodeError:
         raise UsageError(f"{text.encode(errors='backslashreplace').decode()}: this name is not UTF-8") from None
     return text
+
+
+def suggest(word: str, known: Iterable[str], most: int = 12) -> str:
+    """What ``word`` was meant to be: ``did you mean …?`` where something is near, else the names that there are.
+
+    >>> suggest("resnet81", ["resnet8", "vgg11"]), suggest("x", ["resnet8", "vgg11"])
+    ('did you mean resnet8?', 'there are: resnet8, vgg11')
+    """
+    names = [*known]
+    folded = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(word.lower(), folded, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(folded[name] for name in near)}?"
+    return f"there are: {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.dataset import DatasetInfo
-from manifests.errors import DataError, UsageError, one_line
+from manifests.errors import DataError, UsageError, one_line, suggest
 from manifests.schema import SCHEMA, Row, check_cells, open_table, parquet_errors
 from manifests.storage import Patience, Storage
 from manifests.tar_cache import TarCache
@@ -127,7 +127,7 @@ class ManifestFile:
         """The named columns of ``rows`` (any order, repeats allowed), text as plain strings."""
         unknown = [name for name in names if name not in SCHEMA.names]
         if unknown:
-            raise UsageError(f"{self.url}: unknown column {unknown[0]!r}; columns: {', '.join(SCHEMA.names)}")
+            raise UsageError(f"{self.url}: unknown column {unknown[0]!r}; {suggest(unknown[0], SCHEMA.names)}")
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         bounds = np.searchsorted(ascending, self._starts)

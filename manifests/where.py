@@ -5,7 +5,6 @@ evaluated. A comparison with a missing value is unknown, and an unknown row is n
 """
 
 import ast
-import difflib
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 
 Kind = Literal["number", "text", "condition", "null"]
 _MAX_TEXT = 4096
@@ -112,9 +111,7 @@ class _Compiler:
 
     def column(self, name: str) -> _Term:
         if name not in self.schema.names:
-            near = difflib.get_close_matches(name, self.schema.names, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise self.fail(f"unknown column {name!r}{hint}; columns: {', '.join(self.schema.names)}")
+            raise self.fail(f"unknown column {name!r}; {suggest(name, self.schema.names, len(self.schema))}")
         stored = self.schema.field(name).type
         stored = stored.value_type if pa.types.is_dictionary(stored) else stored
         if pa.types.is_string(stored):  # where it is read as an Arrow dictionary, it must be cast

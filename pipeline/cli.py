@@ -9,37 +9,48 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from manifests.errors import FactoryError, check_utf8
 from pipeline.commands import bench, data, export, first, models, report, run
+from pipeline.commands.options import Commands
+
+LOOK, KEEP = "Look", "Keep"
+COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
+    ("demo", run.demo, None, "factory demo"),
+    ("init", first.init, None, "factory init mine.pt --arch resnet20 --classes classes.json"),
+    ("doctor", first.doctor, None, "factory doctor -c mine.yaml --out s3://bucket/run"),
+    ("recipes", models.recipes, None, "factory recipes photos > mine.yaml"),
+    ("status", data.status, LOOK, "factory status runs/mine --watch"),
+    ("inspect", data.inspect, LOOK, "factory inspect runs/mine/m.parquet --metrics"),
+    ("report", report.report, LOOK, "factory report runs/mine --out mine.html"),
+    ("verify", data.verify, LOOK, "factory verify runs/mine"),
+    ("bench", bench.bench, LOOK, "factory bench -c mine.yaml --seconds 120"),
+    ("eval", models.evaluate, LOOK, "factory eval runs/mine/distill/resnet8 test-images --teacher mine.yaml"),
+    ("predict", first.predict, LOOK, "factory predict runs/mine/distill/resnet8 photos --top 3 --csv found.csv"),
+    ("rescore", data.rescore, KEEP, "factory rescore runs/mine/m.parquet --threshold 0.8"),
+    ("gc", data.gc, KEEP, "factory gc runs/mine --dry-run"),
+    ("rebuild", data.rebuild, KEEP, "factory rebuild runs/mine"),
+)
+"""Name, function, panel of the help and example of every command but those of ``run``."""
+
 
 app = typer.Typer(
     name="factory",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="A two-stage data factory: a diffusion model guided by a teacher makes data, a student is distilled from it.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 data does not fit, 130 interrupted (the same command resumes).",
 )
 app.add_typer(run.app, name="run")
-app.command()(run.demo)
-app.command()(first.init)
-app.command()(first.doctor)
-app.command()(models.recipes)
-app.command(rich_help_panel="Look")(data.status)
-app.command(rich_help_panel="Look")(data.inspect)
-app.command(rich_help_panel="Look")(report.report)
-app.command(rich_help_panel="Look")(data.verify)
-app.command(rich_help_panel="Look")(bench.bench)
-app.command(name="eval", rich_help_panel="Look")(models.evaluate)
-app.command(rich_help_panel="Look")(first.predict)
-app.add_typer(export.app, name="export", rich_help_panel="Keep")
-app.command(rich_help_panel="Keep")(data.rescore)
-app.command(rich_help_panel="Keep")(data.gc)
-app.command(rich_help_panel="Keep")(data.rebuild)
+app.add_typer(export.app, name="export", rich_help_panel=KEEP)
+for _name, _function, _panel, _example in COMMANDS:
+    app.command(_name, rich_help_panel=_panel, epilog=f"Example: {_example}")(_function)
 
 DEBUG, STALL = "FACTORY_DEBUG", "FACTORY_STALL_SECONDS"
 

@@ -3,7 +3,7 @@
 Used by every command that reads a recipe: packaged or user YAML < ``FACTORY_*`` environment < ``--set`` < flags.
 """
 
-import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from manifests.checked_json import is_text
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 from manifests.plain_files import load_yaml
 
 Path = tuple[str, ...]
@@ -186,6 +186,9 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     if problem["type"] == "missing":
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        names = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{head}: unknown value {problem.get('input')!r:.100}; {suggest(str(problem.get('input')), names)}"
     given = problem.get("input")
     shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
     return f"{head}: {message[:1].lower()}{message[1:]}" + (f", got {given!r:.100}" if shown else "")
@@ -198,12 +201,6 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for kind in _members(field.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from dotted_keys(kind, f"{prefix}{name}.")
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """``did you mean …?`` where something is near, else the list of what exists."""
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
 
 
 def _types_at(model: type[BaseModel], path: Path) -> list[Any]:

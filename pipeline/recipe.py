@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 from manifests.plain_files import MAX_SETTINGS, read_regular
-from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, suggest, validate, yaml_layer
+from pipeline.layers import EMPTY, Layer, env_layer, flag_layer, mapping_layer, set_layer, validate, yaml_layer
 from stages.models.source import is_self_contained
 from stages.settings import MAX_WEIGHT, DistillSettings, Settings, SynthSettings
 

@@ -11,6 +11,7 @@ from pipeline.commands.options import (
     JsonOption,
     RecipeOption,
     SetOption,
+    next_step,
     option,
 )
 from pipeline.terminal import say, show
@@ -48,3 +49,4 @@ def bench(
     found = run_bench(resolved, place, seconds, manifest, folder)
     say(f"kept in {save_bench(found, out)}")
     show(found, as_json)
+    next_step("run", "all", *(("-c", recipe) if recipe else ()), "--dry-run")

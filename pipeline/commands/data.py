@@ -15,6 +15,7 @@ from pipeline.commands.options import (
     RunArgument,
     WhereOption,
     argument,
+    next_step,
     option,
 )
 from pipeline.terminal import plain, show
@@ -91,6 +92,8 @@ def inspect(
                 raise
             say(f"no contact sheet: {error}; --sheet FILE puts it elsewhere")
     show(summary, as_json)
+    if summary.kept:
+        next_step("run", "distill", "-m", opened.url)
 
 
 def verify(
@@ -130,6 +133,7 @@ def rebuild(run: RunArgument, as_json: JsonOption = False) -> None:
     show(result, as_json)
     if result.damaged:
         raise typer.Exit(DataError.exit_code)
+    next_step("verify", run)
 
 
 def rescore(
@@ -149,4 +153,6 @@ def rescore(
     """Teacher columns and kept flags again, for another teacher or threshold. Makes a new manifest, no new images."""
     from pipeline.rescore import rescore as judge
 
-    show(judge(manifest, teacher, threshold, out, device), as_json)
+    result = judge(manifest, teacher, threshold, out, device)
+    show(result, as_json)
+    next_step("run", "distill", "-m", result.manifest)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 from pipeline.commands.options import JsonOption, argument, option
 from pipeline.terminal import pairs, plain, progress, published_bn, say, share, show, table
 
@@ -55,7 +55,6 @@ def recipes(
     as_json: JsonOption = False,
 ) -> None:
     """List the packaged recipes, or print one: `factory recipes NAME > mine.yaml`, then `-c mine.yaml`."""
-    from pipeline.layers import suggest
     from pipeline.recipe import packaged, packaged_text, resolve
 
     if name is None:

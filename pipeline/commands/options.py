@@ -2,11 +2,12 @@
 
 import shlex
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 from pipeline.terminal import say
 
 RESULT = "Result"
@@ -68,3 +69,19 @@ def exclusive(flag: str, value: object, other: str, other_value: object) -> None
 def next_step(*command: str) -> None:
     """The command that mostly follows, on stderr, to be copied."""
     say(f"next: {shlex.join(('factory', *command))}")
+
+
+STAGES = ("all", "synth", "distill", "rounds")
+
+
+class Commands(TyperGroup):
+    """A group of commands that says what an unknown one was meant to be, also where that is a level below."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's. Raises UsageError in one line."""
+        word, below = args[0], [] if "synth" in self.commands else STAGES
+        if word in below:
+            raise UsageError(f"no command {word!r} here: that is factory run {word}")
+        if word not in self.commands and not word.startswith("-"):
+            raise UsageError(f"no command {word!r}; {suggest(word, [*self.commands, *below], 99)}")
+        return super().resolve_command(ctx, args)

@@ -11,6 +11,7 @@ from pipeline.commands.options import (
     ActorsOption,
     AddressOption,
     BestOption,
+    Commands,
     DeviceOption,
     DryRunOption,
     EpochsOption,
@@ -73,12 +74,9 @@ def demo(
     if not no_report:
         students = [f"{result.out}/{name}/distill" for name in DATASETS]
         write_report(f"{result.out}/{DATASETS[0]}", result.out, students, eval_ if photos else f"{result.out}/{TEST}")
+    next_step("init", "YOUR-TEACHER", "-o", "mine.yaml")
 
 
-app = typer.Typer(no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both in turn.")
-
-
-@app.command()
 def synth(
     recipe: RecipeOption = None,
     out: Annotated[
@@ -139,7 +137,6 @@ def synth(
         next_step("run", "distill", "-m", result.manifest, *(("-c", recipe) if recipe else ()))
 
 
-@app.command()
 def distill(
     manifest: Annotated[
         list[str], option("--manifest", "-m", metavar="FILE[@WEIGHT]", help="m.parquet of a dataset; repeatable.")
@@ -233,7 +230,6 @@ def _end(result: "DistillResult") -> None:
         raise typer.Exit((FactoryError if result.parked else DataError).exit_code)
 
 
-@app.command("all")
 def run_both(
     recipe: RecipeOption = None,
     out: Annotated[
@@ -281,7 +277,6 @@ def run_both(
     _end(result.distill)
 
 
-@app.command()
 def rounds(
     out: Annotated[str, option("--out", "-o", metavar="FOLDER", help="A folder for each round goes here.")],
     recipe: RecipeOption = None,
@@ -321,5 +316,18 @@ def rounds(
     if not no_report:  # of the last round, with the students of all
         students = [f"{os.path.dirname(manifest)}/distill" for manifest in result.manifests]
         write_report(result.manifests[-1], result.out, students, test_data)
+    next_step("export", result.student, "--onnx", f"{result.student}/model.onnx")
     if test_data and any(each.accuracy is None for each in result.rounds):
         raise typer.Exit(DataError.exit_code)
+
+
+COMMANDS = (
+    ("all", run_both, "factory run all -c mine.yaml --images 1500 --test-data test-images"),
+    ("synth", synth, "factory run synth -c mine.yaml --images 1500 --out runs/mine"),
+    ("distill", distill, "factory run distill -m runs/mine/m.parquet --student resnet8 --epochs 200"),
+    ("rounds", rounds, "factory run rounds -c mine.yaml --rounds 3 --out runs/rounds"),
+)
+"""Name, function and example of each."""
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Run a stage: make the data, or distill from it; or both.")
+for _name, _function, _example in COMMANDS:
+    app.command(_name, epilog=f"Example: {_example}")(_function)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifests.errors import DataError, FactoryError, UsageError, one_line
+from manifests.errors import DataError, FactoryError, UsageError, one_line, suggest
 from stages.memory import out_of_memory
 from stages.models import nets
 from stages.models.folders import fetch
@@ -67,9 +67,7 @@ def _timm(config: ModelConfig) -> nn.Module:
     except ImportError:
         raise UsageError(f"'timm:{name}' needs timm: pip install 'dfkd-factory[timm]'") from None
     if not timm.is_model(name):  # also refuses timm's own hf-hub: and local-dir: names, which fetch or read files
-        stem = name.split(".")[0]
-        near = timm.list_models(f"{stem[:6]}*")[:3] if stem.isidentifier() else []
-        raise UsageError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise UsageError(f"timm has no model '{name}': {suggest(name.split('.')[0], timm.list_models())}")
     arguments = dict(config.arguments) if isinstance(config, NamedConfig) else {}
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         arguments.setdefault("img_size", config.input.size)
@@ -87,10 +85,7 @@ def _torchvision(config: ModelConfig) -> nn.Module:
 
     name = split_name(config.architecture)[1]
     if name not in models.list_models(module=models):
-        near = models.list_models(module=models, include=f"{name[:6]}*")[:3]
-        raise UsageError(
-            f"torchvision has no classifier '{name}'" + (f": did you mean {', '.join(near)}?" if near else "")
-        )
+        raise UsageError(f"torchvision has no classifier '{name}': {suggest(name, models.list_models(module=models))}")
     arguments: dict[str, Any] = {"num_classes": config.num_classes}
     if name.startswith("vit_"):
         arguments["image_size"] = config.input.size

@@ -4,7 +4,6 @@ Each has ``stages``, the module paths of its stage outputs, and ``head``, the pa
 taps and class activation maps use them (other networks: :mod:`stages.models.hooks`). :func:`build` makes one by name.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manifests.errors import UsageError
+from manifests.errors import UsageError, suggest
 from stages.settings import Stem
 
 
@@ -334,7 +333,6 @@ def build(name: str, num_classes: int, channels: int = 3, stem: Stem = "native",
     Raises UsageError naming near matches for an unknown name.
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
-        raise UsageError(f"unknown architecture '{name}': did you mean {', '.join(near)}?")
+        raise UsageError(f"unknown architecture '{name}': {suggest(name, ARCHITECTURES, len(ARCHITECTURES))}")
     builder = VARIANTS[name].build if variant else ARCHITECTURES[name]
     return builder(num_classes, channels, stem == "small")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from manifests.checked_json import dump_checked, first_fault, load_checked
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, suggest
 from manifests.plain_files import MAX_SETTINGS, load_yaml_file, read_regular
 from stages.hub import inside
 from stages.models.folders import (
@@ -308,7 +308,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
         return _from_folder(folder, settings)
     scheme, rest = split_name(settings.name)
     if settings.name.startswith("embedded:"):
-        raise UsageError(f"unknown model '{settings.name}': embedded are {', '.join(EMBEDDED)}")
+        raise UsageError(f"unknown model '{settings.name}': {suggest(settings.name, EMBEDDED)}")
     if scheme == "builtin" and ("/" in rest or rest.startswith(".")):
         raise DataError(f"model folder {rest} does not exist")
     weights = _weights(settings)

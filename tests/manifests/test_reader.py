@@ -136,7 +136,7 @@ def test_columns(whole: Storage) -> None:
     assert selection.column("class_name") == ["one"] * 6
     assert np.isnan(selection.column("cosine")).any()
     assert selection.column("kept").dtype == bool  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="unknown column 'color'; columns: key, shard"):
+    with pytest.raises(UsageError, match="unknown column 'color'; there are: key, shard"):
         selection.column("color")
 
 

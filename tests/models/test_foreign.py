@@ -288,7 +288,7 @@ class TestTorchvision:
         assert teacher_identity(ModelSettings(name=str(tmp_path)))["kind"] == "external"
 
     def test_names_are_checked(self):
-        with pytest.raises(UsageError, match="no classifier 'resnet19': did you mean resnet101"):
+        with pytest.raises(UsageError, match="no classifier 'resnet19': did you mean resnet"):
             build.build_net(config("torchvision:resnet19"))
         with pytest.raises(UsageError, match=r"needs weights, input, num_classes .*{size: 224, .*resize_size: 256}"):
             resolve(ModelSettings(name="torchvision:resnet18"))

@@ -162,7 +162,7 @@ def test_class_counts_must_agree(folder):
 def test_unknown_names():
     with pytest.raises(UsageError, match=r"did you mean .*resnet20"):
         nets.build("resnet-20", 10)
-    with pytest.raises(UsageError, match="embedded are embedded:digits"):
+    with pytest.raises(UsageError, match="embedded:digits"):
         load_teacher(ModelSettings(name="embedded:letters"))
     with pytest.raises(UsageError, match="needs weights, input, num_classes"):
         load_teacher(ModelSettings(name="resnet20"))

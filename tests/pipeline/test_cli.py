@@ -362,3 +362,27 @@ def test_arguments_that_are_no_text_are_one_line(monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "a\\udcff: this name is not UTF-8\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["synth", "--shards", "1"], "that is factory run synth"),
+        (["synht"], "did you mean synth?"),
+        (["stauts"], "did you mean status"),
+        (["run", "distil"], "did you mean distill?"),
+        (["run", "synth", "--set", "method=DMKD"], "synth.method: unknown value 'DMKD'; did you mean dmkd?"),
+        (["run", "synth", "--prior", "embedded:stroke32"], "did you mean embedded:strokes32?"),
+        (["run", "synth", "--teacher", "embedded:digit"], "did you mean embedded:digits?"),
+        (["recipes", "foto"], "did you mean photos?"),
+    ],
+)
+def test_the_nearest_name_is_suggested(factory, args, part):
+    code, _, err = factory(*args)
+    assert code == 2 and part in err and len(err.splitlines()) == 1
+
+
+def test_every_command_has_a_short_help(factory):
+    for command in COMMANDS:
+        code, out, _ = factory(*command.split(), "-h")
+        assert code == 0 and ("Example: factory" in out or command in ("", "run"))

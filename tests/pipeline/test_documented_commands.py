@@ -27,7 +27,11 @@ def shown() -> Iterator[tuple[str, str]]:
         lines = [line for block in blocks for line in block.splitlines()]
         lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
         yield from ((path.name, line.strip()) for line in lines if re.match(r"\s*(\.venv/bin/)?factory [a-z]", line))
-    names = "|".join(typer.main.get_command(app).commands)
+    commands = typer.main.get_command(app).commands
+    examples = {name: command.epilog for name, command in [*commands.items(), *commands["run"].commands.items()]}
+    yield from ((f"help of {name}", str(line).removeprefix("Example: ")) for name, line in examples.items() if line)
+    assert [name for name, line in examples.items() if not line] == ["run"], "every help screen has an example"
+    names = "|".join(commands)
     for path in CONTAINERS:
         text = re.sub(r"\\\n#?", " ", path.read_text())
         yield from ((path.name, found) for found in re.findall(rf"\bfactory (?:{names})\b[^\n\"]*", text))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from manifests.checked_json import load_tree
-from manifests.errors import DataError, UsageError, one_line, plain
+from manifests.errors import DataError, UsageError, one_line, plain, suggest
 from manifests.plain_files import load_yaml, read_regular
 from stages.hub import inside, snapshot
 from stages.settings import PriorSettings
@@ -277,7 +277,7 @@ def locate(path: str, what: str = "prior", variant: str | None = None) -> Path:
         folder = Path(str(files("stages"))) / "assets" / path.removeprefix("embedded:")
         if not folder.is_dir():
             known = sorted(f.parent.name for f in (folder.parent).glob("*/model_index.json"))
-            raise UsageError(f"no embedded prior {path!r}; there is: " + ", ".join(f"embedded:{k}" for k in known))
+            raise UsageError(f"no embedded prior {path!r}; {suggest(path, [f'embedded:{k}' for k in known])}")
         return folder
     if Path(path).is_file() or path.endswith(SINGLE_FILES):
         raise DataError(f"{what} {path}: no folder as diffusers saves it{_convert(path)}")
