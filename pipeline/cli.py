@@ -27,6 +27,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
     ("status", data.status, LOOK, "factory status runs/mine --watch"),
     ("inspect", data.inspect, LOOK, "factory inspect runs/mine/m.parquet --metrics"),
     ("report", report.report, LOOK, "factory report runs/mine --out mine.html"),
+    ("compare", report.compare, LOOK, "factory compare runs/guided runs/unguided --out compared.html"),
     ("verify", data.verify, LOOK, "factory verify runs/mine"),
     ("bench", bench.bench, LOOK, "factory bench -c mine.yaml --seconds 120"),
     ("eval", models.evaluate, LOOK, "factory eval runs/mine/distill/resnet8 test-images --teacher mine.yaml"),

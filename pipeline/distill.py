@@ -17,7 +17,7 @@ from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.layers import mapping_layer
 from pipeline.lease import Lease
 from pipeline.outputs import STUDENTS, default_folder
-from pipeline.plan import PLAN, RESOLVED
+from pipeline.plan import PLAN, RESOLVED, changed_lines
 from pipeline.rates import Time
 from pipeline.recipe import Recipe, given, recipe_of, to_yaml
 from pipeline.terminal import duration, flop, pairs, plain, progress, say, share, size
@@ -107,6 +107,12 @@ def default_out(manifest: Manifest, recipe: Recipe) -> str:
     return f"{default_folder(manifest, recipe.name)}/{STUDENTS}"
 
 
+def refuse_run(storage: Storage) -> None:
+    """Raises UsageError for a run folder of stage 1: both stages write RESOLVED, events and a lease."""
+    if storage.exists(PLAN):
+        raise UsageError(f"--out {storage.url}: a run of stage 1 is there; use {storage.path('distill')}, say")
+
+
 def run_distill(
     recipe: Recipe,
     manifests: Sequence[Source],
@@ -136,8 +142,7 @@ def run_distill(
         out = default_out(Manifest.open(sources[0][0], skip_bad=True), recipe)
     storage = Storage(out)
     storage.refuse_file()
-    if storage.exists(PLAN):  # both stages write RESOLVED, events and a lease
-        raise UsageError(f"--out {out}: a run of stage 1 is there; use {storage.path('distill')}, say")
+    refuse_run(storage)
     from stages.distill.evaluate import check_data
     from stages.distill.run import Prepared, begin, prepare, train_students
     from stages.distill.runtime import Callbacks
@@ -255,9 +260,6 @@ class DistillEstimate:
     time: Time | None
 
     def lines(self) -> Iterator[str]:
-        import yaml
-
-        yield yaml.safe_dump({"distill": self.settings}, sort_keys=False, allow_unicode=True, width=110)
         each = self.settings["batch_size"] / self.workers
         at_once = f"{self.workers} through Ray Train, about {each:.0f} images of each batch for one"
         data = [
@@ -282,6 +284,7 @@ class DistillEstimate:
             ("memory", memory),
             *(self.time.entries() if self.time else ()),
             ("out", self.out),
+            *changed_lines(self.settings, DistillSettings().model_dump(mode="json"), "distill."),
         )
 
 
@@ -289,16 +292,29 @@ def dry_run(
     recipe: Recipe,
     sources: Sequence[tuple[str, float]],
     out: str,
-    teacher: ModelSettings | None,
+    teacher: str | ModelSettings | None,
     workers: int = 1,
     price: float | None = None,
+    test_data: str | None = None,
 ) -> DistillEstimate:
-    """What ``run_distill`` would do; writes nothing, and reads no image."""
+    """What ``run_distill`` would do, after its own checks of device, teacher, data and folder; writes nothing, and
+    reads no image."""
     from stages.distill.batches import batch_bounds
+    from stages.distill.evaluate import check_data
     from stages.distill.rows import EpochOrder, select_rows, split_validation
+    from stages.distill.teacher_check import find_teacher
+    from stages.memory import find_device
+
+    teacher = ModelSettings(name=teacher) if isinstance(teacher, str) else teacher
+    Storage(out).refuse_file()
+    refuse_run(Storage(out))
 
     settings = recipe.distill
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    device = find_device(settings.device if workers == 1 else "cpu")
+    loaded = find_teacher([each for each, _ in manifests], teacher, settings.allow_other_teacher, device)
+    if test_data:
+        check_data(test_data, loaded.class_names)
     rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1

@@ -186,8 +186,7 @@ def explain(model: type[BaseModel], layer: Layer, problem: Mapping[str, Any]) ->
     if problem["type"] == "missing":
         return f"{head}: this key is needed"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "literal_error":
-        names = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    if problem["type"] == "literal_error" and (names := re.findall(r"'([^']*)'", problem["ctx"]["expected"])):
         return f"{head}: unknown value {problem.get('input')!r:.100}; {suggest(str(problem.get('input')), names)}"
     given = problem.get("input")
     shown = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"

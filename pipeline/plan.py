@@ -152,11 +152,19 @@ def open_or_create(storage: Storage, plan: Plan) -> bool:
 
     Raises DataError with the differences where the folder belongs to another plan, UsageError for fewer shards.
     """
+    if check_folder(storage, plan):
+        if storage.create(PLAN, plan.to_json()):
+            return True
+        check_folder(storage, plan)  # another driver was quicker
+    return False
+
+
+def check_folder(storage: Storage, plan: Plan) -> bool:
+    """Whether ``plan`` would be the folder's first. Writes nothing; errors as :func:`open_or_create`."""
     if not storage.exists(PLAN):
         storage.refuse_file()
         _refuse_foreign(storage)
-        if storage.create(PLAN, plan.to_json()):
-            return True
+        return True
     stored = read_plan(storage)
     if stored.fingerprint != plan.fingerprint and live(storage) is not None:
         raise _another_plan(storage, stored, plan)
@@ -273,6 +281,27 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def changed_settings(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """``(key, value, default)`` of every setting in nested ``values`` that differs from its default; a default that is
+    not there is {}."""
+    usual = dict(flattened(defaults))
+    found = ((key, value, usual.get(key, {})) for key, value in flattened(values))
+    return [(prefix + key, value, default) for key, value, default in found if value != default]
+
+
+def changed_lines(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, str | None]]:
+    """:func:`changed_settings` as entries of a report, in few words each."""
+    changed = changed_settings(values, defaults, prefix)
+    yield "settings", f"{len(changed)} differ from the defaults (all of them: --json)" if changed else "all defaults"
+    for key, value, default in changed:
+        was = "" if default in ({}, None, [], "") else f" (default {_short(default)})"
+        yield "", f"{key} = {_short(value)}{was}"
 
 
 def _short(value: Any) -> str:

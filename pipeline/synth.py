@@ -19,7 +19,18 @@ from pipeline.executors.driver import execute
 from pipeline.executors.pool import WorkerSpec
 from pipeline.executors.settings import ExecutorSettings, executor
 from pipeline.lease import Lease
-from pipeline.plan import Plan, TeacherCopy, make_plan, open_or_create, prepare, publish, resume_plan, withdraw
+from pipeline.plan import (
+    Plan,
+    TeacherCopy,
+    changed_lines,
+    check_folder,
+    make_plan,
+    open_or_create,
+    prepare,
+    publish,
+    resume_plan,
+    withdraw,
+)
 from pipeline.rates import Time
 from pipeline.recipe import Recipe
 from pipeline.terminal import duration, flop, pairs, progress, published_bn, say, size
@@ -215,10 +226,7 @@ class SynthEstimate:
     unknown: str | None
 
     def lines(self) -> Iterator[str]:
-        """Settings first, then what they amount to."""
-        import yaml
-
-        yield yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True, width=110)
+        """What it amounts to first, then the settings that differ from their defaults."""
         known: list[tuple[str, str | None]]
         known = [("unknown", f"{self.unknown}; so classes, compute, memory and fingerprint are not known")]
         if self.prior and self.teacher:
@@ -240,6 +248,7 @@ class SynthEstimate:
             *(self.time.entries() if self.time else ()),
             ("disk", f"at most about {size(self.disk_bytes_at_most)}" if self.disk_bytes_at_most else None),
             ("fingerprint", self.fingerprint),
+            *changed_lines(self.recipe["synth"], SynthSettings().model_dump(mode="json"), "synth."),
         )
 
     def _cost_lines(self, cost: "SynthCost") -> Iterator[tuple[str, str | None]]:
@@ -257,8 +266,8 @@ class SynthEstimate:
 
 
 def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = None) -> SynthEstimate:
-    """What ``run_synth`` would do; finds the same unusable inputs, but goes on without a prior that cannot be
-    fetched."""
+    """What ``run_synth`` would do, after its own checks of device, teacher and folder; goes on without a prior that
+    cannot be fetched. Writes nothing."""
     synth, storage = recipe.synth, Storage(out)
     storage.refuse_file()
     inputs, cost, unit, unknown = None, None, None, None
@@ -268,7 +277,12 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
         unknown = str(error)
     if inputs and synth.method != "noise":  # which runs no model
         from stages.cost import synth_cost
+        from stages.memory import find_device
+        from stages.synth.worker import load_classifiers
 
+        if workers == 1:
+            find_device(synth.device)
+        load_classifiers(synth, inputs.sources)
         cost = synth_cost(synth, inputs.sources)
         if synth.guides or synth.inverts:
             from stages.models.loading import load_teacher
@@ -279,6 +293,8 @@ def dry_run(recipe: Recipe, out: str, workers: int = 1, price: float | None = No
     image_size = inputs.image_size if inputs else synth.images.size
     per_image = image_size and 3 * image_size**2 * RAW_SHARE[synth.images.format] + ROW_BYTES
     plan = make_plan(recipe, inputs) if inputs else None
+    if plan:
+        check_folder(storage, plan)
     done = len(committed(storage))
     left = max(0, synth.shards - done)
     work = cost.flop * left // synth.shards if cost else None

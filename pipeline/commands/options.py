@@ -15,9 +15,26 @@ option = partial(typer.Option, show_default=False)
 argument = partial(typer.Argument, show_default=False)
 place_option = partial(option, rich_help_panel="Where it runs")  # changes where, not what
 
+
+def _packaged(incomplete: str) -> list[str]:
+    """For completion in a shell; files are completed by their own start."""
+    from pathlib import Path
+
+    from pipeline.recipe import packaged
+
+    files = [str(path) for path in sorted(Path().glob("*.y*ml"))]
+    return [name for name in (*packaged(), *files) if name.startswith(incomplete)]
+
+
 RecipeOption = Annotated[
     str | None,
-    option("--recipe", "-c", metavar="NAME|FILE", help="Packaged recipe (`factory recipes` lists them) or YAML file."),
+    option(
+        "--recipe",
+        "-c",
+        metavar="NAME|FILE",
+        help="Packaged recipe (`factory recipes` lists them) or YAML file.",
+        autocompletion=_packaged,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, option("--set", metavar="KEY=VALUE", help="Any setting by its dotted key; repeatable.")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.options import JsonOption
-from pipeline.terminal import duration, plain, show, size
+from pipeline.terminal import duration, plain, say, show, size
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,27 @@ def report(
     save(page.html, out)
     seconds = round(time.monotonic() - started, 1)
     show(ReportFile(str(out), len(page.html), page.rows, page.pictures, seconds), as_json)
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN…", help="Run folders of either stage, or manifests.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="A page to write (HTML).", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs and their students side by side: accuracy, agreement, images, cost, and which settings differ."""
+    from pipeline.compare import compare as beside
+    from pipeline.inspect import save
+
+    found = beside(runs)
+    show(found, as_json)
+    if out:
+        save(found.page(), out)
+        say(f"page: {out}")
 
 
 def _page_name(run: str) -> str:

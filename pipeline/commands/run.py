@@ -211,7 +211,7 @@ def distill(
     place = executor(workers=workers, address=address)
     named = ModelSettings(name=teacher) if teacher else stage.teacher_for(first, resolved)
     if dry_run:
-        show(stage.dry_run(resolved, sources, folder, named, place.workers, price), as_json)
+        show(stage.dry_run(resolved, sources, folder, named, place.workers, price, test_data), as_json)
         return
     if out is None:
         say(f"students go to {folder}")

@@ -11,8 +11,9 @@ import numpy as np
 from manifests.dataset import MAX_SHARD, unique_names
 from manifests.reader import Manifest
 from manifests.storage import Storage
+from pipeline import plan
 from pipeline.events import read_events
-from pipeline.plan import PLAN, RESOLVED, flattened
+from pipeline.plan import PLAN, RESOLVED
 from pipeline.report.columns import Columns, class_names
 from pipeline.terminal import duration, flop, number, share, size
 from stages.settings import SynthSettings
@@ -66,10 +67,8 @@ def _identity(facts: Mapping[str, Any], *names: str) -> str:
 def changed_settings(manifest: Manifest) -> list[tuple[str, str, str]]:
     """``(key, value, default)`` of every setting of stage 1 that differs from its default."""
     stored = manifest.info.recipe.get("synth")
-    settings = dict(flattened(stored)) if isinstance(stored, dict) else {}
-    defaults = dict(flattened(SynthSettings().model_dump(mode="json")))
-    keys = [key for key in settings if settings[key] != defaults.get(key, {})]
-    lines = [(_short(key), _short(settings[key]), _short(defaults[key]) if key in defaults else "") for key in keys]
+    changed = plan.changed_settings(stored if isinstance(stored, dict) else {}, SynthSettings().model_dump(mode="json"))
+    lines = [(_short(key), _short(value), "" if was == {} else _short(was)) for key, value, was in changed]
     more = [(f"{len(lines) - MAX_SETTINGS:,} more", "", "")] if len(lines) > MAX_SETTINGS else []
     return lines[:MAX_SETTINGS] + more
 

@@ -52,23 +52,10 @@ def load_models(
     this process has resolved them already.
     """
     planned, device = planned or {}, str(find_device(settings.device))
-    models = {role: load_teacher(source, device) for role, source in (sources or model_sources(settings)).items()}
+    models = load_classifiers(settings, sources or model_sources(settings), device, planned)
     for source in (sources or {}).values():
         source.release()
     teacher, adversary = models["teacher"], models.get("adversary")
-    for role, model in models.items():
-        check_network(planned, role, getattr(settings, role).name, model.identity)
-    if settings.method != "dmkd":
-        if not teacher.differentiable:
-            raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
-        if bn_weight(settings) and not teacher.has_batchnorm:
-            views = settings.method == "diffdfkd" and two_views(settings.guidance, teacher)
-            instead = ", view consistency is on instead" if views else ""
-            log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
-    if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
-        raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
-    if adversary:
-        check_adversary(adversary, teacher)
     prior = load_prior(settings.prior.labeled(teacher.class_names), device) if settings.needs_prior else None
     if prior:
         check_folder(planned, "prior", prior.source)
@@ -82,6 +69,28 @@ def load_models(
     if share and settings.groups_per_shard == 1:
         log.warning("guidance.bn_population joins the groups of a shard, which is one: set groups_per_shard")
     return Models(prior, teacher, adversary, device, decode, population=Population(share) if share else None)
+
+
+def load_classifiers(
+    settings: SynthSettings, sources: Mapping[str, ModelSource], device: str = "cpu", planned: Pinned | None = None
+) -> dict[str, Teacher]:
+    """Teacher and adversary by role. Raises as :func:`load_models`."""
+    models = {role: load_teacher(source, device) for role, source in sources.items()}
+    teacher, adversary = models["teacher"], models.get("adversary")
+    for role, model in models.items():
+        check_network(planned or {}, role, getattr(settings, role).name, model.identity)
+    if settings.method != "dmkd":
+        if not teacher.differentiable:
+            raise UsageError(f"{teacher.what} gives no gradient and cannot guide: use --method dmkd")
+        if bn_weight(settings) and not teacher.has_batchnorm:
+            views = settings.method == "diffdfkd" and two_views(settings.guidance, teacher)
+            instead = ", view consistency is on instead" if views else ""
+            log.warning("%s has no BatchNorm: the feature-statistics term is off%s", teacher.what, instead)
+    if settings.method == "dda" and settings.dda.space == "teacher" and teacher.class_weights is None:
+        raise UsageError(f"{teacher.what} shows no features to filter by: set dda.space=contrastive")
+    if adversary:
+        check_adversary(adversary, teacher)
+    return models
 
 
 def check_adversary(adversary: Teacher, teacher: Teacher) -> None:

@@ -31,6 +31,7 @@ COMMANDS = (
     "status",
     "inspect",
     "report",
+    "compare",
     "verify",
     "eval",
     "export",

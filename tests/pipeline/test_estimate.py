@@ -1,14 +1,16 @@
 """What ``--dry-run`` of both stages tells: images, calls, counted compute and memory, and what it cannot know."""
 
 import pytest
+import torch
 
-from manifests.errors import UsageError
+from manifests.errors import DataError, UsageError
 from manifests.reader import Manifest
 from pipeline import distill
 from pipeline.recipe import resolve
 from pipeline.synth import dry_run
 from pipeline.terminal import flop
 from stages.cost import synth_cost
+from stages.models import nets
 from tests.pipeline.conftest import small_recipe
 from tests.synth.tiny import save_ddpm
 
@@ -102,3 +104,33 @@ def test_stage_two_counts_the_teacher_once_where_its_answers_are_cached(run_fold
     assert short.cost.teacher == stored.cost.teacher  # every view of every row, held-out ones included
     assert plain.cost.students == stored.cost.students
     assert any(line.startswith("compute") and "counted" in line for line in plain.lines())
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, run_folder):
+    """Device, weights that do not fit, another plan in the folder, fewer shards, test data that is not there."""
+    demo = resolve("demo", environ={}).changed("synth.groups_per_shard=1", "synth.group_size=2")
+    with pytest.raises(UsageError, match="device 'cuda:77' cannot be used"):
+        dry_run(demo.changed("synth.device=cuda:77"), str(tmp_path / "new"))
+    torch.save(nets.build("resnet20", 10).state_dict(), tmp_path / "x.pt")
+    spec = "{size: 32, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}"
+    teacher = ("name=resnet32", f"weights={tmp_path / 'x.pt'}", "num_classes=10", f"input={spec}")
+    with pytest.raises(DataError, match="does not fit"):
+        dry_run(demo.changed(*(f"synth.teacher.{each}" for each in teacher)), str(tmp_path / "new"))
+    with pytest.raises(DataError, match="holds another plan"):
+        dry_run(small_recipe("seed=9"), str(run_folder))
+    with pytest.raises(UsageError, match="shards can only grow"):
+        dry_run(small_recipe("shards=1"), str(run_folder))
+    manifest = [(str(run_folder / "m.parquet"), 1.0)]
+    with pytest.raises(UsageError, match="a run of stage 1 is there"):
+        distill.dry_run(demo, manifest, str(run_folder), None)
+    with pytest.raises(DataError, match="nowhere"):
+        distill.dry_run(demo, manifest, str(tmp_path / "d"), None, test_data=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "new").exists() and not (tmp_path / "d").exists()
+
+
+def test_a_dry_run_says_what_differs_from_the_defaults(tmp_path):
+    lines = [*dry_run(small_recipe("guidance.step_size=0.3"), str(tmp_path / "run")).lines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("settings"))
+    assert any("synth.guidance.step_size = 0.3 (default 0.1)" in line for line in lines[at:])
+    assert any("fingerprint" in line for line in lines[:at]) and not any("synth.guidance.ce " in line for line in lines)
+    assert len(lines) < 40

@@ -107,7 +107,7 @@ def test_unknown_recipe_key_names_file_line_and_near_match(tmp_path):
     [
         ("guidance.step_sice=1", "unknown key; did you mean step_size?"),
         ("guidance.step_size=-1", "should be greater than or equal to 0, got -1"),
-        ("method=magic", "'deepinversion' or 'noise', got 'magic'"),
+        ("method=magic", "unknown value 'magic'; there are: diffdfkd, dmkd"),
         ("guidance.interval=[0.9, 0.1]", "interval: must satisfy 0 <= start < end <= 1"),
         ("lca.interval=[0.8, 0.2]", "interval: must satisfy 0 <= start < end <= 1"),
         ("seed=9223372036854775808", "should be less than or equal to 9223372036854775807"),

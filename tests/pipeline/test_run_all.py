@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from manifests.errors import DataError, UsageError
 from pipeline.cli import app
+from pipeline.compare import Comparison, Entry, compare
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
 from pipeline.run_all import check, image_count, run_all, with_images
@@ -107,3 +108,34 @@ def test_a_dry_run_of_both_writes_nothing(recipe, tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     assert "digits-cnn-small, 5 steps, in runs/" in found.stdout.replace(str(tmp_path) + "/", "")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_runs_are_compared_by_students_cost_and_settings(done, run_folder, tmp_path):
+    """The dataset with a student, its stage 2 alone, and a dataset without any."""
+    folder, result = done
+    found = compare([str(folder), str(folder / "distill"), str(run_folder), str(run_folder)])
+    first, alone, noise = found.entries
+    student = result.distill.students["digits-cnn-small"]
+    assert (first.student, first.images, first.agreement) == ("digits-cnn-small", student.images, student.val_agreement)
+    assert (alone.parameters, alone.making) == (student.parameters, None) and first.making > 0
+    assert (noise.student, noise.images, noise.training) == (None, 32, None)
+    assert found.differences["synth.method"] == ["diffdfkd", "–", "noise"]
+    assert "synth.seed" in found.differences and "synth.lca.kind" in found.differences  # stage 2 alone knows neither
+    one, other = (compare([str(folder)]), compare([str(folder), str(folder)]))
+    assert one == other and one.differences == {}
+    lines = [*found.lines()]
+    assert "images" in lines[0] and "accuracy" not in lines[0] and lines[3].split()[-1] == "–"
+
+
+def test_a_page_of_the_comparison_escapes_what_it_shows(done, tmp_path):
+    folder, _ = done
+    assert CliRunner().invoke(app, ["compare", str(folder), "-o", str(tmp_path / "c.html")]).exit_code == 0
+    page = (tmp_path / "c.html").read_text()
+    assert "<meter" in page and "default-src 'none'" in page and "digits-cnn-small" in page
+    hostile = Comparison([Entry("a/<b>", "x&y", 1, settings={})], {"k": ["<script>"]}).page().decode()
+    assert "<script>" not in hostile and "&lt;script&gt;" in hostile and "x&amp;y" in hostile
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    error = CliRunner().invoke(app, ["compare", str(tmp_path)]).exception
+    assert isinstance(error, DataError) and str(tmp_path) in str(error)
