@@ -8,21 +8,25 @@ import typer
 from manifests.errors import UsageError
 from pipeline.commands.options import (
     BestOption,
+    Commands,
     ExcludeKeysOption,
     JsonOption,
     KeysOption,
     WhereOption,
     argument,
+    next_step,
     option,
 )
 from pipeline.terminal import plain, show, size
 
-app = typer.Typer(no_args_is_help=True, help="Write a dataset or a student in the formats of other tools.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="Write a dataset or a student in the formats of other tools."
+)
 
 MODEL_HELP = "Model folder, e.g. RUN/distill/student, or .yaml."
 
 
-@app.command()
+@app.command(epilog="Example: factory export data runs/mine --imagefolder images")
 def data(
     run: Annotated[str, argument(metavar="RUN|MANIFEST", help="Run folder or manifest (path or URL).")],
     parquet: Annotated[
@@ -53,7 +57,7 @@ def data(
     show(export_data(run, form, out, selection, part_mb), as_json)
 
 
-@app.command()
+@app.command(epilog="Example: factory export student runs/mine/distill/resnet8 --onnx resnet8.onnx")
 def student(
     student: Annotated[str, argument(metavar="STUDENT", help=MODEL_HELP)],
     onnx: Annotated[str | None, option(metavar="FILE", help="Write ONNX.")] = None,
@@ -97,3 +101,4 @@ def student(
         for file in files
     )
     show({"files": [asdict(file) for file in files]}, as_json, lines)
+    next_step("predict", student, "YOUR-IMAGES")

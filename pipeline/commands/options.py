@@ -96,7 +96,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As click's. Raises UsageError in one line."""
-        word, below = args[0], [] if "synth" in self.commands else STAGES
+        word, below = args[0], STAGES if "run" in self.commands else ()
         if word in below:
             raise UsageError(f"no command {word!r} here: that is factory run {word}")
         if word not in self.commands and not word.startswith("-"):

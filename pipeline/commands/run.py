@@ -316,7 +316,7 @@ def rounds(
     if not no_report:  # of the last round, with the students of all
         students = [f"{os.path.dirname(manifest)}/distill" for manifest in result.manifests]
         write_report(result.manifests[-1], result.out, students, test_data)
-    next_step("export", result.student, "--onnx", f"{result.student}/model.onnx")
+    next_step("export", "student", result.student, "--onnx", f"{result.student}/model.onnx")
     if test_data and any(each.accuracy is None for each in result.rounds):
         raise typer.Exit(DataError.exit_code)
 

@@ -28,9 +28,12 @@ def shown() -> Iterator[tuple[str, str]]:
         lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
         yield from ((path.name, line.strip()) for line in lines if re.match(r"\s*(\.venv/bin/)?factory [a-z]", line))
     commands = typer.main.get_command(app).commands
-    examples = {name: command.epilog for name, command in [*commands.items(), *commands["run"].commands.items()]}
+    groups = [commands, *(command.commands for command in commands.values() if isinstance(command, click.Group))]
+    examples = {name: command.epilog for group in groups for name, command in group.items()}
     yield from ((f"help of {name}", str(line).removeprefix("Example: ")) for name, line in examples.items() if line)
-    assert [name for name, line in examples.items() if not line] == ["run"], "every help screen has an example"
+    assert {name for name, line in examples.items() if not line} == {"run", "export"}, (
+        "every help screen has an example"
+    )
     names = "|".join(commands)
     for path in CONTAINERS:
         text = re.sub(r"\\\n#?", " ", path.read_text())
