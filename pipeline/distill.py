@@ -311,11 +311,11 @@ def dry_run(
 
     settings = recipe.distill
     manifests = [(Manifest.open(url, skip_bad=settings.skip_bad), weight) for url, weight in sources]
+    rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
     device = find_device(settings.device if workers == 1 else "cpu")
     loaded = find_teacher([each for each, _ in manifests], teacher, settings.allow_other_teacher, device)
     if test_data:
         check_data(test_data, loaded.class_names)
-    rows = select_rows(manifests, settings.model_copy(update={"skip_bad": False}))
     images = EpochOrder(rows, split_validation(rows, settings.val_fraction, settings.seed)[0], settings).length
     batches = len(batch_bounds(images, settings.batch_size)) - 1
     manifest = manifests[0][0]

@@ -309,7 +309,7 @@ def resolve(settings: ModelSettings) -> ModelSource:
     scheme, rest = split_name(settings.name)
     if settings.name.startswith("embedded:"):
         raise UsageError(f"unknown model '{settings.name}': {suggest(settings.name, EMBEDDED)}")
-    if scheme == "builtin" and ("/" in rest or rest.startswith(".")):
+    if scheme == "builtin" and ("/" in rest or rest.startswith(".")) and not Path(rest).is_file():
         raise DataError(f"model folder {rest} does not exist")
     weights = _weights(settings)
     home, facts = None, FolderFacts()
@@ -377,6 +377,10 @@ def _why_missing(missing: Sequence[str], name: str, home: Path | None, facts: Fo
     if home:
         why = facts.decisions.get("input", "") if "input" in missing else ""
         return f"needs {keys} in its settings: {home} does not say it" + (f" ({why})" if why else "")
+    if name.lower().endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pth.tar")):
+        return f"holds weights: name what they fill, with weights: {name} (factory init {name} writes such a recipe)"
+    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        return f"is no folder; own code is named {':'.join(name.rsplit('.', 1))}, with input and num_classes"
     usual = usual_input(name) if "input" in missing else None
     said = f" (with the weights of the library: input: {usual.yaml()})" if usual else ""
     return f"is no folder; an architecture needs {keys} too{said}"

@@ -177,3 +177,15 @@ def test_embedded_teacher_and_its_identity(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(EMBEDDED["embedded:digits"], copy)
     assert load_teacher(ModelSettings(name=str(copy))).identity == teacher.identity
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("mine.pt", "factory init mine.pt writes such a recipe"),
+        ("mynet.nets.MyNet", "own code is named mynet.nets:MyNet"),
+    ],
+)
+def test_names_of_another_form_are_answered_with_the_form_that_works(name, form):
+    with pytest.raises(UsageError, match=form):
+        resolve(ModelSettings(name=name))

@@ -95,7 +95,9 @@ def test_stage_two_counts_the_teacher_once_where_its_answers_are_cached(run_fold
     manifest = Manifest.open(run_folder)
     cached = ["augment.num_views=2", "augment.cutmix=0", "augment.mixup=0", "teacher_cache.enabled=true"]
     plain, stored, short = (
-        distill.dry_run(distill.resolve_distill(manifest, None, sets, {}), [(manifest.url, 1.0)], "out", None)
+        distill.dry_run(
+            distill.resolve_distill(manifest, None, sets, {}), [(manifest.url, 1.0)], "out", "embedded:digits"
+        )
         for sets in (["epochs=10"], ["epochs=10", *cached], ["epochs=1", *cached])
     )
     rows = plain.sources[0].selected
@@ -124,7 +126,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, run_folder):
     with pytest.raises(UsageError, match="a run of stage 1 is there"):
         distill.dry_run(demo, manifest, str(run_folder), None)
     with pytest.raises(DataError, match="nowhere"):
-        distill.dry_run(demo, manifest, str(tmp_path / "d"), None, test_data=str(tmp_path / "nowhere"))
+        distill.dry_run(demo, manifest, str(tmp_path / "d"), "embedded:digits", test_data=str(tmp_path / "nowhere"))
     assert not (tmp_path / "new").exists() and not (tmp_path / "d").exists()
 
 
