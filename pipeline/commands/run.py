@@ -64,7 +64,7 @@ def demo(
 
     if eval_ and not photos:
         raise UsageError("--eval goes with --photos: the demo brings its own test digits")
-    folder = check_url(out or ("demo-photos" if photos else "demo"))
+    folder = check_url(("demo-photos" if photos else "demo") if out is None else out)
     result: DemoResult | PhotosResult
     if photos:
         result = run_photos(folder, set_ or [], workers, retry_failed, eval_)
