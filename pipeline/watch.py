@@ -26,6 +26,7 @@ from stages.progress import Log, ShardProgress
 PROGRESS, SHEET = "progress.json", "sheet.png"
 SECONDS, SECONDS_REMOTE = {PROGRESS: 2.0, SHEET: 30.0}, {PROGRESS: 15.0, SHEET: 300.0}
 """Between two versions of a file: objects of a store cost a request each."""
+SUMS = ("rows", "kept", "judged", "agrees", "confidence")
 PER_CLASS, PER_SHARD, ROWS = 12, 2, 24
 """Of the growing sheet: images of a class, those of them that a shard adds, classes."""
 
@@ -116,33 +117,34 @@ class SynthWatch:
         """``shard`` is done, the ``done``-th of all."""
         self._running.pop(shard, None)
         rows, sums = report.get("rows") or 0, self._finished
-        if "confidence" in report:
+        if judged := report.get("judged"):
             self._finished = ShardProgress(
                 -1,
                 rows=sums.rows + rows,
-                agrees=sums.agrees + round(report["agreement"] * rows),
                 kept=sums.kept + (report.get("kept") or 0),
-                confidence=sums.confidence + report["confidence"] * rows,
+                judged=sums.judged + judged,
+                agrees=sums.agrees + round(report["agreement"] * judged),
+                confidence=sums.confidence + report["confidence"] * judged,
             )
         self._on_shard(shard)
-        judged: dict[str, float] = {name: report[name] for name in ("agreement", "confidence") if name in report}
+        means: dict[str, float] = {name: report[name] for name in ("agreement", "confidence") if name in report}
         kept = {"kept": (report.get("kept") or 0) / rows} if rows else {}
         speed = {"images_per_second": self._pace.speed(done) * rows}
-        self._log("synth", done, {"images": done * (self._images or rows), **judged, **kept, **speed})
+        self._log("synth", done, {"images": done * (self._images or rows), **means, **kept, **speed})
 
     def _show(self) -> None:
         """``1250 images, 2.4/s, agreement 93%, confidence 87%, kept 95%, step 12/20 (58% sure), 4 running``."""
         at = list(self._running.values())
         done = self._done + sum(progress.share for progress in at)
-        rows = self._finished.rows + sum(progress.rows for progress in at)
         images, speed = self._done * self._images + sum(progress.rows for progress in at), self._pace.speed(done)
         parts = [f"{images} images"]
         if speed * self._images > 0:
             parts.append(f"{speed * self._images:.3g}/s")
-        if rows:
-            for name, field in (("agreement", "agrees"), ("confidence", "confidence"), ("kept", "kept")):
-                total = sum(getattr(progress, field) for progress in (self._finished, *at))
-                parts.append(f"{name} {total / rows:.0%}")
+        total = {name: sum(getattr(each, name) for each in (self._finished, *at)) for name in SUMS}
+        if total["judged"]:
+            agreement, confidence = total["agrees"] / total["judged"], total["confidence"] / total["judged"]
+            kept = total["kept"] / total["rows"]
+            parts.append(f"agreement {agreement:.0%}, confidence {confidence:.0%}, kept {kept:.0%}")
         if at and (first := min(at, key=lambda progress: progress.shard)).step:
             sure = [progress.guided for progress in at if progress.guided is not None]
             guided = f" ({sum(sure) / len(sure):.0%} sure)" if sure else ""

@@ -22,9 +22,9 @@ class ShardProgress:
     """Where an attempt at ``shard`` stands: ``share`` of its work, 0 to 1, and ``step`` of the ``steps`` of the present
     group.
 
-    Of its ``rows`` so far, images that the teacher has judged: in how many it ``agrees`` with the class asked for, how
-    many are ``kept``, and the sum of its ``confidence``. ``guided``: its mean probability of the class asked for in the
-    group's present predictions, known while guidance runs.
+    ``rows``: images so far, of which ``kept`` pass the filters. Of those at the end of their trajectories, ``judged``:
+    in how many the teacher ``agrees`` with the class asked for, and the sum of its ``confidence``. ``guided``: its mean
+    probability of the class asked for in the group's present predictions, known while guidance runs.
     """
 
     shard: int
@@ -32,8 +32,9 @@ class ShardProgress:
     step: int = 0
     steps: int = 0
     rows: int = 0
-    agrees: int = 0
     kept: int = 0
+    judged: int = 0
+    agrees: int = 0
     confidence: float = 0.0
     guided: float | None = None
 
@@ -51,11 +52,13 @@ class ShardWatch:
         self._next = 0.0
 
     @property
-    def judged(self) -> dict[str, float]:
-        """Of all rows so far: the teacher's agreement with the classes asked for, and its mean confidence."""
+    def judgment(self) -> dict[str, float]:
+        """How many images the teacher has judged, its agreement with the classes asked for, its mean confidence."""
         at = self._at
-        means = {"agreement": at.agrees / at.rows, "confidence": at.confidence / at.rows} if at.rows else {}
-        return {name: round(value, 4) for name, value in means.items()}
+        if not at.judged:
+            return {}
+        agreement, confidence = at.agrees / at.judged, at.confidence / at.judged
+        return {"judged": at.judged, "agreement": round(agreement, 4), "confidence": round(confidence, 4)}
 
     def begin_group(self) -> None:
         """A group begins, or begins again in smaller parts."""
@@ -75,13 +78,15 @@ class ShardWatch:
     def end_group(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """A group is done, and the teacher has judged its ``rows``."""
         self._done += 1
+        finals = [row for row in rows if not row["timestep"]] or rows
         self._at = replace(
             self._at,
             share=self._done / self._groups,
             rows=self._at.rows + len(rows),
-            agrees=self._at.agrees + sum(row["teacher_label"] == row["label"] for row in rows),
+            judged=self._at.judged + len(finals),
+            agrees=self._at.agrees + sum(row["teacher_label"] == row["label"] for row in finals),
             kept=self._at.kept + sum(bool(row["kept"]) for row in rows),
-            confidence=self._at.confidence + sum(row["confidence"] for row in rows),
+            confidence=self._at.confidence + sum(row["confidence"] for row in finals),
         )
         if self._on_progress:
             self._on_progress(self._at)

@@ -207,7 +207,7 @@ class ShardWorker:
             "bytes": record.tar_bytes,
             "seconds": round(time.monotonic() - started, 3),
             **asdict(counters),
-            **watch.judged,
+            **watch.judgment,
             **({"warnings": [skipped_line(counters, settings)]} if counters.skipped_updates else {}),
             **({"splits": splits} if splits else {}),
             **first_report,

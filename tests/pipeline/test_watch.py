@@ -39,15 +39,17 @@ def test_the_reports_of_all_workers_become_one_line(seen):
     watch.counts(2, 8, 0, 0)
     assert seen[-1] == (2, 8, "20 images")
     watch.counts(2, 8, 2, 1)
-    watch.report(ShardProgress(3, 0.5, step=5, steps=20, rows=4, agrees=3, kept=2, confidence=3.2, guided=0.25))
+    watch.report(
+        ShardProgress(3, 0.5, step=5, steps=20, rows=8, kept=4, judged=4, agrees=3, confidence=3.2, guided=0.25)
+    )
     watch.report(ShardProgress(2, 0.25, step=7, steps=20, guided=0.75))
     done, total, note = seen[-1]
     assert (done, total) == (2.75, 8)
     shown = note.split(", ")
-    assert shown[0] == "24 images" and shown[1].endswith("/s")
+    assert shown[0] == "28 images" and shown[1].endswith("/s")
     assert shown[2:] == ["agreement 75%", "confidence 80%", "kept 50%", "step 7/20 (50% sure)", "2 running", "1 failed"]
     watch.lost(2)
-    watch.finished(3, {"rows": 10, "kept": 10, "agreement": 1.0, "confidence": 0.9}, 3)
+    watch.finished(3, {"rows": 10, "kept": 10, "judged": 5, "agreement": 1.0, "confidence": 0.9}, 3)
     watch.counts(3, 8, 0, 0)
     assert seen[-1][2].split(", ")[2:] == ["agreement 100%", "confidence 90%", "kept 100%"]
 
@@ -55,7 +57,7 @@ def test_the_reports_of_all_workers_become_one_line(seen):
 def test_what_is_logged_of_a_shard_is_its_own(seen):
     watch = SynthWatch(images=10, log=lambda curve, step, metrics: seen.append((curve, step, metrics)))
     watch.counts(4, 8, 1, 0)
-    watch.finished(4, {"rows": 10, "kept": 5, "agreement": 0.6, "confidence": 0.9}, 5)
+    watch.finished(4, {"rows": 10, "kept": 5, "judged": 10, "agreement": 0.6, "confidence": 0.9}, 5)
     ((curve, step, metrics),) = seen
     assert (curve, step) == ("synth", 5)
     assert {k: metrics[k] for k in ("images", "agreement", "confidence", "kept")} == {
@@ -70,11 +72,12 @@ def test_a_group_that_is_made_again_in_parts_goes_back(seen):
     for _ in range(3):
         watch.step()
     watch.begin_group()
-    row = {"kept": True, "confidence": 0.5, "label": 1, "teacher_label": 1}
-    watch.end_group([row, row | {"kept": False, "teacher_label": 2, "confidence": 1.0}])
+    row = {"kept": True, "confidence": 0.5, "label": 1, "teacher_label": 1, "timestep": 0}
+    early = {"timestep": 500, "confidence": 0.0}  # a prediction: stored, but the teacher is to judge final images
+    watch.end_group([row, row | early, row | {"kept": False, "teacher_label": 2, "confidence": 1.0}])
     assert seen[0].share == 1 / 10 and len(seen) == 2  # steps within a second are one report
-    assert (seen[1].share, seen[1].rows, seen[1].agrees, seen[1].kept, seen[1].confidence) == (0.5, 2, 1, 1, 1.5)
-    assert watch.judged == {"agreement": 0.5, "confidence": 0.75}
+    assert (seen[1].share, seen[1].rows, seen[1].agrees, seen[1].kept, seen[1].confidence) == (0.5, 3, 1, 2, 1.5)
+    assert watch.judgment == {"judged": 2, "agreement": 0.5, "confidence": 0.75}
     watch.begin_group()
     for _ in range(9):  # more than were counted on: a group is never more than done
         watch.step()
