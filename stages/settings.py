@@ -714,7 +714,8 @@ class DistillSettings(Settings):
         gt=0,
         le=4096,
         description="parts of the dataset, by tar: images are shuffled within each, and every batch takes equally many "
-        "from all, so that each of N workers (N divides it) reads and caches only 1/N of the tars; 1: shuffled as a whole",
+        "from all, so that each of N workers (N divides it) reads and caches only 1/N of the tars; "
+        "1: shuffled as a whole",
     )
     stall_seconds: float = Field(
         60.0, gt=0, le=10**6, description="time after which a store that sends nothing more ends the run"

@@ -134,15 +134,20 @@ def test_each_process_reads_the_tars_of_its_partitions_alone(remote, tmp_path):
         for rank in range(size):
             ranks = Ranks(rank, size)
             with Stream(rows, asked, print, ranks) as stream:
-                stream.cache.want = lambda tars, key=(rank, size): wanted.setdefault(key, {tar.shard for _, tar in tars})
+                key = rank, size
+                stream.cache.want = lambda tars, key=key: wanted.setdefault(key, {tar.shard for _, tar in tars})
                 batches = Batches(rows, order, Pixels(rows, 0, torch.device("cpu"), stream), asked, CPU, ranks)
                 seen.append([batches.make(step) for step in range(2 * batches.steps)])
         parts = [torch.cat([batch.x for batch in parts]) for parts in zip(*seen, strict=True)]
         assert whole is None or all(map(torch.equal, parts, whole))  # the same batches, whoever reads them
         whole = whole or parts
     assert wanted == {
-        **{(0, 1): {*range(6)}, (0, 2): {0, 1, 2}, (1, 2): {3, 4, 5}},
-        **{(0, 3): {0, 1}, (1, 3): {2, 3}, (2, 3): {4, 5}},
+        (0, 1): {*range(6)},
+        (0, 2): {0, 1, 2},
+        (1, 2): {3, 4, 5},
+        (0, 3): {0, 1},
+        (1, 3): {2, 3},
+        (2, 3): {4, 5},
     }
 
 

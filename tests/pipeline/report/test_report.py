@@ -202,7 +202,8 @@ def test_the_teacher_is_asked_once_for_all_students(tmp_path, monkeypatch):
     asked, logits = [], Teacher.logits
     monkeypatch.setattr(Teacher, "logits", lambda self, x: asked.append(len(x)) or logits(self, x))
     text = make_report(dataset, test_data=dataset, measure=False).html.decode()
-    assert text.count("Teacher right, student wrong") == 2 and asked == [2, 48]  # the probe of a loaded teacher, and the images
+    assert text.count("Teacher right, student wrong") == 2
+    assert asked == [2, 48]  # the probe of a loaded teacher, and the images
     assert text.count("reliability: accuracy by confidence on test images") == 2
     assert "below the diagonal: surer than right" in text
 
@@ -210,7 +211,8 @@ def test_the_teacher_is_asked_once_for_all_students(tmp_path, monkeypatch):
 def test_counted_work_is_of_the_log(tmp_path):
     dataset = Storage(tmp_path)
     with EventLog(dataset) as events:
-        events.write("work_counted", flop_per_trajectory=2e9, images_per_trajectory=2, parts={"denoiser": 1.5e9, "x": 0})
+        parts = {"denoiser": 1.5e9, "x": 0}
+        events.write("work_counted", flop_per_trajectory=2e9, images_per_trajectory=2, parts=parts)
         events.write("shard_done", shard=0, rows=10, seconds=1.0)
     assert dict(cost(dataset, 5))["compute per 1,000 images"] == "1.0 TFLOP, counted: denoiser 75.0%"
     for broken in ({}, {"images_per_trajectory": 0}, {"parts": [1]}, {"flop_per_trajectory": "x"}):
