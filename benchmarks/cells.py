@@ -183,7 +183,7 @@ def learn(
         update = {"where": where, "min_agreement": 0.0, "epochs": epochs}
         return recipe.model_copy(update={"distill": recipe.distill.model_copy(update=update)})
 
-    each = dry_run(lasting(1), sources, str(folder), None).steps_per_epoch
+    each = dry_run(lasting(1), sources, str(folder), recipe.synth.teacher).steps_per_epoch
     epochs = max(1, round(row.steps / each))
     learnt = run_distill(
         lasting(epochs), sources, str(folder), teacher=recipe.synth.teacher, test_data=test, quiet=True
