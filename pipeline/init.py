@@ -101,6 +101,8 @@ def load_draft(teacher: str, facts: Facts, ask: Ask, confirmed: bool = False) ->
     guesses: list[str] = []
     given = _named(teacher, facts)
     origins: dict[str, str] = {}
+    if "weights" in given and given["weights"] == teacher and not facts.architecture:
+        origins["architecture"] = f"{given['name']}, recognized by the shapes in {teacher}"
     if facts.classes:
         given |= _classes(facts.classes)
     given |= _input(facts)

@@ -36,6 +36,7 @@ def weights(tmp_path, monkeypatch):
 def test_a_weights_file_is_recognized_and_its_recipe_resolves(weights, tmp_path):
     done = factory("init", weights, "--classes", "a,b,c,d,e: e,f,y", *NORMALIZED)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert "architecture: resnet20, recognized by the shapes in mine.pt" in done.stderr
     assert "weights: model of mine.pt (beside it: epoch)" in done.stderr and "guessed" not in done.stderr
     assert done.stdout == f"recipe: {tmp_path / 'mine.yaml'}\n" and "next: factory run all -c mine.yaml" in done.stderr
     recipe = resolve("mine.yaml", environ={})
