@@ -13,7 +13,7 @@ EVAL_HELP = (
     "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
 )
 DATA_HELP = "WebDataset tars, a folder of one sub-folder of images for each class, Parquet, or a run; patterns, too."
-SHARES = ("accuracy", "teacher_accuracy", "model_teacher_agreement", "ece")
+SHARES = ("accuracy", "top5_accuracy", "macro_f1", "teacher_accuracy", "model_teacher_agreement", "ece")
 
 
 def evaluate(
@@ -24,7 +24,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy, calibration and confusions of a classifier on labeled images; agreement with a teacher."""
+    """Accuracy, macro-F1, calibration and confusions of a classifier on labeled images; agreement with a teacher."""
     from stages.distill.evaluate import confusion_picture
     from stages.distill.evaluate import evaluate as measure
     from stages.settings import ModelSettings

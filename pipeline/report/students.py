@@ -253,6 +253,7 @@ def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
     if test:
         facts += [
             ("test accuracy", str(share(test.accuracy)), f"{test.images:,} labeled images"),
+            ("macro-F1", share(test.macro_f1) or "–", "mean of the classes' F1, the same images"),
             ("teacher's test accuracy", share(test.teacher_accuracy) or "–", "the same images"),
             (
                 "agreement on test images",
@@ -261,4 +262,6 @@ def student_facts(student: "StudentResult") -> list[tuple[str, str, str]]:
             ),
             ("calibration error", str(share(test.ece)), "expected; 0 % would be perfect"),
         ]
+        if test.top5_accuracy is not None:
+            facts.append(("top-5 accuracy", str(share(test.top5_accuracy)), "the same images"))
     return facts

@@ -1,4 +1,4 @@
-"""Score a classifier on labeled images: accuracy, agreement with the teacher, calibration, confusions.
+"""Score a classifier on labeled images: accuracy, top-5, macro-F1, agreement with the teacher, calibration, confusions.
 
 Used by ``factory eval``, and by ``factory run distill`` once, at the end.
 """
@@ -50,7 +50,8 @@ class Scores:
     ``class_order``: what the labels mean, for people; ``ece``: :func:`calibration_error`; ``per_class``: accuracy by
     class name (None without images); ``confusion[true][predicted]``: counts. With a teacher:
     ``model_teacher_agreement``, the share of images where both predict the same class, and ``teacher_accuracy``.
-    ``reliability``: of :func:`reliability`.
+    ``reliability``: of :func:`reliability`; ``macro_f1``: of :func:`macro_f1`; ``top5_accuracy``: of
+    :func:`top_accuracy`, None for up to 5 classes. Both are None in scores of versions that did not measure them.
     ``decisions``: what else was settled and from what, for people: the model's (:class:`ModelSource`) and the data's.
     ``published_bn``: :func:`~stages.models.teacher.published_bn_unit` of a classifier that was loaded to be scored.
     """
@@ -67,6 +68,8 @@ class Scores:
     decisions: dict[str, str] = field(default_factory=dict)
     reliability: list[tuple[Annotated[int, Field(ge=0)], Share, Share]] = field(default_factory=list)
     published_bn: tuple[float, float] | None = None
+    top5_accuracy: Share | None = None
+    macro_f1: Share | None = None
 
     def __post_init__(self) -> None:
         if (self.model_teacher_agreement is None) != (self.teacher_accuracy is None):
@@ -285,6 +288,8 @@ def scores(
         data=data,
         images=len(labels),
         accuracy=_equal_share(predicted, labels),
+        top5_accuracy=top_accuracy(logits, labels, 5) if classes > 5 else None,
+        macro_f1=macro_f1(confusion),
         ece=calibration_error(logits, labels),
         reliability=reliability(logits, labels),
         per_class=dict(zip(unique_names(class_names), shares, strict=True)),
@@ -296,6 +301,22 @@ def scores(
 
 def _equal_share(a: Tensor, b: Tensor) -> float:
     return (a == b).double().mean().item()
+
+
+def top_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Share of images whose label is among the ``k`` largest logits ``[n, C]``; of equal logits the first class leads,
+    as in argmax."""
+    own, classes = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1])
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    return (ahead.sum(1) < k).double().mean().item()
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """Mean over classes of F1 = 2·TP / (2·TP + FP + FN), from counts ``[true, predicted]``. Classes that are neither a
+    label nor predicted are left out, as scikit-learn's ``f1_score(average="macro")`` does."""
+    both = confusion.sum(0) + confusion.sum(1)
+    f1 = 2 * confusion.diag().double() / both
+    return f1[both > 0].mean().item()
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[tuple[int, float, float]]:

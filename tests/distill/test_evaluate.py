@@ -237,8 +237,22 @@ def test_metrics_by_hand():
     assert found.confusion == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert found.model_teacher_agreement == 0.75
     assert found.teacher_accuracy == 0.5
+    assert found.top5_accuracy is None
+    assert found.macro_f1 == pytest.approx((2 * 2 / (2 * 2 + 0 + 1) + 2 * 1 / (2 * 1 + 1 + 0)) / 2)  # c: left out
     confidence = math.exp(2) / (math.exp(2) + 2)
     assert found.ece == pytest.approx(abs(0.75 - confidence))  # one bin holds all four
+
+
+def test_top5_accuracy_by_hand():
+    rising, equal = torch.arange(7.0), torch.zeros(7)
+    logits, labels = torch.stack([rising, rising, rising, equal, equal]), torch.tensor([6, 2, 1, 4, 5])
+    names = tuple("abcdefg")
+    found = scores(logits, labels, names, None, "by name", DataIdentity("x", "0" * 64))
+    assert found.top5_accuracy == 3 / 5  # ranks 1, 5, 6; of equals the first five
+    assert found.accuracy == 1 / 5
+    # class a: predicted twice, never a label: 0; g: one right, two wrong predictions; c, b, e, f: never predicted
+    assert found.macro_f1 == pytest.approx((2 * 1 / (2 * 1 + 2 + 0)) / 6)
+    assert found.to_dict()["top5_accuracy"] == 3 / 5
 
 
 def test_classes_of_one_name_are_told_apart():
