@@ -90,7 +90,7 @@ def measure(
     return {
         "images": total,
         "bn_gap": moments.gap(teacher.batchnorms),
-        "published_bn": teacher.published_bn,
+        "published_bn": list(teacher.published_bn) if teacher.published_bn else None,
         "teacher_accuracy": right / total,
         "near_duplicate_cosine": same,
         "near_duplicates": sum(alike) if alike else None,

@@ -62,7 +62,8 @@ def test_metrics_come_from_the_carried_teacher(tmp_path):
     found = dataclasses.replace(summarize(manifest), metrics=metrics(manifest, quiet=True))
     assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
     text = list(found.lines())
-    assert "9 kept images looked at" in text[-6] and "BatchNorm gap" in text[-6]
+    assert "9 kept images looked at" in text[-7] and "BatchNorm gap" in text[-7]
+    assert "a published weight of 1" in text[-6]
     assert "feature cosine > 0.999" in text[-5]
     assert text[-1].split()[:2] == ["top", "3"]
     assert metrics(manifest, "label == 1", quiet=True)["images"] == 3
