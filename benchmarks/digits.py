@@ -127,7 +127,7 @@ def of_seconds(recipe: Recipe, budget: float, folder: Path) -> tuple[str, float,
 LATER = (
     *("synth.guidance.energy", "synth.guidance.entropy", "synth.guidance.bn_population", "synth.lca.pairs"),
     *("synth.loggers", "distill.loss.feature", "distill.partitions", "distill.best", "distill.steps"),
-    *("distill.keys", "distill.exclude_keys"),
+    *("distill.keys", "distill.exclude_keys", "synth.prompts.classes", "synth.prompts.templates"),
 )
 """Settings that came after cells were kept: at their defaults they change no cell's meaning."""
 

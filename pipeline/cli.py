@@ -24,6 +24,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
     ("init", first.init, None, "factory init mine.pt --arch resnet20 --classes classes.json"),
     ("doctor", first.doctor, None, "factory doctor -c mine.yaml --out s3://bucket/run"),
     ("recipes", models.recipes, None, "factory recipes photos > mine.yaml"),
+    ("prompts", models.prompts, None, "factory prompts -c mine.yaml --first 5"),
     ("status", data.status, LOOK, "factory status runs/mine --watch"),
     ("inspect", data.inspect, LOOK, "factory inspect runs/mine/m.parquet --metrics"),
     ("report", report.report, LOOK, "factory report runs/mine --out mine.html"),

@@ -21,6 +21,7 @@ from stages.settings import MAX_WEIGHT, DistillSettings, Settings, SynthSettings
 
 DEFAULT = "demo"
 SECTIONS = ("synth", "distill", "rounds")
+PROMPTS_FILE = ("synth", "prompts", "file")
 MODELS = ("synth.teacher.name", "synth.adversary.name")
 """Keys that name a classifier; their siblings say what cannot be known from it."""
 
@@ -47,12 +48,12 @@ class Recipe(Settings):
     def load(cls, source: str | Path = DEFAULT, *settings: str) -> "Recipe":
         """A packaged recipe by name, or a YAML file by path, with ``settings`` (``synth.guidance.step_size=0.2``) over
         it. The environment plays no part. Raises UsageError in one line naming key, place and near matches."""
-        return recipe_of(set_layer(settings, cls, label="").over(read(str(source))))
+        return recipe_of(with_prompts(set_layer(settings, cls, label="")).over(read(str(source))))
 
     def changed(self, *settings: str) -> "Recipe":
         """This recipe with ``settings`` (``synth.shards=8``) in place of its own. Errors as :meth:`load`."""
         mine = mapping_layer(self.model_dump(mode="json"), f"recipe {self.name}")
-        return recipe_of(set_layer(settings, Recipe, label="").over(mine))
+        return recipe_of(with_prompts(set_layer(settings, Recipe, label="")).over(mine))
 
 
 def recipe_of(layer: Layer) -> Recipe:
@@ -97,6 +98,7 @@ def read(source: str, seen: tuple[str, ...] = ()) -> Layer:
 
 def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
     """``layer`` over the recipe that its key ``extends`` names: a packaged one, or a file beside it."""
+    layer = with_prompts(layer, folder)
     base, where = layer.value(("extends",)), layer.origin(("extends",))
     if base is None:
         return layer
@@ -106,6 +108,28 @@ def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
     if source in seen:
         raise UsageError(f"{where}: extends: goes round in a circle")
     return layer.without(("extends",)).over(read(source, seen))
+
+
+def with_prompts(layer: Layer, folder: Path = Path()) -> Layer:
+    """``layer`` with the keys of ``prompts`` in the YAML file that its ``synth.prompts.file`` names (in ``folder``),
+    below those that it sets itself.
+
+    ``file`` is no setting: a recipe carries what the file held, and one that is stored in a dataset can name none.
+    """
+    name = layer.value(PROMPTS_FILE)
+    if name is None:
+        return layer
+    where, section = layer.origin(PROMPTS_FILE), PROMPTS_FILE[:-1]
+    if not isinstance(name, str):
+        raise UsageError(f"{where}: synth.prompts.file: name a YAML file with keys of prompts (subjects, classes …)")
+    path = folder / name
+    try:
+        text = read_regular(path, MAX_SETTINGS)
+    except OSError as error:
+        raise UsageError(f"{where}: synth.prompts.file: cannot read {path}: {error.strerror}") from None
+    entries = yaml_layer(text, str(path)).entries
+    inside = Layer(tuple((section + key, value, place) for key, value, place in entries))
+    return layer.without(PROMPTS_FILE).over(inside)
 
 
 def resolve(
@@ -144,8 +168,8 @@ def given(
         if key in MODELS and value is not None and is_self_contained(value) and layer.value(path) != value:
             layer = layer.without(path[:-1])
     own = (section,) if section else SECTIONS
-    layer = env_layer(os.environ if environ is None else environ, Recipe, own).over(layer)
-    layer = set_layer(sets, Recipe, section, own if section == "distill" else None).over(layer)
+    layer = with_prompts(env_layer(os.environ if environ is None else environ, Recipe, own)).over(layer)
+    layer = with_prompts(set_layer(sets, Recipe, section, own if section == "distill" else None)).over(layer)
     return flag_layer(flags).over(layer)
 
 

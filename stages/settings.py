@@ -256,14 +256,26 @@ class PromptSettings(Settings):
     """The prompt bank: ``template`` filled with a random subject and style (DiffDFKD, section IV-A)."""
 
     template: str = "a realistic photo of {subject}, {style}"
+    templates: tuple[str, ...] = Field((), description="several to draw from, in place of template")
     subjects: tuple[str, ...] = ("an object",)
     styles: tuple[str, ...] = ("natural light",)
     class_names: bool = Field(False, description="named track: {subject} becomes the teacher's class name")
+    classes: dict[str, tuple[str, ...]] = Field(
+        {}, description="subjects of their own for some of the teacher's classes, by name"
+    )
+
+    @property
+    def all_templates(self) -> tuple[str, ...]:
+        return self.templates or (self.template,)
+
+    def subjects_of(self, class_name: str) -> tuple[str, ...]:
+        """What ``{subject}`` may become in a prompt for ``class_name``."""
+        return self.classes.get(class_name) or ((class_name,) if self.class_names else self.subjects)
 
     @model_validator(mode="after")
     def _template_fields(self) -> "PromptSettings":
         try:
-            parts = [*Formatter().parse(self.template)]
+            parts = [part for template in (self.template, *self.templates) for part in Formatter().parse(template)]
         except ValueError as error:
             raise ValueError(f"template may use only {{subject}} and {{style}}: {error}") from None
         for _, name, width, conversion in parts:
@@ -271,6 +283,8 @@ class PromptSettings(Settings):
                 raise ValueError(f"template may use only {{subject}} and {{style}}, as they are, not {{{name}}}")
         if not self.subjects or not self.styles:
             raise ValueError("subjects and styles must each hold at least one entry")
+        if empty := [name for name, subjects in self.classes.items() if not subjects]:
+            raise ValueError(f"classes gives no subject for {empty[0]}: leave the class out, or name at least one")
         return self
 
 

@@ -1,4 +1,4 @@
-"""``factory eval`` and ``recipes``."""
+"""``factory eval``, ``recipes`` and ``prompts``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from manifests.errors import UsageError, suggest
-from pipeline.commands.options import JsonOption, argument, option
+from pipeline.commands.options import JsonOption, RecipeOption, SetOption, argument, next_step, option
 from pipeline.terminal import pairs, plain, progress, published_bn, say, share, show, table
 
 EVAL_HELP = (
@@ -66,3 +66,21 @@ def recipes(
         show(resolve(name, environ={}).model_dump(mode="json"), as_json)
     else:
         print(packaged_text(name), end="")
+
+
+def prompts(
+    recipe: RecipeOption = None,
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME.")] = None,
+    prior: Annotated[str | None, option(help="Diffusers folder, hub id or embedded:NAME.")] = None,
+    most: Annotated[int, typer.Option("--first", "-n", help="Prompts to show of each class.", min=1, max=1000)] = 3,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What stage 1 would ask the prior for, class by class. Makes nothing."""
+    from pipeline.prompts import prompts as asked
+    from pipeline.recipe import DEFAULT, resolve
+
+    flags = {"synth.teacher.name": ("--teacher", teacher), "synth.prior.path": ("--prior", prior)}
+    resolved = resolve(recipe or DEFAULT, section="synth", sets=set_ or (), flags=flags)
+    show(asked(resolved, most), as_json)
+    next_step("run", "synth", *(("-c", recipe) if recipe else ()), "--dry-run")

@@ -28,15 +28,18 @@ def group_labels(index: int, size: int, classes: int) -> tuple[int, ...]:
 
 
 def prompt_for(settings: PromptSettings, class_name: str, seed: int, trajectory: int) -> str:
-    """The prompt of one trajectory (DiffDFKD, section IV-A): the template with a random subject and style, a pure
+    """The prompt of one trajectory (DiffDFKD, section IV-A): a template with a random subject and style, a pure
     function of ``(settings, class, seed, trajectory)``.
 
-    With ``class_names`` the subject is the teacher's class name (the named track); else a random entry of ``subjects``.
+    The subject is one of those that ``classes`` has for the class; with ``class_names`` the teacher's class name (the
+    named track); else a random entry of ``subjects``.
     """
     rng = python_rng(seed, "prompt", trajectory)
-    subject = rng.choice(settings.subjects)  # drawn on both tracks, so that they share their styles
+    subject = rng.choice(settings.subjects)  # drawn on every track, so that they share their styles
     style = rng.choice(settings.styles)
-    return settings.template.format(subject=class_name if settings.class_names else subject, style=style)
+    if class_name in settings.classes or settings.class_names:
+        subject = rng.choice(settings.subjects_of(class_name))
+    return rng.choice(settings.all_templates).format(subject=subject, style=style)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import DataError, UsageError, suggest
 from stages.models.source import ModelSource, resolve
 from stages.settings import ALGORITHM_VERSION, LOSS_SCALE, ModelSettings, PriorSettings, SynthSettings
 from stages.synth.priors.files import FAMILIES, ModelFolder, check_labels, locate_prior, locate_tiny_decoder
@@ -40,13 +40,17 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     if settings.method == "noise":
         size = settings.images.size or 32
         return SynthInputs({"name": "noise", "sha256": None}, teacher, None, names, size, sources)
+    check_classes("prompts.classes", settings.prompts.classes, names)
     source = locate_prior(settings.prior) if settings.needs_prior else None
     prior = source.identity if source else NO_PRIOR
     if prior["name"] == PriorSettings().path and settings.teacher.name != ModelSettings().name:
         log.warning("prior %s draws pen strokes alone: name one for your teacher, prior.path", prior["name"])
     if source and source.geometry.note:
         log.warning("prior %s: %s", source.folder, source.geometry.note)
+    if settings.prompts.classes and prior["conditioning"] != "text":
+        log.warning("prior %s takes no prompts: prompts.classes plays no part", prior["name"])
     if prior["conditioning"] == "class":
+        check_classes("prior.labels", settings.prior.labels, names)
         check_labels(settings.prior, settings.prior.path, prior["classes"], names)
     if prior["conditioning"] == "image" and settings.method != "dda":
         raise UsageError(
@@ -60,6 +64,13 @@ def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     side = teacher["config"]["input"]["size"] if settings.inverts else prior["image_size"]
     decisions = source.decisions if source else {}
     return SynthInputs(prior, teacher, adversary, names, settings.images.size or side, sources, tiny, decisions)
+
+
+def check_classes(key: str, given: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UsageError where the table ``key`` has a name that is no class of the teacher's."""
+    if unknown := [name for name in given if name not in names]:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise UsageError(f"{key}: the teacher has no class {unknown[0]!r}{more}; {suggest(unknown[0], names)}")
 
 
 def model_sources(settings: SynthSettings) -> dict[str, ModelSource]:

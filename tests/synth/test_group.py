@@ -39,3 +39,16 @@ def test_prompts_named_and_unnamed():
     assert {prompt_for(named, "cat", 0, t) for t in range(40)} == {"x: cat", "y: cat"}
     style = lambda settings: [prompt_for(settings, "cat", 0, t)[0] for t in range(40)]  # noqa: E731
     assert style(bank) == style(named)
+
+
+def test_prompts_of_classes_and_several_templates():
+    bank = PromptSettings(template="{style}: {subject}", subjects=("a", "b"), styles=("x", "y"))
+    mine = bank.model_copy(update={"classes": {"cat": ("tabby", "tiger")}})
+    assert {prompt_for(mine, "cat", 0, t)[3:] for t in range(40)} == {"tabby", "tiger"}
+    assert [prompt_for(mine, "dog", 0, t) for t in range(40)] == [prompt_for(bank, "dog", 0, t) for t in range(40)]
+    several = bank.model_copy(update={"templates": ("{style}: {subject}", "{style}; {subject}")})
+    drawn = Counter(prompt_for(several, "dog", 0, t) for t in range(400))
+    assert len(drawn) == 8 and min(drawn.values()) > 25
+    assert [p.replace(";", ":") for p in (prompt_for(several, "dog", 0, t) for t in range(40))] == [
+        prompt_for(bank, "dog", 0, t) for t in range(40)
+    ]
