@@ -28,6 +28,7 @@ COMMANDS = (
     "init",
     "doctor",
     "predict",
+    "prompts",
     "status",
     "inspect",
     "report",
