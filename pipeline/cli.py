@@ -15,14 +15,14 @@ from typing import Annotated
 import typer
 
 from manifests.errors import FactoryError, check_utf8
-from pipeline.commands import bench, data, export, first, models, report, run
+from pipeline.commands import bench, data, export, models, report, run, setup
 from pipeline.commands.options import Commands
 
 LOOK, KEEP = "Look", "Keep"
 COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
     ("demo", run.demo, None, "factory demo"),
-    ("init", first.init, None, "factory init mine.pt --arch resnet20 --classes classes.json"),
-    ("doctor", first.doctor, None, "factory doctor -c mine.yaml --out s3://bucket/run"),
+    ("init", setup.init, None, "factory init mine.pt --arch resnet20 --classes classes.json"),
+    ("doctor", setup.doctor, None, "factory doctor -c mine.yaml --out s3://bucket/run"),
     ("recipes", models.recipes, None, "factory recipes photos > mine.yaml"),
     ("prompts", models.prompts, None, "factory prompts -c mine.yaml --first 5"),
     ("status", data.status, LOOK, "factory status runs/mine --watch"),
@@ -32,7 +32,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
     ("verify", data.verify, LOOK, "factory verify runs/mine"),
     ("bench", bench.bench, LOOK, "factory bench -c mine.yaml --seconds 120"),
     ("eval", models.evaluate, LOOK, "factory eval runs/mine/distill/resnet8 test-images --teacher mine.yaml"),
-    ("predict", first.predict, LOOK, "factory predict runs/mine/distill/resnet8 photos --top 3 --csv found.csv"),
+    ("predict", models.predict, LOOK, "factory predict runs/mine/distill/resnet8 photos --top 3 --csv found.csv"),
     ("rescore", data.rescore, KEEP, "factory rescore runs/mine/m.parquet --threshold 0.8"),
     ("gc", data.gc, KEEP, "factory gc runs/mine --dry-run"),
     ("rebuild", data.rebuild, KEEP, "factory rebuild runs/mine"),

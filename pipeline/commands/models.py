@@ -1,17 +1,18 @@
-"""``factory eval``, ``recipes`` and ``prompts``."""
+"""``factory eval``, ``predict``, ``recipes`` and ``prompts``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from manifests.errors import UsageError, suggest
+from manifests.errors import DataError, UsageError, suggest
 from pipeline.commands.options import JsonOption, RecipeOption, SetOption, argument, next_step, option
 from pipeline.terminal import pairs, plain, progress, published_bn, say, share, show, table
 
 EVAL_HELP = (
     "Model folder, FILE.yaml with the settings of a teacher, embedded:NAME, hf:FOLDER, timm:NAME.TAG, FILE.onnx …"
 )
+STUDENT_HELP = "Model folder, e.g. RUN/distill/resnet8, or FILE.yaml with the settings of a model (ONNX …)."
 DATA_HELP = "WebDataset tars, a folder of one sub-folder of images for each class, Parquet, or a run; patterns, too."
 SHARES = ("accuracy", "top5_accuracy", "macro_f1", "teacher_accuracy", "model_teacher_agreement", "ece")
 
@@ -48,6 +49,36 @@ def evaluate(
     picture = str(confusion) if confusion else None
     lines = [*table((24, 8), *rows), *pairs(18, ("confusion matrix:", picture))]
     show(scores.to_dict() | ({"picture": picture} if picture else {}), as_json, lines)
+
+
+def predict(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help=STUDENT_HELP, show_default=False)],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES…", help="Files, folders, patterns.", show_default=False)
+    ],
+    top: Annotated[int, typer.Option("--top", "-k", metavar="K", help="Classes to name, the likeliest first.")] = 5,
+    csv: Annotated[Path | None, option(metavar="FILE", help="Write a table (CSV).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Classify pictures. One that cannot be read is a line of its own, and exit code 3 at the end."""
+    from pipeline.inspect import save
+    from pipeline.predict import csv_text
+    from pipeline.predict import predict as classify
+
+    found = []
+    for each in classify(student, images, top, device):
+        found.append(each)
+        if not as_json:
+            print(each.line(), flush=True)
+    if as_json:
+        show({"predictions": [each.to_dict() for each in found]}, as_json)
+    if csv:
+        save(csv_text(found, top).encode(), csv)
+        say(f"table: {csv}")
+    if bad := sum(each.error is not None for each in found):
+        say(f"{bad} of {len(found)} images could not be read")
+        raise typer.Exit(DataError.exit_code)
 
 
 def recipes(

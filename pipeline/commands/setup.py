@@ -1,4 +1,4 @@
-"""``factory init``, ``doctor`` and ``predict``: a recipe for a teacher, whether this machine will do, and answers."""
+"""``factory init`` and ``doctor``: a recipe for a teacher, and whether this machine will do."""
 
 import sys
 from pathlib import Path
@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from manifests.errors import DataError, UsageError
+from manifests.errors import UsageError
 from pipeline.commands.options import JsonOption, RecipeOption, SetOption, next_step, option
 from pipeline.terminal import plain, say, show
 
-MODEL_HELP = "Model folder, e.g. RUN/distill/resnet8, or FILE.yaml with the settings of a model (ONNX …)."
 TEACHER_HELP = (
     "A weights file (.pt, .safetensors …), an architecture, model folder, timm:…, torchvision:NAME, hf:…, "
     "FILE.py:function or FILE.onnx."
@@ -75,33 +74,3 @@ def doctor(
         raise typer.Exit(1)
     if recipe:
         next_step("run", "all", "-c", recipe, "--dry-run")
-
-
-def predict(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help=MODEL_HELP, show_default=False)],
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES…", help="Files, folders, patterns.", show_default=False)
-    ],
-    top: Annotated[int, typer.Option("--top", "-k", metavar="K", help="Classes to name, the likeliest first.")] = 5,
-    csv: Annotated[Path | None, option(metavar="FILE", help="Write a table (CSV).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Classify pictures. One that cannot be read is a line of its own, and exit code 3 at the end."""
-    from pipeline.inspect import save
-    from pipeline.predict import csv_text
-    from pipeline.predict import predict as classify
-
-    found = []
-    for each in classify(student, images, top, device):
-        found.append(each)
-        if not as_json:
-            print(each.line(), flush=True)
-    if as_json:
-        show({"predictions": [each.to_dict() for each in found]}, as_json)
-    if csv:
-        save(csv_text(found, top).encode(), csv)
-        say(f"table: {csv}")
-    if bad := sum(each.error is not None for each in found):
-        say(f"{bad} of {len(found)} images could not be read")
-        raise typer.Exit(DataError.exit_code)
