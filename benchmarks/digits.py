@@ -128,6 +128,7 @@ LATER = (
     *("synth.guidance.energy", "synth.guidance.entropy", "synth.guidance.bn_population", "synth.lca.pairs"),
     *("synth.loggers", "distill.loss.feature", "distill.partitions", "distill.best", "distill.steps"),
     *("distill.keys", "distill.exclude_keys", "synth.prompts.classes", "synth.prompts.templates"),
+    *("distill.loss.tckd", "distill.loss.nckd", "distill.loss.dist_inter", "distill.loss.dist_intra"),
 )
 """Settings that came after cells were kept: at their defaults they change no cell's meaning."""
 

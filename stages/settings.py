@@ -602,7 +602,11 @@ class LossSettings(Settings):
     """Weights of the loss terms; each is logged on its own. A weight of 0 switches a term off."""
 
     kd: float = Field(1.0, ge=0, le=MAX_WEIGHT, description="τ²·KL(teacher ‖ student), batchmean")
-    temperature: float = Field(4.0, gt=0, le=MAX_WEIGHT, description="temperature of the KD term")
+    tckd: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="DKD's target-class term, its weight α (paper: 1)")
+    nckd: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="DKD's term of the other classes, β (paper: 0.5 to 8)")
+    dist_inter: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="DIST: 1 − correlation over each image's classes")
+    dist_intra: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="DIST: 1 − correlation over the batch, per class")
+    temperature: float = Field(4.0, gt=0, le=MAX_WEIGHT, description="temperature τ of KD, DKD and DIST")
     ce: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="cross-entropy with the manifest's label")
     variants_ce: float = Field(
         0.0, ge=0, le=MAX_WEIGHT, description="cross-entropy on image variants only (DDA equation 7)"
@@ -618,8 +622,13 @@ class LossSettings(Settings):
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the terms that are on, in the order in which they are computed."""
-        names = ("kd", "ce", "variants_ce", "cam", "gradcam", "feature")
+        names = ("kd", "tckd", "nckd", "dist_inter", "dist_intra", "ce", "variants_ce", "cam", "gradcam", "feature")
         return tuple(name for name in names if getattr(self, name))
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether a term compares the teacher's logits with the student's."""
+        return any((self.kd, self.tckd, self.nckd, self.dist_inter, self.dist_intra))
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossSettings":

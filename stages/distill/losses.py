@@ -20,6 +20,37 @@ def kd(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     return tau**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
+def dkd(student: Tensor, teacher: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD per sample ``[n]`` of logits ``[n, C]``, the two parts of KD (Zhao et al. 2022, equation 7:
+    DKD = α·TCKD + β·NCKD), at temperature τ and times τ² as :func:`kd`.
+
+    TCKD is the divergence of (p_t, 1 − p_t), where t is the class ``target [n]``, NCKD that of the other classes'
+    probabilities once they sum to 1. KD = TCKD + (1 − teacher's p_t)·NCKD (equation 6).
+    """
+    others = torch.arange(student.shape[1] - 1, device=student.device)
+    others = others + (others >= target[:, None])  # [n, C − 1]: every class but the target
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logs = (logits / tau).log_softmax(1)
+        rest = logs.gather(1, others)
+        return torch.cat([logs.gather(1, target[:, None]), rest.logsumexp(1, keepdim=True)], 1), rest.log_softmax(1)
+
+    pairs = zip(parts(student), parts(teacher), strict=True)
+    tckd, nckd = (tau**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(1) for s, t in pairs)
+    return tckd, nckd
+
+
+def dist(student: Tensor, teacher: Tensor, tau: float, dim: int) -> Tensor:
+    """τ²·(1 − Pearson's correlation of softmax(student/τ) and softmax(teacher/τ)), mean (DIST, Huang et al. 2022).
+
+    Logits ``[n, C]``. ``dim`` 1: inter-class, over the classes of a sample; 0: intra-class, over the batch for each
+    class. What does not vary has no correlation and costs τ².
+    """
+    s, t = ((each / tau).softmax(1) for each in (student, teacher))
+    s, t = (each - each.mean(dim, keepdim=True) for each in (s, t))
+    return tau**2 * (1 - F.cosine_similarity(s, t, dim=dim)).mean()
+
+
 def mixed_ce(student: Tensor, labels: Tensor, partners: Tensor, lam: Tensor) -> Tensor:
     """λ·CE(label) + (1 − λ)·CE(partner's label) per sample ``[n]``; λ = 1 where a view mixes nothing."""
     own = F.cross_entropy(student, labels, reduction="none")
@@ -146,7 +177,7 @@ def teacher_targets(teacher: Teacher, x: Tensor, settings: LossSettings, layers:
     It is not asked where no term compares with it (labels alone): logits are then ``[n, 0]``.
     """
     looks_inside = settings.cam or settings.gradcam or settings.feature
-    if not (settings.kd or looks_inside):
+    if not (settings.compares_logits or looks_inside):
         return Targets(x.new_zeros(len(x), 0), None, [])
     if not looks_inside:
         with torch.no_grad():
@@ -180,7 +211,7 @@ def student_terms(
     """Every active term, unweighted. ``x``: the batch as the student's input; ``layers``: for Grad-CAM; ``align``: for
     ``loss.feature``.
 
-    Of a part of a batch: what it adds to each term of the whole one.
+    Of a part of a batch: what it adds to each term of the whole one (``dist_intra``: the mean of the parts').
     """
     last = stage_paths(net)[-1] if settings.cam or settings.feature else ""  # not every network has feature maps
     with outputs_of(net, [*layers, *([last] if last else [])]) as maps:
@@ -188,6 +219,15 @@ def student_terms(
     terms = {}
     if settings.kd:
         terms["kd"] = batch.share * kd(logits, targets.logits, settings.temperature)
+    if settings.tckd or settings.nckd:  # a mixed image has two targets, as in mixed_ce
+        both = (batch.labels, batch.partner_labels)
+        own, other = (dkd(logits, targets.logits, labels, settings.temperature) for labels in both)
+        for name, a, b in zip(("tckd", "nckd"), own, other, strict=True):
+            if getattr(settings, name):
+                terms[name] = batch.share * (batch.lam * a + (1 - batch.lam) * b).mean()
+    for name, dim in (("dist_inter", 1), ("dist_intra", 0)):
+        if getattr(settings, name):
+            terms[name] = batch.share * dist(logits, targets.logits, settings.temperature, dim)
     if settings.ce or settings.variants_ce:
         per_sample = mixed_ce(logits, batch.labels, batch.partner_labels, batch.lam)
         if settings.ce:

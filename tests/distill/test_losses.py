@@ -38,6 +38,53 @@ def test_kd_is_never_negative_and_zero_for_equals(logits, tau):
     assert losses.kd(teacher.flip(1), teacher, tau).item() >= -1e-4
 
 
+TEACHER = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 8, 1 / 2]])
+STUDENT = torch.tensor([[1 / 4, 1 / 4, 1 / 2], [1 / 6, 1 / 2, 1 / 3]])  # probabilities of two images
+
+
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_dkd_by_hand():
+    target = torch.tensor([0, 1])
+    tckd, nckd = losses.dkd(STUDENT.log(), TEACHER.log(), target, 1.0)
+    assert tckd.tolist() == pytest.approx(
+        [divergence((1 / 2, 1 / 2), (1 / 4, 3 / 4)), divergence((3 / 8, 5 / 8), (1 / 2, 1 / 2))], rel=1e-5
+    )
+    assert nckd.tolist() == pytest.approx(
+        [divergence((1 / 2, 1 / 2), (1 / 3, 2 / 3)), divergence((1 / 5, 4 / 5), (1 / 3, 2 / 3))], rel=1e-5
+    )
+    hot = losses.dkd(5 * STUDENT.log(), 5 * TEACHER.log(), target, 5.0)
+    assert torch.allclose(torch.stack(hot), 25 * torch.stack([tckd, nckd]), rtol=1e-4)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=8, max_size=8), st.integers(0, 3), st.floats(0.5, 9))
+def test_kd_is_both_parts_of_dkd(numbers, target, tau):
+    student, teacher = torch.tensor(numbers, dtype=torch.float64).view(2, 1, 4)
+    (tckd,), (nckd,) = losses.dkd(student, teacher, torch.tensor([target]), tau)
+    others = 1 - (teacher / tau).softmax(1)[0, target]
+    assert losses.kd(student, teacher, tau).item() == pytest.approx((tckd + others * nckd).item(), abs=1e-9)
+
+
+def test_dist_by_hand():
+    """Centered rows: (2, −1, −1)/12 and (−1, −1, 2)/12; (−5, 1, 4)/24 and (−1, 1, 0)/6. Of two images a class's numbers
+    move together (classes 0 and 1) or against each other (class 2)."""
+    second = 6 / math.sqrt(42 * 2)
+    inter, intra = (losses.dist(STUDENT.log(), TEACHER.log(), 1.0, dim).item() for dim in (1, 0))
+    assert inter == pytest.approx((1.5 + 1 - second) / 2, rel=1e-5)
+    assert intra == pytest.approx((0 + 0 + 2) / 3, rel=1e-5)
+    assert losses.dist(3 * STUDENT.log(), 3 * TEACHER.log(), 3.0, 1).item() == pytest.approx(9 * inter, rel=1e-5)
+
+
+def test_dist_of_what_does_not_vary():
+    flat = torch.zeros(2, 3, requires_grad=True)
+    found = losses.dist(flat, TEACHER.log(), 1.0, 1)
+    found.backward()
+    assert found.item() == 1
+    assert flat.grad.isfinite().all()
+
+
 def test_mixed_ce_by_hand():
     logits = torch.tensor([[LOG3, 0.0], [LOG3, 0.0]])
     found = losses.mixed_ce(logits, torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([1.0, 0.25]))

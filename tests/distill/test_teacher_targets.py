@@ -1,12 +1,14 @@
 """The teacher's answers, the layers that Grad-CAM compares, and the terms of a student."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from manifests.errors import UsageError
 from stages.distill.batches import Batch
-from stages.distill.losses import paired_layers, student_terms, teacher_targets, weighted
+from stages.distill.losses import dkd, paired_layers, student_terms, teacher_targets, weighted
 from stages.models import nets
 from stages.models.inputs import InputSpec
 from stages.models.loading import load_teacher
@@ -75,6 +77,20 @@ def test_labels_alone_do_not_ask_the_teacher(teacher, batch, monkeypatch):
     assert student.conv1.weight.grad.abs().sum() > 0
     with pytest.raises(pytest.fail.Exception, match="asked"):
         teacher_targets(teacher, batch.x, LossSettings(kd=1), [])
+
+
+def test_dkd_and_dist_compare_with_the_teacher(teacher, batch):
+    only = LossSettings(kd=0, tckd=1, nckd=8, dist_inter=1, dist_intra=2)
+    targets = teacher_targets(teacher, batch.x, only, [])
+    student = nets.build("resnet8", 10, 1)
+    mixed = replace(batch, partner_labels=(batch.labels + 1) % 10, lam=torch.full((4,), 0.25))
+    terms = student_terms(student.eval(), teacher.input(batch.x), mixed, targets, only, [])
+    assert list(terms) == ["tckd", "nckd", "dist_inter", "dist_intra"]
+    weighted(terms, only).backward()
+    assert student.conv1.weight.grad.isfinite().all() and student.conv1.weight.grad.abs().sum() > 0
+    logits = student(teacher.input(batch.x)).detach()
+    own, other = (dkd(logits, targets.logits, t, 4.0)[1].mean() for t in (batch.labels, mixed.partner_labels))
+    assert terms["nckd"].item() == pytest.approx((0.25 * own + 0.75 * other).item(), rel=1e-5)
 
 
 def test_region_terms_reach_the_student_across_sizes(teacher, batch):
