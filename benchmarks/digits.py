@@ -129,6 +129,8 @@ LATER = (
     *("synth.loggers", "distill.loss.feature", "distill.partitions", "distill.best", "distill.steps"),
     *("distill.keys", "distill.exclude_keys", "synth.prompts.classes", "synth.prompts.templates"),
     *("distill.loss.tckd", "distill.loss.nckd", "distill.loss.dist_inter", "distill.loss.dist_intra"),
+    *("distill.augment.crop_scale", "distill.augment.brightness", "distill.augment.contrast"),
+    *("distill.augment.saturation",),
 )
 """Settings that came after cells were kept: at their defaults they change no cell's meaning."""
 

@@ -655,10 +655,17 @@ class OptimizerSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """Augmentation: a pure function of (seed, epoch, sample). λ of cutmix and mixup is uniform."""
+    """Augmentation: a pure function of (seed, epoch, sample), in the order of these settings but for the flip, which is
+    made together with the shift. λ of cutmix and mixup is uniform."""
 
     crop: float = Field(0.1875, ge=0, lt=0.5, description="random shift, as a share of the side, reflect-padded")
+    crop_scale: tuple[Share, Share] = Field(
+        (1.0, 1.0), description="random resized crop: share of the area, say [0.5, 1]; ratio 3/4 to 4/3"
+    )
     flip: bool = Field(False, description="alternating horizontal flip; wrong for digits and text")
+    brightness: float = Field(0.0, ge=0, le=1, description="color jitter: factor within 1 ± this, as in torchvision")
+    contrast: float = Field(0.0, ge=0, le=1, description="color jitter: factor within 1 ± this")
+    saturation: float = Field(0.0, ge=0, le=1, description="color jitter: factor within 1 ± this")
     cutmix: float = Field(0.3, ge=0, le=1, description="share of images that receive a box of another one")
     mixup: float = Field(0.4, ge=0, le=1, description="share of images blended with another one")
     num_views: int = Field(
@@ -667,6 +674,8 @@ class AugmentSettings(Settings):
 
     @model_validator(mode="after")
     def _shares(self) -> "AugmentSettings":
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError("crop_scale needs two rising shares above 0, e.g. [0.5, 1]")
         if self.cutmix + self.mixup > 1:
             raise ValueError("cutmix + mixup must not exceed 1: an image receives one of them")
         return self

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as F
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.distill.views import Views, apply_views, boxes, draw_views, mix, turns
+from stages.distill.views import Views, apply_views, boxes, color_jitter, crops, draw_views, mix, resized_crop, turns
 from stages.seeds import derive, uniform
 from stages.settings import AugmentSettings
 
@@ -70,6 +71,76 @@ def test_apply_shifts_reflects_and_flips():
     views = still(3, dx=torch.tensor([1, -2, 0]), flip=torch.tensor([False, False, True]))
     found = apply_views(pixels, views)[:, 0, :, 0].tolist()
     assert found == [[1, 2, 3, 2], [2, 1, 0, 1], [3, 2, 1, 0]]
+
+
+RICH = AugmentSettings(crop_scale=(0.2, 1), flip=True, brightness=0.4, contrast=0.4, saturation=0.4)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 19))
+@settings(max_examples=10, deadline=None)
+def test_a_rich_view_is_the_same_in_any_batch(seed, cut):
+    pixels = torch.from_numpy((uniform(seed, "pixels", np.arange(6000, dtype=np.uint64)) * 256).astype(np.uint8)).view(
+        20, 10, 10, 3
+    )
+    whole = apply_views(pixels, draw_views(RICH, 10, seed, 3, IDS[:20], NONE[:20]))
+    for here in (slice(cut), slice(cut, None)):
+        part = apply_views(pixels[here], draw_views(RICH, 10, seed, 3, IDS[:20][here], NONE[:20][here]))
+        assert torch.equal(part, whole[here])
+    assert (whole.min() >= 0) & (whole.max() <= 255)
+    assert not torch.equal(whole, apply_views(pixels, draw_views(RICH, 10, seed, 4, IDS[:20], NONE[:20])))
+
+
+def test_new_views_leave_the_others_as_they_were():
+    plain = AugmentSettings(flip=True)
+    rich = AugmentSettings(flip=True, crop_scale=(0.5, 1), brightness=0.1)
+    old, new = (draw_views(each, 16, 0, 0, IDS, NONE) for each in (plain, rich))
+    assert old.crop is None and old.color is None
+    assert all(torch.equal(a, b) for a, b in zip(fields(old), fields(new), strict=True))
+
+
+def test_crops_by_hand():
+    half = np.full(3, 0.5)  # a ratio of 1
+    found = crops((0.25, 1.0), np.array([0.0, 0.5, 1.0]), half, np.array([0.0, 0.5, 0.9]), np.array([0.99, 0.5, 0]), 16)
+    assert found.tolist() == [[0, 8, 8, 8], [2, 2, 13, 13], [0, 0, 16, 16]]  # √0.25, √0.625, 1 of 16
+    found = crops((0.25, 0.25), half, np.array([0.0, 0.5, 1.0]), 0 * half, 0 * half, 120)
+    assert found[:, 2:].tolist() == [[69, 52], [60, 60], [52, 69]]  # width : height 3/4, 1, 4/3
+
+
+def test_crops_lie_inside_and_fill_the_scale():
+    views = draw_views(AugmentSettings(crop_scale=(0.3, 1)), 100, 0, 0, IDS, NONE).crop
+    assert (views[:, :2] >= 0).all() and (views[:, :2] + views[:, 2:] <= 100).all()
+    area = (views[:, 2] * views[:, 3]).double() / 100**2
+    assert 0.29 < area.min() < 0.35 and 0.95 < area.max() <= 1
+    ratio = views[:, 3] / views[:, 2]
+    assert 0.73 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.36
+
+
+def test_a_crop_is_resized_as_torch_does():
+    pixels = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8).view(2, 8, 8, 3)
+    found = resized_crop(pixels, torch.tensor([[0, 0, 8, 8], [1, 3, 6, 5]]))
+    assert torch.equal(found[0], pixels[0].float())  # the whole image: as it is
+    box = pixels[1:, 1:7, 3:8].permute(0, 3, 1, 2).float()
+    expected = F.interpolate(box, size=(8, 8), mode="bilinear").permute(0, 2, 3, 1)
+    assert torch.allclose(found[1:], expected, atol=1e-4)
+
+
+def test_color_jitter_by_hand():
+    pixels = torch.tensor([[200, 0, 0], [0, 100, 0]], dtype=torch.uint8).view(1, 1, 2, 3)
+    gray = [59.8, 58.7]  # 0.299·200 and 0.587·100; their mean in whole numbers is 59.5
+
+    def jittered(*factors):
+        return color_jitter(pixels, torch.tensor([factors])).flatten().tolist()
+
+    assert jittered(1.0, 1.0, 1.0) == [200, 0, 0, 0, 100, 0]
+    assert jittered(1.5, 1.0, 1.0) == [255, 0, 0, 0, 150, 0]  # 300 is clamped
+    assert jittered(1.0, 0.5, 1.0) == pytest.approx([129.75, 29.75, 29.75, 29.75, 79.75, 29.75])
+    assert jittered(1.0, 1.0, 0.0) == pytest.approx([gray[0]] * 3 + [gray[1]] * 3)
+
+
+@pytest.mark.parametrize("wrong", [(0.0, 1.0), (0.8, 0.5)])
+def test_a_scale_of_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="two rising shares above 0"):
+        AugmentSettings(crop_scale=wrong)
 
 
 def test_boxes_by_hand():
