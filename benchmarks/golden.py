@@ -89,7 +89,8 @@ SKIPPED = ("lease", "tmp")
 """Folders of which only the presence of files is left out altogether."""
 SUBSTITUTES = (
     (r"\b\d+ h \d\d min\b|\b\d+ min \d\d s\b|\b\d+(\.\d+)? s\b", "<duration>"),
-    (r"[\d.e+-]+ images/s", "<rate> images/s"),
+    (r"[\d.e+-]+( images)?/s\b", r"<rate>\1/s"),
+    (r"data wait \d+%", "data wait <share>"),
     (r"[\d.]+ ms per image", "<rate> ms per image"),
     (r"\bpid \d+", "pid <pid>"),
     (r"0x[0-9a-f]{6,}", "<address>"),

@@ -80,12 +80,12 @@ def test_a_prior_that_cannot_be_fetched_leaves_what_the_recipe_tells(tmp_path, m
 
 
 def test_a_black_box_cannot_guide_and_the_dry_run_says_so(tmp_path, monkeypatch):
-    (tmp_path / "boxed.py").write_text("def build():\n    return lambda x: x\n")
+    (tmp_path / "boxed.py").write_text("def build():\n    return lambda x: x.mean((2, 3))[:, :2]\n")
     monkeypatch.chdir(tmp_path)
     values = "{size: 8, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}"
     sets = ["teacher.name=boxed:build", "teacher.num_classes=2", f"teacher.input={values}"]
     recipe = resolve("demo", section="synth", sets=sets, environ={})
-    with pytest.raises(UsageError, match="black box and cannot guide"):
+    with pytest.raises(UsageError, match="cannot guide: use --method dmkd"):
         dry_run(recipe, str(tmp_path / "run"))
     free = dry_run(resolve("demo", section="synth", sets=[*sets, "method=dmkd"], environ={}), "run")
     assert free.cost.scores == 0 < free.cost.denoiser

@@ -110,7 +110,7 @@ def test_a_contact_sheet_is_not_written_through_a_link(run_folder, victim, monke
     place = run_folder.parent / default_folder(Manifest.open(run_folder), "demo")
     link(place / "sheet.png", victim / "README.md")
     before = contents(victim)
-    code, lines, (note,) = factory(monkeypatch, capsys, "inspect", run_folder / "m.parquet")
+    code, lines, (note, *_) = factory(monkeypatch, capsys, "inspect", run_folder / "m.parquet")
     assert code == 0 and "40 rows" in lines[0]
     assert note.startswith(f"no contact sheet: {place}/sheet.png: is a symbolic link")
     assert note.endswith("--sheet FILE puts it elsewhere") and contents(victim) == before
