@@ -32,6 +32,20 @@ CITATIONS = {
 """What to cite for a method."""
 
 
+LIMITS = (
+    "Images show what the prior and the classifier know, with their biases; they are made to train a student of "
+    "this classifier,",
+    "not to look real. Labels are what was asked for, not what a person saw. Their use is bound by the licenses of "
+    "the prior and",
+    "of the classifier.",
+)
+LIMITS_OF_IMPORTED = (
+    "Images were cut and resized to the classifier's view. Where they came without labels, labels are its answers, not "
+    "what a person saw.",
+    "Their use is bound by the licenses of their source and of the classifier.",
+)
+
+
 def write_card(storage: Storage, info: DatasetInfo, kept: int) -> None:
     """Write both files into the dataset's folder; ``kept``: rows that no filter of stage 1 rejected."""
     storage.write(CARD, dataset_card(info, kept).encode())
@@ -55,7 +69,9 @@ def dataset_card(info: DatasetInfo, kept: int) -> str:
     described = [f"{key} {value}" for key, value in _numbers(settings)]
     cite = CITATIONS.get(method) if isinstance(method, str) else None
     lines = [
-        f"# {info.rows:,} synthetic images for data-free knowledge distillation",
+        f"# {info.rows:,} imported images for knowledge distillation"
+        if method == "import"
+        else f"# {info.rows:,} synthetic images for data-free knowledge distillation",
         "",
         "Made by dfkd-factory without the classifier's training data: nothing in it is a photograph of anything."
         if method != "import"
@@ -63,11 +79,14 @@ def dataset_card(info: DatasetInfo, kept: int) -> str:
         "",
         f"- **Images**: {info.rows:,} of {info.image_size} × {info.image_size} pixels in {len(info.tars):,} tars; "
         f"{kept:,} are kept. Rejected ones are stored, too: `kept` is a column of `json`, so filter by it",
-        f"- **Classes**: {len(info.class_names):,} ({', '.join(names)}); `cls` is the class that was asked for, "
-        "`json.teacher_label` what the classifier sees",
+        f"- **Classes**: {len(info.class_names):,} ({', '.join(names)}); `cls` is the class "
+        + ("that came with the image, or the classifier's answer, " if method == "import" else "that was asked for, ")
+        + "`json.teacher_label` what the classifier sees",
         f"- **Method**: {markdown(method)}" + (f" ({', '.join(described)})" if described else ""),
         f"- **Classifier (teacher)**: {_named(info.teacher, 'architecture')}",
-        f"- **Prior**: {_named(info.prior, 'pipeline', 'name')}; "
+        f"- **License of the images**: {markdown(info.prior.get('license') or 'not stated')}"
+        if method == "import"
+        else f"- **Prior**: {_named(info.prior, 'pipeline', 'name')}; "
         f"license {markdown(info.prior.get('license') or 'not stated in its folder')}",
         f"- **Settings**: all of them in `resolved.yaml`; fingerprint {markdown(info.fingerprint)}",
         *([f"- **Source**: {markdown(source)}"] if (source := info.prior.get("source")) else []),
@@ -87,11 +106,7 @@ def dataset_card(info: DatasetInfo, kept: int) -> str:
         "",
         "## Limits",
         "",
-        "Images show what the prior and the classifier know, with their biases; they are made to train a student of "
-        "this classifier,",
-        "not to look real. Labels are what was asked for, not what a person saw. Their use is bound by the licenses of "
-        "the prior and",
-        "of the classifier.",
+        *(LIMITS_OF_IMPORTED if method == "import" else LIMITS),
         *(("", "## Citation", "", cite) if cite else ()),
         "",
     ]

@@ -33,6 +33,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str | None, str], ...] = (
     ("bench", bench.bench, LOOK, "factory bench -c mine.yaml --seconds 120"),
     ("eval", models.evaluate, LOOK, "factory eval runs/mine/distill/resnet8 test-images --teacher mine.yaml"),
     ("predict", models.predict, LOOK, "factory predict runs/mine/distill/resnet8 photos --top 3 --csv found.csv"),
+    ("import", data.import_, KEEP, "factory import photos --teacher mine.yaml --out runs/photos --license CC-BY-4.0"),
     ("rescore", data.rescore, KEEP, "factory rescore runs/mine/m.parquet --threshold 0.8"),
     ("gc", data.gc, KEEP, "factory gc runs/mine --dry-run"),
     ("rebuild", data.rebuild, KEEP, "factory rebuild runs/mine"),

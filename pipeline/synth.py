@@ -88,12 +88,15 @@ def run_synth(
     worker: str | None = None,
     title: str = "synth",
     quiet: bool = False,
+    inputs: SynthInputs | None = None,
+    local: Mapping[str, Any] | None = None,
 ) -> SynthResult:
     """Make what is missing of the dataset in ``out`` (folder or URL) and merge its manifest; the same call resumes.
 
     ``shards``: in place of ``recipe.synth.shards``; a larger number adds. ``workers``: 1 works in this process, more
     are Ray actors; ``place`` says more of them. ``worker`` (``module:function``) builds another kind of worker.
-    ``quiet``: neither progress nor a contact sheet.
+    ``quiet``: neither progress nor a contact sheet. ``inputs``: where they are known already; ``local``: what that
+    other kind of worker takes besides, in this process.
 
     Raises UsageError for settings that cannot work, DataError for a folder of another plan, FactoryError where shards
     failed or another driver is at work, Interrupted where a signal stopped it; then, too, the same call resumes.
@@ -101,7 +104,7 @@ def run_synth(
     if shards is not None:
         recipe = recipe.changed(f"synth.shards={shards}")
     place = (place or executor(workers=workers)).for_synth(recipe.synth)
-    inputs = inspect_inputs(recipe.synth)
+    inputs = inputs or inspect_inputs(recipe.synth)
     plan, storage = make_plan(recipe, inputs), Storage(out)
     is_noise = recipe.synth.method == "noise"  # a load test: no model is loaded, so none is checked or copied
     teacher = TeacherCopy({}, inputs.teacher) if is_noise else prepare(inputs.sources["teacher"])
@@ -123,7 +126,7 @@ def run_synth(
             spec = WorkerSpec(
                 factory,
                 {"settings": settings, "storage": storage.url, "fingerprint": stored.fingerprint, "planned": planned},
-                {"sources": inputs.sources} if factory == WORKER and place.inline else {},
+                {"sources": inputs.sources} if factory == WORKER and place.inline else dict(local or {}),
             )
             names, described = recipe.synth.loggers, f"synth {recipe.name} {stored.fingerprint[:8]}"
             try:

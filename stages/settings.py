@@ -474,7 +474,7 @@ class DdaSettings(Settings):
 class SynthSettings(Settings):
     """Everything that decides what stage 1 makes. All but ``shards`` and ``device`` enter the fingerprint."""
 
-    method: Literal["diffdfkd", "dmkd", "dda", "cmi", "deepinversion", "noise"] = "diffdfkd"
+    method: Literal["diffdfkd", "dmkd", "dda", "cmi", "deepinversion", "noise", "import"] = "diffdfkd"
     prior: PriorSettings = PriorSettings()
     teacher: ModelSettings = ModelSettings()
     adversary: ModelSettings | None = Field(None, description="frozen student of an earlier round, for the ADV term")
@@ -528,7 +528,7 @@ class SynthSettings(Settings):
             raise ValueError(f"images.intermediates {self.images.intermediates}: {steps} steps have at most {limit}")
         if self.guides and not any(low <= step / steps < high for step in range(steps)):
             raise ValueError(f"guidance.interval {low:g}, {high:g} contains no step of {steps}: widen it")
-        if self.lca.every and self.method not in ("diffdfkd", "noise"):
+        if self.lca.every and self.method not in ("diffdfkd", "noise", "import"):
             raise ValueError(f"{self.method} mixes no latents: leave lca.every at 0")
         if self.lca.every and self.method == "diffdfkd" and not any(self.lca.at(step, steps) for step in range(steps)):
             low, high = self.lca.interval

@@ -9,10 +9,13 @@ import typer
 
 from pipeline.commands.options import (
     BestOption,
+    DeviceOption,
     ExcludeKeysOption,
     JsonOption,
     KeysOption,
+    RecipeOption,
     RunArgument,
+    SetOption,
     WhereOption,
     argument,
     next_step,
@@ -156,3 +159,44 @@ def rescore(
     result = judge(manifest, teacher, threshold, out, device)
     show(result, as_json)
     next_step("run", "distill", "-m", result.manifest)
+
+
+def import_(
+    data: Annotated[str, argument(metavar="DATA", help="Folder of images, WebDataset tars or Parquet; patterns, too.")],
+    out: Annotated[str, option("--out", "-o", metavar="RUN", help="Run folder (path or URL).")],
+    teacher: Annotated[str | None, option(help="Model folder or embedded:NAME (default: the recipe's).")] = None,
+    recipe: RecipeOption = None,
+    labels: Annotated[str, typer.Option(help="data, teacher, or auto: those of the data where they fit.")] = "auto",
+    size: Annotated[
+        int | None,
+        option(help="Stored side in pixels: that of the dataset to mix with (default: what the teacher sees)."),
+    ] = None,
+    threshold: Annotated[
+        float | None, option(help="Keep images to whose class the teacher gives at least this.", min=0, max=1)
+    ] = None,
+    source: Annotated[str | None, option(help="Where the images come from, for the card (default: its name).")] = None,
+    license_: Annotated[str | None, option("--license", help="License of the images, for the card.")] = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Images from elsewhere as a dataset, scored by the teacher. The same command again resumes."""
+    from manifests.errors import UsageError
+    from pipeline.import_data import DEFAULTS, import_data
+    from pipeline.layers import mapping_layer
+    from pipeline.recipe import resolve
+
+    if teacher is None and recipe is None:
+        raise UsageError("name the teacher that scores the images: --teacher, or a recipe that has one")
+    flags = {
+        "synth.teacher.name": ("--teacher", teacher),
+        "synth.images.size": ("--size", size),
+        "synth.min_confidence": ("--threshold", threshold),
+        "synth.device": ("--device", device),
+    }
+    base = mapping_layer(DEFAULTS, "factory import")
+    resolved = resolve(recipe, section="synth", sets=set_ or (), flags=flags, base=base)
+    result = import_data(resolved, data, out, labels, source, license_)
+    show(result, as_json)
+    if result.dataset.kept:
+        next_step("run", "distill", "-m", result.dataset.manifest, "--where", "entropy < 0.5")

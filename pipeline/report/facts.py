@@ -28,8 +28,9 @@ METHODS = {
     "cmi": "inverted from the teacher (CMI)",
     "deepinversion": "inverted from the teacher (DeepInversion)",
     "noise": "noise, a load test",
+    "import": "images from elsewhere, scored by the teacher",
 }
-UNGUIDED = ("dmkd", "noise")
+UNGUIDED = ("dmkd", "noise", "import")
 AGREEMENT, BALANCE, GAP, DUPLICATES = 0.9, 0.5, 0.5, 0.05
 """Look first below this share of labels that the teacher agrees with; where the smallest class has less than this share
 of the largest; from this BatchNorm gap (docs/guidance.md: guided images reach 0.2, wrong normalization begins at 0.6);

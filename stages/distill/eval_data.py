@@ -31,7 +31,7 @@ from stages.distill.eval_files import (
     place_of,
     reading,
 )  # fmt: skip
-from stages.distill.eval_tars import tar_samples
+from stages.distill.eval_tars import tar_images, tar_samples
 from stages.settings import MAX_CLASSES
 
 IMAGE_COLUMNS = ("image", "img", *IMAGES)
@@ -87,6 +87,38 @@ def labeled_images(data: str | Sequence[str], class_names: tuple[str, ...]) -> L
     files = find_files(data, class_names)
     read = {"manifest": _manifest, "folder": _folder, "tar": _tars, "parquet": _parquet}[files.kind]
     return read(files, class_names)
+
+
+NO_LABEL = -1
+WITHOUT = "labels play no part"
+
+
+def unlabeled_images(data: str, class_names: tuple[str, ...]) -> LabeledImages:
+    """Every image at ``data``, whatever its labels are, with :data:`NO_LABEL`; of a folder all that lie below it.
+
+    Raises DataError for what holds none.
+    """
+    if "://" not in data and os.path.isdir(data) and any(is_image(name) for name in os.listdir(data)):
+        return _all_below(data, LeftOut())
+    files = find_files(data, class_names)
+    if files.kind == "manifest":
+        return _manifest(files, class_names)
+    if files.kind == "folder":
+        return _all_below(files.paths[0], files.left_out)
+    if files.kind == "parquet":
+        return _parquet(files, class_names, has_labels=False)
+
+    def samples() -> Iterator[Sample]:
+        for path in files.paths:
+            yield from ((key, image, NO_LABEL) for key, image in tar_images(*place_of(path), files))
+
+    return LabeledImages(files.where, WITHOUT, samples(), files.count, files.left_out)
+
+
+def _all_below(folder: str, left_out: LeftOut) -> LabeledImages:
+    files = [*_images_below(folder, left_out)]
+    samples = ((os.path.relpath(file, folder), _read_file(file), NO_LABEL) for file in files)
+    return LabeledImages(folder, WITHOUT, samples, "a folder", left_out, len(files))
 
 
 def _manifest(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
@@ -232,7 +264,7 @@ class _Table:
     storage: Storage
     name: str
     image: str
-    label: str
+    label: str | None
     class_names: tuple[str, ...]
     has_key: bool
     rows: int
@@ -247,6 +279,7 @@ class _Table:
             yield from file.iter_batches(batch_size=_rows_at_once(file.metadata, columns), columns=[*columns])
 
     def labels(self) -> Iterator[tuple[Label, str]]:
+        assert self.label is not None
         row = 0
         for batch in self.batches(self.label):
             for value in batch.column(0).to_pylist():
@@ -260,12 +293,13 @@ class _Table:
             raise DataError(f"{self.where}: row {row}: {error}") from None
 
     def samples(self, index: Callable[[Label], int]) -> Iterator[Sample]:
-        columns = (self.image, self.label, *(["key"] if self.has_key else []))
+        columns = (self.image, *([self.label] if self.label else []), *(["key"] if self.has_key else []))
         row = 0
         for batch in self.batches(*columns):
             for values in batch.to_pylist():
                 image = _image_bytes(values[self.image], f"{self.where}: row {row}")
-                yield str(values.get("key", row)), image, index(self.read_label(values[self.label], row))
+                label = index(self.read_label(values[self.label], row)) if self.label else NO_LABEL
+                yield str(values.get("key", row)), image, label
                 row += 1
 
 
@@ -281,11 +315,15 @@ def _rows_at_once(metadata: pq.FileMetaData, columns: Sequence[str]) -> int:
     return max(1, min(ROWS_AT_ONCE, 4 * MAX_IMAGE // max(1, *largest, 0)))
 
 
-def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
+def _parquet(files: DataFiles, class_names: tuple[str, ...], has_labels: bool = True) -> LabeledImages:
     first, *_ = files.paths
     if len(files.paths) == 1 and (manifest := _as_manifest(first)):
         return _manifest(replace(files, paths=(manifest,)), class_names)
-    tables = [_table(path, files.image, files.label) for path in files.paths]
+    tables = [_table(path, files.image, files.label, has_labels) for path in files.paths]
+    rows = sum(table.rows for table in tables)
+    if not has_labels:
+        unlabeled = chain.from_iterable(table.samples(lambda label: NO_LABEL) for table in tables)
+        return LabeledImages(files.where, WITHOUT, unlabeled, files.count, files.left_out, rows)
     for table in tables:
         if table.class_names != tables[0].class_names:
             raise DataError(f"{table.where} and {tables[0].where} name their classes differently")
@@ -294,7 +332,7 @@ def _parquet(files: DataFiles, class_names: tuple[str, ...]) -> LabeledImages:
     order = class_order(_first_places(labels), class_names, where, tables[0].class_names)
     samples = chain.from_iterable(table.samples(order.index.__getitem__) for table in tables)
     source = f"{files.count} (image: {tables[0].image}, label: {tables[0].label})"
-    return LabeledImages(where, order.line, samples, source, files.left_out, sum(table.rows for table in tables))
+    return LabeledImages(where, order.line, samples, source, files.left_out, rows)
 
 
 @contextmanager
@@ -314,18 +352,18 @@ def _as_manifest(path: str) -> str | None:
         return storage.path(name)
 
 
-def _table(path: str, image: str | None, label: str | None) -> _Table:
+def _table(path: str, image: str | None, label: str | None, has_labels: bool = True) -> _Table:
     with _opened(path) as (storage, name, file):
         schema, features = file.schema_arrow, _features(file)
         image = image or _column(schema, features, IMAGE_COLUMNS, "Image") or ""
-        label = label or _column(schema, features, LABEL_COLUMNS, "ClassLabel") or ""
-        if image not in schema.names or label not in schema.names:
+        label = (label or _column(schema, features, LABEL_COLUMNS, "ClassLabel") or "") if has_labels else None
+        if image not in schema.names or (has_labels and label not in schema.names):
             raise DataError(
                 f"{path} needs an image column ({', '.join(IMAGE_COLUMNS[:3])} …) and a label column "
                 f"({', '.join(LABEL_COLUMNS)}); it has {', '.join(schema.names)}: name them with "
                 f"{os.path.basename(path)}@image=COLUMN,label=COLUMN"
             )
-        names = features.get(label, {}).get("names")
+        names = features.get(label or "", {}).get("names")
         listed = tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
         return _Table(storage, name, image, label, listed, "key" in schema.names, file.metadata.num_rows)
 

@@ -57,6 +57,18 @@ def tar_samples(storage: Storage, name: str, files: DataFiles) -> Iterator[TarSa
         yield TarSample(key, cast(bytes, fields[image]), label, source)
 
 
+def tar_images(storage: Storage, name: str, files: DataFiles) -> Iterator[tuple[str, bytes]]:
+    """Keys and images of all samples, labeled or not; else as :func:`tar_samples`."""
+    images, where = (files.image,) if files.image else IMAGES, storage.path(name)
+    read = frozenset(image.rpartition(".")[2].lower() for image in images)
+    for fields in _grouped(storage, name, files.left_out, read):
+        key, image = str(fields["__key__"]), _pick(fields, images, where)
+        if image is None:
+            files.left_out.add("samples without an image", f"sample without an image ({key})")
+        else:
+            yield key, cast(bytes, fields[image])
+
+
 def _grouped(storage: Storage, name: str, left_out: LeftOut, read: frozenset[str]) -> Iterator[Fields]:
     """Samples as webdataset groups them: neighbors of one key, by their extensions in lower case."""
     from webdataset.tariterators import group_by_keys

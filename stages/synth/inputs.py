@@ -33,6 +33,8 @@ class SynthInputs:
 
 def inspect_inputs(settings: SynthSettings) -> SynthInputs:
     """Find prior and teacher and read their identities; raises DataError or UsageError where one is unusable."""
+    if settings.method == "import":
+        raise UsageError("method import takes images from elsewhere: factory import DATA --teacher T --out RUN")
     sources = model_sources(settings)
     teacher, adversary = (sources[name].identity if name in sources else None for name in ("teacher", "adversary"))
     assert teacher is not None

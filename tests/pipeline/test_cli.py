@@ -38,6 +38,7 @@ COMMANDS = (
     "export",
     "export data",
     "export student",
+    "import",
     "rescore",
     "gc",
     "rebuild",
