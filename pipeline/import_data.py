@@ -133,6 +133,8 @@ def import_data(
     )
     for problem in found.bad[:MAX_SHOWN]:
         say(f"left out: {problem}")
+    if not dataset.rows:
+        raise DataError(f"{data}: none of {found.total:,} images could be decoded")
     return ImportResult(dataset, data, line, found.total, found.total - dataset.rows)
 
 
@@ -158,12 +160,14 @@ def look(data: str, class_names: tuple[str, ...], labels: str) -> tuple[Source, 
     """The source with its total and checksum, and where its labels come from. Reads everything once."""
     line = "the teacher's answers"
     if labels != "teacher":
+        source = Source(data, class_names, labels=True)
         try:
-            source = Source(data, class_names, labels=True)
             return source, read_through(source)
         except DataError as error:
             if labels == "data":
                 raise
+            if source.total:  # labels that fitted so far: to drop them all for one is the user's decision
+                raise DataError(f"{error}; --labels teacher takes the teacher's answers for all images") from None
             line = f"the teacher's answers, since those of the data do not fit ({error})"
     source = Source(data, class_names, labels=False)
     read_through(source)
@@ -177,6 +181,7 @@ def read_through(source: Source) -> str:
         raise UsageError(f"{source.data} is a dataset already: factory rescore judges it by another teacher")
     with progress("read", brief=True) as shown:
         for _ in images:
+            source.total = images.count
             shown(images.count, images.total or 0, "")
     say(f"images: {images.line}")
     kind = b"data" if source.labels else b"teacher"

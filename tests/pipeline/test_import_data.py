@@ -123,6 +123,25 @@ def test_without_labels_the_teachers_answer_is_the_label(digits, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_one_label_that_does_not_fit_does_not_drop_the_others(digits, tmp_path):
+    with tarfile.open(tmp_path / "few.tar", "w") as tar:
+        for i, label in enumerate((1, 2, 77)):
+            for name, data in ((f"{i}.png", digits[0][i]), (f"{i}.cls", str(label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match=r"77.*--labels teacher takes the teacher's answers"):
+        import_data(recipe(), str(tmp_path / "few.tar"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_none_are_no_dataset(tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of 1 images could be decoded"):
+        import_data(recipe(), str(tmp_path / "flat"), str(tmp_path / "out"))
+
+
 def test_labels_of_the_data_can_be_left_aside(folder, tmp_path):
     result = import_data(recipe("synth.min_confidence=0.99"), str(folder), str(tmp_path / "out"), labels="teacher")
     rows = Manifest.open(result.dataset.manifest).where(include_rejected=True)
