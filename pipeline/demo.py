@@ -158,7 +158,7 @@ class PhotosResult:
             if self.accuracy
             else "no accuracy: the repository holds no real photographs. --eval DATA scores on labeled CIFAR-10 images"
         )
-        yield "so few photographs and steps show how it works, not what guidance is worth: docs/results.md has 1,500 images"
+        yield "so few photographs and steps do not show what guidance is worth: docs/results.md has 1,500 images"
         yield f"pictures: {self.picture} (unguided beside guided)"
         yield f"student:  {self.student}"
         yield f"took {duration(self.seconds)}"
