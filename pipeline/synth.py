@@ -150,8 +150,7 @@ def run_synth(
             except FactoryError as error:
                 events.write("run_failed", error=str(error))
                 raise
-            if isinstance(recorder, Recorder):
-                recorder.finish()
+            Recorder(storage, shown).finish()  # what a killed call left, too, where this one is quiet
             if len(done) < stored.shards and factory == WORKER and not quiet:
                 events.write("work_counted", **_counted(synth, inputs))
             seconds = time.monotonic() - started
