@@ -63,6 +63,11 @@ class DoneRecord:
         if not is_count(self.kept, self.rows + 1) or not isinstance(self.fingerprint, str):
             raise ValueError(f"kept is {self.kept!r} of {self.rows} rows, fingerprint {self.fingerprint!r}")
 
+    @property
+    def report(self) -> dict[str, int]:
+        """What events say of a finished shard."""
+        return {"rows": self.rows, "kept": self.kept, "bytes": self.tar_bytes}
+
     def to_json(self) -> bytes:
         return dump_checked(asdict(self))
 

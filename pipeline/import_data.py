@@ -225,9 +225,7 @@ class ImportWorker:
         bad = len(self.source.bad) - bad
         return {
             "shard": shard,
-            "rows": record.rows,
-            "kept": record.kept,
-            "bytes": record.tar_bytes,
+            **record.report,
             "seconds": round(time.monotonic() - started, 3),
             **watch.judgment,
             **({"warnings": [f"{bad} images could not be decoded"]} if bad else {}),

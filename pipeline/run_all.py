@@ -111,9 +111,11 @@ class AllEstimate:
     def lines(self) -> Iterator[str]:
         yield from self.synth.lines()
         work = flop(self.training.flop) if self.training else None
+        run = Storage(self.synth.out)
+        folder = run.path(STUDENTS) if run.is_local else f"runs/RECIPE-FINGERPRINT/{STUDENTS}, on this machine"
         yield from pairs(
             16,
-            ("students", f"{', '.join(self.students)}, {self.length}, in {Storage(self.synth.out).path(STUDENTS)}"),
+            ("students", f"{', '.join(self.students)}, {self.length}, in {folder}"),
             ("training", f"{work} if every image is kept (counted)" if work else None),
         )
 
@@ -132,11 +134,7 @@ def dry_run(
 
 def image_count(synth: SynthSettings) -> int:
     """Images that stage 1 makes, kept or not."""
-    return synth.shards * _images_per_shard(synth)
-
-
-def _images_per_shard(synth: SynthSettings) -> int:
-    return synth.groups_per_shard * synth.group_size * synth.images_per_trajectory
+    return synth.shards * synth.images_per_shard
 
 
 def with_images(recipe: Recipe, images: int | None) -> Recipe:
@@ -146,7 +144,7 @@ def with_images(recipe: Recipe, images: int | None) -> Recipe:
         return recipe
     if images < 1:
         raise UsageError(f"--images {images}: expected 1 or more")
-    per_shard = _images_per_shard(recipe.synth)
+    per_shard = recipe.synth.images_per_shard
     shards = -(-images // per_shard)
     if shards * per_shard != images:
         parts = f"{recipe.synth.groups_per_shard} groups of {recipe.synth.group_size}"

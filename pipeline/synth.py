@@ -138,8 +138,7 @@ def run_synth(
                     recorder = shown if quiet else Recorder(storage, shown)
                     sheet = GrowingSheet(storage, inputs.class_names, sorted(done))
                     synth = recipe.synth
-                    images = synth.groups_per_shard * synth.group_size * synth.images_per_trajectory
-                    watch = SynthWatch(recorder, images, log, *(() if quiet else (sheet.add,)))
+                    watch = SynthWatch(recorder, synth.images_per_shard, log, *(() if quiet else (sheet.add,)))
                     outcome = execute(spec, range(stored.shards), place, loud, storage, watch, lease)
                 state = {"done": len(outcome.done), "failed": len(outcome.failed), "missing": len(outcome.missing)}
                 outcome.check()

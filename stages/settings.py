@@ -588,6 +588,11 @@ class SynthSettings(Settings):
         """Stored images of one trajectory, kept or not."""
         return 1 + (self.dda.variants if self.method == "dda" else self.images.intermediates)
 
+    @property
+    def images_per_shard(self) -> int:
+        """Stored images of one shard, kept or not."""
+        return self.groups_per_shard * self.group_size * self.images_per_trajectory
+
 
 def student_name(architecture: str) -> str:
     """How a student is called in results, and its folder.

@@ -191,7 +191,7 @@ class _Driver:
         report = end.report
         if report is None and (record := done_record(self.storage, shard)) is not None:
             # its worker died between commit and answer
-            report = {"rows": record.rows, "kept": record.kept, "bytes": record.tar_bytes}
+            report = record.report
         if report is not None:
             self.attempts.pop(shard, None)
             self.done.add(shard)

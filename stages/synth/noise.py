@@ -41,13 +41,7 @@ class NoiseWorker:
                     watch.end_group()
                 record = writer.commit()
         seconds = round(time.monotonic() - started, 3)
-        return {
-            "shard": shard,
-            "rows": record.rows,
-            "kept": record.kept,
-            "bytes": record.tar_bytes,
-            "seconds": seconds,
-        }
+        return {"shard": shard, **record.report, "seconds": seconds}
 
     def _samples(self, group: int) -> list[tuple[Row, bytes]]:
         settings, side = self.settings, self.settings.images.size or SIDE

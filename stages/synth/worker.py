@@ -202,9 +202,7 @@ class ShardWorker:
         first_report, self.decoder_report = self.decoder_report, {}
         return {
             "shard": shard,
-            "rows": record.rows,
-            "kept": record.kept,
-            "bytes": record.tar_bytes,
+            **record.report,
             "seconds": round(time.monotonic() - started, 3),
             **asdict(counters),
             **watch.judgment,

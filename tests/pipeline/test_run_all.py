@@ -10,7 +10,7 @@ from pipeline.cli import app
 from pipeline.compare import Comparison, Entry, compare
 from pipeline.executors.settings import ExecutorSettings
 from pipeline.recipe import Recipe, resolve
-from pipeline.run_all import check, image_count, run_all, with_images
+from pipeline.run_all import check, dry_run, image_count, run_all, with_images
 from tests.pipeline.test_rounds import TINY
 from tests.synth.tiny import save_stable_diffusion
 
@@ -108,6 +108,8 @@ def test_a_dry_run_of_both_writes_nothing(recipe, tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     assert "digits-cnn-small, 5 steps, in runs/" in found.stdout.replace(str(tmp_path) + "/", "")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    remote = dry_run(recipe, "memory://bucket/run")  # whose students are made on this machine
+    assert any("in runs/RECIPE-FINGERPRINT/distill, on this machine" in line for line in remote.lines())
 
 
 def test_runs_are_compared_by_students_cost_and_settings(done, run_folder, tmp_path):
